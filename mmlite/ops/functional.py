@@ -1,0 +1,253 @@
+"""The public operators: argument checks, autocast, and the choice of a backend.
+
+Three backends compute the same functions:
+
+========= ======================== =====================================================
+backend   runs on                  what it is
+========= ======================== =====================================================
+cpu       CPU                      fused C++ kernels (:mod:`mmlite.ops.cpu`)
+triton    CUDA                     fused Triton kernels (:mod:`mmlite.ops.triton`)
+reference every device             plain PyTorch (:mod:`mmlite.ops.reference`), always there
+========= ======================== =====================================================
+
+The fused ones are ``torch.library`` operators (:mod:`mmlite.ops.library`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cpu, library, reference, triton
+
+_FUSED = {'cpu': cpu, 'triton': triton}
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_forced_backend: str | None = None
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can run here.
+
+    Attributes:
+        name (str): ``cpu``, ``triton`` or ``reference``.
+        available (bool): Whether it can run.
+        detail (str): What will run (instruction set, version), or why it cannot.
+    """
+
+    name: str
+    available: bool
+    detail: str
+
+
+def backends() -> list[BackendStatus]:
+    """List every backend with whether it runs here and why not.
+
+    Returns:
+        list[BackendStatus]: The fused backends, then the reference.
+    """
+    fused = [BackendStatus(name, *module.status()) for name, module in _FUSED.items()]
+    return [*fused, BackendStatus('reference', True, f'PyTorch {torch.__version__}')]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend for every operator call inside the ``with`` block.
+
+    The choice holds for the whole process, other threads included.
+
+    Args:
+        name (str): ``'cpu'``, ``'triton'`` or ``'reference'``.
+
+    Raises:
+        ValueError: No backend has that name.
+        RuntimeError: The backend cannot run here; the message says why.
+    """
+    global _forced_backend
+    status = {backend.name: backend for backend in backends()}
+    if name not in status:
+        raise ValueError(f'backend must be one of {", ".join(status)}; got {name!r}')
+    if not status[name].available:
+        raise RuntimeError(f'the {name} backend cannot run here: {status[name].detail}')
+    previous, _forced_backend = _forced_backend, name
+    try:
+        yield
+    finally:
+        _forced_backend = previous
+
+
+def key_aware_deform_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    sampling_locations: Tensor,
+) -> Tensor:
+    r"""Key-aware deformable attention (Lite DETR, section 4.3).
+
+    Keys and values are sampled bilinearly at the same points, zero outside the map, and every
+    head of a query attends to its ``L*P`` sampled pairs with weights
+    :math:`\mathrm{softmax}(q k^T / \sqrt{D})`. Points outside the map stay in the softmax with a
+    logit of zero.
+
+    Args:
+        query (Tensor): Projected queries, shape (B, Q, M, D).
+        key (Tensor): Projected keys, shape (B, S, M, D), or the very tensor given as ``value``:
+            then every point is sampled once and serves as both.
+        value (Tensor): Projected values, shape (B, S, M, D), dtype of ``query``.
+        spatial_shapes (Tensor | Sequence[tuple[int, int]]): (h, w) of every level, shape (L, 2);
+            S is the sum of their products.
+        sampling_locations (Tensor): Normalised (x, y), shape (B, Q, M, L, P, 2), float32 or the
+            dtype of ``query``. A location that is not finite counts as outside the map.
+
+    Returns:
+        Tensor: shape (B, Q, M*D), dtype of ``query``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit each other.
+    """
+    key_is_value = key is value
+    query, key, value = _autocast(query, key, value)
+    _check_value(value, sampling_locations)
+    batch, queries, heads = sampling_locations.shape[:3]
+    _check_shape('query', query, (batch, queries, heads, value.shape[-1]))
+    _check_same('query', query, 'value', value)
+    if not key_is_value:
+        _check_shape('key', key, tuple(value.shape))
+        _check_same('key', key, 'value', value)
+    spatial_shapes = _check_spatial_shapes(spatial_shapes, value, sampling_locations)
+    op = _choose(value, library.key_aware_deform_attn, reference.key_aware_deform_attn)
+    return op(query, None if key_is_value else key, value, spatial_shapes, sampling_locations)
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Multi-scale deformable attention (Deformable DETR, eq. 3), the numbers of mmcv's op.
+
+    Args:
+        value (Tensor): Projected values, shape (B, S, M, D).
+        spatial_shapes (Tensor | Sequence[tuple[int, int]]): (h, w) of every level, shape (L, 2);
+            S is the sum of their products.
+        sampling_locations (Tensor): Normalised (x, y), shape (B, Q, M, L, P, 2), float32 or the
+            dtype of ``value``. A location that is not finite counts as outside the map.
+        attention_weights (Tensor): shape (B, Q, M, L, P), float32 or the dtype of ``value``.
+
+    Returns:
+        Tensor: shape (B, Q, M*D), dtype of ``value``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit each other.
+    """
+    (value,) = _autocast(value)
+    _check_value(value, sampling_locations)
+    _check_shape('attention_weights', attention_weights, tuple(sampling_locations.shape[:-1]))
+    _check_float32_or_same('attention_weights', attention_weights, value)
+    spatial_shapes = _check_spatial_shapes(spatial_shapes, value, sampling_locations)
+    op = _choose(value, library.ms_deform_attn, reference.ms_deform_attn)
+    return op(value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def _choose(value: Tensor, fused_op, reference_op):
+    """The forced backend, or the fused one of the device where it is there."""
+    name = _forced_backend
+    if name is None:
+        name = next((n for n, module in _FUSED.items() if module.serves(value)), 'reference')
+    if name == 'reference':
+        return reference_op
+    if not _FUSED[name].serves(value):
+        raise ValueError(
+            f'the {name} backend was asked for, but value is {value.dtype} on {value.device}'
+        )
+    return fused_op
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast to the autocast dtype, as a matrix product would be; float64 stays as it is."""
+    device_type = tensors[0].device.type
+    if device_type == 'cuda' and torch.is_autocast_enabled():
+        dtype = torch.get_autocast_gpu_dtype()
+    elif device_type == 'cpu' and torch.is_autocast_cpu_enabled():
+        dtype = torch.get_autocast_cpu_dtype()
+    else:
+        return tensors
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _check_value(value: Tensor, sampling_locations: Tensor) -> None:
+    if value.dim() != 4:
+        raise ValueError(f'value must be (B, S, M, D); got shape {tuple(value.shape)}')
+    if value.dtype not in _FLOAT_DTYPES:
+        raise ValueError(f'value must be a floating-point tensor; got {value.dtype}')
+    if sampling_locations.dim() != 6 or sampling_locations.shape[-1] != 2:
+        raise ValueError(
+            'sampling_locations must be (B, Q, M, L, P, 2); '
+            f'got shape {tuple(sampling_locations.shape)}'
+        )
+    batch, _, heads, _ = value.shape
+    if sampling_locations.shape[0] != batch or sampling_locations.shape[2] != heads:
+        raise ValueError(
+            f'sampling_locations has batch {sampling_locations.shape[0]} and '
+            f'{sampling_locations.shape[2]} heads, but value has batch {batch} and {heads} heads'
+        )
+    _check_float32_or_same('sampling_locations', sampling_locations, value)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f'{name} must have shape {shape}; got {tuple(tensor.shape)}')
+
+
+def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.dtype != other.dtype or tensor.device != other.device:
+        raise ValueError(
+            f'{name} is {tensor.dtype} on {tensor.device}, '
+            f'but {other_name} is {other.dtype} on {other.device}'
+        )
+
+
+def _check_float32_or_same(name: str, tensor: Tensor, value: Tensor) -> None:
+    if tensor.device != value.device:
+        raise ValueError(f'{name} is on {tensor.device}, but value is on {value.device}')
+    allowed = {value.dtype} if value.dtype == torch.float64 else {torch.float32, value.dtype}
+    if tensor.dtype not in allowed:
+        raise ValueError(
+            f'{name} must be {" or ".join(sorted(map(str, allowed)))}; got {tensor.dtype}'
+        )
+
+
+def _check_spatial_shapes(
+    spatial_shapes: Tensor | Sequence[tuple[int, int]], value: Tensor, sampling_locations: Tensor
+) -> Tensor:
+    """Check the level sizes and return them as an int64 tensor on the device of ``value``."""
+    if isinstance(spatial_shapes, Tensor):
+        shapes = spatial_shapes
+        if shapes.is_floating_point():
+            raise ValueError(f'spatial_shapes must hold integers; got {shapes.dtype}')
+    else:
+        shapes = torch.tensor(spatial_shapes, dtype=torch.int64)
+    levels = sampling_locations.shape[3]
+    _check_shape('spatial_shapes', shapes, (levels, 2))
+    # Reading a CUDA tensor would wait for the device, and a traced tensor has no contents.
+    if shapes.device.type == 'cpu' and not _is_tracing(shapes):
+        tokens = sum(height * width for height, width in shapes.tolist())
+        if tokens != value.shape[1] or bool((shapes < 1).any()):
+            raise ValueError(
+                f'spatial_shapes {shapes.tolist()} stands for {tokens} tokens, '
+                f'but value has {value.shape[1]}'
+            )
+    return shapes.to(device=value.device, dtype=torch.int64)
+
+
+def _is_tracing(tensor: Tensor) -> bool:
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return True
+    compiler = getattr(torch, 'compiler', None)
+    is_compiling = getattr(compiler, 'is_compiling', None) or torch._dynamo.is_compiling
+    return is_compiling() or type(tensor) is not Tensor

@@ -1,0 +1,139 @@
+"""The fused operators as ``torch.library`` knows them: schemas, shape functions, autograd.
+
+A backend module implements the four operators for its dispatch key::
+
+    library.implement('key_aware_deform_attn', 'CPU', forward)
+    library.implement('key_aware_deform_attn_backward', 'CPU', backward)
+
+``key`` is ``None`` where the value serves as its own key; its gradient is then part of the
+value's, and the gradient returned in its place is empty. Backward recomputes the samples, so
+nothing but the inputs is kept for it. An implementation may assume that
+:mod:`mmlite.ops.functional` has checked the arguments, but not that they are contiguous;
+what it returns is contiguous.
+
+Written against the ``Library`` class, the one interface that torch 2.1 and later share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_LIBRARY = torch.library.Library('mmlite', 'DEF')
+_LIBRARY.define(
+    'key_aware_deform_attn(Tensor query, Tensor? key, Tensor value, Tensor spatial_shapes, '
+    'Tensor sampling_locations) -> Tensor'
+)
+_LIBRARY.define(
+    'key_aware_deform_attn_backward(Tensor grad_output, Tensor query, Tensor? key, Tensor value, '
+    'Tensor spatial_shapes, Tensor sampling_locations) -> (Tensor, Tensor, Tensor, Tensor)'
+)
+_LIBRARY.define(
+    'ms_deform_attn(Tensor value, Tensor spatial_shapes, Tensor sampling_locations, '
+    'Tensor attention_weights) -> Tensor'
+)
+_LIBRARY.define(
+    'ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor spatial_shapes, '
+    'Tensor sampling_locations, Tensor attention_weights) -> (Tensor, Tensor, Tensor)'
+)
+
+
+def implement(name: str, dispatch_key: str, function: Callable) -> None:
+    """Register ``function`` as operator ``name`` for one device (``'CPU'`` or ``'CUDA'``)."""
+    _LIBRARY.impl(name, function, dispatch_key)
+
+
+def key_aware_deform_attn(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    sampling_locations: Tensor,
+) -> Tensor:
+    """Call the fused operator; arguments as for the reference."""
+    return torch.ops.mmlite.key_aware_deform_attn(
+        query, key, value, spatial_shapes, sampling_locations
+    )
+
+
+def ms_deform_attn(
+    value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Call the fused operator; arguments as for the reference."""
+    return torch.ops.mmlite.ms_deform_attn(
+        value, spatial_shapes, sampling_locations, attention_weights
+    )
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _kda_shape(query, key, value, spatial_shapes, sampling_locations):
+    return query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3])
+
+
+def _kda_backward_shape(grad_output, query, key, value, spatial_shapes, sampling_locations):
+    return (
+        _empty_like(query),
+        value.new_empty(0) if key is None else _empty_like(key),
+        _empty_like(value),
+        _empty_like(sampling_locations),
+    )
+
+
+def _msda_shape(value, spatial_shapes, sampling_locations, attention_weights):
+    batch, queries, heads = sampling_locations.shape[:3]
+    return value.new_empty(batch, queries, heads * value.shape[3])
+
+
+def _msda_backward_shape(grad_output, value, spatial_shapes, sampling_locations, attention_weights):
+    return _empty_like(value), _empty_like(sampling_locations), _empty_like(attention_weights)
+
+
+class _KeyAwareDeformAttn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, spatial_shapes, sampling_locations):
+        ctx.save_for_backward(query, key, value, spatial_shapes, sampling_locations)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mmlite.key_aware_deform_attn(
+                query, key, value, spatial_shapes, sampling_locations
+            )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        key = ctx.saved_tensors[1]
+        grad_query, grad_key, grad_value, grad_locations = (
+            torch.ops.mmlite.key_aware_deform_attn_backward(grad_output, *ctx.saved_tensors)
+        )
+        return grad_query, None if key is None else grad_key, grad_value, None, grad_locations
+
+
+class _MsDeformAttn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value, spatial_shapes, sampling_locations, attention_weights):
+        ctx.save_for_backward(value, spatial_shapes, sampling_locations, attention_weights)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.mmlite.ms_deform_attn(
+                value, spatial_shapes, sampling_locations, attention_weights
+            )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        grad_value, grad_locations, grad_weights = torch.ops.mmlite.ms_deform_attn_backward(
+            grad_output, *ctx.saved_tensors
+        )
+        return grad_value, None, grad_locations, grad_weights
+
+
+_LIBRARY.impl('key_aware_deform_attn', _kda_shape, 'Meta')
+_LIBRARY.impl('key_aware_deform_attn_backward', _kda_backward_shape, 'Meta')
+_LIBRARY.impl('ms_deform_attn', _msda_shape, 'Meta')
+_LIBRARY.impl('ms_deform_attn_backward', _msda_backward_shape, 'Meta')
+_LIBRARY.impl('key_aware_deform_attn', _KeyAwareDeformAttn.apply, 'Autograd')
+_LIBRARY.impl('ms_deform_attn', _MsDeformAttn.apply, 'Autograd')

@@ -1,0 +1,92 @@
+"""The operators written plainly in PyTorch: the truth that every fused kernel is tested against.
+
+Nothing here is registered or dispatched; autograd differentiates these functions as they stand.
+Half-precision inputs are computed in float32 and the result is rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def key_aware_deform_attn(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    sampling_locations: Tensor,
+) -> Tensor:
+    """Key-aware deformable attention; see :func:`mmlite.ops.key_aware_deform_attn`.
+
+    ``key`` is ``None`` where the value serves as its own key, so that it is sampled once.
+    """
+    dtype = query.dtype
+    query = _compute_dtype(query)
+    sampled_value = sample(value, spatial_shapes, sampling_locations)
+    sampled_key = sampled_value if key is None else sample(key, spatial_shapes, sampling_locations)
+    scale = query.shape[-1] ** -0.5
+    logits = (query.unsqueeze(-2) * sampled_key).sum(-1) * scale
+    weights = logits.softmax(-1)
+    output = (weights.unsqueeze(-1) * sampled_value).sum(-2)
+    return output.flatten(2).to(dtype)
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Multi-scale deformable attention; see :func:`mmlite.ops.ms_deform_attn`."""
+    sampled_value = sample(value, spatial_shapes, sampling_locations)
+    weights = _compute_dtype(attention_weights).flatten(-2).unsqueeze(-1)
+    return (weights * sampled_value).sum(-2).flatten(2).to(value.dtype)
+
+
+def sample(value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor) -> Tensor:
+    """Sample every head's feature maps bilinearly at its own points.
+
+    A location (x, y) in [0, 1] spans the whole map, pixel centres at half-integers
+    (``align_corners=False``). Outside the map the features are zero. A location that is not a
+    finite number counts as outside.
+
+    Args:
+        value (Tensor): Flattened feature pyramid, shape (B, S, M, D).
+        spatial_shapes (Tensor): (h, w) of every level, integer, shape (L, 2).
+        sampling_locations (Tensor): shape (B, Q, M, L, P, 2).
+
+    Returns:
+        Tensor: float32 (float64 for float64 input), shape (B, Q, M, L*P, D).
+    """
+    batch, _, heads, dim = value.shape
+    queries, levels, points = (sampling_locations.shape[i] for i in (1, 3, 4))
+    # (-2, 3) lies outside a map of any size, so clamping changes neither samples nor gradients;
+    # it keeps the pixel coordinates of wild locations within the range of integers.
+    locations = _compute_dtype(sampling_locations)
+    locations = locations.nan_to_num(nan=-2.0, posinf=3.0, neginf=-2.0).clamp(-2.0, 3.0)
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*M, Q, P, 2)
+    maps = _compute_dtype(value).permute(0, 2, 3, 1).flatten(0, 1)  # (B*M, D, S)
+
+    sampled = []
+    start = 0
+    for level, (height, width) in enumerate(spatial_shapes.tolist()):
+        level_map = maps[..., start : start + height * width].unflatten(-1, (height, width))
+        start += height * width
+        sampled.append(
+            F.grid_sample(
+                level_map,
+                grids[level].to(maps.dtype),
+                mode='bilinear',
+                padding_mode='zeros',
+                align_corners=False,
+            )
+        )
+    samples = torch.stack(sampled, dim=-2)  # (B*M, D, Q, L, P)
+    samples = samples.reshape(batch, heads, dim, queries, levels * points)
+    return samples.permute(0, 3, 1, 4, 2)
+
+
+def _compute_dtype(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

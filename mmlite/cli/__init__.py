@@ -1,0 +1,45 @@
+"""The ``mmlite`` command. Each subcommand lives in the file of its name and is imported on use."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+# Subcommand -> the line that `mmlite --help` shows for it.
+COMMANDS = {
+    'env': 'Show versions, devices and which backend of the operators runs.',
+}
+
+
+class _Commands(click.Group):
+    """Imports a subcommand when it is used, and turns bad input into one sentence."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = name.replace('-', '_')
+        return getattr(importlib.import_module(f'{__name__}.{module}'), module)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # The table above spares `mmlite --help` the import of every subcommand.
+        with formatter.section('Commands'):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            if ctx.params['debug']:
+                raise
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={'help_option_names': ['-h', '--help']})
+@click.option('--debug', is_flag=True, help='Show the traceback of an error.')
+@click.version_option(package_name='mmlite-detr')
+def main(debug: bool) -> None:
+    """Lite DETR for MMDetection: efficient encoders that are fast on the clock."""

@@ -1,0 +1,5 @@
+"""``python -m mmlite.cli`` is the ``mmlite`` command."""
+
+from . import main
+
+main(prog_name='mmlite')

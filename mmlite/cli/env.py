@@ -1,0 +1,87 @@
+"""``mmlite env``: what runs here."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+# Where two distributions provide the same import, the first one found is shown.
+_PACKAGES = {
+    'mmlite': ('mmlite-detr',),
+    'torch': ('torch',),
+    'triton': ('triton',),
+    'mmengine': ('mmengine', 'onedl-mmengine'),
+    'mmcv': ('mmcv', 'onedl-mmcv'),
+    'mmdet': ('mmdet', 'onedl-mmdetection'),
+    'pycocotools': ('pycocotools',),
+}
+
+
+@click.command()
+@click.option('--json', 'as_json', is_flag=True, help='Print JSON instead of tables.')
+def env(as_json: bool) -> None:
+    """Show versions, devices and which backend of the operators runs, and why.
+
+    \b
+    Example:
+      mmlite env
+      mmlite env --json
+    """
+    report = collect()
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+        return
+    console = Console()
+    versions = Table('package', 'version', title='Versions')
+    for name, text in report['versions'].items():
+        versions.add_row(name, text)
+    console.print(versions)
+    machine = Table('device', 'detail', title='Machine')
+    for name, text in report['machine'].items():
+        machine.add_row(name, text)
+    console.print(machine)
+    operators = Table('backend', 'runs', 'detail', title='Backends of mmlite.ops')
+    for backend in report['backends']:
+        operators.add_row(
+            backend['name'], 'yes' if backend['available'] else 'no', backend['detail']
+        )
+    console.print(operators)
+
+
+def collect() -> dict:
+    """What ``mmlite env --json`` prints."""
+    import torch
+
+    from ..ops import backends
+
+    gpus = {
+        f'cuda:{index}': torch.cuda.get_device_name(index)
+        for index in range(torch.cuda.device_count())
+    }
+    return {
+        'versions': {
+            'python': platform.python_version(),
+            **{name: _version(distributions) for name, distributions in _PACKAGES.items()},
+        },
+        'machine': {
+            'cpu': f'{platform.machine()}, {torch.get_num_threads()} threads, '
+            f'{torch.backends.cpu.get_cpu_capability()}',
+            **(gpus or {'cuda': 'none'}),
+        },
+        'backends': [status._asdict() for status in backends()],
+    }
+
+
+def _version(distributions: tuple[str, ...]) -> str:
+    for distribution in distributions:
+        try:
+            found = version(distribution)
+        except PackageNotFoundError:
+            continue
+        return found if distribution == distributions[0] else f'{found} ({distribution})'
+    return 'not installed'

@@ -170,14 +170,19 @@ def _choose(value: Tensor, fused_op, reference_op):
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to the autocast dtype, as a matrix product would be; float64 stays as it is."""
-    device_type = tensors[0].device.type
-    if device_type == 'cuda' and torch.is_autocast_enabled():
-        dtype = torch.get_autocast_gpu_dtype()
-    elif device_type == 'cpu' and torch.is_autocast_cpu_enabled():
-        dtype = torch.get_autocast_cpu_dtype()
-    else:
+    dtype = _autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if hasattr(torch, 'get_autocast_dtype'):  # torch 2.4
+        enabled = torch.is_autocast_enabled(device_type)
+        return torch.get_autocast_dtype(device_type) if enabled else None
+    if device_type == 'cuda':
+        return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
+    return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
 
 
 def _check_value(value: Tensor, sampling_locations: Tensor) -> None:

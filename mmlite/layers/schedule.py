@@ -1,0 +1,115 @@
+"""When the encoder updates which feature levels."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+_PATTERN = re.compile(r'H(\d+)L(\d+)-\((\d+)\+1\)x(\d+)', re.IGNORECASE)
+UPDATES = ('joint', 'sequential')
+
+
+class EncoderStep(NamedTuple):
+    """One encoder layer: which tokens are its queries. Keys and values are always all tokens.
+
+    Attributes:
+        updates_high (bool): The high-level tokens are updated.
+        updates_low (bool): The low-level tokens are updated.
+    """
+
+    updates_high: bool
+    updates_low: bool
+
+
+@dataclass(frozen=True)
+class EncoderSchedule:
+    """The interleaved update schedule ``HxLy-(A+1)xB`` (Lite DETR, section 4.1).
+
+    x high-level maps (the smallest), y low-level maps (the largest), B blocks, and in each block
+    A updates of the high-level tokens and one of the low-level tokens.
+
+    Attributes:
+        num_high_levels (int): x.
+        num_low_levels (int): y.
+        high_updates (int): A.
+        num_blocks (int): B.
+    """
+
+    num_high_levels: int
+    num_low_levels: int
+    high_updates: int
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        if min(self.num_high_levels, self.num_low_levels, self.high_updates, self.num_blocks) < 1:
+            raise ValueError(
+                f'schedule {self} needs at least one high-level map, one low-level map, one '
+                'high-level update and one block'
+            )
+
+    @classmethod
+    def parse(cls, text: str | EncoderSchedule) -> EncoderSchedule:
+        """Read a schedule such as ``'H3L1-(2+1)x3'``.
+
+        Args:
+            text (str | EncoderSchedule): The schedule's name; a schedule is returned as it is.
+
+        Returns:
+            EncoderSchedule: The parsed schedule; ``str()`` gives the canonical name back.
+
+        Raises:
+            ValueError: The text is no schedule.
+        """
+        if isinstance(text, cls):
+            return text
+        match = _PATTERN.fullmatch(re.sub(r'\s', '', text)) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError(
+                f'schedule {text!r} is not of the form HxLy-(A+1)xB, for example H3L1-(2+1)x3: '
+                '3 high-level and 1 low-level maps, 3 blocks of 2 high-level updates and '
+                '1 low-level update'
+            )
+        return cls(*map(int, match.groups()))
+
+    @property
+    def num_levels(self) -> int:
+        """Number of feature levels, x + y."""
+        return self.num_high_levels + self.num_low_levels
+
+    @property
+    def num_layers(self) -> int:
+        """Updates of the high-level tokens, A * B: the layers of the stock encoder it replaces."""
+        return self.high_updates * self.num_blocks
+
+    def steps(self, update: str = 'joint') -> tuple[EncoderStep, ...]:
+        """The encoder layers in order.
+
+        Args:
+            update (str): ``'joint'``: a block has A layers and the last of them updates all
+                tokens together, as in the published weights. ``'sequential'``: the low-level
+                tokens are updated in a layer of their own after the A high-level updates, as in
+                the paper's figure 3; a block has A + 1 layers.
+
+        Returns:
+            tuple[EncoderStep, ...]: A*B steps, or (A+1)*B for sequential update.
+
+        Raises:
+            ValueError: ``update`` is neither of the two.
+        """
+        high_only = EncoderStep(updates_high=True, updates_low=False)
+        if update == 'joint':
+            last = EncoderStep(updates_high=True, updates_low=True)
+            block = (high_only,) * (self.high_updates - 1) + (last,)
+        elif update == 'sequential':
+            last = EncoderStep(updates_high=False, updates_low=True)
+            block = (high_only,) * self.high_updates + (last,)
+        else:
+            raise ValueError(f'update must be one of {", ".join(UPDATES)}; got {update!r}')
+        return block * self.num_blocks
+
+    def __str__(self) -> str:
+        return (
+            f'H{self.num_high_levels}L{self.num_low_levels}'
+            f'-({self.high_updates}+1)x{self.num_blocks}'
+        )

@@ -1,0 +1,61 @@
+import pytest
+
+from mmlite.layers import EncoderSchedule
+
+
+@pytest.mark.parametrize(
+    ('text', 'fields'),
+    [
+        ('H3L1-(2+1)x3', (3, 1, 2, 3)),
+        ('H2L2-(2+1)x3', (2, 2, 2, 3)),
+        ('H3L1-(6+1)x1', (3, 1, 6, 1)),
+        ('h4l1 - ( 3+1 ) x 2', (4, 1, 3, 2)),
+    ],
+)
+def test_parse_and_str(text, fields):
+    schedule = EncoderSchedule.parse(text)
+    assert schedule == EncoderSchedule(*fields)
+    assert EncoderSchedule.parse(str(schedule)) == schedule
+    assert EncoderSchedule.parse(schedule) is schedule
+    assert schedule.num_levels == fields[0] + fields[1]
+    assert schedule.num_layers == fields[2] * fields[3]
+
+
+def test_canonical_text():
+    assert str(EncoderSchedule.parse('h3l1-(2+1)X3')) == 'H3L1-(2+1)x3'
+
+
+@pytest.mark.parametrize(
+    'text', ['', 'H3L1', 'H3L1-(2+2)x3', 'H3L1-2+1x3', 'H3L1-(2+1)x3 x', 3, None]
+)
+def test_malformed(text):
+    with pytest.raises(ValueError, match=r'not of the form HxLy-\(A\+1\)xB, for example'):
+        EncoderSchedule.parse(text)
+
+
+@pytest.mark.parametrize('text', ['H0L1-(2+1)x3', 'H3L0-(2+1)x3', 'H3L1-(0+1)x3', 'H3L1-(2+1)x0'])
+def test_empty_parts(text):
+    with pytest.raises(ValueError, match='needs at least one'):
+        EncoderSchedule.parse(text)
+
+
+def test_joint_steps():
+    steps = EncoderSchedule.parse('H3L1-(2+1)x3').steps()
+    assert [step.updates_high for step in steps] == [True] * 6
+    assert [step.updates_low for step in steps] == [False, True] * 3
+
+
+def test_sequential_steps():
+    steps = EncoderSchedule.parse('H3L1-(2+1)x3').steps('sequential')
+    assert [step.updates_high for step in steps] == [True, True, False] * 3
+    assert [step.updates_low for step in steps] == [False, False, True] * 3
+
+
+def test_every_level_in_every_layer():
+    steps = EncoderSchedule.parse('H3L1-(1+1)x6').steps()
+    assert steps == ((True, True),) * 6
+
+
+def test_unknown_update():
+    with pytest.raises(ValueError, match='joint, sequential'):
+        EncoderSchedule.parse('H3L1-(2+1)x3').steps('both')

@@ -1,0 +1,1 @@
+"""What a detector costs and what it looks at: FLOPs, parameters, time, memory, attention."""

@@ -1,0 +1,230 @@
+"""Counts against closed formulas, published measurements and an independent counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmdet.models.layers import DeformableDetrTransformerEncoder
+from mmengine.analysis import FlopAnalyzer
+from torch import nn
+
+from mmlite import ops
+from mmlite.analysis.complexity import (
+    count_detector,
+    count_flops,
+    count_parameters,
+    deform_attn_flops,
+    register_flop_handles,
+)
+from mmlite.analysis.inputs import encoder_inputs, level_sizes
+from mmlite.layers import LiteEncoder
+
+DIMS, HEADS, LEVELS, POINTS = 256, 8, 4, 4
+PUBLISHED_SIZE = (850, 1040)
+TINY = [(6, 8), (3, 4), (2, 2), (1, 1)]
+
+
+def layer_cfg(ffn: int = 2048) -> dict:
+    return {
+        'self_attn_cfg': {'embed_dims': DIMS, 'num_levels': LEVELS, 'batch_first': True},
+        'ffn_cfg': {'embed_dims': DIMS, 'feedforward_channels': ffn},
+    }
+
+
+def stock(ffn: int = 2048) -> nn.Module:
+    return DeformableDetrTransformerEncoder(num_layers=6, layer_cfg=layer_cfg(ffn))
+
+
+def lite(schedule: str = 'H3L1-(2+1)x3', ffn: int = 2048, **kwargs) -> nn.Module:
+    return LiteEncoder(schedule, num_layers=6, layer_cfg=layer_cfg(ffn), **kwargs)
+
+
+def gflops(encoder: nn.Module, sizes=None) -> float:
+    sizes = sizes or level_sizes(PUBLISHED_SIZE)
+    return count_flops(encoder.eval(), **encoder_inputs(sizes)).total / 1e9
+
+
+@pytest.mark.parametrize(
+    ('encoder', 'published'),
+    [
+        (stock, 144.34),
+        (lite, 58.65),
+        (lambda: lite(key_aware=False), 54.66),
+        (lambda: lite(small_ffn=False), 96.94),
+    ],
+    ids=['stock', 'lite', 'lite without KDA', 'lite without small FFN'],
+)
+def test_measured_encoder_gflops(encoder, published):
+    """What the released implementation was measured at, to the last digit given."""
+    assert gflops(encoder()) == pytest.approx(published, abs=0.006)
+
+
+def formula(schedule: tuple[int, int, int, int], sizes, key_aware: bool, ffn: int) -> int:
+    """A second derivation of the count, by hand, for joint updates with the small FFN."""
+    num_high, _, updates, blocks = schedule
+    tokens = [height * width for height, width in sizes]
+    high, everything = sum(tokens[-num_high:]), sum(tokens)
+    points = LEVELS * POINTS
+    value = everything * DIMS * DIMS
+    attend = DIMS * HEADS * points * 2 + DIMS * DIMS + 2 * 5 * DIMS
+    attend += (DIMS * DIMS if key_aware else DIMS * HEADS * points) + DIMS * points * (
+        10 if key_aware else 4
+    )
+    large, small = 2 * DIMS * ffn, 2 * DIMS * DIMS
+    only_high = value + high * (attend + large)
+    joint = value + everything * attend + high * large + (everything - high) * small
+    return blocks * ((updates - 1) * only_high + joint)
+
+
+@pytest.mark.parametrize('key_aware', [True, False])
+@pytest.mark.parametrize(
+    'schedule', [(3, 1, 2, 3), (2, 2, 2, 3), (3, 1, 6, 1), (3, 1, 3, 2), (1, 3, 1, 6)]
+)
+def test_lite_encoder_matches_formula(schedule, key_aware):
+    name = 'H{}L{}-({}+1)x{}'.format(*schedule)
+    count = count_flops(
+        lite(name, ffn=1024, key_aware=key_aware).eval(), **encoder_inputs(TINY, batch_size=1)
+    )
+    assert count.total == formula(schedule, TINY, key_aware, ffn=1024)
+
+
+def test_batch_scales_the_count():
+    encoder = lite().eval()
+    one = count_flops(encoder, **encoder_inputs(TINY)).total
+    assert count_flops(encoder, **encoder_inputs(TINY, batch_size=3)).total == 3 * one
+
+
+def test_order_of_the_paper():
+    """Table 3 of the paper orders its rows so."""
+    sizes = level_sizes((200, 333))
+    rows = ['H2L2-(2+1)x3', 'H3L1-(6+1)x1', 'H3L1-(3+1)x2', 'H3L1-(2+1)x3']
+    costs = [gflops(lite(row, ffn=1024), sizes) for row in rows] + [gflops(stock(1024), sizes)]
+    assert costs == sorted(costs)
+    assert len(set(costs)) == len(costs)
+
+
+def test_layers_add_up():
+    count = count_flops(lite().eval(), **encoder_inputs(TINY))
+    layers = [count.of(f'layers.{i}') for i in range(6)]
+    assert sum(layers) == count.total == count.of('layers')
+    assert layers[0] == layers[2] < layers[1] == layers[3]
+
+
+@pytest.mark.parametrize('key_aware', [True, False])
+def test_backend_does_not_change_the_count(key_aware):
+    encoder = lite(key_aware=key_aware).eval()
+    counts = set()
+    for backend in ops.backends():
+        if backend.available and backend.name != 'triton':
+            with ops.use_backend(backend.name):
+                counts.add(count_flops(encoder, **encoder_inputs(TINY)).total)
+    assert counts == {formula((3, 1, 2, 3), TINY, key_aware, ffn=2048)}
+
+
+def test_skipping_the_arithmetic_does_not_change_the_count():
+    encoder = lite().eval()
+    inputs = encoder_inputs(TINY)
+    assert count_flops(encoder, **inputs).by_module == (
+        count_flops(encoder, compute=True, **inputs).by_module
+    )
+
+
+class Zoo(nn.Module):
+    """One of every operator that the rule knows, for the independent counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1, groups=1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.bn = nn.BatchNorm2d(8)
+        self.gn = nn.GroupNorm(2, 8)
+        self.ln = nn.LayerNorm(8)
+        self.bare_ln = nn.LayerNorm(8, elementwise_affine=False)
+        self.linear = nn.Linear(8, 5)
+        self.pool = nn.AdaptiveAvgPool2d(2)
+
+    def forward(self, image):
+        x = self.up(self.grouped(self.gn(self.bn(self.conv(image)))))
+        x = nn.functional.interpolate(x, scale_factor=2)
+        x = nn.functional.interpolate(x, scale_factor=2, mode='bilinear')
+        x = nn.functional.grid_sample(x, torch.zeros(x.shape[0], 4, 4, 2), align_corners=False)
+        pooled = self.pool(x).flatten(2).transpose(1, 2)
+        tokens = self.bare_ln(self.ln(x.flatten(2).transpose(1, 2)))
+        attention = torch.bmm(tokens, pooled.transpose(1, 2))
+        return self.linear(torch.matmul(attention, pooled)), self.linear(pooled[0])
+
+
+def test_agrees_with_mmengine():
+    model, image = Zoo().eval(), torch.randn(2, 3, 17, 20)
+    with torch.no_grad():
+        expected = FlopAnalyzer(model, (image,)).total()
+    assert count_flops(model, image).total == expected
+
+
+def test_agrees_with_mmengine_on_the_stock_encoder():
+    inputs = encoder_inputs(TINY)
+    names = list(inputs)
+
+    class Positional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = stock()
+
+        def forward(self, *tensors):
+            return self.encoder(**dict(zip(names, tensors)))
+
+    model = Positional().eval()
+    expected = FlopAnalyzer(model, tuple(inputs.values())).total()
+    assert count_flops(model.encoder, **inputs).total == expected
+
+
+class OneOp(nn.Module):
+    def forward(self, query, value, locations):
+        sizes = [(3, 4), (2, 2)]
+        return ops.key_aware_deform_attn(query, value, value, sizes, locations)
+
+
+def test_fused_op_in_a_traced_graph():
+    """What mmdet's get_flops sees of the fused operator."""
+    if not {b.name: b.available for b in ops.backends()}['cpu']:
+        pytest.skip('the CPU kernels are not built, so no traced graph holds the fused operator')
+    register_flop_handles()
+    inputs = (torch.randn(2, 5, 4, 8), torch.randn(2, 16, 4, 8), torch.rand(2, 5, 4, 2, 3, 2))
+    expected = deform_attn_flops(2 * 5, 4, 2 * 3, 8, key_aware=True)
+    assert count_flops(OneOp(), *inputs).total == expected
+    assert FlopAnalyzer(OneOp(), inputs).total() == expected
+
+
+def test_shared_and_frozen_parameters():
+    layer = nn.Linear(3, 4)
+    layer.bias.requires_grad_(False)
+    assert count_parameters(nn.ModuleList([layer, layer])) == 16
+
+
+@pytest.fixture(scope='module')
+def detector():
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.hub import get_config
+
+    register_all_modules()
+    config = get_config('mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py')
+    return MODELS.build(config.model)
+
+
+def test_detector(detector):
+    report = count_detector(detector, (128, 160))
+    assert report.flops == sum(report.stage_flops.values())
+    assert report.params == sum(report.stage_params.values())
+    assert report.level_tokens == [320, 80, 20, 6]
+    assert sum(report.encoder_layer_flops) == report.stage_flops['encoder']
+    assert (
+        report.stage_flops['encoder']
+        == count_flops(
+            detector.encoder.eval(), **encoder_inputs([(16, 20), (8, 10), (4, 5), (2, 3)])
+        ).total
+    )
+    # 40 M in the paper's table.
+    assert report.params == pytest.approx(40e6, rel=0.01)
+    assert detector.training

@@ -1,6 +1,15 @@
-"""Detectors with a Lite encoder, and H-Deformable-DETR, in mmdet's registry."""
+"""Lite detectors and H-Deformable-DETR, one family a file, in MMDetection's ``MODELS``."""
 
+from .deformable_detr import LiteDeformableDETR
+from .dino import LiteDINO
 from .h_deformable_detr import HDeformableDETR
 from .h_deformable_detr_head import HDeformableDETRHead
+from .lite import LiteDetectorMixin
 
-__all__ = ['HDeformableDETR', 'HDeformableDETRHead']
+__all__ = [
+    'HDeformableDETR',
+    'HDeformableDETRHead',
+    'LiteDINO',
+    'LiteDeformableDETR',
+    'LiteDetectorMixin',
+]

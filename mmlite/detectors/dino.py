@@ -1,0 +1,16 @@
+"""Lite-DINO."""
+
+from __future__ import annotations
+
+from mmdet.models.detectors import DINO
+from mmdet.registry import MODELS
+
+from .lite import LiteDetectorMixin
+
+
+@MODELS.register_module()
+class LiteDINO(LiteDetectorMixin, DINO):
+    """DINO with the interleaved encoder, the paper's main model.
+
+    Arguments are those of MMDetection's ``DINO`` and of :class:`LiteDetectorMixin`.
+    """

@@ -15,7 +15,7 @@ _STACK = {
 
 # MMDetection's registry -> our modules that register something in it.
 _REGISTERED = {
-    'MODELS': ('mmlite.layers', 'mmlite.checkpoints.loading'),
+    'MODELS': ('mmlite.layers', 'mmlite.detectors', 'mmlite.checkpoints.loading'),
 }
 
 

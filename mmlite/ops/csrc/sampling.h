@@ -1,0 +1,155 @@
+// From sampling locations to rows of the feature pyramid and their bilinear weights.
+#ifndef MMLITE_SAMPLING_H
+#define MMLITE_SAMPLING_H
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace MMLITE_ISA {
+
+template <class C>
+using Table = PointTable<C, typename Simd<C>::Int>;
+
+// Where sixteen points fall. Corners are ordered (x0, y0), (x1, y0), (x0, y1), (x1, y1). A corner
+// outside the map has weight zero and the row of a neighbour inside; a point with no corner
+// inside has `inside` zero and must not be read at all.
+template <class C>
+struct Chunk {
+  typedef typename Simd<C>::Int Int;
+  alignas(64) C weight[4][kChunk];
+  alignas(64) Int row[4][kChunk];
+  alignas(64) Int inside[kChunk];
+};
+
+// What the backward pass needs besides.
+template <class C>
+struct Cell {
+  alignas(64) C x[kChunk];  // position between the corners, in [0, 1)
+  alignas(64) C y[kChunk];
+  alignas(64) typename Simd<C>::Int corner_inside[4][kChunk];
+};
+
+// `xy` holds kChunk interleaved locations, `first` is the index of the first in the table.
+template <class C, bool kWithCell = false>
+MMLITE_INLINE void locate(
+    const C* xy, const Table<C>& table, int64_t first, Chunk<C>* chunk, Cell<C>* cell = nullptr) {
+  typedef typename Simd<C>::V V;
+  typedef typename Simd<C>::I I;
+  constexpr int kWidth = Simd<C>::kWidth;
+  const C one = 1;
+  for (int i = 0; i < kChunk; i += kWidth) {
+    const V pair0 = load(xy + 2 * i), pair1 = load(xy + 2 * i + kWidth);
+    const V width = load(table.width + first + i), height = load(table.height + first + i);
+    V x = even(pair0, pair1) * width - C(0.5);
+    V y = odd(pair0, pair1) * height - C(0.5);
+    // False for NaN as well; what is left fits an integer.
+    const I inside = (x > -one) & (x < width) & (y > -one) & (y < height);
+    x = keep<C>(inside, x);
+    y = keep<C>(inside, y);
+    I x0 = __builtin_convertvector(x, I), y0 = __builtin_convertvector(y, I);
+    x0 += x < __builtin_convertvector(x0, V);  // from truncation to floor: a true lane is -1
+    y0 += y < __builtin_convertvector(y0, V);
+    const V fx = x - __builtin_convertvector(x0, V), fy = y - __builtin_convertvector(y0, V);
+
+    I columns, lines, start;
+    memcpy(&columns, table.columns + first + i, sizeof(I));
+    memcpy(&lines, table.lines + first + i, sizeof(I));
+    memcpy(&start, table.start + first + i, sizeof(I));
+    const I has_x0 = (x0 >= 0) & inside, has_y0 = (y0 >= 0) & inside;
+    const I has_x1 = (x0 + 1 < columns) & inside, has_y1 = (y0 + 1 < lines) & inside;
+    const V wx0 = keep<C>(has_x0, one - fx), wx1 = keep<C>(has_x1, fx);
+    const V wy0 = keep<C>(has_y0, one - fy), wy1 = keep<C>(has_y1, fy);
+    store(chunk->weight[0] + i, wx0 * wy0);
+    store(chunk->weight[1] + i, wx1 * wy0);
+    store(chunk->weight[2] + i, wx0 * wy1);
+    store(chunk->weight[3] + i, wx1 * wy1);
+
+    const I left = x0 & has_x0, right = x0 - has_x1;  // both clamped into the map
+    const I line0 = start + (y0 & has_y0) * columns, line1 = start + (y0 - has_y1) * columns;
+    const I row0 = line0 + left, row1 = line0 + right, row2 = line1 + left, row3 = line1 + right;
+    memcpy(chunk->row[0] + i, &row0, sizeof(I));
+    memcpy(chunk->row[1] + i, &row1, sizeof(I));
+    memcpy(chunk->row[2] + i, &row2, sizeof(I));
+    memcpy(chunk->row[3] + i, &row3, sizeof(I));
+    memcpy(chunk->inside + i, &inside, sizeof(I));
+    if (kWithCell) {
+      store(cell->x + i, fx);
+      store(cell->y + i, fy);
+      const I has0 = has_x0 & has_y0, has1 = has_x1 & has_y0;
+      const I has2 = has_x0 & has_y1, has3 = has_x1 & has_y1;
+      memcpy(cell->corner_inside[0] + i, &has0, sizeof(I));
+      memcpy(cell->corner_inside[1] + i, &has1, sizeof(I));
+      memcpy(cell->corner_inside[2] + i, &has2, sizeof(I));
+      memcpy(cell->corner_inside[3] + i, &has3, sizeof(I));
+    }
+  }
+}
+
+// `count` numbers of any dtype as compute type, the rest of `to` filled up.
+template <class C, class T>
+inline void widen_all(const T* from, int count, C fill, int size, C* to) {
+  for (int i = 0; i < count; ++i) to[i] = widen(from[i]);
+  for (int i = count; i < size; ++i) to[i] = fill;
+}
+
+// `size` numbers from `offset` on, of which `count` exist; copied to `buffer` only where the
+// tensor does not hold them ready for use.
+template <class C>
+MMLITE_INLINE const C* points_of(
+    const void* data, int32_t dtype, int64_t offset, int count, C fill, int size, C* buffer) {
+  const bool same = dtype == (sizeof(C) == 8 ? kFloat64 : kFloat32);
+  const C* ready = static_cast<const C*>(data) + offset;
+  if (same && count == size) return ready;
+  if (same) {
+    widen_all(ready, count, fill, size, buffer);
+  } else if (dtype == kBfloat16) {
+    widen_all(static_cast<const bfloat16*>(data) + offset, count, fill, size, buffer);
+  } else {
+    widen_all(static_cast<const float16*>(data) + offset, count, fill, size, buffer);
+  }
+  return buffer;
+}
+
+// A row of D numbers as vectors in registers. kVectors fixes D at compile time to that many full
+// vectors; with kVectors = 0 it is known at run time and the last vector may be partial.
+template <class C, int kVectors>
+struct Row {
+  typedef typename Simd<C>::V V;
+  static constexpr int kWidth = Simd<C>::kWidth;
+  static constexpr int kCapacity = kVectors ? kVectors : kMaxDim / kWidth;
+  int full;     // whole vectors
+  int rest;     // numbers in the last, partial vector
+  int vectors;  // all of them
+
+  MMLITE_INLINE explicit Row(int64_t dim)
+      : full(kVectors ? kVectors : static_cast<int>(dim) / kWidth),
+        rest(kVectors ? 0 : static_cast<int>(dim) % kWidth),
+        vectors(full + (rest != 0)) {}
+
+  template <class T>
+  MMLITE_INLINE V get(const T* from, int v) const {
+    return kVectors || v < full ? load(from + v * kWidth) : load_head<C>(from + v * kWidth, rest);
+  }
+
+  template <class T>
+  MMLITE_INLINE void put(T* to, int v, V x) const {
+    store_head<C>(to + v * kWidth, x, kVectors || v < full ? kWidth : rest);
+  }
+  MMLITE_INLINE void put(C* to, int v, V x) const {
+    if (kVectors || v < full) {
+      store(to + v * kWidth, x);
+    } else {
+      store_head<C>(to + v * kWidth, x, rest);
+    }
+  }
+};
+
+template <class T>
+MMLITE_INLINE T* row_of(const Rows& rows, int64_t batch, int64_t row, int64_t head) {
+  return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride +
+         head * rows.head_stride;
+}
+
+}  // namespace MMLITE_ISA
+
+#endif

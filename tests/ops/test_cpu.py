@@ -1,0 +1,383 @@
+"""The fused CPU kernels against the PyTorch formulation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmlite import ops
+from mmlite.ops import cpu, library
+
+AVAILABLE, REASON = cpu.status()
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
+
+PYRAMID = ((7, 9), (4, 5), (2, 3), (1, 1))
+VARIANTS = ('shared key', 'key apart', 'standard')
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.fixture(params=cpu.isas(), autouse=True)
+def isa(request):
+    with cpu.use_isa(request.param):
+        yield request.param
+
+
+class Case:
+    """Random inputs of one operator variant; locations reach beyond the border of the maps."""
+
+    def __init__(
+        self,
+        variant: str,
+        shapes: Sequence[tuple[int, int]] = PYRAMID,
+        batch: int = 2,
+        queries: int = 11,
+        heads: int = 3,
+        dim: int = 32,
+        points: int = 4,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
+        self.variant = variant
+        self.spatial_shapes = torch.tensor(shapes)
+        generator = torch.Generator().manual_seed(seed)
+        tokens, levels = sum(h * w for h, w in shapes), len(shapes)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        locations = torch.rand(batch, queries, heads, levels, points, 2, generator=generator)
+        locations = locations * 1.6 - 0.3
+        self.inputs = {'value': normal(batch, tokens, heads, dim), 'locations': locations.to(dtype)}
+        if variant == 'standard':
+            weights = torch.rand(batch, queries, heads, levels, points, generator=generator)
+            self.inputs['weights'] = weights.to(dtype)
+        else:
+            self.inputs['query'] = normal(batch, queries, heads, dim)
+        if variant == 'key apart':
+            self.inputs['key'] = normal(batch, tokens, heads, dim)
+        self.grad_output = normal(batch, queries, heads * dim)
+
+    def call(self, inputs: dict[str, Tensor]) -> Tensor:
+        value, locations = inputs['value'], inputs['locations']
+        if self.variant == 'standard':
+            return ops.ms_deform_attn(value, self.spatial_shapes, locations, inputs['weights'])
+        key = inputs.get('key', value)
+        return ops.key_aware_deform_attn(
+            inputs['query'], key, value, self.spatial_shapes, locations
+        )
+
+    def run(self, backend: str, widen: bool = False) -> dict[str, Tensor]:
+        """Output and all gradients, by name."""
+        inputs = {
+            name: (tensor.float() if widen else tensor).detach().requires_grad_()
+            for name, tensor in self.inputs.items()
+        }
+        with ops.use_backend(backend):
+            output = self.call(inputs)
+            grads = torch.autograd.grad(output, list(inputs.values()), self.grad_output.to(output))
+        return {'output': output.detach(), **dict(zip(inputs, grads))}
+
+    def check(self, rtol: float = 1e-5, grad_rtol: float = 1e-4) -> None:
+        self.compare(self.run('cpu'), self.run('reference'), rtol, grad_rtol)
+
+    @staticmethod
+    def compare(
+        actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, grad_rtol: float
+    ) -> None:
+        for name, wanted in expected.items():
+            error = (actual[name].double() - wanted.double()).abs().max()
+            allowed = (rtol if name == 'output' else grad_rtol) * wanted.double().abs().max()
+            assert error <= allowed, f'{name}: {error:.2e} > {allowed:.2e}'
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('dim', [8, 12, 16, 17, 24, 32, 33, 48, 63, 64, 100])
+def test_head_dims(variant, dim):
+    Case(variant, dim=dim).check()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(
+    'shapes', [((1, 1),), ((1, 7), (5, 1)), ((13, 11), (1, 1), (2, 2)), ((3, 2),) * 5]
+)
+@pytest.mark.parametrize('points', [1, 3, 4, 8])
+def test_levels_and_points(variant, shapes, points):
+    Case(variant, shapes=shapes, points=points, dim=16).check()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('queries', [1, 63, 64, 65, 200])
+@pytest.mark.parametrize(('batch', 'heads'), [(1, 1), (3, 8)])
+def test_queries_batches_heads(variant, queries, batch, heads):
+    Case(variant, queries=queries, batch=batch, heads=heads, dim=8).check()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('dim', [16, 20, 32])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision(variant, dim, dtype):
+    """Computed in float32 and rounded once, output and gradients alike."""
+    case = Case(variant, dim=dim, dtype=dtype)
+    actual, expected = case.run('cpu'), case.run('reference', widen=True)
+    assert {tensor.dtype for tensor in actual.values()} == {dtype}
+    rounding = 0.5 * torch.finfo(dtype).eps
+    case.compare(actual, expected, 1.01 * rounding, 1.01 * rounding)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_half_precision_with_float32_points(variant):
+    case = Case(variant, dtype=torch.bfloat16)
+    case.inputs['locations'] = case.inputs['locations'].float() + 1e-3
+    actual, expected = case.run('cpu'), case.run('reference', widen=True)
+    assert actual['locations'].dtype == torch.float32
+    case.compare(actual, expected, 4e-3, 4e-3)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_float64(variant):
+    Case(variant, dtype=torch.float64).check(1e-12, 1e-12)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('points', [2, 9])  # with 9, a head has more points than one chunk
+def test_gradcheck(variant, points):
+    case = Case(variant, ((3, 4), (1, 2)), 1, 3, 2, 5, points, torch.float64, seed=3)
+    names = list(case.inputs)
+    tensors = [tensor.requires_grad_() for tensor in case.inputs.values()]
+    with ops.use_backend('cpu'):
+        assert torch.autograd.gradcheck(lambda *t: case.call(dict(zip(names, t))), tensors)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_any_strides(variant):
+    """Views of wider, transposed and expanded tensors give what their copies give."""
+    case = Case(variant)
+    expected = case.run('reference')
+    for name, tensor in case.inputs.items():
+        if name in ('locations', 'weights'):
+            case.inputs[name] = tensor.transpose(0, 1).contiguous().transpose(0, 1)
+        elif name == 'query':
+            case.inputs[name] = torch.cat([tensor, tensor], -2)[:, :, : tensor.shape[2]]
+        else:
+            case.inputs[name] = tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+    case.compare(case.run('cpu'), expected, 1e-5, 1e-4)
+
+    case.inputs['locations'] = case.inputs['locations'].flip(-1).contiguous().flip(-1)
+    case.inputs['value'] = case.inputs['value'][:, :, :1].expand(-1, -1, 3, -1)
+    case.grad_output = case.grad_output[:1, :1].expand_as(case.grad_output)
+    case.check()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('wild', [float('nan'), float('inf'), -float('inf'), 1e30, -1e30, 5.0])
+def test_wild_locations_count_as_outside(variant, wild):
+    case = Case(variant, points=5)
+    locations = case.inputs['locations']
+    locations[:, 0] = wild
+    locations[:, 1, :, :, ::2, 0] = wild
+    locations[:, 2, :, 1, 1, 1] = wild
+    case.check()
+    grad = case.run('cpu')['locations']
+    assert grad.isfinite().all() and not grad[:, 0].any()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_rows_not_sampled_are_not_read(variant):
+    """A row that no point touches may hold anything."""
+    case = Case(variant, ((4, 4),), 1, 7, 1, 32, 4)
+    case.inputs['locations'] = case.inputs['locations'].clamp(-0.2, 0.3)
+    case.inputs['locations'][0, 0] = -3
+    expected = case.run('reference')
+    for name in ('value', 'key'):
+        if name in case.inputs:
+            case.inputs[name][0, 12:] = float('nan')
+    actual = case.run('cpu')
+    case.compare(actual, expected, 1e-5, 1e-4)
+
+
+def test_borders_and_pixel_centres():
+    """Locations exactly on pixel centres, on the borders, and one step beyond them."""
+    case = Case('shared key', ((4, 8),), 1, 12 * 20, 1, 16, 1)
+    y, x = torch.meshgrid(torch.arange(-4, 8) / 8, torch.arange(-4, 16) / 16, indexing='ij')
+    case.inputs['locations'] = torch.stack([x, y], -1).view(1, -1, 1, 1, 1, 2) * 1.0
+    with ops.use_backend('cpu'):
+        actual = case.call(case.inputs)
+    with ops.use_backend('reference'):
+        torch.testing.assert_close(actual, case.call(case.inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('variant', ['shared key', 'key apart'])
+def test_large_logits(variant):
+    """The softmax neither overflows nor loses the small weights, over several chunks."""
+    case = Case(variant, points=11)
+    case.inputs['query'] = case.inputs['query'] * 200
+    case.check()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_nan_reaches_the_output(variant):
+    case = Case(variant, batch=1, heads=1)
+    case.inputs['value'][:] = float('nan')
+    assert case.run('cpu')['output'].isnan().any()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_same_bits_on_any_number_of_threads(variant, dtype):
+    case = Case(variant, queries=150, dtype=dtype)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5, 1):
+            torch.set_num_threads(count)
+            results.append(case.run('cpu'))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        for name, tensor in result.items():
+            assert torch.equal(tensor, results[0][name]), name
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_opcheck(variant):
+    if not hasattr(torch.library, 'opcheck'):
+        pytest.skip('torch.library.opcheck came with torch 2.4')
+    case = Case(variant, batch=1)
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.inputs.items()}
+    value, locations = tensors['value'], tensors['locations']
+    if variant == 'standard':
+        op = torch.ops.mmlite.ms_deform_attn
+        args = (value, case.spatial_shapes, locations, tensors['weights'])
+    else:
+        op = torch.ops.mmlite.key_aware_deform_attn
+        args = (tensors['query'], tensors.get('key'), value, case.spatial_shapes, locations)
+    torch.library.opcheck(op.default, args)
+    backward = getattr(torch.ops.mmlite, op.__name__ + '_backward').default
+    detached = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+    torch.library.opcheck(backward, (case.grad_output, *detached))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_compile_fullgraph(variant, isa):
+    if isa != cpu.isas()[-1]:
+        pytest.skip('the graph is the same for every instruction set')
+    case = Case(variant)
+    expected = case.run('cpu')
+    eager_call = case.call
+    case.call = torch.compile(eager_call, fullgraph=True, backend='aot_eager')
+    case.compare(case.run('cpu'), expected, 0, 0)
+
+
+def test_operator_refuses_shapes_that_do_not_fit():
+    """The operator checks again: a compiled graph calls it without the checks in front of it."""
+    case = Case('shared key')
+    inputs = case.inputs
+    for wrong in ([(7, 9)], [(7, 9), (4, 5), (2, 3), (1, 2)], [(2**40, 2**40)] * 4, [(-7, -9)] * 4):
+        with pytest.raises(ValueError, match='spatial_shapes'):
+            library.key_aware_deform_attn(
+                inputs['query'],
+                None,
+                inputs['value'],
+                torch.tensor(wrong),
+                inputs['locations'][:, :, :, : len(wrong)],
+            )
+
+
+def test_no_queries():
+    case = Case('shared key', queries=0)
+    assert case.run('cpu')['output'].shape == (2, 0, 96)
+
+
+def test_concurrent_calls():
+    cases = [Case(variant, queries=100, seed=seed) for seed in range(3) for variant in VARIANTS]
+    expected = [case.run('cpu') for case in cases]
+    failures = []
+
+    def repeat(case: Case, wanted: dict[str, Tensor]) -> None:
+        for _ in range(5):
+            for name, tensor in case.run('cpu').items():
+                if not torch.equal(tensor, wanted[name]):
+                    failures.append(name)
+
+    threads = [threading.Thread(target=repeat, args=pair) for pair in zip(cases, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_after_fork(tmp_path):
+    """A child of a process that has used its threads can call the kernels on several threads."""
+    code = """
+import os, torch
+from mmlite import ops
+torch.set_num_threads(2)
+value = torch.randn(1, 12, 2, 16)
+query = torch.randn(1, 300, 2, 16)
+locations = torch.rand(1, 300, 2, 1, 4, 2)
+with ops.use_backend('cpu'):
+    call = lambda: ops.key_aware_deform_attn(query, value, value, [(3, 4)], locations)
+    expected = call()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if (call() - expected).numpy().any() == False else 1)
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
+
+
+def test_data_loader_workers():
+    class Dataset(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> Tensor:
+            return Case('shared key', seed=index).run('cpu')['output']
+
+    loaded = list(torch.utils.data.DataLoader(Dataset(), batch_size=None, num_workers=2))
+    for index, output in enumerate(loaded):
+        assert torch.equal(output, Dataset()[index])
+
+
+def test_threads_are_those_of_torch():
+    """No threads appear beside torch's own."""
+    if not sys.platform.startswith('linux'):
+        pytest.skip('counts threads in /proc')
+    code = """
+import os, torch
+from mmlite import ops
+torch.set_num_threads(2)
+torch.randn(1 << 20).mul(2.0)
+before = len(os.listdir('/proc/self/task'))
+value = torch.randn(1, 12, 2, 16)
+locations = torch.rand(1, 300, 2, 1, 4, 2)
+with ops.use_backend('cpu'):
+    ops.ms_deform_attn(value, [(3, 4)], locations, torch.rand(1, 300, 2, 1, 4))
+assert len(os.listdir('/proc/self/task')) == before, (before, os.listdir('/proc/self/task'))
+"""
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
+
+
+def test_status_names_the_instruction_set(isa):
+    assert cpu.status() == (True, f'{isa} kernels on {torch.get_num_threads()} threads')
+
+
+def test_unknown_isa():
+    with pytest.raises(ValueError, match='isa must be one of'), cpu.use_isa('mmx'):
+        pass
+
+
+def test_serves():
+    assert cpu.serves(torch.zeros(1, 1, 1, 64))
+    assert not cpu.serves(torch.zeros(1, 1, 1, 257))
+    assert not cpu.serves(torch.zeros(1, 1, 1, 64, dtype=torch.complex64))
+    assert not cpu.serves(torch.zeros(1, 1, 1, 64, device='meta'))

@@ -1,0 +1,3 @@
+_base_ = 'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py'
+custom_imports = dict(imports=['mmlite'])
+model = dict(type='LiteDINO', encoder=dict(schedule='H3L1-(2+1)x3'))

@@ -1,0 +1,3 @@
+_base_ = '../dino/dino-4scale_swin-t_8xb2-36e_coco.py'
+custom_imports = dict(imports=['mmlite'])
+model = dict(type='LiteDINO', encoder=dict(schedule='H3L1-(6+1)x1'))

@@ -1,0 +1,58 @@
+"""Every config that ships builds the model that its name says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+
+import mmlite  # noqa: F401  (registers the detectors)
+
+register_all_modules()
+CONFIGS = Path(__file__).parents[1] / 'configs'
+FILES = sorted(CONFIGS.glob('*/*.py'))
+
+
+def names(files):
+    return [f'{path.parent.name}/{path.stem}' for path in files]
+
+
+@pytest.mark.parametrize('path', FILES, ids=names(FILES))
+def test_builds_what_its_name_says(path):
+    config = Config.fromfile(path)
+    backbone = config.model.backbone
+    if backbone.type == 'SwinTransformer':
+        backbone.depths = [1, 1, 1, 1]  # the full one takes seconds to build
+    model = MODELS.build(config.model)
+
+    schedule = re.search(r'_h(\d)l(\d)-(\d)p1x(\d)', path.stem)
+    if schedule is None:
+        assert not hasattr(model.encoder, 'schedule')
+    else:
+        assert str(model.encoder.schedule) == 'H{}L{}-({}+1)x{}'.format(*schedule.groups())
+        assert len(model.encoder.layers) == (9 if '-sequential' in path.stem else 6)
+        assert model.encoder.key_aware == ('-no-kda' not in path.stem)
+        assert model.encoder.small_ffn == ('-no-small-ffn' not in path.stem)
+    scales = re.search(r'(\d)scale', path.stem)
+    if scales is not None:
+        assert model.num_feature_levels == int(scales.group(1))
+    epochs = re.search(r'-(\d+)e_', path.stem)
+    if epochs is not None:
+        assert config.train_cfg.max_epochs == int(epochs.group(1))
+    for name in ('swin-t', 'swin-l'):
+        if name in path.stem:
+            assert backbone.type == 'SwinTransformer'
+
+
+@pytest.mark.parametrize('folder', sorted({path.parent for path in FILES}), ids=lambda p: p.name)
+def test_metafile_and_readme_know_every_config(folder):
+    files = {path.stem for path in folder.glob('*.py')}
+    metafile = yaml.safe_load((folder / 'metafile.yml').read_text())
+    assert {model['Name'] for model in metafile['Models']} == files
+    for model in metafile['Models']:
+        assert (CONFIGS.parent / model['Config']).stem == model['Name']
+    readme = (folder / 'README.md').read_text()
+    assert {Path(link).stem for link in re.findall(r'\((\S+\.py)\)', readme)} >= files

@@ -106,11 +106,12 @@ class _KeyAwareDeformAttn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        key = ctx.saved_tensors[1]
+        # Read once: activation checkpointing recomputes at the first look and refuses a second.
+        saved = ctx.saved_tensors
         grad_query, grad_key, grad_value, grad_locations = (
-            torch.ops.mmlite.key_aware_deform_attn_backward(grad_output, *ctx.saved_tensors)
+            torch.ops.mmlite.key_aware_deform_attn_backward(grad_output, *saved)
         )
-        return grad_query, None if key is None else grad_key, grad_value, None, grad_locations
+        return grad_query, None if saved[1] is None else grad_key, grad_value, None, grad_locations
 
 
 class _MsDeformAttn(torch.autograd.Function):

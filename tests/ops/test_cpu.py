@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from mmlite import ops
@@ -272,6 +273,15 @@ def test_compile_fullgraph(variant, isa):
     expected = case.run('cpu')
     eager_call = case.call
     case.call = torch.compile(eager_call, fullgraph=True, backend='aot_eager')
+    case.compare(case.run('cpu'), expected, 0, 0)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_activation_checkpointing(variant):
+    case = Case(variant)
+    expected = case.run('cpu')
+    call = case.call
+    case.call = lambda inputs: torch.utils.checkpoint.checkpoint(call, inputs, use_reentrant=False)
     case.compare(case.run('cpu'), expected, 0, 0)
 
 

@@ -2,7 +2,7 @@
 
 from .deformable_detr import LiteDeformableDETR
 from .dino import LiteDINO
-from .h_deformable_detr import HDeformableDETR
+from .h_deformable_detr import HDeformableDETR, LiteHDeformableDETR
 from .h_deformable_detr_head import HDeformableDETRHead
 from .lite import LiteDetectorMixin
 
@@ -12,4 +12,5 @@ __all__ = [
     'LiteDINO',
     'LiteDeformableDETR',
     'LiteDetectorMixin',
+    'LiteHDeformableDETR',
 ]

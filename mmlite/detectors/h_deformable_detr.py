@@ -7,6 +7,8 @@ from mmdet.models.detectors import DeformableDETR
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
+from .lite import LiteDetectorMixin
+
 
 @MODELS.register_module()
 class HDeformableDETR(DeformableDETR):
@@ -161,3 +163,11 @@ class HDeformableDETR(DeformableDETR):
             reg_branches=self.bbox_head.reg_branches,
         )
         return dict(hidden_states=hidden_states, references=[reference_points, *references])
+
+
+@MODELS.register_module()
+class LiteHDeformableDETR(LiteDetectorMixin, HDeformableDETR):
+    """H-Deformable-DETR with the interleaved encoder.
+
+    Arguments are those of :class:`HDeformableDETR` and of :class:`LiteDetectorMixin`.
+    """

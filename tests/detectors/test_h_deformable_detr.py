@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ from mmdet.models.layers import inverse_sigmoid
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from mmengine.structures import InstanceData
 from scipy.optimize import linear_sum_assignment
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmlite.detectors  # noqa: F401
+import mmlite  # noqa: F401
 
 register_all_modules(init_default_scope=True)
+CONFIGS = Path(__file__).parents[2] / 'configs/h_deformable_detr'
 
 NUM_QUERIES, NUM_ONE2MANY, NUM_CLASSES, NUM_LAYERS = 6, 9, 5, 3
 CANVAS = (64, 96)
@@ -448,3 +451,36 @@ def test_says_when_an_image_is_too_small_for_its_queries():
     model = build(config(num_one2many_queries=1500)).train()
     with pytest.raises(ValueError, match='1506 queries need as many tokens'):
         model.forward_transformer(pyramid(), samples())
+
+
+@pytest.mark.parametrize('changes', [dict(key_aware=True), dict(key_aware=False, small_ffn=False)])
+def test_lite(changes):
+    model_config = config(64, type='LiteHDeformableDETR')
+    model_config['encoder'].update(schedule='H3L1-(2+1)x1', **changes)
+    model = build(model_config)
+    batch, feats = samples(), pyramid(64)
+    expected_logits, expected_boxes, _, _ = plain_forward(model, feats, batch)
+    logits, boxes = forward(model, feats, batch)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(boxes, expected_boxes, atol=1e-5, rtol=1e-5)
+
+    losses = model.train().loss(images(), batch)
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        if not name.startswith('backbone'):
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize('name', ['h-deformable-detr', 'deformable-detr-tricks'])
+def test_configs_follow_the_paper(name):
+    config = Config.fromfile(CONFIGS / f'{name}_r50_8xb2-12e_coco.py')
+    model = MODELS.build(config.model)
+    assert model.num_queries == 300
+    assert model.num_one2many_queries == (1500 if name.startswith('h-') else 0)
+    assert model.bbox_head.one2many_repeats == 6
+    assert model.bbox_head.one2many_weight == 1
+    assert model.neck.convs[0].conv.bias is not None
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        assert not any(m.p for m in layer.modules() if isinstance(m, torch.nn.Dropout))
+        assert layer.ffn.feedforward_channels == 2048
+    assert not any(layer.self_attn.attn.dropout for layer in model.decoder.layers)

@@ -1,0 +1,3 @@
+_base_ = '../h_deformable_detr/h-deformable-detr_swin-t_8xb2-36e_coco.py'
+
+model = dict(type='LiteHDeformableDETR', encoder=dict(schedule='H3L1-(2+1)x3'))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before
+# anything imports Triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')
 
 SHARED = Path(__file__).parents[2] / 'shared'
 

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 
+import operator_cases
 import pytest
 import torch
 import torch.utils.checkpoint
+from operator_cases import VARIANTS
 from torch import Tensor
 
 from mmlite import ops
@@ -19,10 +20,6 @@ from mmlite.ops import cpu, library
 AVAILABLE, REASON = cpu.status()
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
 
-PYRAMID = ((7, 9), (4, 5), (2, 3), (1, 1))
-VARIANTS = ('shared key', 'key apart', 'standard')
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 @pytest.fixture(params=cpu.isas(), autouse=True)
 def isa(request):
@@ -30,72 +27,9 @@ def isa(request):
         yield request.param
 
 
-class Case:
-    """Random inputs of one operator variant; locations reach beyond the border of the maps."""
-
-    def __init__(
-        self,
-        variant: str,
-        shapes: Sequence[tuple[int, int]] = PYRAMID,
-        batch: int = 2,
-        queries: int = 11,
-        heads: int = 3,
-        dim: int = 32,
-        points: int = 4,
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-    ):
-        self.variant = variant
-        self.spatial_shapes = torch.tensor(shapes)
-        generator = torch.Generator().manual_seed(seed)
-        tokens, levels = sum(h * w for h, w in shapes), len(shapes)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator).to(dtype)
-
-        locations = torch.rand(batch, queries, heads, levels, points, 2, generator=generator)
-        locations = locations * 1.6 - 0.3
-        self.inputs = {'value': normal(batch, tokens, heads, dim), 'locations': locations.to(dtype)}
-        if variant == 'standard':
-            weights = torch.rand(batch, queries, heads, levels, points, generator=generator)
-            self.inputs['weights'] = weights.to(dtype)
-        else:
-            self.inputs['query'] = normal(batch, queries, heads, dim)
-        if variant == 'key apart':
-            self.inputs['key'] = normal(batch, tokens, heads, dim)
-        self.grad_output = normal(batch, queries, heads * dim)
-
-    def call(self, inputs: dict[str, Tensor]) -> Tensor:
-        value, locations = inputs['value'], inputs['locations']
-        if self.variant == 'standard':
-            return ops.ms_deform_attn(value, self.spatial_shapes, locations, inputs['weights'])
-        key = inputs.get('key', value)
-        return ops.key_aware_deform_attn(
-            inputs['query'], key, value, self.spatial_shapes, locations
-        )
-
-    def run(self, backend: str, widen: bool = False) -> dict[str, Tensor]:
-        """Output and all gradients, by name."""
-        inputs = {
-            name: (tensor.float() if widen else tensor).detach().requires_grad_()
-            for name, tensor in self.inputs.items()
-        }
-        with ops.use_backend(backend):
-            output = self.call(inputs)
-            grads = torch.autograd.grad(output, list(inputs.values()), self.grad_output.to(output))
-        return {'output': output.detach(), **dict(zip(inputs, grads))}
-
+class Case(operator_cases.Case):
     def check(self, rtol: float = 1e-5, grad_rtol: float = 1e-4) -> None:
         self.compare(self.run('cpu'), self.run('reference'), rtol, grad_rtol)
-
-    @staticmethod
-    def compare(
-        actual: dict[str, Tensor], expected: dict[str, Tensor], rtol: float, grad_rtol: float
-    ) -> None:
-        for name, wanted in expected.items():
-            error = (actual[name].double() - wanted.double()).abs().max()
-            allowed = (rtol if name == 'output' else grad_rtol) * wanted.double().abs().max()
-            assert error <= allowed, f'{name}: {error:.2e} > {allowed:.2e}'
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

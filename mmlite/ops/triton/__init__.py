@@ -1,0 +1,324 @@
+"""Fused GPU kernels in Triton.
+
+Here the kernels are launched and registered; :mod:`.kernels` holds the device code and
+:mod:`.tuning` chooses the launch configuration. Triton is imported at the first call.
+docs/kernels-gpu.md explains the design.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import library
+from .tuning import Config, candidates, tuned
+
+_MINIMUM_TRITON = (3, 0)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INT32_ELEMENTS = 2**31
+
+
+def status() -> tuple[bool, str]:
+    """Whether the kernels run here, and what runs or why not."""
+    if find_spec('triton') is None:
+        return False, 'Triton is not installed'
+    import triton
+
+    version = triton.__version__
+    if tuple(int(part) for part in version.split('.')[:2]) < _MINIMUM_TRITON:
+        return False, f'Triton {version} is too old; 3.0, which comes with PyTorch 2.4, is needed'
+    if not torch.cuda.is_available():
+        return False, f'Triton {version} is installed, but PyTorch sees no CUDA device'
+    return True, f'Triton {version} on {torch.cuda.get_device_name()}'
+
+
+@functools.cache
+def _can_launch() -> bool:
+    return status()[0]
+
+
+def serves(value: Tensor) -> bool:
+    """Whether this backend takes a call with such a ``value``."""
+    return value.is_cuda and value.dtype in _DTYPES and _can_launch()
+
+
+def key_aware_deform_attn(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    sampling_locations: Tensor,
+) -> Tensor:
+    """Key-aware deformable attention, forward; see :func:`mmlite.ops.key_aware_deform_attn`."""
+    return _forward(query, key, value, spatial_shapes, sampling_locations, None)
+
+
+def key_aware_deform_attn_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    sampling_locations: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and sampling_locations.
+
+    The key's is empty where ``key`` is ``None``.
+    """
+    grad_query, grad_key, grad_value, grad_locations, _ = _backward(
+        grad_output, query, key, value, spatial_shapes, sampling_locations, None
+    )
+    if grad_key is None:
+        grad_key = value.new_empty(0)
+    return grad_query, grad_key, grad_value, grad_locations
+
+
+def ms_deform_attn(
+    value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+) -> Tensor:
+    """Multi-scale deformable attention, forward; see :func:`mmlite.ops.ms_deform_attn`."""
+    return _forward(None, None, value, spatial_shapes, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of value, sampling_locations and attention_weights."""
+    _, _, grad_value, grad_locations, grad_weights = _backward(
+        grad_output, None, None, value, spatial_shapes, sampling_locations, attention_weights
+    )
+    return grad_value, grad_locations, grad_weights
+
+
+for _operator in (
+    key_aware_deform_attn,
+    key_aware_deform_attn_backward,
+    ms_deform_attn,
+    ms_deform_attn_backward,
+):
+    library.implement(_operator.__name__, 'CUDA', _operator)
+
+
+class _Problem(NamedTuple):
+    """The sizes of a call, and what follows from them for a launch."""
+
+    batch: int
+    tokens: int
+    queries: int
+    heads: int
+    levels: int
+    points: int
+    dim: int
+
+    @classmethod
+    def of(cls, value: Tensor, sampling_locations: Tensor) -> _Problem:
+        batch, tokens, heads, dim = value.shape
+        queries, levels, points = (sampling_locations.shape[i] for i in (1, 3, 4))
+        return cls(batch, tokens, queries, heads, levels, points, dim)
+
+    @property
+    def rows(self) -> int:
+        """Feature vectors: one for every image, head and token."""
+        return self.batch * self.heads * self.tokens
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Points and channels of a tile: powers of two, as Triton's blocks must be."""
+        return _power_of_two(self.points), _power_of_two(self.dim)
+
+    def grid(self, config: Config) -> tuple[int]:
+        blocks = -(-self.queries // config.block_q)
+        return (self.batch * self.heads * blocks,)
+
+    def arguments(self, config: Config) -> dict:
+        """The arguments that both kernels share."""
+        import triton.language as tl
+
+        points, dim = self.padded
+        return dict(
+            scale=self.dim**-0.5,
+            num_queries=self.queries,
+            num_tokens=self.tokens,
+            num_heads=self.heads,
+            L=self.levels,
+            P=self.points,
+            D=self.dim,
+            POINTS=points,
+            DIM=dim,
+            BLOCK_Q=config.block_q,
+            INDEX=tl.int32 if self.tokens * self.heads * self.dim < _INT32_ELEMENTS else tl.int64,
+            num_warps=config.num_warps,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+
+    def tuning_key(self) -> tuple[int, ...]:
+        """Sizes that a configuration may depend on; the amount of work to a power of two."""
+        pairs = self.batch * self.queries * self.heads
+        return self.levels, self.points, self.dim, pairs.bit_length()
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _forward(query, key, value, spatial_shapes, sampling_locations, attention_weights) -> Tensor:
+    """Both forwards: key-aware where there is a query, else with the weights given."""
+    from . import kernels
+
+    tensors = (query, key, value, spatial_shapes, sampling_locations, attention_weights)
+    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+    problem = _Problem.of(value, sampling_locations)
+
+    def run(config: Config) -> Tensor:
+        output = value.new_empty(problem.batch, problem.queries, problem.heads * problem.dim)
+        if output.numel():
+            kernels.forward[problem.grid(config)](
+                *tensors,
+                output,
+                KEY_AWARE=query is not None,
+                KEY_IS_VALUE=key is None,
+                **problem.arguments(config),
+            )
+        return output
+
+    with torch.cuda.device_of(value):
+        return tuned(
+            run,
+            ('forward', *_kinds(query, key, value, sampling_locations), *problem.tuning_key()),
+            candidates(*problem.padded),
+        )
+
+
+def _backward(
+    grad_output, query, key, value, spatial_shapes, sampling_locations, attention_weights
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Both backwards: the gradients of query, key, value, sampling_locations, attention_weights.
+
+    None where there is no such input.
+    """
+    from . import kernels
+
+    tensors = (grad_output, query, key, value, spatial_shapes, sampling_locations)
+    tensors = [None if t is None else t.contiguous() for t in (*tensors, attention_weights)]
+    problem = _Problem.of(value, sampling_locations)
+    ordered = torch.are_deterministic_algorithms_enabled()
+
+    def run(config: Config):
+        grad_query = _empty_like(query)
+        grad_locations = _empty_like(sampling_locations)
+        grad_weights = _empty_like(attention_weights)
+        if ordered:
+            grad_key, grad_value = _empty_like(key), _empty_like(value)
+            summands = _empty_summands(problem, value.device)
+        else:  # atomics add up in float32 whatever the dtype
+            grad_key, grad_value = _float32_zeros_like(key), _float32_zeros_like(value)
+            summands = (None,) * 4
+        if grad_locations.numel():
+            kernels.backward[problem.grid(config)](
+                *tensors,
+                grad_query,
+                grad_key,
+                grad_value,
+                grad_locations,
+                grad_weights,
+                *summands,
+                num_rows=problem.rows,
+                KEY_AWARE=query is not None,
+                KEY_IS_VALUE=key is None,
+                ORDERED=ordered,
+                **problem.arguments(config),
+            )
+        if ordered:
+            _sum_in_order(problem, tensors[0], tensors[1], summands, grad_key, grad_value)
+        if grad_key is not None:
+            grad_key = grad_key.to(key.dtype)
+        return grad_query, grad_key, grad_value.to(value.dtype), grad_locations, grad_weights
+
+    with torch.cuda.device_of(value):
+        return tuned(
+            run,
+            ('backward', *_kinds(query, key, value, sampling_locations), *problem.tuning_key()),
+            candidates(*problem.padded),
+        )
+
+
+def _empty_summands(problem: _Problem, device: torch.device) -> tuple[Tensor, ...]:
+    """What the deterministic backward writes instead of adding.
+
+    Two coefficients of every point, one for the output's gradient and one for the query, and the
+    row and the bilinear weight of each of the point's four pixels.
+    """
+    points = problem.batch * problem.queries * problem.heads * problem.levels * problem.points
+    rows_dtype = torch.int32 if problem.rows < 2**31 else torch.int64
+    return (
+        torch.empty(points, device=device),
+        torch.empty(points, device=device),
+        torch.empty(4 * points, device=device, dtype=rows_dtype),
+        torch.empty(4 * points, device=device),
+    )
+
+
+def _sum_in_order(
+    problem: _Problem,
+    grad_output: Tensor,
+    query: Tensor | None,
+    summands: tuple[Tensor, ...],
+    grad_key: Tensor | None,
+    grad_value: Tensor,
+) -> None:
+    """Sort the summands by the row they belong to and add up each row's in that order."""
+    from . import kernels
+
+    value_coefficients, query_coefficients, pixel_rows, pixel_weights = summands
+    sorted_rows, order = torch.sort(pixel_rows, stable=True)
+    rows = torch.arange(problem.rows + 1, device=pixel_rows.device, dtype=pixel_rows.dtype)
+    row_starts = torch.searchsorted(sorted_rows, rows)
+    block_rows = 16
+    if problem.rows:
+        kernels.ordered_sum[(-(-problem.rows // block_rows),)](
+            grad_output,
+            query,
+            value_coefficients,
+            query_coefficients,
+            pixel_weights,
+            order,
+            row_starts,
+            grad_key,
+            grad_value,
+            num_tokens=problem.tokens,
+            num_heads=problem.heads,
+            num_rows=problem.rows,
+            KEY_AWARE=query is not None,
+            KEY_IS_VALUE=grad_key is None,
+            LP=problem.levels * problem.points,
+            D=problem.dim,
+            DIM=problem.padded[1],
+            BLOCK_ROWS=block_rows,
+            num_warps=4,
+        )
+
+
+def _kinds(query: Tensor | None, key: Tensor | None, value: Tensor, locations: Tensor) -> tuple:
+    """What selects a compiled kernel, besides the sizes."""
+    return query is None, key is None, value.dtype, locations.dtype, value.device
+
+
+def _empty_like(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _float32_zeros_like(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    return torch.zeros_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)

@@ -1,0 +1,474 @@
+"""The device code: one forward, one backward, and the ordered sum of the deterministic backward.
+
+A program takes ``BLOCK_Q`` neighbouring queries of one head and goes through the levels. Of each
+level it holds a tile, the points of the block's queries with their channels, as registers of shape
+(POINTS, BLOCK_Q, DIM); ``POINTS`` and ``DIM`` are P and D rounded up to powers of two. A sampled
+feature exists only as such a tile, so nothing of size Q*L*P*D touches memory.
+
+Points come first in a tile because Triton then gives a thread all points of a query and some of
+its channels, a few threads a query: sums over points need no communication, sums over channels
+stay within the few.
+
+Names in capitals are compile-time constants. All tensors are contiguous, arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# Sizes that differ from image to image must not compile the kernels anew.
+_SIZES = ['num_queries', 'num_tokens', 'num_heads', 'num_rows']
+
+
+@triton.jit
+def _block(num_queries, num_heads, BLOCK_Q: tl.constexpr):
+    """Image, head and first query of this program.
+
+    Neighbouring programs take neighbouring queries, then the next head, then the next image, so
+    that those running at the same time share few maps in the second-level cache.
+    """
+    blocks = tl.cdiv(num_queries, BLOCK_Q)
+    program = tl.program_id(0)
+    batch = (program // blocks // num_heads).to(tl.int64)
+    return batch, (program // blocks) % num_heads, (program % blocks) * BLOCK_Q
+
+
+@triton.jit
+def _locate(locations, exists, height, width, start):
+    """Where the points fall in their map.
+
+    Returns the token of each point's north-west pixel; the fractions of a pixel that the point
+    lies to the east and to the south of it; and whether the north-west, north-east, south-west and
+    south-east pixel is in the map. Comparisons are false for NaN, so that a location that is not
+    finite is outside.
+    """
+    x = tl.load(locations, mask=exists, other=0.0).to(tl.float32) * width - 0.5
+    y = tl.load(locations + 1, mask=exists, other=0.0).to(tl.float32) * height - 0.5
+    inside = exists & (x >= -1) & (x < width) & (y >= -1) & (y < height)
+    x = tl.where(inside, x, 0.0)
+    y = tl.where(inside, y, 0.0)
+    column = tl.floor(x)
+    row = tl.floor(y)
+    east = x - column
+    south = y - row
+    column = column.to(tl.int32)
+    row = row.to(tl.int32)
+    # A point inside has -1 <= column < width, and -1 <= row < height.
+    in_north = inside & (row >= 0)
+    in_south = inside & (row < height - 1)
+    in_west = column >= 0
+    in_east = column < width - 1
+    token = start + row * width + column
+    return (
+        token,
+        east,
+        south,
+        in_north & in_west,
+        in_north & in_east,
+        in_south & in_west,
+        in_south & in_east,
+    )
+
+
+@triton.jit
+def _pixel(rows, token, stride, in_map, is_channel):
+    """The features of one pixel of every point, zero outside the map; (POINTS, BLOCK_Q, DIM)."""
+    mask = in_map[:, :, None] & is_channel[None, None, :]
+    return tl.load(rows + (token * stride)[:, :, None], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sample(rows, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se, is_channel):
+    """Bilinear interpolation of the four pixels of every point; (POINTS, BLOCK_Q, DIM)."""
+    west = 1 - east
+    north = 1 - south
+    result = (north * west)[:, :, None] * _pixel(rows, token, stride, in_nw, is_channel)
+    result += (north * east)[:, :, None] * _pixel(rows, token + 1, stride, in_ne, is_channel)
+    token += width
+    result += (south * west)[:, :, None] * _pixel(rows, token, stride, in_sw, is_channel)
+    result += (south * east)[:, :, None] * _pixel(rows, token + 1, stride, in_se, is_channel)
+    return result
+
+
+@triton.jit
+def _slopes(rows, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se, is_channel):
+    """As :func:`_sample`, and the slopes of the samples per pixel to the east and to the south."""
+    nw = _pixel(rows, token, stride, in_nw, is_channel)
+    ne = _pixel(rows, token + 1, stride, in_ne, is_channel)
+    sw = _pixel(rows, token + width, stride, in_sw, is_channel)
+    se = _pixel(rows, token + width + 1, stride, in_se, is_channel)
+    east = east[:, :, None]
+    south = south[:, :, None]
+    north_slope = ne - nw
+    south_slope = se - sw
+    north = nw + east * north_slope
+    slope_y = sw + east * south_slope - north
+    return north + south * slope_y, north_slope + south * (south_slope - north_slope), slope_y
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def forward(
+    query,
+    key,
+    value,
+    spatial_shapes,
+    sampling_locations,
+    attention_weights,
+    output,
+    scale,
+    num_queries,
+    num_tokens,
+    num_heads,
+    KEY_AWARE: tl.constexpr,
+    KEY_IS_VALUE: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    POINTS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """Sample, weigh, sum.
+
+    ``KEY_AWARE``: the weights are the softmax of the query-key products, built up level by level
+    with a running maximum; ``attention_weights`` is not read. Otherwise the weights are given, and
+    ``query`` and ``key`` are not read. ``KEY_IS_VALUE``: one sample serves as both. ``INDEX`` is
+    an integer type that can index the features of one image.
+    """
+    batch, head, first = _block(num_queries, num_heads, BLOCK_Q)
+    line = tl.arange(0, BLOCK_Q)
+    is_query = first + line < num_queries
+    channel = tl.arange(0, DIM)
+    is_channel = channel < D
+    point = tl.arange(0, POINTS)[:, None]
+    exists = is_query[None, :] & (point < P)
+
+    stride = (num_heads * D).to(INDEX)
+    image = batch * num_tokens * num_heads * D + head * D + channel[None, None, :]
+    pair = (batch * num_queries + first) * num_heads + head
+    vector = pair * D + line[:, None] * num_heads * D + channel[None, :]
+    vector_mask = is_query[:, None] & is_channel[None, :]
+    location = pair * (L * P) + line[None, :] * num_heads * (L * P) + point
+
+    result = tl.zeros([BLOCK_Q, DIM], dtype=tl.float32)
+    if KEY_AWARE:
+        q = tl.load(query + vector, mask=vector_mask, other=0.0).to(tl.float32)
+        q = (q * (scale * LOG2_E))[None, :, :]
+        maximum = tl.full([BLOCK_Q], float('-inf'), dtype=tl.float32)
+        total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    start = 0
+    for level in range(L):
+        height = tl.load(spatial_shapes + 2 * level).to(tl.int32)
+        width = tl.load(spatial_shapes + 2 * level + 1).to(tl.int32)
+        token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
+            sampling_locations + 2 * location, exists, height, width, start
+        )
+        token = token.to(INDEX)
+        sampled = _sample(
+            value + image, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se, is_channel
+        )
+        if KEY_AWARE:
+            if KEY_IS_VALUE:
+                logits = tl.sum(q * sampled, axis=2)
+            else:
+                sampled_key = _sample(
+                    key + image,
+                    token,
+                    width,
+                    stride,
+                    east,
+                    south,
+                    in_nw,
+                    in_ne,
+                    in_sw,
+                    in_se,
+                    is_channel,
+                )
+                logits = tl.sum(q * sampled_key, axis=2)
+            logits = tl.where(point < P, logits, float('-inf'))
+            new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
+            correction = tl.exp2(maximum - new_maximum)
+            weights = tl.exp2(logits - new_maximum[None, :])
+            total = total * correction + tl.sum(weights, axis=0)
+            result *= correction[:, None]
+            maximum = new_maximum
+        else:
+            weights = tl.load(attention_weights + location, mask=exists, other=0.0).to(tl.float32)
+        result += tl.sum(weights[:, :, None] * sampled, axis=0)
+        start += height * width
+        location += P
+    if KEY_AWARE:
+        result /= total[:, None]
+    tl.store(output + vector, result.to(output.dtype.element_ty), mask=vector_mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def backward(
+    grad_output,
+    query,
+    key,
+    value,
+    spatial_shapes,
+    sampling_locations,
+    attention_weights,
+    grad_query,
+    grad_key,
+    grad_value,
+    grad_locations,
+    grad_weights,
+    value_coefficients,
+    query_coefficients,
+    pixel_rows,
+    pixel_weights,
+    scale,
+    num_queries,
+    num_tokens,
+    num_heads,
+    num_rows,
+    KEY_AWARE: tl.constexpr,
+    KEY_IS_VALUE: tl.constexpr,
+    ORDERED: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    POINTS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """All gradients, the samples formed anew.
+
+    Let g be the output's gradient, v and k a point's sampled value and key, w its weight, and
+    c = scale * w * (g.v - mean), where mean is the sum of w * g.v over a query's points. Then the
+    gradient of v is w*g, that of k is c*q, and that of q the sum of c*k. A first pass over the
+    levels finds the maximum and the sum of the softmax, and mean; the second one the gradients.
+    Samples are linear in their pixels, so the gradients of the locations need only the products of
+    g and q with every pixel.
+
+    The gradients of the features are added up in float32 by atomics. With ``ORDERED`` the summands
+    are written down for :func:`ordered_sum` instead: w, c, and the rows and bilinear weights of the
+    four pixels. Rows are numbered (batch, head, token); ``num_rows`` stands for outside the map.
+    """
+    batch, head, first = _block(num_queries, num_heads, BLOCK_Q)
+    line = tl.arange(0, BLOCK_Q)
+    is_query = first + line < num_queries
+    channel = tl.arange(0, DIM)
+    is_channel = channel < D
+    point = tl.arange(0, POINTS)[:, None]
+    exists = is_query[None, :] & (point < P)
+
+    stride = (num_heads * D).to(INDEX)
+    image = batch * num_tokens * num_heads * D + head * D + channel[None, None, :]
+    pair = (batch * num_queries + first) * num_heads + head
+    vector = pair * D + line[:, None] * num_heads * D + channel[None, :]
+    vector_mask = is_query[:, None] & is_channel[None, :]
+    location = pair * (L * P) + line[None, :] * num_heads * (L * P) + point
+
+    g = tl.load(grad_output + vector, mask=vector_mask, other=0.0).to(tl.float32)[None, :, :]
+    if KEY_AWARE:
+        q = tl.load(query + vector, mask=vector_mask, other=0.0).to(tl.float32)[None, :, :]
+        maximum = tl.full([BLOCK_Q], float('-inf'), dtype=tl.float32)
+        total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        start = 0
+        for level in range(L):
+            height = tl.load(spatial_shapes + 2 * level).to(tl.int32)
+            width = tl.load(spatial_shapes + 2 * level + 1).to(tl.int32)
+            token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
+                sampling_locations + 2 * (location + level * P), exists, height, width, start
+            )
+            token = token.to(INDEX)
+            sampled = _sample(
+                value + image,
+                token,
+                width,
+                stride,
+                east,
+                south,
+                in_nw,
+                in_ne,
+                in_sw,
+                in_se,
+                is_channel,
+            )
+            g_v = tl.sum(g * sampled, axis=2)
+            if not KEY_IS_VALUE:
+                sampled = _sample(
+                    key + image,
+                    token,
+                    width,
+                    stride,
+                    east,
+                    south,
+                    in_nw,
+                    in_ne,
+                    in_sw,
+                    in_se,
+                    is_channel,
+                )
+            logits = tl.sum(q * sampled, axis=2) * (scale * LOG2_E)
+            logits = tl.where(point < P, logits, float('-inf'))
+            new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
+            correction = tl.exp2(maximum - new_maximum)
+            weights = tl.exp2(logits - new_maximum[None, :])
+            total = total * correction + tl.sum(weights, axis=0)
+            mean = mean * correction + tl.sum(weights * g_v, axis=0)
+            maximum = new_maximum
+            start += height * width
+        mean /= total
+        result = tl.zeros([BLOCK_Q, DIM], dtype=tl.float32)
+
+    start = 0
+    for level in range(L):
+        height = tl.load(spatial_shapes + 2 * level).to(tl.int32)
+        width = tl.load(spatial_shapes + 2 * level + 1).to(tl.int32)
+        token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
+            sampling_locations + 2 * location, exists, height, width, start
+        )
+        token = token.to(INDEX)
+        v, v_x, v_y = _slopes(
+            value + image, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se, is_channel
+        )
+        g_v = tl.sum(g * v, axis=2)
+        if KEY_AWARE:
+            if KEY_IS_VALUE:
+                k = v
+            else:
+                k, k_x, k_y = _slopes(
+                    key + image,
+                    token,
+                    width,
+                    stride,
+                    east,
+                    south,
+                    in_nw,
+                    in_ne,
+                    in_sw,
+                    in_se,
+                    is_channel,
+                )
+            logits = tl.sum(q * k, axis=2) * (scale * LOG2_E)
+            logits = tl.where(point < P, logits, float('-inf'))
+            weights = tl.exp2(logits - maximum[None, :]) / total[None, :]
+            c = scale * weights * (g_v - mean[None, :])
+            result += tl.sum(c[:, :, None] * k, axis=0)
+        else:
+            weights = tl.load(attention_weights + location, mask=exists, other=0.0).to(tl.float32)
+            grad_weight = g_v.to(grad_weights.dtype.element_ty)
+            tl.store(grad_weights + location, grad_weight, mask=exists)
+
+        grad_v = weights[:, :, None] * g
+        if KEY_AWARE:
+            grad_k = c[:, :, None] * q
+            if KEY_IS_VALUE:
+                grad_v += grad_k
+        grad_x = grad_v * v_x
+        grad_y = grad_v * v_y
+        if KEY_AWARE and not KEY_IS_VALUE:
+            grad_x += grad_k * k_x
+            grad_y += grad_k * k_y
+        grad_x = tl.sum(grad_x, axis=2) * width
+        grad_y = tl.sum(grad_y, axis=2) * height
+        target = grad_locations + 2 * location
+        tl.store(target, grad_x.to(grad_locations.dtype.element_ty), mask=exists)
+        tl.store(target + 1, grad_y.to(grad_locations.dtype.element_ty), mask=exists)
+
+        if ORDERED:
+            tl.store(value_coefficients + location, weights, mask=exists)
+            if KEY_AWARE:
+                tl.store(query_coefficients + location, c, mask=exists)
+            first_row = (batch * num_heads + head) * num_tokens
+        west = 1 - east
+        north = 1 - south
+        for i in tl.static_range(4):
+            if i == 0:
+                pixel, in_map, bilinear = token, in_nw, north * west
+            elif i == 1:
+                pixel, in_map, bilinear = token + 1, in_ne, north * east
+            elif i == 2:
+                pixel, in_map, bilinear = token + width, in_sw, south * west
+            else:
+                pixel, in_map, bilinear = token + width + 1, in_se, south * east
+            if ORDERED:
+                row = tl.where(in_map, first_row + pixel, num_rows)
+                row = row.to(pixel_rows.dtype.element_ty)
+                tl.store(pixel_rows + 4 * location + i, row, mask=exists)
+                tl.store(pixel_weights + 4 * location + i, bilinear, mask=exists)
+            else:
+                offset = image + (pixel * stride)[:, :, None]
+                mask = in_map[:, :, None] & is_channel[None, None, :]
+                add = bilinear[:, :, None] * grad_v
+                tl.atomic_add(grad_value + offset, add, mask=mask, sem='relaxed')
+                if KEY_AWARE and not KEY_IS_VALUE:
+                    add = bilinear[:, :, None] * grad_k
+                    tl.atomic_add(grad_key + offset, add, mask=mask, sem='relaxed')
+        start += height * width
+        location += P
+    if KEY_AWARE:
+        tl.store(grad_query + vector, result.to(grad_query.dtype.element_ty), mask=vector_mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def ordered_sum(
+    grad_output,
+    query,
+    value_coefficients,
+    query_coefficients,
+    pixel_weights,
+    order,
+    row_starts,
+    grad_key,
+    grad_value,
+    num_tokens,
+    num_heads,
+    num_rows,
+    KEY_AWARE: tl.constexpr,
+    KEY_IS_VALUE: tl.constexpr,
+    LP: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """The gradients of the features, each row's summands added in the order of ``order``.
+
+    ``order`` lists the pixels that :func:`backward` wrote down, sorted by row; those of row r are
+    from ``row_starts[r]`` up to ``row_starts[r + 1]``.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row = row < num_rows
+    channel = tl.arange(0, DIM)[None, :]
+    start = tl.load(row_starts + row, mask=is_row, other=0)
+    count = tl.load(row_starts + row + 1, mask=is_row, other=0) - start
+    sum_value = tl.zeros([BLOCK_ROWS, DIM], dtype=tl.float32)
+    sum_key = tl.zeros([BLOCK_ROWS, DIM], dtype=tl.float32)
+    for i in range(tl.max(count, axis=0)):
+        present = i < count
+        pixel = tl.load(order + start + i, mask=present, other=0)
+        weight = tl.load(pixel_weights + pixel, mask=present, other=0.0)
+        point = pixel // 4
+        source = (point // LP)[:, None] * D + channel
+        readable = present[:, None] & (channel < D)
+        coefficient = weight * tl.load(value_coefficients + point, mask=present, other=0.0)
+        g = tl.load(grad_output + source, mask=readable, other=0.0).to(tl.float32)
+        sum_value += coefficient[:, None] * g
+        if KEY_AWARE:
+            coefficient = weight * tl.load(query_coefficients + point, mask=present, other=0.0)
+            q = tl.load(query + source, mask=readable, other=0.0).to(tl.float32)
+            sum_key += coefficient[:, None] * q
+
+    # Rows are numbered (batch, head, token) and stored (batch, token, head).
+    batch = row // num_tokens // num_heads
+    head = (row // num_tokens) % num_heads
+    target = (batch * num_tokens + row % num_tokens) * num_heads + head
+    target = target[:, None] * D + channel
+    mask = is_row[:, None] & (channel < D)
+    if KEY_AWARE:
+        if KEY_IS_VALUE:
+            sum_value += sum_key
+        else:
+            tl.store(grad_key + target, sum_key.to(grad_key.dtype.element_ty), mask=mask)
+    tl.store(grad_value + target, sum_value.to(grad_value.dtype.element_ty), mask=mask)

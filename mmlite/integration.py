@@ -15,7 +15,12 @@ _STACK = {
 
 # MMDetection's registry -> our modules that register something in it.
 _REGISTERED = {
-    'MODELS': ('mmlite.layers', 'mmlite.detectors', 'mmlite.checkpoints.loading'),
+    'MODELS': (
+        'mmlite.layers',
+        'mmlite.detectors',
+        'mmlite.checkpoints.loading',
+        'mmlite.analysis.complexity',  # what mmdet's get_flops has to know about our operators
+    ),
 }
 
 

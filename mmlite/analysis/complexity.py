@@ -226,12 +226,12 @@ class _FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         op = func._overloadpacket
-        rule = _RULES.get(op)
+        rule = FLOP_RULES.get(op)
         if rule is None:
             return func(*args, **kwargs)
         out = func(*args, **kwargs) if self._compute else _zeros_like_result(func, args, kwargs)
         name, in_deform_attn = self._running[-1] if self._running else ('', False)
-        if not (in_deform_attn and op in _SAMPLING_OPS):
+        if not (in_deform_attn and op in SAMPLING_OPS):
             self.flops[name] += rule(args, out)
         return out
 
@@ -332,7 +332,7 @@ def _traced(locations: int, value: int, *, key_aware: bool):
 
 
 _aten = torch.ops.aten
-_RULES = {
+FLOP_RULES = {
     _aten.mm: _product,
     _aten.bmm: _product,
     _aten.addmm: _product_with_bias,
@@ -353,8 +353,11 @@ _RULES = {
     torch.ops.mmlite.key_aware_deform_attn: _key_aware,
     torch.ops.mmlite.ms_deform_attn: _standard,
 }
-_SAMPLING_OPS = {
+MATRIX_PRODUCTS = {_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.linear}
+SAMPLING_OPS = {
     _aten.grid_sampler_2d,
     torch.ops.mmlite.key_aware_deform_attn,
     torch.ops.mmlite.ms_deform_attn,
 }
+
+register_flop_handles()

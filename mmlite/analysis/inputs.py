@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from mmdet.structures import DetDataSample
-from mmengine.structures import InstanceData
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mmdet.structures import DetDataSample
 
 STRIDES = (8, 16, 32, 64)
 
@@ -27,6 +29,97 @@ def level_sizes(
     """
     height, width = image_size
     return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
+
+
+class OperatorInputs(NamedTuple):
+    """Arguments of the two operators.
+
+    Attributes:
+        query (Tensor): shape (B, Q, M, D).
+        value (Tensor): shape (B, S, M, D).
+        spatial_shapes (Tensor): int64, shape (L, 2).
+        sampling_locations (Tensor): float32, shape (B, Q, M, L, P, 2).
+        attention_weights (Tensor): Sum to 1 over levels and points, shape (B, Q, M, L, P).
+    """
+
+    query: Tensor
+    value: Tensor
+    spatial_shapes: Tensor
+    sampling_locations: Tensor
+    attention_weights: Tensor
+
+
+def operator_inputs(
+    sizes: Sequence[tuple[int, int]],
+    *,
+    batch_size: int = 1,
+    num_queries: int | None = None,
+    num_heads: int = 8,
+    head_dim: int = 32,
+    num_points: int = 4,
+    locations: str = 'grid',
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = 'cpu',
+    seed: int = 0,
+) -> OperatorInputs:
+    """What an encoder layer hands to the operators.
+
+    Args:
+        sizes (Sequence[tuple[int, int]]): (h, w) of every level.
+        batch_size (int): Images, B.
+        num_queries (int, optional): A random choice of so many tokens asks; by default all.
+        num_heads (int): M.
+        head_dim (int): D.
+        num_points (int): P.
+        locations (str): ``'grid'``: around the query's own place, along the directions of the
+            initial offsets, with a pixel of noise, as in a model. ``'uniform'``: anywhere, which
+            is the worst case for caches.
+        dtype (torch.dtype): Of query, value and weights.
+        device (torch.device | str): Where the tensors live.
+        seed (int): Seed of all that is random.
+
+    Returns:
+        OperatorInputs: Leaf tensors that do not require gradients.
+
+    Raises:
+        ValueError: More queries than tokens, or an unknown kind of locations.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = torch.tensor(sizes, dtype=torch.int64)
+    tokens = int(shapes.prod(-1).sum())
+    num_queries = tokens if num_queries is None else num_queries
+    if not 1 <= num_queries <= tokens:
+        raise ValueError(f'queries must be between 1 and {tokens}, all tokens; got {num_queries}')
+    size = (batch_size, num_queries, num_heads, len(sizes), num_points)
+    if locations == 'uniform':
+        points = torch.rand(*size, 2, generator=generator)
+    elif locations == 'grid':
+        centres = torch.cat([_centres(height, width) for height, width in sizes])
+        chosen = torch.randperm(tokens, generator=generator)[:num_queries].sort().values
+        angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        pixels = directions[:, None] * torch.arange(1, num_points + 1)[:, None]  # (M, P, 2)
+        pixels = pixels[:, None] + torch.randn(*size, 2, generator=generator)
+        points = centres[chosen][:, None, None, None] + pixels / shapes.flip(-1)[:, None]
+    else:
+        raise ValueError(f"locations must be 'grid' or 'uniform'; got {locations!r}")
+    query = torch.randn(batch_size, num_queries, num_heads, head_dim, generator=generator)
+    value = torch.randn(batch_size, tokens, num_heads, head_dim, generator=generator)
+    weights = torch.randn(size, generator=generator).flatten(-2).softmax(-1).reshape(size)
+    return OperatorInputs(
+        query.to(device, dtype),
+        value.to(device, dtype),
+        shapes.to(device),
+        points.to(device),
+        weights.to(device, dtype),
+    )
+
+
+def _centres(height: int, width: int) -> Tensor:
+    """Normalised (x, y) of the pixels of a map, row by row, shape (height * width, 2)."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
+    return torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1).flatten(0, 1)
 
 
 def encoder_inputs(
@@ -86,6 +179,10 @@ def image_batch(
     Returns:
         tuple[Tensor, list[DetDataSample]]: images (B, 3, H, W) of unit scale, and B samples.
     """
+    # Here, so that the operators can be measured where only torch is installed.
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
     height, width = image_size
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(batch_size, 3, height, width, generator=generator)

@@ -9,6 +9,7 @@ import click
 # Subcommand -> the line that `mmlite --help` shows for it.
 COMMANDS = {
     'env': 'Show versions, devices and which backend of the operators runs.',
+    'benchmark': 'Measure operators, encoders or detectors against each other.',
 }
 
 

@@ -14,9 +14,8 @@ from mmlite.analysis.complexity import (
     count_flops,
     count_parameters,
     deform_attn_flops,
-    register_flop_handles,
 )
-from mmlite.analysis.inputs import encoder_inputs, level_sizes
+from mmlite.analysis.inputs import encoder_inputs, image_batch, level_sizes
 from mmlite.layers import LiteEncoder
 
 DIMS, HEADS, LEVELS, POINTS = 256, 8, 4, 4
@@ -189,7 +188,6 @@ def test_fused_op_in_a_traced_graph():
     """What mmdet's get_flops sees of the fused operator."""
     if not {b.name: b.available for b in ops.backends()}['cpu']:
         pytest.skip('the CPU kernels are not built, so no traced graph holds the fused operator')
-    register_flop_handles()
     inputs = (torch.randn(2, 5, 4, 8), torch.randn(2, 16, 4, 8), torch.rand(2, 5, 4, 2, 3, 2))
     expected = deform_attn_flops(2 * 5, 4, 2 * 3, 8, key_aware=True)
     assert count_flops(OneOp(), *inputs).total == expected
@@ -228,3 +226,26 @@ def test_detector(detector):
     # 40 M in the paper's table.
     assert report.params == pytest.approx(40e6, rel=0.01)
     assert detector.training
+
+
+def test_lite_config_in_get_flops():
+    """mmdet's tool builds the model from the config and traces it; ours gives the same figure."""
+    from functools import partial
+
+    from mmdet.registry import MODELS
+    from mmengine.analysis import get_model_complexity_info
+    from mmengine.hub import get_config
+
+    if not {b.name: b.available for b in ops.backends()}['cpu']:
+        pytest.skip('the CPU kernels are not built, so no traced graph holds the fused operator')
+    config = get_config('mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py')
+    config.model.type = 'LiteDeformableDETR'
+    config.model.encoder.schedule = 'H3L1-(2+1)x3'
+    model = MODELS.build(config.model).eval()
+    images, samples = image_batch(1, (96, 128))
+    expected = count_detector(model, (96, 128)).flops
+    model.forward = partial(model.forward, data_samples=samples)
+    report = get_model_complexity_info(
+        model, None, inputs=images, show_table=False, show_arch=False
+    )
+    assert report['flops'] == expected

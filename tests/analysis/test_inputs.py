@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmlite.analysis.inputs import encoder_inputs, image_batch, level_sizes, operator_inputs
+
+
+def test_levels_of_the_paper():
+    assert level_sizes((800, 1333)) == [(100, 167), (50, 84), (25, 42), (13, 21)]
+    assert sum(h * w for h, w in level_sizes((850, 1040))) == 18549
+
+
+@pytest.mark.parametrize('locations', ['grid', 'uniform'])
+@pytest.mark.parametrize('queries', [None, 7])
+def test_operator_inputs(locations, queries):
+    sizes = [(6, 9), (3, 5)]
+    x = operator_inputs(
+        sizes, batch_size=2, num_queries=queries, num_heads=4, head_dim=8, locations=locations
+    )
+    count = queries or 69
+    assert x.query.shape == (2, count, 4, 8)
+    assert x.value.shape == (2, 69, 4, 8)
+    assert x.sampling_locations.shape == (2, count, 4, 2, 4, 2)
+    torch.testing.assert_close(x.attention_weights.flatten(-2).sum(-1), torch.ones(2, count, 4))
+
+
+def test_grid_locations_surround_their_query():
+    sizes = [(40, 60), (20, 30)]
+    x = operator_inputs(sizes, num_heads=8)
+    y, x_ = torch.meshgrid(torch.arange(40), torch.arange(60), indexing='ij')
+    centres = torch.stack([(x_ + 0.5) / 60, (y + 0.5) / 40], -1).flatten(0, 1)
+    offsets = x.sampling_locations[0, :2400, :, 0] - centres[:, None, None]
+    pixels = offsets * torch.tensor([60, 40])
+    mean = pixels.mean(0)  # over queries: the noise is gone
+    torch.testing.assert_close(mean[0, :, 0], torch.tensor([1.0, 2.0, 3.0, 4.0]), atol=0.2, rtol=0)
+    torch.testing.assert_close(mean[0, :, 1], torch.zeros(4), atol=0.2, rtol=0)
+
+
+def test_bad_operator_inputs():
+    with pytest.raises(ValueError, match='between 1 and 69'):
+        operator_inputs([(6, 9), (3, 5)], num_queries=70)
+    with pytest.raises(ValueError, match="'grid' or 'uniform'"):
+        operator_inputs([(6, 9)], locations='middle')
+
+
+def test_encoder_inputs():
+    x = encoder_inputs([(3, 4), (2, 2)], embed_dims=32, batch_size=2)
+    assert x['query'].shape == x['query_pos'].shape == (2, 16, 32)
+    assert x['level_start_index'].tolist() == [0, 12]
+
+
+def test_images_with_boxes():
+    images, samples = image_batch(2, (64, 96), num_classes=3, num_boxes=5)
+    assert images.shape == (2, 3, 64, 96)
+    boxes = torch.cat([sample.gt_instances.bboxes for sample in samples])
+    assert boxes.shape == (10, 4)
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+    assert boxes.min() >= 0
+    assert (boxes.amax(0) <= torch.tensor([96.0, 64.0, 96.0, 64.0])).all()
+    assert max(sample.gt_instances.labels.max() for sample in samples) < 3

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mmlite.cli import main
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(main, ['benchmark', *arguments])
+
+
+def test_operators(tmp_path):
+    path, markdown = tmp_path / 'ops.json', tmp_path / 'ops.md'
+    result = run(
+        *('ops', '--image-size', '32x48', '--rounds', '2', '--threads', '1', '--scaling'),
+        *('--json', str(path), '--markdown', str(markdown)),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    measured = {(r['operator'], r['backend'], r['direction']) for r in report['results']}
+    for operator in ('ms_deform_attn', 'key_aware_deform_attn'):
+        for direction in ('forward', 'forward+backward'):
+            assert (operator, 'reference', direction) in measured
+    assert ('ms_deform_attn', 'mmcv', 'forward') in measured
+    axes = {point['axis'] for point in report['scaling']}
+    assert axes == {'image_size', 'num_queries', 'threads'}
+    assert report['machine']['threads'] == '1'
+    assert all(len(r['timing']['seconds']) == 2 for r in report['results'])
+    assert '| key_aware_deform_attn | reference |' in markdown.read_text()
+
+
+def test_encoder(tmp_path):
+    path = tmp_path / 'encoder.json'
+    result = run(
+        *('encoder', '--image-size', '32x48', '--rounds', '2', '--ffn', '64', '--train'),
+        *('--profile', '--json', str(path)),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    names = [r['name'] for r in report['results'] if r['direction'] == 'inference']
+    assert names == [
+        'stock (mmcv)',
+        'stock (ms_deform_attn)',
+        'Lite H3L1-(2+1)x3',
+        'Lite H3L1-(2+1)x3, no KDA',
+    ]
+    flops = {r['name']: r['flops'] for r in report['results']}
+    assert flops['stock (mmcv)'] == flops['stock (ms_deform_attn)']
+    assert flops['Lite H3L1-(2+1)x3'] < flops['stock (mmcv)']
+    assert set(report['profile']) == set(names)
+    assert report['matmul_peak'] > 0
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('ops', '--image-size', 'wide'), "'wide' is not a size"),
+        (('ops', '--image-size', '32x48', '--queries', '999'), 'queries must be between'),
+        (('ops', '--device', 'cuda:99'), "device 'cuda:99' cannot be used here"),
+        (('encoder', '--schedule', 'H9'), "schedule 'H9' is not of the form"),
+    ],
+)
+def test_bad_input(arguments, message):
+    result = run(*arguments)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert 'Traceback' not in result.output
+
+
+@pytest.mark.parametrize('command', [(), ('ops',), ('encoder',)])
+def test_help_has_an_example(command):
+    result = run(*command, '--help')
+    assert result.exit_code == 0
+    assert 'mmlite benchmark' in result.output.partition('Example')[2]

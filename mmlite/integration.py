@@ -21,6 +21,7 @@ _REGISTERED = {
         'mmlite.checkpoints.loading',
         'mmlite.analysis.complexity',  # what mmdet's get_flops has to know about our operators
     ),
+    'DATASETS': ('mmlite.datasets',),
 }
 
 

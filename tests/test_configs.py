@@ -33,7 +33,9 @@ def test_builds_what_its_name_says(path):
         assert not hasattr(model.encoder, 'schedule')
     else:
         assert str(model.encoder.schedule) == 'H{}L{}-({}+1)x{}'.format(*schedule.groups())
-        assert len(model.encoder.layers) == (9 if '-sequential' in path.stem else 6)
+        high_updates, num_blocks = int(schedule[3]), int(schedule[4])
+        own_layers = num_blocks if '-sequential' in path.stem else 0
+        assert len(model.encoder.layers) == high_updates * num_blocks + own_layers
         assert model.encoder.key_aware == ('-no-kda' not in path.stem)
         assert model.encoder.small_ffn == ('-no-small-ffn' not in path.stem)
     scales = re.search(r'(\d)scale', path.stem)

@@ -7,4 +7,5 @@ model = dict(
     backbone=dict(out_indices=(2, 3)),
     neck=dict(in_channels=[1024, 2048], num_outs=num_levels),
     encoder=dict(layer_cfg=dict(self_attn_cfg=dict(num_levels=num_levels))),
-    decoder=dict(layer_cfg=dict(cross_attn_cfg=dict(num_levels=num_levels))))
+    decoder=dict(layer_cfg=dict(cross_attn_cfg=dict(num_levels=num_levels))),
+)

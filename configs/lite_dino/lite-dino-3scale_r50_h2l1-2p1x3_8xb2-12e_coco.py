@@ -7,6 +7,7 @@ model = dict(
     num_feature_levels=num_levels,
     neck=dict(num_outs=num_levels),
     encoder=dict(
-        schedule='H2L1-(2+1)x3',
-        layer_cfg=dict(self_attn_cfg=dict(num_levels=num_levels))),
-    decoder=dict(layer_cfg=dict(cross_attn_cfg=dict(num_levels=num_levels))))
+        schedule='H2L1-(2+1)x3', layer_cfg=dict(self_attn_cfg=dict(num_levels=num_levels))
+    ),
+    decoder=dict(layer_cfg=dict(cross_attn_cfg=dict(num_levels=num_levels))),
+)

@@ -1,0 +1,75 @@
+# `make demo` and `make test` set everything up by themselves, in .venv, and then run. A stamp per
+# step makes the second run quick.
+
+PYTHON ?= $(firstword $(foreach v,3.11 3.12,$(shell command -v python$(v))) python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
+say = @printf '\n==> %s\n' "$(1)"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint docs clean
+
+help:
+	@echo 'make demo   set up, then train and evaluate a small Lite-DINO (options: ARGS="--epochs 5")'
+	@echo 'make test   set up, then run the tests (options: ARGS="-k schedule")'
+	@echo 'make setup  only set up $(VENV) (another interpreter: PYTHON=python3.12)'
+	@echo 'make lint   ruff'
+	@echo 'make docs   build the documentation in site/'
+	@echo 'make clean  remove $(VENV) and what was built'
+
+demo: setup
+	$(call say,mmlite demo)
+	@$(BIN)/mmlite demo $(ARGS)
+
+test: setup
+	$(call say,Tests)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(call say,ruff)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+docs: setup
+	$(call say,Documentation)
+	@$(PIP) --quiet --requirement requirements/docs.txt
+	@$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build site mmlite/ops/*.so
+
+setup: $(VENV)/.mmlite
+
+$(VENV)/.venv:
+	$(call say,1/5 A virtual environment in $(VENV) with $(PYTHON))
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else \
+	  f"The pinned versions are for Python 3.11 and 3.12, and this is {sys.version.split()[0]}: \
+	  choose one with make PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first: everything compiled after it is compiled against it.
+$(VENV)/.torch: $(VENV)/.venv requirements/constraints.txt
+	$(call say,2/5 PyTorch)
+	@$(PIP) torch
+	@touch $@
+
+# openmim asks for setuptools 60 (through openxlab) but runs with later ones; mmcv builds with
+# nothing from 80 on. So 79 goes in after openmim, and pip's remark on it can be ignored.
+$(VENV)/.stack: $(VENV)/.torch requirements/dev.txt
+	$(call say,3/5 MMEngine, MMDetection, mim and the tools)
+	@$(PIP) --requirement requirements/dev.txt
+	@$(BIN)/python -m pip install --disable-pip-version-check 'setuptools==79.0.1'
+	@touch $@
+
+$(VENV)/.mmcv: $(VENV)/.stack
+	$(call say,4/5 MMCV with its operators (compiled here unless pip finds a wheel: about 8 minutes on 2 cores))
+	@MMCV_WITH_OPS=1 $(PIP) --no-build-isolation --progress-bar on mmcv
+	@$(BIN)/python -c 'import mmcv.ops'
+	@touch $@
+
+$(VENV)/.mmlite: $(VENV)/.mmcv pyproject.toml $(wildcard CMakeLists.txt mmlite/ops/csrc/*)
+	$(call say,5/5 mmlite, with its CPU kernels compiled)
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,165 @@
+"""A small COCO-format data set that is drawn, not downloaded: shapes on varied backgrounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+CLASSES = ('disc', 'ring', 'square', 'triangle', 'star')
+
+# Longest side of a shape in pixels, for each of COCO's area ranges (small is below 32 * 32,
+# large above 96 * 96), and how often the range is drawn.
+_SIDES = {'small': (14, 28), 'medium': (36, 72), 'large': (100, 120)}
+_FREQUENCY = {'small': 0.4, 'medium': 0.45, 'large': 0.15}
+_MAX_SHAPES = 6
+_MAX_OVERLAP = 0.15  # of the smaller box
+
+
+def generate_shapes(
+    root: str | Path,
+    splits: dict[str, int],
+    image_size: int = 128,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
+    """Draw a data set: ``root/<split>/*.png`` and ``root/annotations/instances_<split>.json``.
+
+    The same arguments draw the same pixels, and no two splits share an image.
+
+    Args:
+        root (str | Path): Folder of the data set; made if it is not there.
+        splits (dict[str, int]): Number of images of each split, such as
+            ``{'train': 600, 'val': 100}``.
+        image_size (int): Width and height of the images in pixels, at least 128.
+        seed (int): Seed of the drawing.
+        progress (Callable): Called after each image.
+
+    Raises:
+        ValueError: ``image_size`` is too small for a large shape.
+        OSError: ``root`` cannot be written.
+    """
+    if image_size < 128:
+        raise ValueError(f'image_size must be at least 128 for large shapes to fit: {image_size}')
+    root = Path(root)
+    for number, (split, num_images) in enumerate(splits.items()):
+        folder = root / split
+        folder.mkdir(parents=True, exist_ok=True)
+        images, annotations = [], []
+        for index in range(num_images):
+            rng = np.random.default_rng((seed, number, index))
+            pixels, shapes = draw_image(rng, image_size)
+            file_name = f'{index:05d}.png'
+            # imencode, as imwrite only returns False where it cannot write
+            (folder / file_name).write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
+            images.append(
+                {'id': index, 'file_name': file_name, 'width': image_size, 'height': image_size}
+            )
+            for label, box, area in shapes:
+                annotations.append(
+                    {
+                        'id': len(annotations) + 1,
+                        'image_id': index,
+                        'category_id': label + 1,
+                        'bbox': box,
+                        'area': area,
+                        'iscrowd': 0,
+                    }
+                )
+            progress()
+        content = {
+            'images': images,
+            'annotations': annotations,
+            'categories': [{'id': i + 1, 'name': name} for i, name in enumerate(CLASSES)],
+        }
+        target = root / 'annotations' / f'instances_{split}.json'
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps(content))
+
+
+def draw_image(
+    rng: np.random.Generator, image_size: int
+) -> tuple[np.ndarray, list[tuple[int, list[int], int]]]:
+    """Draw one image.
+
+    Returns:
+        tuple: The pixels, uint8 (image_size, image_size, 3), and for each shape its class index,
+        its box ``[x, y, width, height]`` in pixels and the area of that box, which decides the
+        size range that COCO's evaluation counts it in.
+    """
+    pixels = _background(rng, image_size)
+    boxes: list[np.ndarray] = []
+    shapes = []
+    for _ in range(rng.integers(2, _MAX_SHAPES + 1)):
+        sizes = rng.choice(list(_SIDES), p=list(_FREQUENCY.values()))
+        side = int(rng.integers(*_SIDES[sizes], endpoint=True))
+        label = int(rng.integers(len(CLASSES)))
+        outline, hole = _outline(rng, CLASSES[label], side)
+        low, high = outline.min(0), outline.max(0)
+        room = image_size - 1 - (high - low)
+        shift = np.round(rng.uniform(0, 1, 2) * room - low)
+        box = np.concatenate([low + shift, high + shift])
+        if any(_overlap(box, other) > _MAX_OVERLAP for other in boxes):
+            continue  # no second try: crowded images hold fewer shapes
+        boxes.append(box)
+        _paint(rng, pixels, outline + shift, None if hole is None else hole + shift)
+        x1, y1 = np.floor(box[:2]).astype(int)
+        x2, y2 = np.ceil(box[2:]).astype(int) + 1
+        shapes.append(
+            (label, [int(x1), int(y1), int(x2 - x1), int(y2 - y1)], int((x2 - x1) * (y2 - y1)))
+        )
+    return pixels, shapes
+
+
+def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A gradient between two dull colours, with stripes or blotches, and noise."""
+    first, second = rng.uniform(50, 200, (2, 3))
+    rows, columns = np.mgrid[0:size, 0:size] / size
+    angle = rng.uniform(0, 2 * np.pi)
+    along = np.cos(angle) * rows + np.sin(angle) * columns
+    if rng.random() < 0.5:
+        along = 0.5 + 0.5 * np.sin(2 * np.pi * rng.uniform(1, 6) * along)
+    else:
+        along = cv2.resize(rng.random((5, 5)), (size, size), interpolation=cv2.INTER_CUBIC)
+    along = np.clip(along, 0, 1)[..., None]
+    pixels = (1 - along) * first + along * second + rng.normal(0, 8, (size, size, 3))
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def _outline(
+    rng: np.random.Generator, name: str, side: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The corners (N, 2) of a shape around the origin, and of the hole in it."""
+    if name in ('disc', 'ring'):
+        angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        stretch = rng.uniform(0.75, 1, 2)
+        stretch /= stretch.max()
+        outline = side / 2 * stretch * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        return outline, 0.55 * outline if name == 'ring' else None
+    turn = rng.uniform(0, 2 * np.pi)
+    corners = {'square': 4, 'triangle': 3, 'star': 10}[name]
+    angles = turn + np.linspace(0, 2 * np.pi, corners, endpoint=False)
+    radius = np.where(np.arange(corners) % 2, 0.42, 1) if name == 'star' else np.ones(corners)
+    outline = radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return outline * side / np.ptp(outline, axis=0).max(), None
+
+
+def _paint(
+    rng: np.random.Generator, pixels: np.ndarray, outline: np.ndarray, hole: np.ndarray | None
+) -> None:
+    """Fill a shape with a bright or dark colour that stands out from the background."""
+    color = rng.uniform(0, 45, 3)
+    color[rng.permutation(3)[: rng.integers(0, 3)]] = rng.uniform(210, 255)
+    parts = [outline] if hole is None else [outline, hole]  # filled by the even-odd rule
+    fixed_point = [np.round(part * 16).astype(np.int32) for part in parts]
+    cv2.fillPoly(pixels, fixed_point, color.tolist(), lineType=cv2.LINE_AA, shift=4)
+
+
+def _overlap(box: np.ndarray, other: np.ndarray) -> float:
+    """The part of the smaller box (x1, y1, x2, y2) that lies in the other one."""
+    sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
+    smaller = min(np.prod(box[2:] - box[:2]), np.prod(other[2:] - other[:2]))
+    return float(np.prod(np.clip(sides, 0, None)) / smaller)

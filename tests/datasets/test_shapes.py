@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from mmlite.datasets import CLASSES, generate_shapes
+
+# COCO's limits of small and large objects, in pixels of area.
+SMALL, LARGE = 32**2, 96**2
+
+
+def contents(root):
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in sorted(root.rglob('*'))
+        if path.is_file()
+    }
+
+
+def annotations(root, split):
+    return json.loads((root / 'annotations' / f'instances_{split}.json').read_text())
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    root = tmp_path_factory.mktemp('shapes')
+    generate_shapes(root, {'train': 60, 'val': 20}, seed=3)
+    return root
+
+
+def test_same_seed_same_files(shapes, tmp_path):
+    generate_shapes(tmp_path / 'again', {'train': 60, 'val': 20}, seed=3)
+    assert contents(tmp_path / 'again') == contents(shapes)
+    generate_shapes(tmp_path / 'other', {'train': 60, 'val': 20}, seed=4)
+    assert contents(tmp_path / 'other') != contents(shapes)
+
+
+def test_splits_differ(shapes):
+    assert (shapes / 'train' / '00000.png').read_bytes() != (
+        shapes / 'val' / '00000.png'
+    ).read_bytes()
+
+
+def test_all_classes_and_sizes_occur(shapes):
+    content = annotations(shapes, 'train')
+    assert [category['name'] for category in content['categories']] == list(CLASSES)
+    assert {a['category_id'] for a in content['annotations']} == {1, 2, 3, 4, 5}
+    areas = np.array([a['area'] for a in content['annotations']])
+    assert (areas < SMALL).sum() > 10
+    assert ((areas > SMALL) & (areas < LARGE)).sum() > 10
+    assert (areas > LARGE).sum() > 3
+
+
+def test_boxes_fit_the_drawing(tmp_path, monkeypatch):
+    """On a plain background, the pixels that differ from it are those in the boxes."""
+    from mmlite.datasets import shapes
+
+    monkeypatch.setattr(
+        shapes, '_background', lambda rng, size: np.full((size, size, 3), 130, np.uint8)
+    )
+    for seed in range(20):
+        pixels, drawn = shapes.draw_image(np.random.default_rng(seed), 160)
+        painted = (np.abs(pixels.astype(int) - 130) > 40).any(axis=2)
+        covered = np.zeros_like(painted)
+        for _, (x, y, width, height), area in drawn:
+            assert 0 <= x < x + width <= 160
+            assert 0 <= y < y + height <= 160
+            assert area == width * height
+            # the soft edge of the drawing may reach one pixel further
+            covered[max(y - 1, 0) : y + height + 1, max(x - 1, 0) : x + width + 1] = True
+            inside = painted[y : y + height, x : x + width]
+            # touched on every side
+            for edge in (inside[:3], inside[-3:], inside[:, :3], inside[:, -3:]):
+                assert edge.any()
+        assert not (painted & ~covered).any()
+
+
+def test_images_have_the_listed_size(tmp_path):
+    generate_shapes(tmp_path, {'val': 2}, image_size=128)
+    for image in annotations(tmp_path, 'val')['images']:
+        pixels = cv2.imread(str(tmp_path / 'val' / image['file_name']))
+        assert pixels.shape == (image['height'], image['width'], 3) == (128, 128, 3)
+
+
+def test_counts_what_is_done(tmp_path):
+    done = []
+    generate_shapes(tmp_path, {'train': 2, 'val': 1}, progress=lambda: done.append(1))
+    assert len(done) == 3
+
+
+def test_refuses_images_that_are_too_small(tmp_path):
+    with pytest.raises(ValueError, match='at least 128'):
+        generate_shapes(tmp_path, {'train': 1}, image_size=100)
+    assert not any(tmp_path.iterdir())

@@ -17,8 +17,7 @@ from .. import ops
 class FusedDeformableAttention(MultiScaleDeformableAttention):
     """mmcv's ``MultiScaleDeformableAttention``, computed by :func:`mmlite.ops.ms_deform_attn`.
 
-    Same arguments, parameters and numbers. The offsets and the attention weights come from one
-    matrix product.
+    Same arguments, parameters and numbers.
     """
 
     def forward(
@@ -86,7 +85,13 @@ class FusedDeformableAttention(MultiScaleDeformableAttention):
 
     @staticmethod
     def _project_query(query: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-        """Apply several linear layers to the query in one matrix product."""
+        """Apply several linear layers to the query, in one matrix product without gradients.
+
+        With gradients each has a product of its own: what backward keeps of one would otherwise
+        keep the memory of all.
+        """
+        if torch.is_grad_enabled():
+            return tuple(layer(query) for layer in layers)
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
         return F.linear(query, weight, bias).split([layer.out_features for layer in layers], -1)

@@ -5,6 +5,7 @@ import torch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from mmdet.registry import MODELS
 
+from mmlite import ops
 from mmlite.checkpoints import convert_encoder_state
 from mmlite.layers import LiteEncoder
 
@@ -169,26 +170,44 @@ def test_every_parameter_gets_a_gradient(update, small_ffn, key_aware):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+def run_and_count_saved_bytes(encoder, arguments):
+    """Output of the encoder, and what autograd keeps for backward beside the parameters."""
+    storages = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = encoder(**arguments)
+    return output, sum(storages.values())
+
+
+@pytest.mark.skipif(
+    not any(b.available for b in ops.backends() if b.name == 'cpu'),
+    reason='the PyTorch formulation keeps every sample; the fused CPU kernels are not built',
+)
+def test_training_memory_follows_the_schedule():
+    """What backward keeps, against an encoder that updates every level in every layer."""
+    cfg = layer_cfg()
+    cfg['ffn_cfg'] = dict(embed_dims=32, feedforward_channels=256)  # 8 times as wide, as in DINO
+    arguments = inputs(torch.tensor([(24, 32), (12, 16), (6, 8), (3, 4)]), padded=False)
+    stock = LiteEncoder('H3L1-(1+1)x6', layer_cfg=cfg, key_aware=False, small_ffn=False)
+    _, stock_bytes = run_and_count_saved_bytes(stock, arguments)
+    _, lite_bytes = run_and_count_saved_bytes(LiteEncoder('H3L1-(2+1)x3', 6, cfg), arguments)
+    assert lite_bytes < 0.56 * stock_bytes
+
+
 def test_activation_checkpointing_changes_nothing():
     plain = randomise(LiteEncoder('H3L1-(2+1)x2', layer_cfg=layer_cfg()))
     recomputed = LiteEncoder('H3L1-(2+1)x2', layer_cfg=layer_cfg(), num_cp=3)
     recomputed.load_state_dict(plain.state_dict())
     arguments = inputs()
-
-    def saved_bytes(encoder):
-        total = 0
-
-        def pack(tensor):
-            nonlocal total
-            total += tensor.numel() * tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = encoder(**arguments)
-        return output, total
-
-    expected, plain_bytes = saved_bytes(plain)
-    actual, recomputed_bytes = saved_bytes(recomputed)
+    expected, plain_bytes = run_and_count_saved_bytes(plain, arguments)
+    actual, recomputed_bytes = run_and_count_saved_bytes(recomputed, arguments)
     torch.testing.assert_close(actual, expected)
     assert recomputed_bytes < 0.6 * plain_bytes
     expected.sum().backward()
@@ -205,6 +224,21 @@ def test_input_is_left_alone():
         encoder(**arguments)
     for name, value in before.items():
         torch.testing.assert_close(arguments[name], value)
+
+
+@pytest.mark.parametrize('update', ['joint', 'sequential'])
+@pytest.mark.parametrize('small_ffn', [True, False])
+def test_inference_writes_in_place_and_in_runs(monkeypatch, update, small_ffn):
+    """Without gradients the layers take another path; many short runs must not change it."""
+    monkeypatch.setattr('mmlite.layers.encoder._TOKENS_IN_CACHE', 7)
+    encoder = randomise(
+        LiteEncoder('H3L1-(2+1)x2', layer_cfg=layer_cfg(), update=update, small_ffn=small_ffn)
+    )
+    arguments = inputs()
+    expected = encoder(**arguments)
+    with torch.no_grad():
+        actual = encoder(**arguments)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_usable_for_training_after_inference():

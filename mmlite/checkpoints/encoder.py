@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-_RENAMES = {
+# Module of an encoder layer in the original repositories -> in MMDetection and LiteEncoder.
+ENCODER_NAMES = {
+    'self_attn': 'self_attn',
     'norm1': 'norms.0',
     'norm2': 'norms.1',
     'linear1': 'ffn.layers.0.0',
@@ -16,7 +18,7 @@ _RENAMES = {
     'linear22': 'small_ffn.layers.1',
     'norm22': 'small_norm',
 }
-_NAME = re.compile(r'layers\.(\d+)\.(self_attn\.\w+|\w+)\.(weight|bias)')
+_NAME = re.compile(r'(layers\.\d+)\.(\w+)\.(.+)')
 
 
 def convert_encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,16 +38,11 @@ def convert_encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     converted = {}
     for name, tensor in state.items():
         match = _NAME.fullmatch(name)
-        if match is None:
+        if match is None or match[2] not in ENCODER_NAMES:
             raise ValueError(f"{name} is no parameter of the authors' Lite DETR encoder")
         layer, module, parameter = match.groups()
-        prefix = f'layers.{layer}.'
-        unused = f'{prefix}self_attn.attention_weights.weight' in state
-        if module == 'self_attn.query_proj' and unused:
+        unused = f'{layer}.self_attn.attention_weights.weight' in state
+        if unused and parameter.startswith('query_proj.'):
             continue
-        if not module.startswith('self_attn.'):
-            if module not in _RENAMES:
-                raise ValueError(f"{name} is no parameter of the authors' Lite DETR encoder")
-            module = _RENAMES[module]
-        converted[f'{prefix}{module}.{parameter}'] = tensor
+        converted[f'{layer}.{ENCODER_NAMES[module]}.{parameter}'] = tensor
     return converted

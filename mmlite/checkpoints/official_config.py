@@ -1,0 +1,192 @@
+"""The config with which a converted checkpoint computes what its authors' model computed."""
+
+from __future__ import annotations
+
+import math
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from torch import Tensor
+
+from .official import Conversion, Layout
+
+_DINO = 'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py'
+_DEFORMABLE_DETR = 'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py'
+
+
+def official_config(
+    conversion: Conversion, args: Namespace | None = None, num_queries: int | None = None
+) -> str:
+    """Text of a config file for the ``state_dict`` of :func:`from_official`.
+
+    Everything that the weights show is read off them. What they do not show comes from the
+    arguments of the run where the checkpoint holds them. Otherwise it is what the original
+    repositories published: 8 attention heads, and 300 queries of two-stage models, 1500 of
+    H-Deformable-DETR's being one-to-many ones.
+
+    Args:
+        conversion (Conversion): Result of :func:`from_official`.
+        args (Namespace, optional): Arguments of the run, from :func:`unpack`.
+        num_queries (int, optional): Queries at inference, where neither weights nor ``args`` tell.
+
+    Returns:
+        str: A config that inherits from MMDetection's.
+
+    Raises:
+        ValueError: If an H-Deformable-DETR's queries can be split in more than one way.
+    """
+    layout, state = conversion.layout, conversion.state_dict
+    embed_dims = state['level_embed'].shape[1]
+    heads = getattr(args, 'nheads', 8)
+    shape = dict(embed_dims=embed_dims, num_heads=heads)
+    encoder = dict(
+        num_layers=layout.encoder_layers,
+        layer_cfg=dict(
+            self_attn_cfg=dict(
+                shape, **_attention(state, 'encoder.layers.0.self_attn', layout, args)
+            ),
+            ffn_cfg=_ffn(state, 'encoder'),
+        ),
+    )
+    decoder = dict(
+        num_layers=layout.decoder_layers,
+        layer_cfg=dict(
+            self_attn_cfg=dict(shape),
+            cross_attn_cfg=dict(
+                shape, **_attention(state, 'decoder.layers.0.cross_attn', layout, args)
+            ),
+            ffn_cfg=_ffn(state, 'decoder'),
+        ),
+    )
+    embedded = len(state.get('query_embedding.weight', ()))
+    if layout.family == 'h-deformable-detr':
+        num_queries = num_queries or getattr(args, 'num_queries_one2one', None)
+        num_queries = num_queries or _one2one_queries(embedded)
+    else:
+        num_queries = embedded or num_queries or getattr(args, 'num_queries', 300)
+    model = dict(
+        num_queries=num_queries,
+        num_feature_levels=layout.num_levels,
+        backbone=_backbone(state, layout.backbone),
+        neck=dict(
+            in_channels=[
+                state[f'neck.convs.{i}.conv.weight'].shape[1] for i in range(layout.num_maps)
+            ],
+            out_channels=embed_dims,
+            num_outs=layout.num_levels,
+            bias=True,
+        ),
+        encoder=encoder,
+        decoder=decoder,
+        positional_encoding=dict(num_feats=embed_dims // 2),
+        bbox_head=dict(num_classes=_num_classes(state), embed_dims=embed_dims),
+    )
+    base = _DINO
+    if layout.family == 'deformable-detr':
+        base = _DEFORMABLE_DETR
+        model.update(with_box_refine=layout.refines, as_two_stage=layout.two_stage)
+    elif layout.family == 'h-deformable-detr':
+        base = _DEFORMABLE_DETR
+        model.update(type='HDeformableDETR', num_one2many_queries=embedded - num_queries)
+        model['bbox_head']['type'] = 'HDeformableDETRHead'
+        for part, attention in ((encoder, 'self_attn_cfg'), (decoder, 'cross_attn_cfg')):
+            part['layer_cfg'][attention]['dropout'] = 0.0
+            part['layer_cfg']['ffn_cfg']['ffn_drop'] = 0.0
+        decoder['layer_cfg']['self_attn_cfg']['dropout'] = 0.0
+    elif layout.family == 'lite-dino':
+        model['type'] = 'LiteDINO'
+        encoder.update(
+            schedule=str(conversion.schedule),
+            key_aware='encoder.layers.0.self_attn.query_proj.weight' in state,
+            small_ffn=any('.small_norm.' in name for name in state),
+        )
+        decoder['key_aware'] = 'decoder.layers.0.cross_attn.query_proj.weight' in state
+    return (
+        '# Written by `mmlite convert` for the checkpoint beside it.\n'
+        f'_base_ = {base!r}\n'
+        "custom_imports = dict(imports=['mmlite'])\n" + Config(dict(model=model)).pretty_text
+    )
+
+
+def check_conversion(conversion: Conversion, config: str) -> None:
+    """Build the model and load the converted weights strictly.
+
+    Raises:
+        ValueError: If entries are missing, left over or of another shape; the message names them.
+    """
+    model = MODELS.build(Config.fromstring(config, '.py').model)
+    # BatchNorm adds its counter by itself where a state dict has none.
+    try:
+        model.load_state_dict(conversion.state_dict, strict=True)
+    except RuntimeError as error:
+        problem = str(error).partition('\n\t')[2].replace('\n\t', ' ').rstrip()
+        raise ValueError(
+            f'the converted file does not fit the {type(model).__name__} that its names speak of: '
+            f'{problem}'
+        ) from error
+
+
+def _attention(
+    state: Mapping[str, Tensor], name: str, layout: Layout, args: Namespace | None
+) -> dict:
+    heads, levels = getattr(args, 'nheads', 8), layout.num_levels
+    points = getattr(args, 'enc_n_points' if 'encoder' in name else 'dec_n_points', 4)
+    cfg = dict(num_levels=levels)
+    rows = len(state[f'{name}.sampling_offsets.weight'])
+    is_key_aware = f'{name}.query_proj.weight' in state
+    if is_key_aware and levels > 1 and rows == 2 * heads * points:
+        cfg.update(num_points=points, same_loc=True)
+    else:
+        cfg.update(num_points=rows // (2 * heads * levels))
+    if f'{name}.key_proj.weight' in state:
+        cfg.update(proj_key=True)
+    return cfg
+
+
+def _one2one_queries(embedded: int) -> int:
+    if embedded not in (300, 1800):
+        raise ValueError(
+            f'the file has {embedded} queries and does not say how many are one-to-one; give the '
+            'number of queries at inference: --num-queries'
+        )
+    return 300
+
+
+def _num_classes(state: Mapping[str, Tensor]) -> int:
+    return len(state['bbox_head.cls_branches.0.weight'])
+
+
+def _ffn(state: Mapping[str, Tensor], part: str) -> dict:
+    channels, embed_dims = state[f'{part}.layers.0.ffn.layers.0.0.weight'].shape
+    return dict(embed_dims=embed_dims, feedforward_channels=channels)
+
+
+def _backbone(state: Mapping[str, Tensor], kind: str) -> dict:
+    """The backbone's own arguments; its weights are in the checkpoint, so it needs no others."""
+
+    def numbers(pattern: str) -> list[int]:
+        return sorted({int(m[1]) for m in (re.match(pattern, name) for name in state) if m})
+
+    if kind == 'swin':
+        stages = numbers(r'backbone\.stages\.(\d+)\.blocks')
+        tables = [
+            state[f'backbone.stages.{i}.blocks.0.attn.w_msa.relative_position_bias_table']
+            for i in stages
+        ]
+        return dict(
+            _delete_=True,
+            type='SwinTransformer',
+            embed_dims=len(state['backbone.patch_embed.norm.weight']),
+            depths=[len(numbers(rf'backbone\.stages\.{i}\.blocks\.(\d+)\.')) for i in stages],
+            num_heads=[table.shape[1] for table in tables],
+            window_size=(math.isqrt(len(tables[0])) + 1) // 2,
+            drop_path_rate=0.2,
+            out_indices=numbers(r'backbone\.norm(\d+)\.weight'),
+        )
+    blocks = len(numbers(r'backbone\.layer3\.(\d+)\.'))
+    is_bottleneck = 'backbone.layer3.0.conv3.weight' in state
+    depth = {2: 18, 6: 50 if is_bottleneck else 34, 23: 101, 36: 152}.get(blocks, 50)
+    return dict(depth=depth, init_cfg=None)

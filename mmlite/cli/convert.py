@@ -1,0 +1,169 @@
+"""``mmlite convert``: other people's checkpoints, and starting points from stock ones."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..checkpoints import Conversion
+
+FAMILIES = ('deformable-detr', 'h-deformable-detr', 'dino', 'lite-dino')
+
+
+@click.command()
+@click.argument('source', type=click.Path(path_type=Path))
+@click.argument('target', type=click.Path(path_type=Path))
+@click.option('--model', type=click.Choice(FAMILIES), help='Refuse any other model in the file.')
+@click.option('--schedule', help="A Lite model's schedule, for example 'H3L1-(2+1)x3'.")
+@click.option(
+    '--classes',
+    type=click.Choice(['coco', 'keep']),
+    default='coco',
+    show_default=True,
+    help="Turn the authors' 91 category slots into MMDetection's 80 classes (and back), or keep "
+    'the rows of the class layers as they are.',
+)
+@click.option('--num-queries', type=int, help='Queries at inference, if the file does not say.')
+@click.option('--ema', is_flag=True, help='Take the averaged weights of the file.')
+@click.option('--to-official', is_flag=True, help="The way back: to the authors' layout.")
+@click.option('--json', 'json_path', type=click.Path(path_type=Path), help='Write the report here.')
+def convert(
+    source: Path,
+    target: Path,
+    model: str | None,
+    schedule: str | None,
+    classes: str,
+    num_queries: int | None,
+    ema: bool,
+    to_official: bool,
+    json_path: Path | None,
+) -> None:
+    """Convert a checkpoint of the original authors to MMDetection, or back.
+
+    SOURCE is a file of Deformable DETR, H-Deformable-DETR, DINO or Lite-DINO as their authors
+    released it. TARGET gets the converted weights, and the file of the same name with .py the
+    config that goes with them.
+
+    \b
+    Example:
+      mmlite convert r50_s3ex3_50.4.pth lite_dino.pth --schedule 'H3L1-(2+1)x3'
+      mim test mmdet lite_dino.py --checkpoint lite_dino.pth
+      mmlite convert lite_dino.pth original_again.pth --to-official
+    """
+    from ..checkpoints import (
+        check_conversion,
+        from_official,
+        load_checkpoint,
+        official_config,
+        unpack,
+    )
+    from ..checkpoints import to_official as convert_back
+
+    _refuse_target(target, source)
+    checkpoint = load_checkpoint(source, allow=[Namespace])
+    coco = classes == 'coco'
+    if to_official:
+        if schedule or ema:
+            raise ValueError('--to-official takes neither --schedule nor --ema; leave them out')
+        state, _ = unpack(checkpoint)
+        kept = checkpoint.get('official', {}) if isinstance(checkpoint, dict) else {}
+        conversion = convert_back(state, model, coco, kept.get('left'))
+        content = dict(model=conversion.state_dict)
+        config = None
+    else:
+        conversion = from_official(checkpoint, model, schedule, coco, ema)
+        _, args = unpack(checkpoint, ema)
+        config = official_config(conversion, args, num_queries)
+        check_conversion(conversion, config)
+        content = dict(
+            meta=_meta(conversion.state_dict),
+            state_dict=conversion.state_dict,
+            # What MMDetection has no place for; it makes the way back exact.
+            official=dict(family=conversion.layout.family, left=conversion.left),
+        )
+    written = _save(content, config, target)
+    report = summarise(conversion, source, written)
+    _print(report)
+    if json_path:
+        json_path.write_text(json.dumps(report, indent=2) + '\n')
+
+
+def summarise(conversion: Conversion, source: Path, written: list[Path]) -> dict:
+    """What became of the entries of the file, as printed and as written with ``--json``."""
+    layout = conversion.layout
+    return dict(
+        source=str(source),
+        written=[str(path) for path in written],
+        model=layout.family,
+        schedule=conversion.schedule and str(conversion.schedule),
+        layout=dict(layout._asdict()),
+        mapped=conversion.mapped,
+        left=conversion.reasons,
+        filled=conversion.filled,
+    )
+
+
+def _print(report: dict) -> None:
+    from ..checkpoints.official import FAMILIES as TITLES
+
+    console = Console()
+    title = TITLES[report['model']]
+    if report['schedule']:
+        title += f' {report["schedule"]}'
+    table = Table('part', 'entries', title=f'{title}: mapped')
+    for part, count in Counter(_part(name) for name in report['mapped'].values()).items():
+        table.add_row(part, str(count))
+    table.add_row('all', str(len(report['mapped'])), style='bold')
+    console.print(table)
+    for heading, entries in (('left', report['left']), ('filled in', report['filled'])):
+        if entries:
+            table = Table('entries', 'why', title=heading)
+            for reason, count in Counter(map(_kind, entries.values())).items():
+                table.add_row(str(count), reason)
+            console.print(table)
+    console.print(f'Wrote {" and ".join(report["written"])}', highlight=False)
+
+
+def _part(name: str) -> str:
+    """The module of the detector that an entry belongs to."""
+    return '.'.join(name.split('.')[: 2 if name.startswith('transformer.') else 1])
+
+
+def _kind(reason: str) -> str:
+    return 'repeats another entry' if reason.startswith('repeats ') else reason
+
+
+def _meta(state: dict) -> dict:
+    """Class names of COCO for a model of its 80 classes, as MMDetection stores them."""
+    from mmdet.datasets import CocoDataset
+
+    is_coco = len(state['bbox_head.cls_branches.0.weight']) == len(CocoDataset.METAINFO['classes'])
+    return dict(dataset_meta=CocoDataset.METAINFO) if is_coco else {}
+
+
+def _refuse_target(target: Path, source: Path) -> None:
+    if target.suffix not in ('.pth', '.pt'):
+        raise ValueError(f'{target} is no name of a checkpoint; let it end in .pth')
+    if target.resolve() == source.resolve():
+        raise ValueError(f'{target} is the source; give another name for the converted file')
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f'{target.parent} does not exist; create the folder first')
+
+
+def _save(content: dict, config: str | None, target: Path) -> list[Path]:
+    import torch
+
+    torch.save(content, target)
+    if config is None:
+        return [target]
+    config_path = target.with_suffix('.py')
+    config_path.write_text(config)
+    return [target, config_path]

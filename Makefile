@@ -58,7 +58,7 @@ $(VENV)/.torch: $(VENV)/.venv requirements/constraints.txt
 # openmim asks for setuptools 60 (through openxlab) but runs with later ones; mmcv builds with
 # nothing from 80 on. So 79 goes in after openmim, and pip's remark on it can be ignored.
 $(VENV)/.stack: $(VENV)/.torch requirements/dev.txt
-	$(call say,3/5 MMEngine, MMDetection, mim and the tools)
+	$(call say,3/5 MMDetection with mim and the tools)
 	@$(PIP) --requirement requirements/dev.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check 'setuptools==79.0.1'
 	@touch $@
@@ -70,6 +70,6 @@ $(VENV)/.mmcv: $(VENV)/.stack
 	@touch $@
 
 $(VENV)/.mmlite: $(VENV)/.mmcv pyproject.toml $(wildcard CMakeLists.txt mmlite/ops/csrc/*)
-	$(call say,5/5 mmlite, with its CPU kernels compiled)
-	@$(PIP) --no-build-isolation --editable .
+	$(call say,5/5 mmlite with its CPU kernels (compiled here: about a minute))
+	@$(PIP) --quiet --no-build-isolation --editable .
 	@touch $@

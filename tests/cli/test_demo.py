@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from mmlite.checkpoints import load_checkpoint
+from mmlite.cli import main
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ['demo', *map(str, arguments)])
+
+
+def test_trains_evaluates_and_draws(tmp_path):
+    out = tmp_path / 'demo'
+    sizes = ('--epochs', 1, '--train-images', 8, '--val-images', 2)
+    result = run('--out', out, *sizes)
+    assert result.exit_code == 0, result.output
+    results = json.loads((out / 'results.json').read_text())
+    assert all(0 <= results[name] <= 1 for name in ('AP', 'AP50'))
+    assert 0 < results['encoder_gflops'] < results['stock_encoder_gflops']
+    for text in ('APs', 'GFLOPs', 'predictions.png'):
+        assert text in result.output
+    assert (out / 'predictions.png').read_bytes().startswith(b'\x89PNG')
+    assert load_checkpoint(out / 'epoch_1.pth')['meta']['epoch'] == 1
+
+
+@pytest.mark.parametrize('place', ['file', 'file/below'])
+def test_folder_that_cannot_be_written(tmp_path, place):
+    (tmp_path / 'file').write_text('in the way')
+    result = run('--out', tmp_path / place)
+    assert result.exit_code != 0
+    assert 'choose another folder with --out' in result.output or 'is a file' in result.output
+    assert 'Traceback' not in result.output
+
+
+def test_help_shows_an_example():
+    assert 'mmlite demo --epochs 2' in run('--help').output

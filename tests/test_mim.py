@@ -1,0 +1,123 @@
+"""Training, resuming and testing as a user does it: through mim, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmlite.checkpoints import load_checkpoint
+from mmlite.datasets import generate_shapes
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / 'configs/small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-12e_shapes.py'
+
+# The launchers of mmengine choose a CUDA device even where torch has none; nothing else stands
+# between mmdet's training script and two processes on a CPU.
+DATA_PARALLEL = """
+import runpy, sys, torch
+import mmdet
+if not torch.cuda.is_available():
+    torch.cuda.set_device = lambda device: None
+sys.argv[0] = mmdet.__path__[0] + '/.mim/tools/train.py'
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+SAVE_EACH_RANK = """
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class SaveEachRank(Hook):
+    def after_train(self, runner):
+        torch.save(runner.model.module.state_dict(), f'{runner.work_dir}/rank{runner.rank}.pth')
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A folder with a tiny data set and a config for it."""
+    folder = tmp_path_factory.mktemp('mim')
+    generate_shapes(folder / 'data', {'train': 8, 'val': 4})
+    data_root = str(folder / 'data')
+    annotations = str(folder / 'data/annotations/instances_val.json')
+    (folder / 'config.py').write_text(
+        f'_base_ = {str(CONFIG)!r}\n'
+        f'train_dataloader = dict(batch_size=2, dataset=dict(data_root={data_root!r}))\n'
+        f'val_dataloader = dict(dataset=dict(data_root={data_root!r}))\n'
+        'test_dataloader = val_dataloader\n'
+        f'val_evaluator = dict(ann_file={annotations!r})\n'
+        'test_evaluator = val_evaluator\n'
+        'train_cfg = dict(max_epochs=1)\n'
+    )
+    return folder
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    path = os.pathsep.join([str(ROOT), str(cwd), os.environ.get('PYTHONPATH', '')])
+    process = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.returncode == 0, process.stdout[-3000:]
+    return process.stdout
+
+
+def mim(*arguments: str | Path, cwd: Path) -> str:
+    return run('-c', 'from mim.cli import cli; cli()', *arguments, cwd=cwd)
+
+
+def test_train_resume_and_test(folder):
+    work_dir = folder / 'work'
+    mim('train', 'mmdet', 'config.py', '--work-dir', work_dir, '--gpus', '0', cwd=folder)
+    assert load_checkpoint(work_dir / 'epoch_1.pth')['meta']['epoch'] == 1
+
+    more = ('--resume', '--cfg-options', 'train_cfg.max_epochs=2')
+    mim('train', 'mmdet', 'config.py', '--work-dir', work_dir, '--gpus', '0', *more, cwd=folder)
+    resumed = load_checkpoint(work_dir / 'epoch_2.pth')
+    assert resumed['meta']['epoch'] == 2
+    assert resumed['meta']['iter'] == 8  # 4 of them before it was stopped
+    assert len(resumed['message_hub']['log_scalars']['train/loss'].data[0]) == 8
+
+    checkpoint = ('--checkpoint', work_dir / 'epoch_2.pth')
+    test_dir = folder / 'test'
+    mim(
+        'test', 'mmdet', 'config.py', *checkpoint, '--work-dir', test_dir, '--gpus', '0', cwd=folder
+    )
+    (metrics,) = test_dir.glob('*/*.json')
+    assert 'coco/bbox_mAP_50' in json.loads(metrics.read_text())
+
+
+def test_two_processes_end_with_the_same_weights(folder):
+    (folder / 'data_parallel.py').write_text(DATA_PARALLEL)
+    (folder / 'save_each_rank.py').write_text(SAVE_EACH_RANK)
+    (folder / 'two.py').write_text(
+        "_base_ = './config.py'\n"
+        "custom_imports = dict(imports=['mmlite', 'save_each_rank'])\n"
+        "custom_hooks = [dict(type='SaveEachRank')]\n"
+        "env_cfg = dict(dist_cfg=dict(backend='gloo'))\n"
+        'model_wrapper_cfg = dict(\n'
+        "    type='MMDistributedDataParallel', find_unused_parameters=False, device_ids=None\n"
+        ')\n'
+        'train_cfg = dict(val_interval=2)\n'
+    )
+    launch = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
+    options = ('--launcher', 'pytorch', '--work-dir', 'two')
+    run(*launch, 'data_parallel.py', 'two.py', *options, cwd=folder)
+    first, second = (load_checkpoint(folder / 'two' / f'rank{rank}.pth') for rank in (0, 1))
+    # The running statistics of BatchNorm are each process's own; what is learned is shared.
+    learned = [name for name in first if 'running_' not in name]
+    assert len(learned) > 100
+    for name in learned:
+        assert torch.equal(first[name], second[name]), name
+    differ = [name for name in first if not torch.equal(first[name], second[name])]
+    assert differ  # they saw different images

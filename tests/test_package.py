@@ -1,0 +1,47 @@
+"""What ships, and where mim and mmengine look for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import yaml
+from mmengine.config import Config
+from mmengine.hub import get_config
+
+import mmlite  # noqa: F401  (makes mmlite:: known)
+
+ROOT = Path(__file__).parents[1]
+NAME = 'lite_dino/lite-dino-4scale_r50_h3l1-2p1x3_8xb2-12e_coco.py'
+
+
+def test_wheel_carries_the_configs(tmp_path):
+    # Without the compiled kernels: they take a minute and are no matter here.
+    build = ('-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-build-isolation', '.')
+    options = ('--config-settings=wheel.cmake=false', '--wheel-dir', tmp_path)
+    subprocess.check_call([sys.executable, *build, *options], cwd=ROOT)
+    (wheel,) = tmp_path.glob('*.whl')
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if '.mim/' in name}
+    configs = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in ('*.py', '*.yml')
+        for path in (ROOT / 'configs').rglob(pattern)
+    }
+    assert len(configs) > 20
+    assert {f'mmlite/.mim/{name}' for name in configs | {'model-index.yml'}} <= files
+
+
+def test_every_metafile_is_listed():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.glob('configs/*/metafile.yml')}
+    assert set(index['Import']) == files
+
+
+def test_configs_are_found_by_package_name(tmp_path):
+    assert get_config(f'mmlite::{NAME}').model.type == 'LiteDINO'
+    (tmp_path / 'mine.py').write_text(f"_base_ = 'mmlite::{NAME}'\nmodel = dict(num_queries=300)")
+    config = Config.fromfile(tmp_path / 'mine.py')
+    assert config.model.type == 'LiteDINO'
+    assert config.model.num_queries == 300

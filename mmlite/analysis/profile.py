@@ -132,6 +132,73 @@ class _OpTimer(TorchDispatchMode):
         return out
 
 
+def profile_stages(
+    model: nn.Module,
+    call: Callable[[int], object],
+    *,
+    repeats: int = 5,
+    device: torch.device | str = 'cpu',
+) -> dict[str, float]:
+    """Time the stages of a detector.
+
+    Args:
+        model (nn.Module): A detector of mmdet.
+        call (Callable[[int], object]): Runs it once.
+        repeats (int): Timed runs after one of warm-up; the median of each stage is kept.
+        device (torch.device | str): Where it runs.
+
+    Returns:
+        dict[str, float]: Seconds of ``backbone``, ``neck``, ``encoder``, ``encoder.layers.<i>``
+        (part of the encoder), ``decoder``, ``head`` (its branches called from the decoder apart),
+        and ``other``: the rest, such as query selection and post-processing.
+    """
+    stages = {name: getattr(model, name, None) for name in ('backbone', 'neck', 'encoder')}
+    stages['decoder'] = getattr(model, 'decoder', None)
+    stages['head'] = getattr(model, 'bbox_head', None)
+    for index, layer in enumerate(getattr(stages['encoder'], 'layers', ())):
+        stages[f'encoder.layers.{index}'] = layer
+    stages = {name: child for name, child in stages.items() if isinstance(child, nn.Module)}
+
+    wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
+    spent: dict[str, float] = {}
+    started: dict[str, float] = {}
+
+    def enter(name: str) -> Callable:
+        def hook(*_: object) -> None:
+            wait()
+            started[name] = time.perf_counter()
+
+        return hook
+
+    def leave(name: str) -> Callable:
+        def hook(*_: object) -> None:
+            wait()
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started[name]
+
+        return hook
+
+    hooks = []
+    for name, child in stages.items():
+        hooks += [
+            child.register_forward_pre_hook(enter(name)),
+            child.register_forward_hook(leave(name)),
+        ]
+    runs = []
+    try:
+        for index in range(repeats + 1):
+            spent = {}
+            start = time.perf_counter()
+            call(index)
+            wait()
+            total = time.perf_counter() - start
+            parts = sum(seconds for name, seconds in spent.items() if '.' not in name)
+            runs.append({**spent, 'other': total - parts})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: float(np.median([run[name] for run in runs[1:]])) for name in runs[1]}
+
+
 def matmul_peak(device: torch.device | str = 'cpu', dtype: torch.dtype = torch.float32) -> float:
     """FLOPs a second (multiply-adds counted as one) of the best of some large matrix products."""
     size = 2048 if torch.device(device).type == 'cpu' else 8192

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,12 +34,15 @@ class ImageSize(click.ParamType):
         return int(match[1]), int(match[2])
 
 
-def shared_options(rounds: int) -> Callable:
+def shared_options(rounds: int, several_batch_sizes: bool = False) -> Callable:
     """The options that every benchmark has."""
+    batch_size = {'default': 1}
+    if several_batch_sizes:
+        batch_size = {'default': [1], 'multiple': True, 'help': 'Give it more than once for more.'}
     file = click.Path(dir_okay=False, path_type=Path)
     options = [
         click.option('--image-size', type=ImageSize(), default='800x1333', show_default=True),
-        click.option('--batch-size', type=click.IntRange(1), default=1, show_default=True),
+        click.option('--batch-size', type=click.IntRange(1), show_default=True, **batch_size),
         click.option('--device', default='cpu', show_default=True, help='cpu, cuda or cuda:1.'),
         click.option('--threads', type=click.IntRange(1), help='CPU threads. Default: all cores.'),
         click.option(
@@ -267,6 +271,123 @@ def encoder(
         report['profile'] = {name: asdict(profile) for name, profile in profiles.items()}
         report['matmul_peak'] = peak
     deliver(report, tables, [], json_path, markdown_path)
+
+
+@benchmark.command()
+@click.argument('configs', nargs=-1, metavar='BASELINE VARIANT...')
+@click.option(
+    '--preset',
+    type=click.Choice(['paper-table3', 'paper-table4']),
+    help='Instead of configs: every row of a table of the Lite DETR paper, with what it reports.',
+)
+@shared_options(rounds=10, several_batch_sizes=True)
+@click.option(
+    '--dtype',
+    type=click.Choice(DTYPES),
+    default='float32',
+    show_default=True,
+    help='Other than float32: autocast.',
+)
+@click.option('--train', is_flag=True, help='Also measure a training step.')
+@click.option('--count-only', is_flag=True, help='Count parameters and FLOPs, time nothing.')
+@click.option(
+    '--annotations',
+    type=click.Path(path_type=Path),
+    help='COCO annotations to measure AP on, for configs given with a checkpoint.',
+)
+@click.option('--images', type=click.Path(path_type=Path), help='Folder of their images.')
+@click.option('--html', 'html_path', type=click.Path(dir_okay=False, path_type=Path))
+def compare(
+    configs,
+    preset,
+    image_size,
+    batch_size,
+    device,
+    threads,
+    rounds,
+    warmup,
+    json_path,
+    markdown_path,
+    dtype,
+    train,
+    count_only,
+    annotations,
+    images,
+    html_path,
+) -> None:
+    """Compare detectors with the first one: FLOPs, parameters, time, memory, accuracy.
+
+    A config is a path, mmdet::folder/config.py or mmlite::folder/config.py; a checkpoint may
+    follow it after a comma. Without one the weights are random, which is all that cost and time
+    need.
+
+    \b
+    Example:
+      mmlite benchmark compare mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py \\
+          'mmlite::lite_dino/lite-dino-4scale_r50_h3l1-2p1x3_8xb2-36e_coco.py' --html report.html
+      mmlite benchmark compare stock.py,stock.pth lite.py,lite.pth --train \\
+          --annotations val.json --images val/
+      mmlite benchmark compare --preset paper-table3 --count-only
+    """
+    from ..analysis import compare_report
+    from ..analysis.compare import Setting
+    from ..analysis.compare import compare as compare_detectors
+    from ..analysis.latency import describe_machine, num_threads
+
+    groups = _subjects(configs, preset)
+    dataset = _dataset(annotations, images)
+    check_device(device)
+    height, width = image_size
+    setting = Setting(
+        image_size,
+        batch_size,
+        device,
+        dtype,
+        0 if count_only else rounds,
+        warmup,
+        train,
+        sizes=tuple((height * s // 4, width * s // 4) for s in (2, 3, 5)),
+    )
+    with num_threads(threads), progress() as start:
+        machine = describe_machine(device)
+        results = [compare_detectors(group, setting, dataset, start) for group in groups]
+    tables = compare_report.tables(results, setting)
+    command = shlex.join(['mmlite', *sys.argv[1:]])
+    report = {
+        'machine': machine,
+        'settings': asdict(setting),
+        'command': command,
+        'results': [result.as_json() for group in results for result in group],
+    }
+    notes = []
+    if preset:
+        notes.append(
+            "Published figures are the paper's: another image size and counting rule, and none of "
+            'them measured here.'
+        )
+    deliver(report, tables, notes, json_path, markdown_path)
+    if html_path:
+        html_path.write_text(compare_report.page(results, setting, tables, machine, command, notes))
+
+
+def _subjects(configs: tuple[str, ...], preset: str | None) -> list[list]:
+    from ..analysis.compare import Subject
+    from ..analysis.published import preset as rows_of
+
+    if bool(configs) == bool(preset):
+        raise ValueError('give either configs, the baseline first, or a --preset')
+    if preset:
+        return [[Subject(row.config, published=row) for row in group] for group in rows_of(preset)]
+    pairs = [config.partition(',') for config in configs]
+    return [[Subject(config, checkpoint or None) for config, _, checkpoint in pairs]]
+
+
+def _dataset(annotations: Path | None, images: Path | None):
+    from ..analysis.accuracy import Dataset
+
+    if (annotations is None) != (images is None):
+        raise ValueError('--annotations and --images go together')
+    return None if annotations is None else Dataset(annotations, images)
 
 
 def check_device(device: str) -> None:

@@ -1,0 +1,86 @@
+"""COCO's metrics of a detector on a data set, by MMDetection's own evaluation."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and annotations in COCO's format.
+
+    Attributes:
+        annotations (Path): The JSON file.
+        images (Path): Folder of the images.
+    """
+
+    annotations: Path
+    images: Path
+
+    def check(self) -> None:
+        """Refuse what cannot be evaluated on.
+
+        Raises:
+            FileNotFoundError: The file or the folder does not exist.
+            ValueError: The file is no JSON in COCO's format, or holds no annotations.
+        """
+        if not self.annotations.is_file():
+            raise FileNotFoundError(f'annotation file {self.annotations} does not exist')
+        if not self.images.is_dir():
+            raise FileNotFoundError(f'image folder {self.images} does not exist')
+        try:
+            content = json.loads(self.annotations.read_text())
+        except ValueError as error:
+            raise ValueError(f'{self.annotations} is not JSON: {error}') from error
+        if not isinstance(content, dict) or not content.get('annotations'):
+            raise ValueError(
+                f'{self.annotations} holds no annotations, so there is nothing to evaluate on'
+            )
+
+
+def evaluate(
+    config: Config, checkpoint: str, dataset: Dataset, device: str = 'cpu'
+) -> dict[str, float]:
+    """Test a detector as ``mim test`` does.
+
+    Args:
+        config (Config): The detector's config; its test pipeline and classes are used.
+        checkpoint (str): Its weights.
+        dataset (Dataset): What to test on, in place of the config's.
+        device (str): ``cpu`` or a CUDA device.
+
+    Returns:
+        dict[str, float]: Each of :data:`METRICS`, in percent; -100 where there are no such
+        objects.
+
+    Raises:
+        ValueError: The categories of the data set are not the classes of the config.
+    """
+    config = config.copy()
+    loader = config.test_dataloader
+    loader.dataset.update(
+        data_root='',
+        ann_file=str(dataset.annotations),
+        data_prefix={'img': str(dataset.images)},
+    )
+    if device == 'cpu':
+        loader.update(num_workers=0, persistent_workers=False)
+    config.test_evaluator = {
+        'type': 'CocoMetric',
+        'ann_file': str(dataset.annotations),
+        'metric': 'bbox',
+    }
+    config.load_from = checkpoint
+    config.log_level = 'ERROR'
+    with tempfile.TemporaryDirectory() as work_dir:
+        config.work_dir = work_dir
+        metrics = Runner.from_cfg(config).test()
+    return {name: 100 * metrics[f'coco/bbox_{name}'] for name in METRICS}

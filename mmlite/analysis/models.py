@@ -1,0 +1,128 @@
+"""Detectors from configs, built to be looked at: nothing is downloaded."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from ..checkpoints.loading import load_checkpoint
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def load_config(reference: str) -> Config:
+    """Read a config.
+
+    Args:
+        reference (str): A path, ``mmdet::folder/config.py`` or ``mmlite::folder/config.py``.
+
+    Returns:
+        Config: The config, its custom imports done.
+
+    Raises:
+        FileNotFoundError: There is no such config.
+        ValueError: It cannot be read, or has no model.
+    """
+    package, found, name = reference.partition('::')
+    try:
+        if found and package != 'mmlite':
+            config = get_config(reference)
+        else:
+            # mmengine finds packaged configs of pip's packages alone; a source tree has its own.
+            path = _PACKAGE / '.mim' / 'configs' / name if found else Path(reference)
+            if not path.is_file():
+                raise FileNotFoundError(f'config {reference} does not exist')
+            config = Config.fromfile(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a config is a program and may fail in any way
+        raise ValueError(f'config {reference} cannot be read: {_one_line(error)}') from error
+    if 'model' not in config:
+        raise ValueError(f'config {reference} has no model')
+    return config
+
+
+def build_detector(
+    config: Config, checkpoint: str | None = None, device: torch.device | str = 'cpu'
+) -> nn.Module:
+    """Build the detector of a config, with random weights or those of a checkpoint.
+
+    Args:
+        config (Config): As read by :func:`load_config`; it is not changed.
+        checkpoint (str, optional): Weights, loaded strictly.
+        device (torch.device | str): Where the detector goes.
+
+    Returns:
+        nn.Module: The detector in eval mode.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The detector cannot be built or the checkpoint does not fit it.
+    """
+    init_default_scope(config.get('default_scope', 'mmdet'))
+    try:
+        model = MODELS.build(_without_pretraining(config.model))
+        logging.disable(logging.INFO)  # mmengine would tell how it initialised each parameter
+        model.init_weights()
+    except Exception as error:
+        raise ValueError(
+            f'the model of {_name(config)} cannot be built: {_one_line(error)}'
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+    if checkpoint is not None:
+        _load(model, checkpoint, _name(config))
+    return model.to(device).eval()
+
+
+def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:
+    content = load_checkpoint(checkpoint)
+    state = content.get('state_dict', content) if isinstance(content, dict) else {}
+    wanted = model.state_dict()
+    missing = wanted.keys() - state.keys()
+    unknown = state.keys() - wanted.keys()
+    reshaped = {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}
+    problems = [
+        f'{len(names)} {problem} (such as {min(names)})'
+        for names, problem in (
+            (missing, 'missing'),
+            (unknown, 'unknown to the model'),
+            (reshaped, 'of another shape'),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f'checkpoint {checkpoint} does not fit {config_name}: parameters are '
+            f'{", ".join(problems)}'
+        )
+    model.load_state_dict(state)
+
+
+def _without_pretraining(config):
+    """The config with everything gone that would fetch weights from somewhere."""
+    if isinstance(config, dict):
+        kept = {}
+        for name, value in config.items():
+            is_fetched = isinstance(value, dict) and value.get('type') == 'Pretrained'
+            if not is_fetched and name != 'pretrained':
+                kept[name] = _without_pretraining(value)
+        return ConfigDict(kept)
+    if isinstance(config, (list, tuple)):
+        return type(config)(_without_pretraining(value) for value in config)
+    return config
+
+
+def _name(config: Config) -> str:
+    return Path(config.filename).name if config.filename else 'this config'
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split()) or type(error).__name__

@@ -12,8 +12,6 @@ stay within the few.
 Names in capitals are compile-time constants. All tensors are contiguous, arithmetic is float32.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -384,15 +382,14 @@ def backward(
             first_row = (batch * num_heads + head) * num_tokens
         west = 1 - east
         north = 1 - south
-        for i in tl.static_range(4):
-            if i == 0:
-                pixel, in_map, bilinear = token, in_nw, north * west
-            elif i == 1:
-                pixel, in_map, bilinear = token + 1, in_ne, north * east
-            elif i == 2:
-                pixel, in_map, bilinear = token + width, in_sw, south * west
-            else:
-                pixel, in_map, bilinear = token + width + 1, in_se, south * east
+        for i in range(4):
+            is_east = i % 2 == 1
+            is_south = i // 2 == 1
+            pixel = token + i % 2 + tl.where(is_south, width, 0)
+            in_map = tl.where(
+                is_south, tl.where(is_east, in_se, in_sw), tl.where(is_east, in_ne, in_nw)
+            )
+            bilinear = tl.where(is_east, east, west) * tl.where(is_south, south, north)
             if ORDERED:
                 row = tl.where(in_map, first_row + pixel, num_rows)
                 row = row.to(pixel_rows.dtype.element_ty)

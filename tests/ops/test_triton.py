@@ -6,6 +6,14 @@ tests/conftest.py turns it on. With one, the same sweep runs on the device, and 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import operator_cases
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -13,6 +21,7 @@ from operator_cases import PYRAMID, VARIANTS, Case
 from torch import Tensor
 
 from mmlite.ops import triton as backend
+from mmlite.ops.triton import tuning
 
 triton = pytest.importorskip('triton', minversion='3.0')
 
@@ -177,3 +186,197 @@ def test_wide_indices(deterministic, monkeypatch):
     """Features of one image beyond the range of int32 are indexed with int64."""
     monkeypatch.setattr(backend, '_INT32_ELEMENTS', 1)
     check(Case('key apart', PYRAMID[2:], queries=3, heads=2, dim=8, device=DEVICE))
+
+
+@pytest.mark.parametrize('points, dim', [(1, 8), (4, 32), (8, 64), (64, 64)])
+def test_configurations_are_few_and_sound(points, dim):
+    configs = tuning.candidates(points, dim)
+    assert len(set(configs)) == len(configs) and len(configs) <= 6
+    for config in configs:
+        assert config.block_q >= 1 and config.block_q & (config.block_q - 1) == 0
+
+
+@pytest.mark.parametrize('config', tuning.candidates(4, 32)[1:])
+def test_every_configuration_is_right(config, monkeypatch):
+    monkeypatch.setattr(backend, 'candidates', lambda points, dim: [config])
+    check(Case('shared key', PYRAMID[2:], 1, 5, 2, 8, device=DEVICE))
+
+
+def test_tuning_takes_the_fastest_once(monkeypatch):
+    configs = [tuning.Config(2**i, 4) for i in range(3)]
+    times = dict(zip(configs, (3.0, 1.0, 2.0)))
+    timed = []
+
+    def do_bench(run, **_):
+        timed.append(run())
+        return times[timed[-1]]
+
+    monkeypatch.setattr(tuning, '_tuned', {})
+    monkeypatch.setattr(tuning, '_may_time', lambda: False)
+    assert tuning.tuned(lambda config: config, 'key', configs) == configs[0]
+    monkeypatch.setattr(tuning, '_may_time', lambda: True)
+    monkeypatch.setattr('triton.testing.do_bench', do_bench)
+    assert tuning.tuned(lambda config: config, 'key', configs) == configs[1]
+    assert tuning.tuned(lambda config: config, 'key', configs) == configs[1]
+    assert timed == configs
+    torch.use_deterministic_algorithms(True)
+    assert tuning.tuned(lambda config: config, 'key', configs) == configs[0]
+
+
+@pytest.mark.parametrize(
+    ('cuda', 'module', 'problem'),
+    [
+        (None, triton, 'this PyTorch is built without CUDA'),
+        ('12.8', None, 'Triton is not installed'),
+        ('12.1', SimpleNamespace(__version__='2.1.0'), 'Triton 2.1.0 is too old'),
+        ('12.8', SimpleNamespace(__version__='3.0.0+git1'), ''),
+    ],
+)
+def test_status_says_why_not(monkeypatch, cuda, module, problem):
+    monkeypatch.setattr(torch.version, 'cuda', cuda)
+    monkeypatch.setattr(torch.version, 'hip', None, raising=False)
+    monkeypatch.setitem(sys.modules, 'triton', module)
+    assert backend._problem().startswith(problem) and bool(backend._problem()) == bool(problem)
+    monkeypatch.setattr(backend, '_PROBLEM', problem)
+    assert problem == '' or backend.status() == (False, problem)
+
+
+def test_serves_only_what_lies_on_a_gpu():
+    assert not backend.serves(torch.zeros(1, 1, 1, 8))
+    assert not backend.serves(torch.zeros(1, 1, 1, 8, device='meta'))
+
+
+def test_compiles_for_gpus():
+    """The kernels compile for Ampere and Hopper, load 128 bits at once and spill next to nothing.
+
+    In a process of its own, where the interpreter is off.
+    """
+    environment = {**os.environ, 'TRITON_INTERPRET': '0'}
+    script = Path(operator_cases.__file__).with_name('triton_compile.py')
+    if not Path(triton.__file__).with_name('backends').joinpath('nvidia/bin/cuobjdump').exists():
+        pytest.skip('this Triton comes without the CUDA tools')
+    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
+        pytest.skip('written for the compiler interface of Triton 3.3')
+    subprocess.run([sys.executable, script, '--check'], check=True, env=environment, timeout=600)
+
+
+@on_device
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_dispatch(variant, dtype):
+    """CUDA tensors reach these kernels through the public operators, unasked."""
+    case = Case(variant, dtype=dtype, device=DEVICE)
+    expected = case.run('reference', widen=True)
+    rtol = 1e-4 if dtype == torch.float32 else 0.505 * torch.finfo(dtype).eps
+    case.compare(case.run('triton'), expected, rtol, rtol)
+    with mock.patch.object(backend.library, 'key_aware_deform_attn') as fused:
+        Case('shared key', device=DEVICE).call(Case('shared key', device=DEVICE).inputs)
+    fused.assert_called_once()
+
+
+@on_device
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_opcheck(variant):
+    case = Case(variant, device=DEVICE)
+    inputs = {name: tensor.requires_grad_() for name, tensor in case.inputs.items()}
+    value, locations = inputs['value'], inputs['locations']
+    if variant == 'standard':
+        args = (value, case.spatial_shapes, locations, inputs['weights'])
+        torch.library.opcheck(torch.ops.mmlite.ms_deform_attn.default, args)
+    else:
+        args = (inputs['query'], inputs.get('key'), value, case.spatial_shapes, locations)
+        torch.library.opcheck(torch.ops.mmlite.key_aware_deform_attn.default, args)
+
+
+@on_device
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_compile_fullgraph(variant):
+    case = Case(variant, device=DEVICE)
+    expected = case.run('triton')
+    case.call = torch.compile(case.call, fullgraph=True)
+    case.compare(case.run('triton'), expected, 1e-6, 1e-5)
+
+
+@on_device
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_cuda_graph(variant):
+    """Captured untuned and tuned, forward and backward replay on new inputs without a sync."""
+    case = Case(variant, device=DEVICE)
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        case.run('triton')  # compiles and tunes before the capture
+        with torch.cuda.graph(graph):
+            captured = run(case)
+        for tensor in case.inputs.values():
+            tensor.copy_(torch.rand_like(tensor))
+        graph.replay()
+        case.compare(captured, case.run('reference'), 1e-5, 1e-4)
+        tuning._tuned.clear()
+
+
+@on_device
+def test_no_synchronisation():
+    case = Case('shared key', device=DEVICE)
+    run(case)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        run(case)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+@on_device
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_stream(variant):
+    case = Case(variant, device=DEVICE)
+    expected = case.run('reference')
+    run(case)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)  # a launch on any other stream would read what follows early
+        for tensor in case.inputs.values():
+            tensor.mul_(1)
+        actual = run(case)
+    stream.synchronize()
+    case.compare(actual, expected, 1e-5, 1e-4)
+
+
+@on_device
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two CUDA devices')
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_device_that_is_not_current(variant):
+    case = Case(variant, device='cuda:1')
+    case.compare(run(case), case.run('reference'), 1e-5, 1e-4)
+
+
+@on_device
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_autocast(dtype):
+    case = Case('shared key', device=DEVICE)
+    with torch.autocast('cuda', dtype):
+        actual = case.run('triton')
+    assert actual['output'].dtype == dtype
+    assert actual['value'].dtype == actual['locations'].dtype == torch.float32
+    case.compare(actual, case.run('reference'), 0.02, 0.05)
+
+
+@on_device
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_activation_checkpointing(variant):
+    case = Case(variant, device=DEVICE)
+    expected = case.run('triton')
+    call = case.call
+    case.call = lambda inputs: torch.utils.checkpoint.checkpoint(call, inputs, use_reentrant=False)
+    case.compare(case.run('triton'), expected, 0, 1e-5)
+
+
+@on_device
+@pytest.mark.parametrize('deterministic', [True], indirect=True)
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_deterministic_runs_repeat_bit_for_bit(variant, deterministic):
+    """Many queries on few pixels, where atomics would come in another order each time."""
+    case = Case(variant, ((3, 4), (1, 2)), queries=2000, device=DEVICE)
+    first = run(case)
+    for _ in range(5):
+        for name, tensor in run(case).items():
+            assert torch.equal(tensor, first[name]), name

@@ -1,15 +1,13 @@
 """Fused GPU kernels in Triton.
 
 Here the kernels are launched and registered; :mod:`.kernels` holds the device code and
-:mod:`.tuning` chooses the launch configuration. Triton is imported at the first call.
-docs/kernels-gpu.md explains the design.
+:mod:`.tuning` chooses the launch configuration. docs/kernels-gpu.md explains the design.
 """
 
 from __future__ import annotations
 
-import functools
-from importlib.util import find_spec
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,33 +15,47 @@ from torch import Tensor
 from .. import library
 from .tuning import Config, candidates, tuned
 
+Result = TypeVar('Result')
+
 _MINIMUM_TRITON = (3, 0)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INT32_ELEMENTS = 2**31
 
 
+def _problem() -> str:
+    """Why the kernels can run on no device at all, or an empty string."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return 'this PyTorch is built without CUDA'
+    try:
+        import triton
+    except ImportError:
+        return 'Triton is not installed'
+    if tuple(int(part) for part in triton.__version__.split('.')[:2]) < _MINIMUM_TRITON:
+        return (
+            f'Triton {triton.__version__} is too old: at least 3.0 is needed, '
+            'which comes with PyTorch 2.4'
+        )
+    return ''
+
+
+# Settled here, since a graph that torch.compile traces through `serves` cannot hold an import.
+_PROBLEM = _problem()
+
+
 def status() -> tuple[bool, str]:
     """Whether the kernels run here, and what runs or why not."""
-    if find_spec('triton') is None:
-        return False, 'Triton is not installed'
+    if _PROBLEM:
+        return False, _PROBLEM
+    if not torch.cuda.is_available():
+        return False, 'PyTorch sees no CUDA device'
     import triton
 
-    version = triton.__version__
-    if tuple(int(part) for part in version.split('.')[:2]) < _MINIMUM_TRITON:
-        return False, f'Triton {version} is too old; 3.0, which comes with PyTorch 2.4, is needed'
-    if not torch.cuda.is_available():
-        return False, f'Triton {version} is installed, but PyTorch sees no CUDA device'
-    return True, f'Triton {version} on {torch.cuda.get_device_name()}'
-
-
-@functools.cache
-def _can_launch() -> bool:
-    return status()[0]
+    return True, f'Triton {triton.__version__} on {torch.cuda.get_device_name()}'
 
 
 def serves(value: Tensor) -> bool:
     """Whether this backend takes a call with such a ``value``."""
-    return value.is_cuda and value.dtype in _DTYPES and _can_launch()
+    return value.is_cuda and value.dtype in _DTYPES and not _PROBLEM
 
 
 def key_aware_deform_attn(
@@ -156,7 +168,7 @@ class _Problem(NamedTuple):
             BLOCK_Q=config.block_q,
             INDEX=tl.int32 if self.tokens * self.heads * self.dim < _INT32_ELEMENTS else tl.int64,
             num_warps=config.num_warps,
-            num_stages=1,
+            num_stages=1,  # which features are loaded depends on data: nothing to prefetch
             enable_fp_fusion=True,
         )
 
@@ -175,7 +187,7 @@ def _forward(query, key, value, spatial_shapes, sampling_locations, attention_we
     from . import kernels
 
     tensors = (query, key, value, spatial_shapes, sampling_locations, attention_weights)
-    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     problem = _Problem.of(value, sampling_locations)
 
     def run(config: Config) -> Tensor:
@@ -190,12 +202,7 @@ def _forward(query, key, value, spatial_shapes, sampling_locations, attention_we
             )
         return output
 
-    with torch.cuda.device_of(value):
-        return tuned(
-            run,
-            ('forward', *_kinds(query, key, value, sampling_locations), *problem.tuning_key()),
-            candidates(*problem.padded),
-        )
+    return _run_tuned('forward', run, problem, tensors)
 
 
 def _backward(
@@ -207,8 +214,9 @@ def _backward(
     """
     from . import kernels
 
-    tensors = (grad_output, query, key, value, spatial_shapes, sampling_locations)
-    tensors = [None if t is None else t.contiguous() for t in (*tensors, attention_weights)]
+    tensors = (query, key, value, spatial_shapes, sampling_locations, attention_weights)
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    grad_output = grad_output.contiguous()
     problem = _Problem.of(value, sampling_locations)
     ordered = torch.are_deterministic_algorithms_enabled()
 
@@ -224,6 +232,7 @@ def _backward(
             summands = (None,) * 4
         if grad_locations.numel():
             kernels.backward[problem.grid(config)](
+                grad_output,
                 *tensors,
                 grad_query,
                 grad_key,
@@ -238,17 +247,12 @@ def _backward(
                 **problem.arguments(config),
             )
         if ordered:
-            _sum_in_order(problem, tensors[0], tensors[1], summands, grad_key, grad_value)
+            _sum_in_order(problem, grad_output, tensors[0], summands, grad_key, grad_value)
         if grad_key is not None:
             grad_key = grad_key.to(key.dtype)
         return grad_query, grad_key, grad_value.to(value.dtype), grad_locations, grad_weights
 
-    with torch.cuda.device_of(value):
-        return tuned(
-            run,
-            ('backward', *_kinds(query, key, value, sampling_locations), *problem.tuning_key()),
-            candidates(*problem.padded),
-        )
+    return _run_tuned('backward', run, problem, tensors)
 
 
 def _empty_summands(problem: _Problem, device: torch.device) -> tuple[Tensor, ...]:
@@ -307,9 +311,15 @@ def _sum_in_order(
         )
 
 
-def _kinds(query: Tensor | None, key: Tensor | None, value: Tensor, locations: Tensor) -> tuple:
-    """What selects a compiled kernel, besides the sizes."""
-    return query is None, key is None, value.dtype, locations.dtype, value.device
+def _run_tuned(
+    name: str, run: Callable[[Config], Result], problem: _Problem, tensors: list[Tensor | None]
+) -> Result:
+    """``run`` on the device of the tensors, with the configuration that suits it."""
+    some = next(tensor for tensor in tensors if tensor is not None)
+    dtypes = (None if tensor is None else tensor.dtype for tensor in tensors)
+    with torch.cuda.device_of(some):
+        key = (name, some.device, *dtypes, *problem.tuning_key())
+        return tuned(run, key, candidates(*problem.padded))
 
 
 def _empty_like(tensor: Tensor | None) -> Tensor | None:

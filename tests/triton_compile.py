@@ -167,7 +167,7 @@ def check() -> None:
             compile_kernel(name, 'shared key', 90, 'bf16', config, dim=dim)
     compile_kernel('forward', 'key apart', 90, 'fp32', rule, index=tl.int64)
     compile_kernel('backward', 'key apart', 90, 'fp32', rule, ordered=True, index=tl.int64)
-    compile_kernel('ordered_sum', 'key apart', 90, 'fp16', rule)
+    compile_kernel('ordered_sum', 'key apart', 90, 'fp16', rule, ordered=True)
 
 
 def main() -> None:

@@ -179,15 +179,20 @@ def _problem(value: Tensor, spatial_shapes: Tensor, locations: Tensor, **rows: T
 
 
 def _run(function: ctypes._CFuncPtr, problem: _Problem, spatial_shapes: Tensor) -> None:
-    code = function(problem)
-    if code == 1:
+    status = function(problem)
+    if status == 1:
         # Inside a compiled graph nothing has read the level sizes before.
         raise ValueError(
             f'spatial_shapes {spatial_shapes.tolist()} does not stand for the '
             f'{problem.tokens} tokens of value'
         )
-    if code:
-        raise MemoryError('out of memory for the scratch space of deformable attention')
+    if status == 2:
+        raise ValueError(
+            f'value has too many tokens for the CPU kernels: {problem.tokens} of {problem.dim} '
+            "numbers a head; use_backend('reference') takes them"
+        )
+    if status:
+        raise MemoryError('no memory for the scratch space of deformable attention')
 
 
 def _key_aware_deform_attn(query, key, value, spatial_shapes, sampling_locations):
@@ -224,12 +229,12 @@ def _key_aware_deform_attn_backward(
         'query': _packed(query.to(wide)),
         'grad_output': _packed(grad_output.to(wide).reshape(query.shape)),
         'grad_query': query.new_empty(query.shape, dtype=wide),
-        'grad_value': value.new_zeros(value.shape, dtype=wide),
+        'grad_value': value.new_empty(value.shape, dtype=wide),
         'grad_locations': locations.new_empty(locations.shape, dtype=wide),
     }
     if key is not None:
         rows['key'] = _packed(key.to(wide))
-        rows['grad_key'] = key.new_zeros(key.shape, dtype=wide)
+        rows['grad_key'] = key.new_empty(key.shape, dtype=wide)
     value = _packed(value.to(wide))
     problem = _problem(value, spatial_shapes, locations, **rows)
     _run(_kernels.mmlite_backward, problem, spatial_shapes)
@@ -252,7 +257,7 @@ def _ms_deform_attn_backward(
     rows = {
         'weights': weights,
         'grad_output': _packed(grad_output),
-        'grad_value': value.new_zeros(value.shape, dtype=wide),
+        'grad_value': value.new_empty(value.shape, dtype=wide),
         'grad_locations': locations.new_empty(locations.shape, dtype=wide),
         'grad_weights': locations.new_empty(attention_weights.shape, dtype=wide),
     }

@@ -45,8 +45,9 @@ inline int64_t backward_scratch_bytes(const Problem& p) {
 }
 
 template <class C, int kVectors, bool kKeyAware, bool kShared>
-inline void backward_head(const Problem& p, const Table<C>& table, int64_t b, int64_t q,
-                          int64_t m, BackwardChunk<C>* chunks, C* samples) {
+MMLITE_INLINE void backward_head(
+    const Problem& p, const Table<C>& table, const Slice& slice, const GradSlice& grads, int64_t q,
+    C scale, BackwardChunk<C>* chunks, C* samples) {
   typedef typename Simd<C>::V V;
   constexpr int kWidth = Simd<C>::kWidth;
   typedef Row<C, kVectors> R;
@@ -56,16 +57,14 @@ inline void backward_head(const Problem& p, const Table<C>& table, int64_t b, in
   const int64_t sample_size = padded_dim(p.dim);
   alignas(64) static const C zeros[kMaxDim] = {};
 
-  const C* const value = row_of<const C>(p.value, b, 0, m);
-  const C* const key = kShared ? value : row_of<const C>(p.key, b, 0, m);
-  const int64_t value_stride = p.value.row_stride;
-  const int64_t key_stride = kShared ? value_stride : p.key.row_stride;
+  const int64_t b = slice.batch, m = slice.head;
+  const C* const value = static_cast<const C*>(slice.value);
+  const C* const key = static_cast<const C*>(slice.key);
   const int64_t location =
       b * p.locations.batch_stride + q * p.locations.row_stride + m * p.locations.head_stride;
   const int64_t weight_offset =
       b * p.weights.batch_stride + q * p.weights.row_stride + m * p.weights.head_stride;
 
-  const C scale = C(1) / static_cast<C>(::sqrt(static_cast<double>(p.dim)));
   V query[R::kCapacity], grad[R::kCapacity];
   const C* const grad_row = row_of<const C>(p.grad_output, b, q, m);
   for (int v = 0; v < row.vectors; ++v) grad[v] = row.get(grad_row, v);
@@ -88,46 +87,52 @@ inline void backward_head(const Problem& p, const Table<C>& table, int64_t b, in
       memcpy(chunk.attention, weights, sizeof(chunk.attention));
     }
 
-    V products[kNumProducts][kChunk];
-    for (int i = 0; i < kChunk; ++i) {
-      V product[kNumProducts] = {};
-      C* const sample_row = samples + (first + i) * sample_size;
-      if (chunk.at.inside[i]) {
+    constexpr int kUsed = kKeyAware ? kNumProducts : kQueryKey;
+    V fours[kUsed][kChunk / 4];
+    for (int group = 0; group < kChunk; group += 4) {
+      V parts[4][kUsed];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const int i = group + j;
+        V* const part = parts[j];
+        for (int k = 0; k < kUsed; ++k) part[k] = V{};
+        if (!chunk.at.inside[i]) continue;
         const C x = chunk.cell.x[i], y = chunk.cell.y[i];
+        C* const sample_row = samples + (first + i) * sample_size;
+        // The key comes second, where it is another tensor.
         for (int source = 0; source < (kKeyAware && !kShared ? 2 : 1); ++source) {
-          // The key comes second, where it is another tensor.
           const C* const base = source == 0 ? value : key;
-          const int64_t stride = source == 0 ? value_stride : key_stride;
-          const C* corner[4];
-          for (int c = 0; c < 4; ++c) {
-            corner[c] = chunk.cell.corner_inside[c][i] ? base + chunk.at.row[c][i] * stride : zeros;
-          }
+          const C* const row0 = chunk.cell.corner_inside[0][i] ? base + chunk.at.offset[0][i] : zeros;
+          const C* const row1 = chunk.cell.corner_inside[1][i] ? base + chunk.at.offset[1][i] : zeros;
+          const C* const row2 = chunk.cell.corner_inside[2][i] ? base + chunk.at.offset[2][i] : zeros;
+          const C* const row3 = chunk.cell.corner_inside[3][i] ? base + chunk.at.offset[3][i] : zeros;
           for (int v = 0; v < row.vectors; ++v) {
-            const V row0 = row.get(corner[0], v), row2 = row.get(corner[2], v);
-            const V step0 = row.get(corner[1], v) - row0, step1 = row.get(corner[3], v) - row2;
-            const V line0 = row0 + step0 * x, line1 = row2 + step1 * x;
-            const V slope_y = line1 - line0;
-            const V slope_x = step0 + (step1 - step0) * y;
+            const V corner0 = row.get(row0, v), corner2 = row.get(row2, v);
+            const V step0 = row.get(row1, v) - corner0, step1 = row.get(row3, v) - corner2;
+            const V line0 = corner0 + step0 * x, line1 = corner2 + step1 * x;
+            const V slope_x = step0 + (step1 - step0) * y, slope_y = line1 - line0;
             const V sample = line0 + slope_y * y;
             if (source == 0) {
-              product[kGradValue] += grad[v] * sample;
-              product[kGradSlopeX] += grad[v] * slope_x;
-              product[kGradSlopeY] += grad[v] * slope_y;
+              part[kGradValue] += grad[v] * sample;
+              part[kGradSlopeX] += grad[v] * slope_x;
+              part[kGradSlopeY] += grad[v] * slope_y;
             }
             if (kKeyAware && (kShared || source == 1)) {
-              product[kQueryKey] += query[v] * sample;
-              product[kQuerySlopeX] += query[v] * slope_x;
-              product[kQuerySlopeY] += query[v] * slope_y;
+              part[kQueryKey] += query[v] * sample;
+              part[kQuerySlopeX] += query[v] * slope_x;
+              part[kQuerySlopeY] += query[v] * slope_y;
               store(sample_row + v * kWidth, sample);
             }
           }
         }
       }
-      for (int j = 0; j < (kKeyAware ? kNumProducts : kQueryKey); ++j) products[j][i] = product[j];
+      for (int k = 0; k < kUsed; ++k) {
+        fours[k][group / 4] = sum_four<C>(parts[0][k], parts[1][k], parts[2][k], parts[3][k]);
+      }
     }
-    for (int j = 0; j < (kKeyAware ? kNumProducts : kQueryKey); ++j) {
-      for (int i = 0; i < kChunk; i += kWidth) {
-        store(chunk.product[j] + i, sum_each<C>(products[j] + i));
+    for (int k = 0; k < kUsed; ++k) {
+      for (int i = 0; i < kChunk / kWidth; ++i) {
+        store(chunk.product[k] + i * kWidth, join_fours<C>(fours[k] + i * (kWidth / 4)));
       }
     }
   }
@@ -169,8 +174,8 @@ inline void backward_head(const Problem& p, const Table<C>& table, int64_t b, in
     }
   }
 
-  C* const grad_value = row_of<C>(p.grad_value, b, 0, m);
-  C* const grad_key = kKeyAware && !kShared ? row_of<C>(p.grad_key, b, 0, m) : nullptr;
+  C* const grad_value = static_cast<C*>(grads.value);
+  C* const grad_key = static_cast<C*>(grads.key);
   C* const grad_locations = row_of<C>(p.grad_locations, b, q, m);
   V grad_query[R::kCapacity];
   for (int v = 0; v < row.vectors; ++v) grad_query[v] = V{};
@@ -213,12 +218,12 @@ inline void backward_head(const Problem& p, const Table<C>& table, int64_t b, in
       for (int c = 0; c < 4; ++c) {
         if (!chunk.cell.corner_inside[c][i]) continue;
         const C weight = chunk.at.weight[c][i];
-        C* const to = grad_value + chunk.at.row[c][i] * p.grad_value.row_stride;
+        C* const to = grad_value + chunk.at.offset[c][i];
         for (int v = 0; v < row.vectors; ++v) {
           row.put(to, v, row.get(to, v) + value_share[v] * weight);
         }
         if (kKeyAware && !kShared) {
-          C* const key_to = grad_key + chunk.at.row[c][i] * p.grad_key.row_stride;
+          C* const key_to = grad_key + chunk.at.offset[c][i];
           for (int v = 0; v < row.vectors; ++v) {
             row.put(key_to, v, row.get(key_to, v) + key_share[v] * weight);
           }
@@ -232,21 +237,32 @@ inline void backward_head(const Problem& p, const Table<C>& table, int64_t b, in
   }
 }
 
-// All queries of one head: no other task writes to its slice of grad_value and grad_key, so sums
-// are formed in the order of the queries whatever the number of threads.
+// All queries of one head, in their order: no other task adds to its gradients.
 template <class C, int kVectors>
-void backward_slice(
-    const Problem& p, const Table<C>& table, int64_t b, int64_t m, void* scratch) {
+void backward_slice(const Problem& p, const Table<C>& table, const Slice& slice,
+                    const GradSlice& grads, void* scratch) {
   BackwardChunk<C>* const chunks = static_cast<BackwardChunk<C>*>(scratch);
   const int64_t num_chunks = (p.levels * p.points + kChunk - 1) / kChunk;
   C* const samples = reinterpret_cast<C*>(chunks + num_chunks);
+  const C scale = C(1) / static_cast<C>(::sqrt(static_cast<double>(p.dim)));
+  const int64_t num_points = p.levels * p.points;
+  const int64_t point_size = p.point_dtype == kFloat64 ? 8 : p.point_dtype == kFloat32 ? 4 : 2;
   for (int64_t q = 0; q < p.queries; ++q) {
+    const int64_t next = q + kAhead < p.queries ? q + kAhead : q;
+    prefetch_row(p.query, slice, next, p.dim, sizeof(C));
+    prefetch_row(p.grad_output, slice, next, p.dim, sizeof(C));
+    prefetch_row(p.grad_query, slice, next, p.dim, sizeof(C));
+    prefetch_row(p.locations, slice, next, 2 * num_points, point_size);
+    prefetch_row(p.weights, slice, next, num_points, point_size);
+    prefetch_row(p.grad_locations, slice, next, 2 * num_points, sizeof(C));
+    prefetch_row(p.grad_weights, slice, next, num_points, sizeof(C));
     if (!p.query.data) {
-      backward_head<C, kVectors, false, false>(p, table, b, q, m, chunks, samples);
+      backward_head<C, kVectors, false, false>(
+          p, table, slice, grads, q, scale, chunks, samples);
     } else if (!p.key.data) {
-      backward_head<C, kVectors, true, true>(p, table, b, q, m, chunks, samples);
+      backward_head<C, kVectors, true, true>(p, table, slice, grads, q, scale, chunks, samples);
     } else {
-      backward_head<C, kVectors, true, false>(p, table, b, q, m, chunks, samples);
+      backward_head<C, kVectors, true, false>(p, table, slice, grads, q, scale, chunks, samples);
     }
   }
 }

@@ -10,9 +10,9 @@ template <class C, class Int>
 struct PointTable {
   C* width;
   C* height;
-  Int* columns;  // the width once more, as an integer
-  Int* lines;
-  Int* start;  // first token of the level
+  Int* start;  // offset of the level's first row in the slice, in elements
+  Int* line;   // from one line of the map to the next
+  Int stride;  // from one pixel to the next
 };
 
 typedef PointTable<float, int32_t> FloatTable;
@@ -23,10 +23,26 @@ constexpr int kChunk = 16;
 // The widest head served.
 constexpr int kMaxDim = 256;
 
+// Keys and values of one head of one sample of the batch: where the rows of its tokens begin, in
+// the tensors themselves or in a packed copy. A slice spans less than 2^31 elements.
+struct Slice {
+  int64_t batch, head;
+  const void* key;  // that of the value where they are the same
+  const void* value;
+};
+
+// Where their gradients are summed, laid out like the slice itself.
+struct GradSlice {
+  void* key;
+  void* value;
+};
+
 // `table` is a FloatTable, or for float64 (which only the baseline serves) a DoubleTable.
 struct Kernels {
-  void (*forward)(const Problem& p, const void* table, int64_t b, int64_t q_begin, int64_t q_end);
-  void (*backward)(const Problem& p, const void* table, int64_t b, int64_t m, void* scratch);
+  void (*forward)(const Problem& p, const void* table, const Slice& slice, int64_t q_begin,
+                  int64_t q_end);
+  void (*backward)(const Problem& p, const void* table, const Slice& slice, const GradSlice& grads,
+                   void* scratch);
   int64_t (*backward_scratch_bytes)(const Problem& p);
 };
 

@@ -6,7 +6,7 @@
 
 enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
-enum Status { kOk = 0, kBadShapes = 1, kNoMemory = 2 };
+enum Status { kOk = 0, kBadShapes = 1, kTooLarge = 2, kNoMemory = 3 };
 
 // A tensor whose first three dimensions (batch; token or query; head) may have any stride, in
 // elements; the rest of it is packed. No data means that the tensor is not part of the problem.
@@ -22,7 +22,7 @@ struct Rows {
 //
 // Layouts, D the head dimension: query, output (B, Q, M, D); key, value (B, S, M, D); locations
 // (B, Q, M, L, P, 2); weights (B, Q, M, L, P). Gradients have the layout of what they belong to.
-// The backward pass takes float32 or float64 throughout, and zeroed grad_key and grad_value.
+// The backward pass takes float32 or float64 throughout.
 struct Problem {
   int64_t batch, tokens, queries, heads, dim, levels, points;
   const int64_t* spatial_shapes;  // (L, 2), height and width

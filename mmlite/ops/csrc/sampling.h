@@ -17,7 +17,7 @@ template <class C>
 struct Chunk {
   typedef typename Simd<C>::Int Int;
   alignas(64) C weight[4][kChunk];
-  alignas(64) Int row[4][kChunk];
+  alignas(64) Int offset[4][kChunk];  // of the corner's row in the slice, in elements
   alignas(64) Int inside[kChunk];
 };
 
@@ -36,12 +36,13 @@ MMLITE_INLINE void locate(
   typedef typename Simd<C>::V V;
   typedef typename Simd<C>::I I;
   constexpr int kWidth = Simd<C>::kWidth;
-  const C one = 1;
+  const C zero = 0, one = 1;
+  const auto put = [](auto* to, auto lanes) { memcpy(to, &lanes, sizeof(lanes)); };
   for (int i = 0; i < kChunk; i += kWidth) {
     const V pair0 = load(xy + 2 * i), pair1 = load(xy + 2 * i + kWidth);
     const V width = load(table.width + first + i), height = load(table.height + first + i);
-    V x = even(pair0, pair1) * width - C(0.5);
-    V y = odd(pair0, pair1) * height - C(0.5);
+    V x = even<C>(pair0, pair1) * width - C(0.5);
+    V y = odd<C>(pair0, pair1) * height - C(0.5);
     // False for NaN as well; what is left fits an integer.
     const I inside = (x > -one) & (x < width) & (y > -one) & (y < height);
     x = keep<C>(inside, x);
@@ -51,36 +52,33 @@ MMLITE_INLINE void locate(
     y0 += y < __builtin_convertvector(y0, V);
     const V fx = x - __builtin_convertvector(x0, V), fy = y - __builtin_convertvector(y0, V);
 
-    I columns, lines, start;
-    memcpy(&columns, table.columns + first + i, sizeof(I));
-    memcpy(&lines, table.lines + first + i, sizeof(I));
-    memcpy(&start, table.start + first + i, sizeof(I));
-    const I has_x0 = (x0 >= 0) & inside, has_y0 = (y0 >= 0) & inside;
-    const I has_x1 = (x0 + 1 < columns) & inside, has_y1 = (y0 + 1 < lines) & inside;
+    const I has_x0 = (x >= zero) & inside, has_x1 = (x < width - one) & inside;
+    const I has_y0 = (y >= zero) & inside, has_y1 = (y < height - one) & inside;
     const V wx0 = keep<C>(has_x0, one - fx), wx1 = keep<C>(has_x1, fx);
     const V wy0 = keep<C>(has_y0, one - fy), wy1 = keep<C>(has_y1, fy);
-    store(chunk->weight[0] + i, wx0 * wy0);
-    store(chunk->weight[1] + i, wx1 * wy0);
-    store(chunk->weight[2] + i, wx0 * wy1);
-    store(chunk->weight[3] + i, wx1 * wy1);
+    put(chunk->weight[0] + i, wx0 * wy0);
+    put(chunk->weight[1] + i, wx1 * wy0);
+    put(chunk->weight[2] + i, wx0 * wy1);
+    put(chunk->weight[3] + i, wx1 * wy1);
 
-    const I left = x0 & has_x0, right = x0 - has_x1;  // both clamped into the map
-    const I line0 = start + (y0 & has_y0) * columns, line1 = start + (y0 - has_y1) * columns;
-    const I row0 = line0 + left, row1 = line0 + right, row2 = line1 + left, row3 = line1 + right;
-    memcpy(chunk->row[0] + i, &row0, sizeof(I));
-    memcpy(chunk->row[1] + i, &row1, sizeof(I));
-    memcpy(chunk->row[2] + i, &row2, sizeof(I));
-    memcpy(chunk->row[3] + i, &row3, sizeof(I));
-    memcpy(chunk->inside + i, &inside, sizeof(I));
+    // Corners are clamped into the map: where one of two is outside, both are the other one.
+    I start, line;
+    memcpy(&start, table.start + first + i, sizeof(I));
+    memcpy(&line, table.line + first + i, sizeof(I));
+    const I left = (x0 & has_x0) * table.stride, top = start + (y0 & has_y0) * line;
+    const I right = left + (has_x0 & has_x1 & table.stride), bottom = top + (has_y0 & has_y1 & line);
+    put(chunk->offset[0] + i, top + left);
+    put(chunk->offset[1] + i, top + right);
+    put(chunk->offset[2] + i, bottom + left);
+    put(chunk->offset[3] + i, bottom + right);
+    put(chunk->inside + i, inside);
     if (kWithCell) {
-      store(cell->x + i, fx);
-      store(cell->y + i, fy);
-      const I has0 = has_x0 & has_y0, has1 = has_x1 & has_y0;
-      const I has2 = has_x0 & has_y1, has3 = has_x1 & has_y1;
-      memcpy(cell->corner_inside[0] + i, &has0, sizeof(I));
-      memcpy(cell->corner_inside[1] + i, &has1, sizeof(I));
-      memcpy(cell->corner_inside[2] + i, &has2, sizeof(I));
-      memcpy(cell->corner_inside[3] + i, &has3, sizeof(I));
+      put(cell->x + i, fx);
+      put(cell->y + i, fy);
+      put(cell->corner_inside[0] + i, has_x0 & has_y0);
+      put(cell->corner_inside[1] + i, has_x1 & has_y0);
+      put(cell->corner_inside[2] + i, has_x0 & has_y1);
+      put(cell->corner_inside[3] + i, has_x1 & has_y1);
     }
   }
 }
@@ -149,6 +147,20 @@ MMLITE_INLINE T* row_of(const Rows& rows, int64_t batch, int64_t row, int64_t he
   return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride +
          head * rows.head_stride;
 }
+
+// Asks for what query `q` will read or write of a tensor, `count` elements of the given size. The
+// rows of one head lie too far apart for the hardware to see them coming.
+MMLITE_INLINE void prefetch_row(const Rows& rows, const Slice& slice, int64_t q, int64_t count,
+                                int64_t element_size) {
+  if (!rows.data) return;
+  const int64_t offset =
+      slice.batch * rows.batch_stride + q * rows.row_stride + slice.head * rows.head_stride;
+  const char* const begin = static_cast<const char*>(rows.data) + offset * element_size;
+  for (int64_t byte = 0; byte < count * element_size; byte += 64) __builtin_prefetch(begin + byte);
+}
+
+// How many queries ahead that is done.
+constexpr int64_t kAhead = 2;
 
 }  // namespace MMLITE_ISA
 

@@ -42,12 +42,13 @@ struct Simd<float> {
   static constexpr int kWidth = MMLITE_VECTOR_BYTES / 4;
 };
 
+// Float64 serves gradient checks: four lanes, whatever they are made of.
 template <>
 struct Simd<double> {
   typedef int64_t Int;
-  typedef double V __attribute__((vector_size(MMLITE_VECTOR_BYTES)));
-  typedef int64_t I __attribute__((vector_size(MMLITE_VECTOR_BYTES)));
-  static constexpr int kWidth = MMLITE_VECTOR_BYTES / 8;
+  typedef double V __attribute__((vector_size(32)));
+  typedef int64_t I __attribute__((vector_size(32)));
+  static constexpr int kWidth = 4;
 };
 
 // ---------------------------------------------------------------- scalars of every dtype
@@ -186,107 +187,132 @@ MMLITE_INLINE typename Simd<C>::V keep(typename Simd<C>::I mask, typename Simd<C
   return bit_cast<V>(bit_cast<I>(v) & mask);
 }
 
-template <class C>
-MMLITE_INLINE typename Simd<C>::V select(
-    typename Simd<C>::I mask, typename Simd<C>::V yes, typename Simd<C>::V no) {
-  typedef typename Simd<C>::V V;
-  typedef typename Simd<C>::I I;
-  return bit_cast<V>((bit_cast<I>(yes) & mask) | (bit_cast<I>(no) & ~mask));
+// The larger of two, lane by lane; the second operand where one is not a number.
+template <class V>
+MMLITE_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
 }
+
+// A shuffle of the concatenation (a, b), with constant lane numbers.
+#if defined(__clang__)
+#define MMLITE_SHUFFLE(C, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MMLITE_SHUFFLE(C, a, b, ...) __builtin_shuffle(a, b, typename Simd<C>::I{__VA_ARGS__})
+#endif
 
 // Every second lane of (a, b) taken as one long vector, from the first or from the second on.
-#if defined(__clang__)
-#define MMLITE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define MMLITE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
-#endif
-
-MMLITE_INLINE Simd<float>::V even(Simd<float>::V a, Simd<float>::V b) {
-  typedef Simd<float>::I I;
-  (void)sizeof(I);
-#if MMLITE_VECTOR_BYTES == 64
-  return MMLITE_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-#elif MMLITE_VECTOR_BYTES == 32
-  return MMLITE_SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
-#else
-  return MMLITE_SHUFFLE(a, b, 0, 2, 4, 6);
-#endif
+template <class C, class V = typename Simd<C>::V>
+MMLITE_INLINE V even(V a, V b) {
+  if constexpr (Simd<C>::kWidth == 16) {
+    return MMLITE_SHUFFLE(C, a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  } else if constexpr (Simd<C>::kWidth == 8) {
+    return MMLITE_SHUFFLE(C, a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+  } else {
+    return MMLITE_SHUFFLE(C, a, b, 0, 2, 4, 6);
+  }
 }
 
-MMLITE_INLINE Simd<float>::V odd(Simd<float>::V a, Simd<float>::V b) {
-  typedef Simd<float>::I I;
-  (void)sizeof(I);
-#if MMLITE_VECTOR_BYTES == 64
-  return MMLITE_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif MMLITE_VECTOR_BYTES == 32
-  return MMLITE_SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
-#else
-  return MMLITE_SHUFFLE(a, b, 1, 3, 5, 7);
-#endif
+template <class C, class V = typename Simd<C>::V>
+MMLITE_INLINE V odd(V a, V b) {
+  if constexpr (Simd<C>::kWidth == 16) {
+    return MMLITE_SHUFFLE(C, a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  } else if constexpr (Simd<C>::kWidth == 8) {
+    return MMLITE_SHUFFLE(C, a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+  } else {
+    return MMLITE_SHUFFLE(C, a, b, 1, 3, 5, 7);
+  }
+}
+
+// Sums over the lanes of many vectors at once, by adding them in pairs until one is left. First
+// four vectors become one, which has a share of each of the four sums in every group of four
+// lanes: these shuffles stay within 128 bits, where they are cheapest.
+template <class C, class V = typename Simd<C>::V>
+MMLITE_INLINE V sum_four(V a, V b, V c, V d) {
+  if constexpr (Simd<C>::kWidth == 16) {
+#define MMLITE_LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define MMLITE_HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+    const V ab = MMLITE_SHUFFLE(C, a, b, MMLITE_LOW) + MMLITE_SHUFFLE(C, a, b, MMLITE_HIGH);
+    const V cd = MMLITE_SHUFFLE(C, c, d, MMLITE_LOW) + MMLITE_SHUFFLE(C, c, d, MMLITE_HIGH);
+#undef MMLITE_LOW
+#undef MMLITE_HIGH
+    return MMLITE_SHUFFLE(C, ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           MMLITE_SHUFFLE(C, ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  } else if constexpr (Simd<C>::kWidth == 8) {
+    const V ab = MMLITE_SHUFFLE(C, a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
+                 MMLITE_SHUFFLE(C, a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+    const V cd = MMLITE_SHUFFLE(C, c, d, 0, 8, 1, 9, 4, 12, 5, 13) +
+                 MMLITE_SHUFFLE(C, c, d, 2, 10, 3, 11, 6, 14, 7, 15);
+    return MMLITE_SHUFFLE(C, ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+           MMLITE_SHUFFLE(C, ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  } else {
+    const V ab = MMLITE_SHUFFLE(C, a, b, 0, 4, 1, 5) + MMLITE_SHUFFLE(C, a, b, 2, 6, 3, 7);
+    const V cd = MMLITE_SHUFFLE(C, c, d, 0, 4, 1, 5) + MMLITE_SHUFFLE(C, c, d, 2, 6, 3, 7);
+    return MMLITE_SHUFFLE(C, ab, cd, 0, 1, 4, 5) + MMLITE_SHUFFLE(C, ab, cd, 2, 3, 6, 7);
+  }
+}
+
+// Then kWidth / 4 of these become one, whose lane i is the sum over vector i.
+template <class C, class V = typename Simd<C>::V>
+MMLITE_INLINE V join_fours(const V* fours) {
+  if constexpr (Simd<C>::kWidth == 16) {
+#define MMLITE_LOW 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define MMLITE_HIGH 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+    const V a = MMLITE_SHUFFLE(C, fours[0], fours[1], MMLITE_LOW) +
+                MMLITE_SHUFFLE(C, fours[0], fours[1], MMLITE_HIGH);
+    const V b = MMLITE_SHUFFLE(C, fours[2], fours[3], MMLITE_LOW) +
+                MMLITE_SHUFFLE(C, fours[2], fours[3], MMLITE_HIGH);
+    return MMLITE_SHUFFLE(C, a, b, MMLITE_LOW) + MMLITE_SHUFFLE(C, a, b, MMLITE_HIGH);
+#undef MMLITE_LOW
+#undef MMLITE_HIGH
+  } else if constexpr (Simd<C>::kWidth == 8) {
+    return MMLITE_SHUFFLE(C, fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+           MMLITE_SHUFFLE(C, fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+  } else {
+    return fours[0];
+  }
 }
 
 #undef MMLITE_SHUFFLE
 
-// Float64 serves gradient checks alone: plain loops will do.
-MMLITE_INLINE Simd<double>::V even(Simd<double>::V a, Simd<double>::V b) {
-  constexpr int kWidth = Simd<double>::kWidth;
-  Simd<double>::V v;
-  for (int i = 0; i < kWidth / 2; ++i) v[i] = a[2 * i], v[i + kWidth / 2] = b[2 * i];
-  return v;
-}
-
-MMLITE_INLINE Simd<double>::V odd(Simd<double>::V a, Simd<double>::V b) {
-  constexpr int kWidth = Simd<double>::kWidth;
-  Simd<double>::V v;
-  for (int i = 0; i < kWidth / 2; ++i) v[i] = a[2 * i + 1], v[i + kWidth / 2] = b[2 * i + 1];
-  return v;
-}
-
-// Lane i of the result is the sum over the lanes of parts[i]; `parts` holds one vector per lane
-// and is overwritten.
-template <class C>
-MMLITE_INLINE typename Simd<C>::V sum_each(typename Simd<C>::V* parts) {
-  for (int n = Simd<C>::kWidth / 2; n >= 1; n /= 2) {
-    for (int i = 0; i < n; ++i) {
-      const typename Simd<C>::V a = parts[2 * i], b = parts[2 * i + 1];
-      parts[i] = even(a, b) + odd(a, b);
-    }
-  }
-  return parts[0];
-}
-
 template <class C>
 MMLITE_INLINE C sum(typename Simd<C>::V v) {
-  for (int n = Simd<C>::kWidth; n > 1; n /= 2) v = even(v, v) + odd(v, v);
+  for (int n = Simd<C>::kWidth; n > 1; n /= 2) v = even<C>(v, v) + odd<C>(v, v);
   return v[0];
 }
 
 template <class C>
 MMLITE_INLINE C largest(typename Simd<C>::V v) {
-  for (int n = Simd<C>::kWidth; n > 1; n /= 2) {
-    const typename Simd<C>::V a = even(v, v), b = odd(v, v);
-    v = select<C>(a > b, a, b);
-  }
+  for (int n = Simd<C>::kWidth; n > 1; n /= 2) v = larger(even<C>(v, v), odd<C>(v, v));
   return v[0];
 }
 
-// 2^x for x <= 0, to one unit in the last place: round to an integer, a Taylor series for the
-// rest, and the integer into the exponent. Below -126 it gives 2^-126; NaN stays NaN.
+// Whether a mask is set in any lane.
+template <class C>
+MMLITE_INLINE bool any(typename Simd<C>::I mask) {
+#if defined(__AVX512F__)
+  if constexpr (Simd<C>::kWidth == 16) {
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+  }
+#elif defined(__AVX2__)
+  if constexpr (Simd<C>::kWidth == 8) return _mm256_movemask_ps((__m256)mask) != 0;
+#endif
+  typename Simd<C>::Int lanes = 0;
+  for (int i = 0; i < Simd<C>::kWidth; ++i) lanes |= mask[i];
+  return lanes != 0;
+}
+
+// 2^x to one unit in the last place, for x below 128: round to an integer, a Taylor series for
+// the rest, and the integer into the exponent. Below -126 it gives 2^-126; NaN stays NaN.
 MMLITE_INLINE Simd<float>::V exp2(Simd<float>::V x) {
   typedef Simd<float>::V V;
   typedef Simd<float>::I I;
-  const V lowest = broadcast(-126.0f);
-  x = select<float>(x < lowest, lowest, x);
+  x = larger(broadcast(-126.0f), x);
   const V shifter = broadcast(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the integer
   const V shifted = x + shifter;
-  const V rest = x - (shifted - shifter);
-  V series = broadcast(1.5403530e-4f);
-  series = series * rest + 1.3333558e-3f;
-  series = series * rest + 9.6181291e-3f;
-  series = series * rest + 5.5504109e-2f;
-  series = series * rest + 2.4022651e-1f;
-  series = series * rest + 6.9314718e-1f;
-  series = series * rest + 1.0f;
+  const V rest = x - (shifted - shifter), square = rest * rest;
+  const V low = 1.0f + rest * 6.9314718e-1f, middle = 2.4022651e-1f + rest * 5.5504109e-2f;
+  const V high = 9.6181291e-3f + rest * 1.3333558e-3f + square * 1.5403530e-4f;
+  const V series = low + square * (middle + square * high);
   const I exponent = (bit_cast<I>(shifted) - 0x4b400000 + 127) << 23;
   return series * bit_cast<V>(exponent);
 }

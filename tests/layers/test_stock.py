@@ -1,0 +1,119 @@
+"""Stock MMDetection models on the fused CPU kernel."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmcv.ops import MultiScaleDeformableAttention, multi_scale_deform_attn
+from mmdet.registry import HOOKS, MODELS
+from mmdet.testing import demo_mm_inputs
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from torch import nn
+
+from mmlite import layers
+
+register_all_modules()
+
+LAYERS = 2
+
+
+@pytest.fixture
+def stock(tmp_path):
+    """MMDetection's own Deformable DETR with few and thin layers."""
+    path = tmp_path / 'config.py'
+    path.write_text("_base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'\n")
+    config = Config.fromfile(path)
+    thin = dict(num_layers=LAYERS, layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)))
+    config.merge_from_dict(
+        dict(
+            model=dict(
+                num_queries=20,
+                backbone=dict(depth=18, init_cfg=None),
+                neck=dict(in_channels=[128, 256, 512]),
+                encoder=thin,
+                decoder=thin,
+                bbox_head=dict(num_classes=5),
+                test_cfg=dict(max_per_img=20),
+            )
+        )
+    )
+    torch.manual_seed(0)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    return model.eval()
+
+
+def outputs(model: nn.Module) -> list[torch.Tensor]:
+    inputs = demo_mm_inputs(2, [[3, 96, 128], [3, 80, 100]], num_classes=5)
+    data = model.data_preprocessor(inputs)
+    return [*model.forward(**data, mode='tensor')[:2]]
+
+
+def forbid_mmcv(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("mmcv's own CPU path was taken")
+
+    monkeypatch.setattr(multi_scale_deform_attn, 'multi_scale_deformable_attn_pytorch', refuse)
+
+
+def test_a_stock_detector_computes_the_same(stock, monkeypatch):
+    expected = outputs(stock)
+    names = list(stock.state_dict())
+    assert layers.fuse_attention(stock) == 2 * LAYERS
+    assert layers.fuse_attention(stock) == 0
+    assert list(stock.state_dict()) == names
+    forbid_mmcv(monkeypatch)
+    for model in (stock, copy.deepcopy(stock)):
+        for actual, wanted in zip(outputs(model), expected):
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_the_same():
+    attention = MultiScaleDeformableAttention(32, 4, 2, 4, dropout=0.0, batch_first=True)
+    nn.init.normal_(attention.sampling_offsets.weight, std=0.1)
+    fused = copy.deepcopy(attention)
+    layers.fuse_attention(fused)
+    shapes = torch.tensor([[5, 7], [3, 2]])
+    query = torch.randn(2, 9, 32)
+    memory = torch.randn(2, 41, 32)
+    reference_points = torch.rand(2, 9, 2, 2)
+    grads = []
+    for module in (attention, fused):
+        output = module(
+            query, value=memory, reference_points=reference_points, spatial_shapes=shapes
+        )
+        grads.append(torch.autograd.grad(output.square().sum(), list(module.parameters())))
+    for actual, wanted in zip(grads[1], grads[0]):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_subclasses_keep_what_they_do():
+    class Other(MultiScaleDeformableAttention):
+        pass
+
+    model = nn.ModuleList([Other(32, 4, 2), layers.KeyAwareDeformableAttention(32, 4, 2)])
+    assert layers.fuse_attention(model) == 0
+
+
+def test_other_devices_keep_mmcvs_kernel(monkeypatch):
+    attention = MultiScaleDeformableAttention(32, 4, 2)
+    layers.fuse_attention(attention)
+    taken = []
+    monkeypatch.setattr(
+        MultiScaleDeformableAttention, 'forward', lambda self, query, **kwargs: taken.append(self)
+    )
+    attention(torch.empty(9, 2, 32, device='meta'))
+    assert taken == [attention]
+
+
+def test_hook_of_a_config():
+    hook = HOOKS.build(dict(type='FusedAttentionHook'))
+    model = nn.ModuleList([MultiScaleDeformableAttention(32, 4, 2)])
+    runner = SimpleNamespace(model=model, logger=logging.getLogger('test'))
+    hook.before_run(runner)
+    assert type(model[0]) is not MultiScaleDeformableAttention

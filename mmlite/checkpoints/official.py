@@ -22,6 +22,8 @@ from .encoder import ENCODER_NAMES
 
 # The 80 categories of COCO among the 91 slots of the original class layers.
 COCO_IDS = tuple(i for i in range(91) if i not in (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
+# Where a LiteEncoder carries its schedule.
+_SCHEDULE = 'encoder.schedule_code'
 FAMILIES = {
     'deformable-detr': 'Deformable DETR',
     'h-deformable-detr': 'H-Deformable-DETR',
@@ -176,6 +178,8 @@ def from_official(
         conversion.state_dict[new_name] = value
         conversion.mapped[name] = new_name
     _refuse_unknown(unknown, layout)
+    if schedule is not None:
+        conversion.state_dict[_SCHEDULE] = schedule.encode()
     return conversion
 
 
@@ -205,7 +209,8 @@ def to_official(
     layout = read_mmdet(state)
     _check_family(layout, family)
     expand = coco_classes and layout.num_classes == 80
-    conversion = Conversion(layout, {})
+    schedule = _carried_schedule(state)
+    conversion = Conversion(layout, {}, schedule=schedule)
     renames = _Renames(layout, 'mmdet')
     official, filled = conversion.state_dict, conversion.filled
     unknown = []
@@ -213,6 +218,10 @@ def to_official(
         if name.endswith('num_batches_tracked'):
             conversion.left[name] = tensor
             conversion.reasons[name] = "the authors' frozen BatchNorm does not count batches"
+            continue
+        if name == _SCHEDULE:
+            conversion.left[name] = tensor
+            conversion.reasons[name] = 'is among the arguments of the run there'
             continue
         rule, new_name = renames(name)
         if rule is None:
@@ -416,6 +425,18 @@ def _find_schedule(
             f'enc_scale={stored}, which is {named(stored)}'
         )
     return wanted
+
+
+def _carried_schedule(state: Mapping[str, Tensor]) -> EncoderSchedule | None:
+    if _SCHEDULE not in state:
+        return None
+    schedule, update = EncoderSchedule.decode(state[_SCHEDULE])
+    if update != 'joint':
+        raise ValueError(
+            f"the authors' Lite-DINO updates high- and low-level tokens jointly; there is no "
+            f'original layout for {update} updates'
+        )
+    return schedule
 
 
 # --- The table of names -----------------------------------------------------------------------

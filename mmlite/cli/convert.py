@@ -77,6 +77,10 @@ def convert(
         kept = checkpoint.get('official', {}) if isinstance(checkpoint, dict) else {}
         conversion = convert_back(state, model, coco, kept.get('left'))
         content = dict(model=conversion.state_dict)
+        if conversion.schedule:
+            # Under the names of the authors' own run arguments.
+            high, blocks = conversion.schedule.num_high_levels, conversion.schedule.num_blocks
+            content['args'] = Namespace(enc_scale=high, num_expansion=blocks)
         config = None
     else:
         conversion = from_official(checkpoint, model, schedule, coco, ema)

@@ -172,6 +172,34 @@ class LiteEncoder(DeformableDetrTransformerEncoder):
         super().__init__(
             num_layers=len(self.steps), layer_cfg=layer_cfg, num_cp=num_cp, init_cfg=init_cfg
         )
+        # Weights fit several schedules (H3L1 and H2L2 have the same names and shapes) and are right
+        # for one, so they carry it. As a buffer it is in every checkpoint, whoever writes it.
+        self.register_buffer('schedule_code', self.schedule.encode(update))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """Refuse weights of another schedule, with strict loading and without.
+
+        Weights that carry no schedule, such as the stock encoder's, are taken as they are.
+
+        Raises:
+            ValueError: The weights were trained with another schedule; the message names it.
+        """
+        key = f'{prefix}schedule_code'
+        if key in state_dict:
+            theirs, update = EncoderSchedule.decode(state_dict[key])
+            if (theirs, update) != (self.schedule, self.update):
+                raise ValueError(
+                    f'the weights were trained with schedule {theirs} and {update} updates, but '
+                    f"this encoder's is {self.schedule} with {self.update} updates; set "
+                    f"encoder=dict(schedule='{theirs}', update='{update}')"
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in missing_keys:
+            missing_keys.remove(key)
 
     def _init_layers(self) -> None:
         self.layers = ModuleList(

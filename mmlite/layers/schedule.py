@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 _PATTERN = re.compile(r'H(\d+)L(\d+)-\((\d+)\+1\)x(\d+)', re.IGNORECASE)
 UPDATES = ('joint', 'sequential')
@@ -107,6 +110,20 @@ class EncoderSchedule:
         else:
             raise ValueError(f'update must be one of {", ".join(UPDATES)}; got {update!r}')
         return block * self.num_blocks
+
+    def encode(self, update: str = 'joint') -> Tensor:
+        """The schedule as numbers, for a checkpoint.
+
+        Returns:
+            Tensor: int64, (x, y, A, B, index of ``update`` in ``UPDATES``), shape (5, ).
+        """
+        return torch.tensor([*astuple(self), UPDATES.index(update)])
+
+    @classmethod
+    def decode(cls, code: Tensor) -> tuple[EncoderSchedule, str]:
+        """The schedule and the update that :meth:`encode` made the numbers of."""
+        *numbers, update = code.tolist()
+        return cls(*numbers), UPDATES[update]
 
     def __str__(self) -> str:
         return (

@@ -60,7 +60,9 @@ def small_model(user_config):
         config.merge_from_dict(dict(model=SMALL))
         config.merge_from_dict(dict(model=model))
         torch.manual_seed(0)
-        return MODELS.build(config.model)
+        model = MODELS.build(config.model)
+        torch.nn.init.normal_(model.level_embed)  # MMDetection leaves it as the memory was
+        return model
 
     return build
 

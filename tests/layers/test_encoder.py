@@ -301,3 +301,27 @@ def test_unfitting_features():
     encoder = LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg())
     with pytest.raises(ValueError, match='takes 4 feature levels; got 3'):
         encoder(**inputs(SHAPES[:3]))
+
+
+def test_weights_carry_their_schedule():
+    encoder = LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg())
+    state = encoder.state_dict()
+    LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg()).load_state_dict(state, strict=True)
+    for other in (
+        dict(schedule='H2L2-(2+1)x1'),  # the same names and shapes
+        dict(schedule='H3L1-(1+1)x2'),
+        dict(schedule='H3L1-(2+1)x1', update='sequential'),
+    ):
+        model = LiteEncoder(**other, layer_cfg=layer_cfg())
+        before = [parameter.clone() for parameter in model.parameters()]
+        for strict in (True, False):
+            message = r'trained with schedule H3L1-\(2\+1\)x1 and joint updates'
+            with pytest.raises(ValueError, match=message):
+                model.load_state_dict(state, strict=strict)
+        assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_weights_without_a_schedule_are_taken_as_they_are():
+    encoder = LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg())
+    state = {name: value for name, value in encoder.state_dict().items() if 'code' not in name}
+    encoder.load_state_dict(state, strict=True)

@@ -59,3 +59,9 @@ def test_every_level_in_every_layer():
 def test_unknown_update():
     with pytest.raises(ValueError, match='joint, sequential'):
         EncoderSchedule.parse('H3L1-(2+1)x3').steps('both')
+
+
+@pytest.mark.parametrize('update', ['joint', 'sequential'])
+def test_code_is_exact(update):
+    schedule = EncoderSchedule.parse('H2L2-(6+1)x1')
+    assert EncoderSchedule.decode(schedule.encode(update)) == (schedule, update)

@@ -3,7 +3,7 @@
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
 custom_imports = dict(imports=['mmlite'])
 
-classes = ('disc', 'ring', 'square', 'triangle', 'star')
+classes = ('disc', 'ring', 'triangle', 'cross')
 num_queries = 40
 model = dict(
     type='LiteDINO',

@@ -9,11 +9,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-CLASSES = ('disc', 'ring', 'square', 'triangle', 'star')
+CLASSES = ('disc', 'ring', 'triangle', 'cross')
 
 # Longest side of a shape in pixels, for each of COCO's area ranges (small is below 32 * 32,
 # large above 96 * 96), and how often the range is drawn.
-_SIDES = {'small': (14, 28), 'medium': (36, 72), 'large': (100, 120)}
+_SIDES = {'small': (18, 29), 'medium': (36, 72), 'large': (100, 120)}
 _FREQUENCY = {'small': 0.4, 'medium': 0.45, 'large': 0.15}
 _MAX_SHAPES = 6
 _MAX_OVERLAP = 0.15  # of the smaller box
@@ -139,11 +139,17 @@ def _outline(
         stretch /= stretch.max()
         outline = side / 2 * stretch * np.stack([np.cos(angles), np.sin(angles)], axis=1)
         return outline, 0.55 * outline if name == 'ring' else None
+    if name == 'triangle':
+        angles = np.linspace(0, 2 * np.pi, 3, endpoint=False)
+        outline = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    else:
+        # An arm's half width is 0.28 of its length: three corners an arm, four arms.
+        arm = np.array([[0.28, -0.28], [1, -0.28], [1, 0.28]])
+        quarter_turn = np.array([[0, 1], [-1, 0]])
+        outline = np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
     turn = rng.uniform(0, 2 * np.pi)
-    corners = {'square': 4, 'triangle': 3, 'star': 10}[name]
-    angles = turn + np.linspace(0, 2 * np.pi, corners, endpoint=False)
-    radius = np.where(np.arange(corners) % 2, 0.42, 1) if name == 'star' else np.ones(corners)
-    outline = radius[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    outline = outline @ rotation
     return outline * side / np.ptp(outline, axis=0).max(), None
 
 

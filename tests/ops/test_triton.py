@@ -299,19 +299,20 @@ def test_compile_fullgraph(variant):
 
 @on_device
 @pytest.mark.parametrize('variant', VARIANTS)
-def test_cuda_graph(variant):
-    """Captured untuned and tuned, forward and backward replay on new inputs without a sync."""
+@pytest.mark.parametrize('autotune', ['0', '1'])
+def test_cuda_graph(variant, autotune, monkeypatch):
+    """Forward and backward, tuned before the capture or never, replay on new inputs."""
+    monkeypatch.setenv('MMLITE_AUTOTUNE', autotune)
+    monkeypatch.setattr(tuning, '_tuned', {})
     case = Case(variant, device=DEVICE)
-    for _ in range(2):
-        graph = torch.cuda.CUDAGraph()
-        case.run('triton')  # compiles and tunes before the capture
-        with torch.cuda.graph(graph):
-            captured = run(case)
-        for tensor in case.inputs.values():
-            tensor.copy_(torch.rand_like(tensor))
-        graph.replay()
-        case.compare(captured, case.run('reference'), 1e-5, 1e-4)
-        tuning._tuned.clear()
+    run(case)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(case)
+    for tensor in case.inputs.values():
+        tensor.copy_(torch.rand_like(tensor))
+    graph.replay()
+    case.compare(captured, case.run('reference'), 1e-5, 1e-4)
 
 
 @on_device
@@ -332,6 +333,7 @@ def test_stream(variant):
     expected = case.run('reference')
     run(case)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)  # a launch on any other stream would read what follows early
         for tensor in case.inputs.values():

@@ -7,15 +7,13 @@ Here the kernels are launched and registered; :mod:`.kernels` holds the device c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import library
-from .tuning import Config, candidates, tuned
-
-Result = TypeVar('Result')
+from .tuning import Config, Result, candidates, tuned
 
 _MINIMUM_TRITON = (3, 0)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

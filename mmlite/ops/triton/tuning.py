@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,7 +26,8 @@ class Config(NamedTuple):
     num_warps: int
 
 
-def candidates(points: int, dim: int) -> list[Config]:
+@functools.cache
+def candidates(points: int, dim: int) -> tuple[Config, ...]:
     """The configurations worth timing for tiles of (points, block_q, dim); the first is the rule.
 
     A thread holds 16 or 32 elements of a tile. With 32 the points' coordinates are worked out once
@@ -38,10 +40,10 @@ def candidates(points: int, dim: int) -> list[Config]:
         config = Config(block_q, num_warps)
         if config not in found:
             found.append(config)
-    return found
+    return tuple(found)
 
 
-def tuned(run: Callable[[Config], Result], key: Hashable, configs: list[Config]) -> Result:
+def tuned(run: Callable[[Config], Result], key: Hashable, configs: Sequence[Config]) -> Result:
     """``run`` with the fastest configuration, timed at the first call with ``key``.
 
     ``run`` must be free of side effects. The rule ``configs[0]`` is used where runs must repeat

@@ -98,6 +98,7 @@ def build_encoders(setting: Setting, schedules: Sequence[str]) -> dict[str, nn.M
         for name in (STOCK, STOCK_FUSED)
     }
     for layer in encoders[STOCK_FUSED].layers:
+        # Not layers.stock.fuse_attention, which leaves GPUs to mmcv.
         layer.self_attn = FusedDeformableAttention(**layer_cfg['self_attn_cfg'])
     for schedule in schedules:
         for key_aware in (True, False):

@@ -12,6 +12,7 @@ COMMANDS = {
     'convert': "Convert the authors' checkpoints to MMDetection and back, or start from stock.",
     'env': 'Show versions, devices and which backend of the operators runs.',
     'benchmark': 'Measure operators, encoders or detectors against each other.',
+    'visualize': 'Draw sampling points, detections, and attention over the levels.',
 }
 
 

@@ -79,7 +79,7 @@ class FusedDeformableAttention(MultiScaleDeformableAttention):
         return ops.ms_deform_attn(
             self._project_value(value, self.value_proj, key_padding_mask),
             spatial_shapes,
-            self._sampling_locations(offsets, reference_points, spatial_shapes),
+            self.sampling_locations(offsets, reference_points, spatial_shapes),
             weights.unflatten(-1, (self.num_levels, self.num_points)),
         )
 
@@ -105,7 +105,7 @@ class FusedDeformableAttention(MultiScaleDeformableAttention):
             projected.masked_fill_(key_padding_mask[..., None], 0.0)
         return projected.unflatten(-1, (self.num_heads, -1))
 
-    def _sampling_locations(
+    def sampling_locations(
         self, offsets: Tensor, reference_points: Tensor, spatial_shapes: Tensor
     ) -> Tensor:
         """Offsets around the reference points (Deformable DETR, section 4.1 and appendix A.4).
@@ -246,5 +246,5 @@ class KeyAwareDeformableAttention(FusedDeformableAttention):
             key,
             projected_value,
             spatial_shapes,
-            self._sampling_locations(offsets, reference_points, spatial_shapes),
+            self.sampling_locations(offsets, reference_points, spatial_shapes),
         )

@@ -1,0 +1,235 @@
+"""Where a deformable attention looks and how much each point weighs.
+
+The operators return neither, and none of them is slowed down to do so: what a module was called
+with is caught by a hook, and locations and weights are computed once more for the few queries
+that are to be seen, whichever backend has run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from mmcv.ops import MultiScaleDeformableAttention
+from torch import Tensor, nn
+
+from ..layers import FusedDeformableAttention, KeyAwareDeformableAttention
+from ..ops.reference import sample
+
+# Positional parameters of mmcv's forward, in order.
+_PARAMETERS = (
+    *('query', 'key', 'value', 'identity', 'query_pos', 'key_padding_mask'),
+    *('reference_points', 'spatial_shapes', 'level_start_index'),
+)
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """What some queries of one image attend to.
+
+    Attributes:
+        queries (Tensor): Their indices among the queries of the module, int64, shape (Q,).
+        num_queries (int): How many queries the module had.
+        locations (Tensor): Normalised (x, y), float32, shape (Q, M, L, P, 2).
+        weights (Tensor): Sum to 1 over levels and points, float32, shape (Q, M, L, P).
+        spatial_shapes (list[tuple[int, int]]): (h, w) of every level.
+    """
+
+    queries: Tensor
+    num_queries: int
+    locations: Tensor
+    weights: Tensor
+    spatial_shapes: list[tuple[int, int]]
+
+    def level_mass(self) -> Tensor:
+        """Share of the attention that goes to each level, mean over heads, shape (Q, L)."""
+        return self.weights.sum(-1).mean(1)
+
+
+Choose = Callable[[int], Tensor]
+
+
+def attention_map(
+    module: MultiScaleDeformableAttention, args: tuple, kwargs: Mapping, choose: Choose
+) -> AttentionMap:
+    """Compute locations and weights of chosen queries from what the module was called with.
+
+    Args:
+        module (MultiScaleDeformableAttention): mmcv's module or one of ours.
+        args (tuple): Positional arguments of its call.
+        kwargs (Mapping): Keyword arguments of its call.
+        choose (Callable[[int], Tensor]): Number of queries -> indices of those wanted.
+
+    Returns:
+        AttentionMap: Of the first image of the batch, on the CPU.
+    """
+    call = {**dict(zip(_PARAMETERS, args)), **kwargs}
+    query = call['query']
+    value = query if call.get('value') is None else call['value']
+    if call.get('query_pos') is not None:
+        query = query + call['query_pos']
+    if not module.batch_first:
+        query, value = query.transpose(0, 1), value.transpose(0, 1)
+    num_queries = query.shape[1]
+    chosen = choose(num_queries).to(query.device)
+    with torch.no_grad():
+        query, value = query[:1, chosen], value[:1]
+        shapes = call['spatial_shapes']
+        # mmcv's class has all that this method of its subclass needs.
+        locations = FusedDeformableAttention.sampling_locations(
+            module, module.sampling_offsets(query), call['reference_points'][:1, chosen], shapes
+        )
+        if isinstance(module, KeyAwareDeformableAttention):
+            mask = call.get('key_padding_mask')
+            logits = _key_aware_logits(module, query, value, mask, locations, shapes)
+        else:
+            logits = module.attention_weights(query).unflatten(-1, (module.num_heads, -1))
+        weights = logits.float().softmax(-1)[0]
+    return AttentionMap(
+        chosen.cpu(),
+        num_queries,
+        locations[0].float().cpu(),
+        weights.unflatten(-1, (module.num_levels, module.num_points)).cpu(),
+        [tuple(shape) for shape in shapes.tolist()],
+    )
+
+
+def _key_aware_logits(
+    module: KeyAwareDeformableAttention,
+    query: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    locations: Tensor,
+    spatial_shapes: Tensor,
+) -> Tensor:
+    """Logits of the sampled keys (Lite DETR, section 4.3), shape (1, Q, M, L*P)."""
+    key = (module.key_proj if module.proj_key else module.value_proj)(value)
+    if key_padding_mask is not None:
+        key = key.masked_fill(key_padding_mask[:1, :, None], 0.0)
+    sampled = sample(key.unflatten(-1, (module.num_heads, -1)), spatial_shapes, locations)
+    query = module.query_proj(query).unflatten(-1, (module.num_heads, -1))
+    return (query.unsqueeze(-2) * sampled).sum(-1) * query.shape[-1] ** -0.5
+
+
+@contextmanager
+def record_attention(
+    model: nn.Module, choices: Mapping[str, Choose]
+) -> Iterator[dict[str, AttentionMap]]:
+    """Catch the attention of modules while they run in the ``with`` block.
+
+    Args:
+        model (nn.Module): What will run.
+        choices (Mapping[str, Callable[[int], Tensor]]): Name of a deformable attention in the
+            model, such as ``encoder.layers.5.self_attn`` -> which of its queries to look at.
+
+    Yields:
+        dict[str, AttentionMap]: Filled as the modules run; a later run replaces an earlier one.
+
+    Raises:
+        ValueError: A name is not that of a deformable attention.
+    """
+    modules = dict(model.named_modules())
+    known = deformable_attentions(model)
+    maps: dict[str, AttentionMap] = {}
+
+    def catch(name: str) -> Callable:
+        # Before the module runs: what it is called with may be overwritten later.
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            maps[name] = attention_map(module, args, kwargs, choices[name])
+
+        return hook
+
+    hooks = []
+    try:
+        for name in choices:
+            if name not in known:
+                raise ValueError(f'{name} is no deformable attention; there are {", ".join(known)}')
+            hooks.append(modules[name].register_forward_pre_hook(catch(name), with_kwargs=True))
+        yield maps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def deformable_attentions(model: nn.Module) -> list[str]:
+    """Names of the deformable attentions in a model, in order."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, MultiScaleDeformableAttention)
+    ]
+
+
+def first_token(model: nn.Module, layer: int, num_queries: int, num_tokens: int) -> int:
+    """Index of the token that is the first query of an encoder layer.
+
+    A Lite layer may have the low-level tokens (the first) or the high-level ones (the last) as
+    queries only.
+
+    Args:
+        model (nn.Module): The detector.
+        layer (int): Which encoder layer.
+        num_queries (int): How many queries the layer had.
+        num_tokens (int): How many tokens there are.
+
+    Returns:
+        int: 0 unless the layer leaves the low-level tokens out.
+    """
+    step = getattr(model.encoder.layers[layer], 'step', None)
+    return 0 if step is None or step.updates_low else num_tokens - num_queries
+
+
+def level_masses(
+    model: nn.Module, run: Callable[[], object], tokens_per_level: int = 256
+) -> Tensor:
+    """How the attention of the encoder is spread over the levels, on one image.
+
+    Args:
+        model (nn.Module): A detector with a deformable encoder.
+        run (Callable[[], object]): Runs it on the image.
+        tokens_per_level (int): Queries looked at on each level, evenly spread.
+
+    Returns:
+        Tensor: Share of the attention, mean over queries and heads, shape (layers, L, L): encoder
+        layer, level of the query, level of the sampled points. NaN where a layer has no queries
+        of that level.
+    """
+    layers = [f'encoder.layers.{i}.self_attn' for i in range(len(model.encoder.layers))]
+    counts: list[int] = []
+
+    def choose(layer: int) -> Choose:
+        def chosen(num_queries: int) -> Tensor:
+            offset = first_token(model, layer, num_queries, sum(counts))
+            picks = []
+            start = 0
+            for count in counts:
+                index = torch.linspace(0, count - 1, min(count, tokens_per_level)).long()
+                picks.append(index + start - offset)
+                start += count
+            picks = torch.cat(picks)
+            return picks[(picks >= 0) & (picks < num_queries)]
+
+        return chosen
+
+    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        counts[:] = kwargs['spatial_shapes'].prod(-1).tolist()
+
+    hook = model.encoder.register_forward_pre_hook(remember, with_kwargs=True)
+    try:
+        choices = {name: choose(index) for index, name in enumerate(layers)}
+        with record_attention(model, choices) as maps:
+            run()
+    finally:
+        hook.remove()
+    level_of = torch.repeat_interleave(torch.tensor(counts))
+    masses = torch.full((len(layers), len(counts), len(counts)), float('nan'))
+    for index, name in enumerate(layers):
+        seen = maps[name]
+        tokens = seen.queries + first_token(model, index, seen.num_queries, sum(counts))
+        for level in range(len(counts)):
+            own = level_of[tokens] == level
+            if own.any():
+                masses[index, level] = seen.level_mass()[own].mean(0)
+    return masses

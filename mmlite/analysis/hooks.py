@@ -1,0 +1,134 @@
+"""Hooks of mmengine that bring costs and pictures into the training log.
+
+Both write through the runner's visualizer, hence to every backend that the config names: the work
+directory's ``vis_data`` and TensorBoard among them. ::
+
+    custom_hooks = [dict(type='EfficiencyHook'), dict(type='AttentionMapHook', interval=1)]
+    visualizer = dict(vis_backends=[dict(type='LocalVisBackend'),
+                                    dict(type='TensorboardVisBackend')])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import cv2
+import torch
+from mmdet.registry import HOOKS
+from mmdet.structures import DetDataSample
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from .attention import level_masses
+from .complexity import count_detector
+from .pictures import draw_attention, draw_level_masses, look_at_point, pixels_of
+
+
+@HOOKS.register_module()
+class EfficiencyHook(Hook):
+    """Counts GFLOPs and parameters before training starts.
+
+    They go to the log, to the visualizer as scalars of step 0 (``efficiency/...``), and to
+    ``efficiency.json`` in the work directory.
+
+    Args:
+        image_size (Sequence[int]): Height and width to count at, in pixels.
+    """
+
+    def __init__(self, image_size: Sequence[int] = (800, 1333)) -> None:
+        self.image_size = tuple(image_size)
+
+    def before_train(self, runner: Runner) -> None:
+        if not is_main_process():
+            return
+        cost = count_detector(_detector(runner), self.image_size)
+        scalars = {
+            'efficiency/gflops': cost.flops / 1e9,
+            'efficiency/params_m': cost.params / 1e6,
+            **{
+                f'efficiency/gflops_{stage}': flops / 1e9
+                for stage, flops in cost.stage_flops.items()
+            },
+        }
+        runner.visualizer.add_scalars(scalars, step=0)
+        path = Path(runner.work_dir) / 'efficiency.json'
+        path.write_text(json.dumps(asdict(cost), indent=2) + '\n')
+        height, width = self.image_size
+        runner.logger.info(
+            f'{cost.flops / 1e9:.1f} GFLOPs, of which encoder '
+            f'{cost.stage_flops["encoder"] / 1e9:.1f}, at {height}x{width}; '
+            f'{cost.params / 1e6:.2f} M parameters'
+        )
+
+
+@HOOKS.register_module()
+class AttentionMapHook(Hook):
+    """Draws, while validating, where the encoder looks.
+
+    For the first images of the data set: the sampling points of the token in the middle of the
+    surest detection (``attention_<i>``), and over these images how the attention is spread over
+    the levels (``attention_levels``).
+
+    Args:
+        interval (int): Draw at every so many epochs of validation.
+        num_images (int): How many images.
+        layer (int): Encoder layer of the sampling points, negative from the last.
+    """
+
+    def __init__(self, interval: int = 1, num_images: int = 2, layer: int = -1) -> None:
+        self.interval = interval
+        self.num_images = num_images
+        self.layer = layer
+        self._masses: list[Tensor] = []
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self._masses = []
+
+    def after_val_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: dict | None = None,
+        outputs: Sequence[DetDataSample] | None = None,
+    ) -> None:
+        if batch_idx >= self.num_images or not self._is_due(runner) or not is_main_process():
+            return
+        model = _detector(runner)
+
+        def run() -> DetDataSample:
+            with torch.no_grad():
+                return model.val_step(data_batch)[0]
+
+        sample = outputs[0]
+        image = cv2.imread(sample.img_path)[..., ::-1]
+        found = sample.pred_instances
+        if len(found):
+            x1, y1, x2, y2 = found.bboxes[found.scores.argmax()].tolist()
+            point = ((x1 + x2) / 2, (y1 + y2) / 2)
+        else:
+            point = (image.shape[1] / 2, image.shape[0] / 2)
+        # A box may reach beyond the image.
+        point = tuple(min(max(p, 0), size - 1) for p, size in zip(point, image.shape[1::-1]))
+        sight = look_at_point(model, run, point, name=type(model).__name__, layer=self.layer)
+        picture = pixels_of(draw_attention(image, [sight]))
+        runner.visualizer.add_image(f'attention_{batch_idx}', picture, step=runner.epoch)
+        self._masses.append(level_masses(model, run))
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        if self._masses:
+            name = type(_detector(runner)).__name__
+            figure = draw_level_masses([(name, torch.stack(self._masses).mean(0))])
+            runner.visualizer.add_image('attention_levels', pixels_of(figure), step=runner.epoch)
+
+    def _is_due(self, runner: Runner) -> bool:
+        return runner.epoch % self.interval == 0
+
+
+def _detector(runner: Runner) -> nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model

@@ -1,0 +1,140 @@
+"""The recomputed locations and weights must give the output that the module gave."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.models.layers import DeformableDetrTransformerEncoder
+from torch import nn
+
+from mmlite.analysis.attention import (
+    attention_map,
+    deformable_attentions,
+    level_masses,
+    record_attention,
+)
+from mmlite.analysis.inputs import encoder_inputs
+from mmlite.layers import KeyAwareDeformableAttention, LiteEncoder
+from mmlite.ops.reference import sample
+
+SIZES = [(6, 7), (3, 4), (2, 2), (1, 1)]
+TOKENS = 59
+
+
+def modules() -> dict[str, nn.Module]:
+    options = {'embed_dims': 32, 'num_heads': 4, 'num_levels': 4, 'num_points': 3, 'dropout': 0.0}
+    return {
+        'mmcv': MultiScaleDeformableAttention(**options, batch_first=True),
+        'kda': KeyAwareDeformableAttention(**options, batch_first=True),
+        'kda, sequence first': KeyAwareDeformableAttention(**options),
+        'kda, own keys': KeyAwareDeformableAttention(**options, batch_first=True, proj_key=True),
+        'kda, same locations': KeyAwareDeformableAttention(
+            **options, batch_first=True, same_loc=True
+        ),
+    }
+
+
+@pytest.mark.parametrize('dims', [2, 4])
+@pytest.mark.parametrize('name', modules())
+def test_explains_the_output(name, dims):
+    torch.manual_seed(0)
+    module = modules()[name].eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = encoder_inputs(SIZES, embed_dims=32, batch_size=2)
+    mask = torch.rand(2, TOKENS) < 0.2
+    call = {
+        'value': torch.randn(2, TOKENS, 32),
+        'query_pos': x['query_pos'],
+        'key_padding_mask': mask,
+        'reference_points': torch.rand(2, TOKENS, 4, dims),
+        'spatial_shapes': x['spatial_shapes'],
+        'level_start_index': x['level_start_index'],
+    }
+    query = x['query']
+    if not module.batch_first:
+        query = query.transpose(0, 1)
+        call['value'] = call['value'].transpose(0, 1)
+        call['query_pos'] = call['query_pos'].transpose(0, 1)
+    chosen = torch.tensor([3, 58, 0])
+    seen = attention_map(module, (query,), call, lambda count: chosen)
+    with torch.no_grad():
+        output = module(query, **call)
+        value = call['value'] if module.batch_first else call['value'].transpose(0, 1)
+        value = module.value_proj(value[:1]).masked_fill(mask[:1, :, None], 0)
+        sampled = sample(value.unflatten(-1, (4, 8)), x['spatial_shapes'], seen.locations[None])
+        attended = (seen.weights.flatten(-2)[None, ..., None] * sampled).sum(-2).flatten(2)
+        explained = module.output_proj(attended)
+    if not module.batch_first:
+        output = output.transpose(0, 1)
+        query = query.transpose(0, 1)
+    torch.testing.assert_close(explained + query[:1, chosen], output[:1, chosen])
+    assert seen.num_queries == TOKENS
+    torch.testing.assert_close(seen.level_mass().sum(-1), torch.ones(3))
+
+
+def layer_cfg() -> dict:
+    return {
+        'self_attn_cfg': {'embed_dims': 32, 'num_heads': 4, 'batch_first': True},
+        'ffn_cfg': {'embed_dims': 32, 'feedforward_channels': 16},
+    }
+
+
+class Detector(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+
+def test_recording_changes_nothing_and_leaves_nothing():
+    model = Detector(LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg())).eval()
+    inputs = encoder_inputs(SIZES, embed_dims=32)
+    names = deformable_attentions(model)
+    assert names == ['encoder.layers.0.self_attn', 'encoder.layers.1.self_attn']
+    with torch.no_grad():
+        plain = model.encoder(**inputs)
+        with record_attention(model, dict.fromkeys(names, torch.arange)) as maps:
+            recorded = model.encoder(**inputs)
+    torch.testing.assert_close(recorded, plain, rtol=0, atol=0)
+    assert [maps[name].num_queries for name in names] == [17, TOKENS]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_unknown_module():
+    model = Detector(LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg()))
+    recording = record_attention(model, {'encoder': torch.arange})
+    with pytest.raises(ValueError, match=r'encoder\.layers\.0\.self_attn'), recording:
+        pass
+
+
+@pytest.mark.parametrize('update', ['joint', 'sequential'])
+def test_level_masses(update):
+    encoder = LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg(), update=update)
+    model = Detector(encoder).eval()
+    inputs = encoder_inputs(SIZES, embed_dims=32)
+    with torch.no_grad():
+        masses = level_masses(model, lambda: encoder(**inputs))
+    updated = {'joint': ['.HHH', 'LHHH'], 'sequential': ['.HHH', '.HHH', 'L...']}[update]
+    assert masses.shape == (len(updated), 4, 4)
+    for layer, pattern in zip(masses, updated):
+        for level, mark in enumerate(pattern):
+            if mark == '.':
+                assert layer[level].isnan().all()
+            else:
+                assert layer[level].sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_level_masses_of_attention_that_is_known():
+    """Standard attention whose weights are fixed by their biases, on some levels of the four."""
+    encoder = DeformableDetrTransformerEncoder(num_layers=1, layer_cfg=layer_cfg()).eval()
+    wanted = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    attention = encoder.layers[0].self_attn
+    nn.init.zeros_(attention.attention_weights.weight)
+    bias = wanted.log()[None, :, None].expand(4, 4, 4)  # heads, levels, points
+    attention.attention_weights.bias.data = bias.flatten().clone()
+    with torch.no_grad():
+        masses = level_masses(
+            Detector(encoder), lambda: encoder(**encoder_inputs(SIZES, embed_dims=32))
+        )
+    torch.testing.assert_close(masses[0], wanted.expand(4, 4))

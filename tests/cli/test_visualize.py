@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import pytest
+from click.testing import CliRunner
+
+from mmlite.cli import main
+from mmlite.datasets import CLASSES, generate_shapes
+
+TINY = """
+_base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
+custom_imports = dict(imports=['mmlite'])
+model = dict(
+    type='{type}',
+    num_queries=20,
+    backbone=dict(depth=18, init_cfg=None),
+    neck=dict(in_channels=[128, 256, 512]),
+    encoder=dict(num_layers=2, {encoder}),
+    decoder=dict(num_layers=1),
+    bbox_head=dict(num_classes=5),
+    test_cfg=dict(max_per_img=10),
+)
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(192, 192), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
+                                          'scale_factor')),
+]
+test_dataloader = dict(dataset=dict(metainfo=dict(classes={classes}), pipeline=test_pipeline))
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('visualize')
+    generate_shapes(folder, {'val': 2}, image_size=128)
+    for name, kind, encoder in (
+        ('lite', 'LiteDeformableDETR', "schedule='H3L1-(2+1)x1'"),
+        ('stock', 'DeformableDETR', ''),
+    ):
+        text = TINY.format(type=kind, encoder=encoder, classes=CLASSES)
+        (folder / f'{name}.py').write_text(text)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def image(folder) -> str:
+    return str(min((folder / 'val').iterdir()))
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(main, ['visualize', *arguments])
+
+
+def check_pictures(out: Path) -> None:
+    pixels = cv2.imread(str(out))
+    assert pixels.std() > 10  # something is drawn
+    page = out.with_suffix('.html').read_text()
+    assert 'src="data:image/png;base64,' in page
+    assert '://' not in page
+
+
+@pytest.mark.parametrize('query', [(), ('--point', '30,90'), ('--object', '0')])
+def test_attention(folder, image, tmp_path, query):
+    out = tmp_path / 'attention.png'
+    stock = ('--against', str(folder / 'stock.py'))
+    result = run('attention', str(folder / 'lite.py'), image, *stock, *query, '--out', str(out))
+    assert result.exit_code == 0, result.output
+    check_pictures(out)
+
+
+def test_layer_over_high_levels(folder, image, tmp_path):
+    """The first layer of a block has no low-level queries: the point falls on level 2."""
+    out = tmp_path / 'attention.png'
+    result = run('attention', str(folder / 'lite.py'), image, '--layer', '0', '--out', str(out))
+    assert result.exit_code == 0, result.output
+
+
+def test_detections(folder, image, tmp_path):
+    out = tmp_path / 'detections.png'
+    annotations = str(folder / 'annotations' / 'instances_val.json')
+    result = run(
+        *('detections', str(folder / 'lite.py'), image, '--annotations', annotations),
+        *('--score', '0', '--out', str(out)),
+    )
+    assert result.exit_code == 0, result.output
+    check_pictures(out)
+
+
+def test_levels(folder, tmp_path):
+    out, path = tmp_path / 'levels.png', tmp_path / 'levels.json'
+    result = run(
+        *('levels', str(folder / 'lite.py'), str(folder / 'val')),
+        *('--against', str(folder / 'stock.py'), '--out', str(out), '--json', str(path)),
+    )
+    assert result.exit_code == 0, result.output
+    check_pictures(out)
+    content = json.loads(path.read_text())
+    assert content['images'] == 2
+    lite, stock = content['masses'].values()
+    assert lite[0][0] == [None] * 4  # layer 1 leaves the low level alone
+    assert stock[0][0] == pytest.approx([0.25] * 4)  # untrained weights are even
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['attention', 'lite.py', 'IMAGE', '--point', '1,2', '--object', '0'], 'not both'),
+        (['attention', 'lite.py', 'IMAGE', '--point', '500,2'], 'is outside the image of 128x128'),
+        (['attention', 'lite.py', 'IMAGE', '--point', 'left'], 'write x,y in pixels'),
+        (['attention', 'lite.py', 'IMAGE', '--layer', '7'], 'layer must be between 0 and 1'),
+        (
+            ['attention', 'lite.py', 'IMAGE', '--layer', '0', '--level', '0'],
+            'does not update level',
+        ),
+        (['attention', 'lite.py', 'IMAGE', '--level', '9'], 'level must be between 0 and 3'),
+        (['attention', 'lite.py', 'IMAGE', '--object', '99'], 'object must be between 0 and 9'),
+        (['attention', 'lite.py', 'nothing.png'], 'image nothing.png does not exist'),
+        (['attention', 'lite.py', 'lite.py'], 'is not an image'),
+        (['detections', 'lite.py,no.pth', 'IMAGE'], 'no.pth does not exist'),
+        (['detections', 'lite.py', 'IMAGE', '--annotations', 'no.json'], 'no.json does not exist'),
+        (['levels', 'lite.py', 'annotations'], 'holds no images'),
+        (['levels', 'lite.py', 'nowhere'], 'image folder nowhere does not exist'),
+        (
+            ['attention', 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', 'IMAGE'],
+            'has no encoder with deformable attention',
+        ),
+    ],
+)
+def test_bad_input(folder, image, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    result = run(*(image if word == 'IMAGE' else word for word in arguments))
+    assert result.exit_code != 0
+    assert message in ' '.join(result.output.split())
+    assert 'Traceback' not in result.output
+
+
+@pytest.mark.parametrize('command', [(), ('attention',), ('detections',), ('levels',)])
+def test_help_has_an_example(command):
+    result = run(*command, '--help')
+    assert result.exit_code == 0
+    assert 'mmlite visualize' in result.output.partition('Example')[2]

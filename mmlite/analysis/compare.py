@@ -267,7 +267,7 @@ def _training_step(model: nn.Module, setting: Setting) -> Callable[[int], object
     images, samples = image_batch(
         setting.batch_sizes[0],
         setting.image_size,
-        num_classes=model.bbox_head.num_classes,
+        num_classes=getattr(getattr(model, 'bbox_head', None), 'num_classes', 80),
         device=setting.device,
     )
 

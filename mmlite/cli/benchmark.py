@@ -396,6 +396,8 @@ def check_device(device: str) -> None:
 
     try:
         torch.empty(1, device=device)
+        if torch.device(device).type == 'cuda':
+            torch.cuda.set_device(device)  # events and Triton's launches belong to the current one
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition('\n')[0]
         raise ValueError(f'device {device!r} cannot be used here: {reason}') from error

@@ -22,7 +22,7 @@ _REGISTERED = {
         'mmlite.analysis.complexity',  # what mmdet's get_flops has to know about our operators
     ),
     'DATASETS': ('mmlite.datasets',),
-    'HOOKS': ('mmlite.layers.stock', 'mmlite.analysis.hooks'),
+    'HOOKS': ('mmlite.layers.stock', 'mmlite.checkpoints.hooks', 'mmlite.analysis.hooks'),
 }
 
 

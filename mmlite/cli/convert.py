@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from argparse import Namespace
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    import torch
+    from mmengine.config import Config
+
     from ..checkpoints import Conversion
 
 FAMILIES = ('deformable-detr', 'h-deformable-detr', 'dino', 'lite-dino')
@@ -34,6 +39,19 @@ FAMILIES = ('deformable-detr', 'h-deformable-detr', 'dino', 'lite-dino')
 @click.option('--num-queries', type=int, help='Queries at inference, if the file does not say.')
 @click.option('--ema', is_flag=True, help='Take the averaged weights of the file.')
 @click.option('--to-official', is_flag=True, help="The way back: to the authors' layout.")
+@click.option(
+    '--from-stock',
+    'lite_config',
+    type=click.Path(path_type=Path),
+    help='Start the Lite detector of this config from a stock detector.',
+)
+@click.option(
+    '--image',
+    'images',
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help='Image to fit and compare on with --from-stock; may be given several times.',
+)
 @click.option('--json', 'json_path', type=click.Path(path_type=Path), help='Write the report here.')
 def convert(
     source: Path,
@@ -44,20 +62,31 @@ def convert(
     num_queries: int | None,
     ema: bool,
     to_official: bool,
+    lite_config: Path | None,
+    images: tuple[Path, ...],
     json_path: Path | None,
 ) -> None:
-    """Convert a checkpoint of the original authors to MMDetection, or back.
+    """Convert a checkpoint of the original authors to MMDetection or back, or start from stock.
 
     SOURCE is a file of Deformable DETR, H-Deformable-DETR, DINO or Lite-DINO as their authors
     released it. TARGET gets the converted weights, and the file of the same name with .py the
     config that goes with them.
+
+    With --from-stock, SOURCE holds trained weights of MMDetection's detector, and TARGET gets a
+    starting point for the Lite detector of the config: `load_from` of its training.
 
     \b
     Example:
       mmlite convert r50_s3ex3_50.4.pth lite_dino.pth --schedule 'H3L1-(2+1)x3'
       mim test mmdet lite_dino.py --checkpoint lite_dino.pth
       mmlite convert lite_dino.pth original_again.pth --to-official
+      mmlite convert dino_r50.pth start.pth --from-stock my_lite_dino.py --image street.jpg
     """
+    if lite_config or images:
+        if to_official or model or ema or num_queries:
+            raise ValueError('--from-stock takes --schedule and --image alone of the other options')
+        _from_stock(source, target, lite_config, schedule, images, json_path)
+        return
     from ..checkpoints import (
         check_conversion,
         from_official,
@@ -98,6 +127,58 @@ def convert(
     _print(report)
     if json_path:
         json_path.write_text(json.dumps(report, indent=2) + '\n')
+
+
+def _from_stock(
+    source: Path,
+    target: Path,
+    lite_config: Path | None,
+    schedule: str | None,
+    images: tuple[Path, ...],
+    json_path: Path | None,
+) -> None:
+    import torch
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    from ..checkpoints import load_checkpoint, unpack, warm_start
+
+    if lite_config is None or not images:
+        raise ValueError(
+            'a warm start needs the config of the Lite detector and an image or more to fit on: '
+            '--from-stock CONFIG --image IMAGE'
+        )
+    _refuse_target(target, source)
+    for path in (lite_config, *images):
+        if not path.is_file():
+            raise FileNotFoundError(f'{path} does not exist')
+    state, _ = unpack(load_checkpoint(source))
+    register_all_modules()
+    config = Config.fromfile(lite_config)
+    if schedule:
+        config.merge_from_dict({'model.encoder.schedule': schedule})
+    model_config = copy.deepcopy(config.model)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    with Console().status('Fitting what is new to the stock detector'):
+        report = warm_start(model, model_config, state, _load_images(model, config, images))
+    torch.save(dict(meta={}, state_dict=model.state_dict()), target)
+    click.echo(f'{report}\nWrote {target}')
+    if json_path:
+        content = dict(source=str(source), written=[str(target)], **asdict(report))
+        json_path.write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _load_images(model: torch.nn.Module, config: Config, images: tuple[Path, ...]) -> dict:
+    """The images as one batch, read and resized as the config's test images are."""
+    from mmcv.transforms import Compose
+
+    pipeline = config.test_dataloader.dataset.pipeline
+    pipeline = Compose([step for step in pipeline if step.type != 'LoadAnnotations'])
+    packed = [pipeline(dict(img_path=str(path), img_id=i)) for i, path in enumerate(images)]
+    batch = {name: [item[name] for item in packed] for name in ('inputs', 'data_samples')}
+    return model.data_preprocessor(batch, False)
 
 
 def summarise(conversion: Conversion, source: Path, written: list[Path]) -> dict:

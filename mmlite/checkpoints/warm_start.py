@@ -1,0 +1,447 @@
+"""A starting point for a Lite detector from the trained weights of its stock detector.
+
+Whatever has a counterpart in the stock detector is copied. What is new is fitted, layer by layer
+and without gradients, to what the stock detector computes on a few images:
+
+- the query projection of key-aware attention, so that its logits come close to those that the stock
+  attention predicts from the query alone (weighted least squares, solved by conjugate gradients);
+- the small FFN, made of those hidden units of the stock FFN that contribute most, with an output
+  layer that least squares solves for. Its target is the stock encoder's token at the same depth, so
+  it also makes up for the updates that the schedule leaves out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.registry import MODELS
+from mmdet.structures.bbox import bbox_overlaps
+from mmengine.config import ConfigDict
+from torch import Tensor, nn
+
+from ..detectors import LiteDetectorMixin
+from ..layers import KeyAwareDeformableAttention, LiteEncoder
+from ..ops.reference import sample
+
+# Tokens that a fit looks at; more change nothing that can be seen.
+_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How close a Lite detector is to its stock detector on some images.
+
+    Attributes:
+        memory (float): Norm of the difference of the encoders' outputs, relative to the stock's.
+        found (float): Share of the stock detector's detections that the Lite detector has too: the
+            same class with an IoU of at least 0.5. Of each image the 20 best are asked for.
+        score (float): Mean difference of the scores of those that were found.
+    """
+
+    memory: float
+    found: float
+    score: float
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What :func:`warm_start` did.
+
+    Attributes:
+        copied (list[str]): Entries that are the stock detector's.
+        fitted (list[str]): Entries that were fitted to it.
+        unused (list[str]): Entries of the stock detector that the Lite one has no place for.
+        copied_only (Closeness): With the fitted entries still at their usual random start.
+        result (Closeness): In the end.
+    """
+
+    copied: list[str]
+    fitted: list[str]
+    unused: list[str]
+    copied_only: Closeness
+    result: Closeness
+
+    def __str__(self) -> str:
+        before, after = self.copied_only, self.result
+        return (
+            f'{len(self.copied)} entries copied, {len(self.fitted)} fitted; encoder output within '
+            f'{after.memory:.1%} of the stock detector ({before.memory:.1%} before the fit), '
+            f'{after.found:.1%} of its detections found ({before.found:.1%}), scores within '
+            f'{after.score:.3f}'
+        )
+
+
+def stock_config(model_config: ConfigDict) -> ConfigDict:
+    """The stock detector's config behind a Lite detector's.
+
+    Raises:
+        ValueError: If the config is not of a Lite detector.
+    """
+    config = copy.deepcopy(model_config)
+    lite = MODELS.get(config.type)
+    if lite is None or not issubclass(lite, LiteDetectorMixin):
+        raise ValueError(
+            f'{config.type} is no Lite detector; a warm start needs the config of the Lite model '
+            'that is to be trained'
+        )
+    line = lite.__mro__
+    config.type = line[line.index(LiteDetectorMixin) + 1].__name__
+    known = ('num_layers', 'layer_cfg', 'init_cfg')
+    config.encoder = {name: value for name, value in config.encoder.items() if name in known}
+    config.decoder.pop('key_aware', None)
+    # Building a detector writes these into its config, and building another refuses to find them.
+    for part, names in (
+        ('bbox_head', ('share_pred_layer', 'num_pred_layer', 'as_two_stage')),
+        ('dn_cfg', ('num_classes', 'embed_dims', 'num_matching_queries')),
+    ):
+        for name in names:
+            config.get(part, {}).pop(name, None)
+    for layer_cfg, attention in (
+        (config.encoder['layer_cfg'], 'self_attn_cfg'),
+        (config.decoder['layer_cfg'], 'cross_attn_cfg'),
+    ):
+        for name in ('proj_key', 'same_loc'):
+            (layer_cfg.get(attention) or {}).pop(name, None)
+    return config
+
+
+@torch.no_grad()
+def warm_start(
+    model: nn.Module,
+    model_config: ConfigDict,
+    stock_state: Mapping[str, Tensor],
+    data: dict,
+) -> WarmStart:
+    """Turn trained stock weights into a starting point for a Lite detector, in place.
+
+    Args:
+        model (nn.Module): The Lite detector, initialised.
+        model_config (ConfigDict): Its config.
+        stock_state (Mapping[str, Tensor]): State dict of the trained stock detector.
+        data (dict): Images to fit to, as the detector's data preprocessor returns them: ``inputs``
+            (batch, 3, height, width) and ``data_samples``. A few images are enough.
+
+    Returns:
+        WarmStart: What was copied and fitted, and how close the two detectors are on ``data``.
+
+    Raises:
+        ValueError: If the weights are not those of the stock detector.
+    """
+    stock = MODELS.build(stock_config(model_config))
+    unused = _load_stock(stock, stock_state)
+    stock.to(data['inputs'].device)
+    copied, new = _copy(model, stock)
+    with _evaluating(model), _evaluating(stock):
+        expected = _outputs(stock, data)
+        before = _closeness(expected, _outputs(model, data))
+        _fit_encoder(model, stock, data)
+        _fit_decoder(model, stock, data)
+        after = _closeness(expected, _outputs(model, data))
+    return WarmStart(copied, new, unused, before, after)
+
+
+# --- Copies -----------------------------------------------------------------------------------
+
+
+def _load_stock(stock: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Load the stock weights; only what the stock detector cannot miss may be missing."""
+    own = stock.state_dict()
+    # A neck with biases of zero is a neck without.
+    filled = {
+        name: torch.zeros_like(value)
+        for name, value in own.items()
+        if name.startswith('neck.') and name.endswith('.conv.bias')
+    }
+    state = {**filled, **state}
+    wrong = [name for name in own if name not in state and 'num_batches' not in name]
+    wrong += [name for name in own if name in state and state[name].shape != own[name].shape]
+    if wrong:
+        raise ValueError(
+            f'the weights are not those of the {type(stock).__name__} behind this config: '
+            f'{", ".join(wrong[:3])}{" ..." if len(wrong) > 3 else ""} '
+            f'({len(wrong)} of {len(own)} entries) are missing or of another shape'
+        )
+    stock.load_state_dict(state, strict=False)
+    return [name for name in state if name not in own]
+
+
+def _copy(model: nn.Module, stock: nn.Module) -> tuple[list[str], list[str]]:
+    """Copy what has a counterpart; returns the names of those entries and of the others."""
+    stock_state, copied, new = stock.state_dict(), [], []
+    layers = stock_layers(model.encoder)
+    for name, value in model.state_dict().items():
+        source = name
+        if name.startswith('encoder.layers.'):
+            index, _, rest = name[len('encoder.layers.') :].partition('.')
+            source = f'encoder.layers.{layers[int(index)]}.{rest}'
+        if source in stock_state and stock_state[source].shape == value.shape:
+            value.copy_(stock_state[source])
+            copied.append(name)
+        elif name != 'encoder.schedule_code':
+            new.append(name)
+    return copied, new
+
+
+def stock_layers(encoder: LiteEncoder) -> list[int]:
+    """For each layer of a Lite encoder the stock layer it stands for.
+
+    That is the one that updates the high-level tokens as often. A layer that updates the low-level
+    tokens alone stands for the same one as the layer before it.
+    """
+    layers, updates = [], -1
+    for step in encoder.steps:
+        updates += step.updates_high
+        layers.append(updates)
+    return layers
+
+
+# --- Fits -------------------------------------------------------------------------------------
+
+
+def _fit_encoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
+    inputs = _encoder_inputs(stock, data)
+    targets = {}  # of each stock layer, the tokens before its last norm
+    hooks = [
+        layer.norms[1].register_forward_pre_hook(
+            lambda _, args, index=index: targets.__setitem__(index, args[0])
+        )
+        for index, layer in enumerate(stock.encoder.layers)
+    ]
+    stock.forward_encoder(**inputs)
+    for hook in hooks:
+        hook.remove()
+
+    encoder = model.encoder
+    shapes = inputs['spatial_shapes']
+    num_low = int(shapes[: encoder.schedule.num_low_levels].prod(1).sum())
+    references = encoder.get_encoder_reference_points(
+        shapes, inputs['valid_ratios'], device=inputs['feat'].device
+    )
+    arguments = (
+        inputs['feat_pos'],
+        num_low,
+        inputs['feat_mask'],
+        references,
+        shapes,
+        inputs['level_start_index'],
+    )
+    memory = inputs['feat'].clone()
+    for layer, index in zip(encoder.layers, stock_layers(encoder)):
+        stock_layer = stock.encoder.layers[index]
+        start = 0 if layer.step.updates_low else num_low
+        stop = memory.shape[1] if layer.step.updates_high else num_low
+        call = dict(
+            query=memory[:, start:stop],
+            value=memory,
+            query_pos=inputs['feat_pos'][:, start:stop],
+            key_padding_mask=inputs['feat_mask'],
+            reference_points=references[:, start:stop],
+            spatial_shapes=shapes,
+        )
+        if isinstance(layer.self_attn, KeyAwareDeformableAttention):
+            _fit_attention(layer.self_attn, stock_layer.self_attn, **call)
+        if layer.has_small_ffn:
+            tokens = layer.norms[0](layer.self_attn(**call))[:, :num_low]
+            target = targets[index][:, :num_low]
+            if inputs['feat_mask'] is not None:
+                keep = ~inputs['feat_mask'][:, :num_low]
+                tokens, target = tokens[keep], target[keep]
+            _fit_small_ffn(layer, stock_layer, tokens.flatten(0, -2), target.flatten(0, -2))
+        memory = layer(memory, *arguments)
+
+
+def _fit_decoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
+    """Fit key-aware cross-attention where the decoder has it, each layer behind fitted ones."""
+    hooks = []
+    for layer, stock_layer in zip(model.decoder.layers, stock.decoder.layers):
+        if not isinstance(layer.cross_attn, KeyAwareDeformableAttention):
+            continue
+
+        def fit(attention, args, kwargs, stock_attention=stock_layer.cross_attn):
+            names = ('query', 'key', 'value', 'identity', 'query_pos')
+            call = {**dict(zip(names, args)), **kwargs}
+            wanted = ('query', 'value', 'query_pos', 'key_padding_mask')
+            _fit_attention(
+                attention,
+                stock_attention,
+                **{name: call.get(name) for name in wanted},
+                reference_points=call['reference_points'],
+                spatial_shapes=call['spatial_shapes'],
+            )
+
+        hooks.append(layer.cross_attn.register_forward_pre_hook(fit, with_kwargs=True))
+    if hooks:
+        _outputs(model, data)
+    for hook in hooks:
+        hook.remove()
+
+
+def _fit_attention(
+    attention: KeyAwareDeformableAttention,
+    stock: MultiScaleDeformableAttention,
+    query: Tensor,
+    value: Tensor,
+    query_pos: Tensor | None,
+    key_padding_mask: Tensor | None,
+    reference_points: Tensor,
+    spatial_shapes: Tensor,
+) -> None:
+    """Fit the query projection so that <q, k> comes close to the logits of the stock attention.
+
+    The logits are linear in the projection. A softmax of logits that are off by e differs from the
+    wanted weights p by a Kullback-Leibler divergence of half the variance of e under p, to second
+    order; the sum of these variances is minimised. Arguments are those of the attention's call.
+    """
+    heads, head_dim = attention.num_heads, attention.embed_dims // attention.num_heads
+    if attention.proj_key:
+        attention.key_proj.load_state_dict(attention.value_proj.state_dict())
+    if attention.same_loc:
+        for name, parameter in attention.sampling_offsets.named_parameters():
+            levels = getattr(stock.sampling_offsets, name)
+            levels = levels.unflatten(0, (heads, attention.num_levels, -1))
+            parameter.copy_(levels.mean(1).flatten(0, 1))
+    keys = attention.key_proj if attention.proj_key else attention.value_proj
+    keys = attention._project_value(value, keys, key_padding_mask)
+
+    query = query if query_pos is None else query + query_pos
+    chosen = torch.randperm(query.shape[1], generator=torch.Generator().manual_seed(0))[
+        : max(_TOKENS // len(query), 1)
+    ].to(query.device)
+    query, reference_points = query[:, chosen], reference_points[:, chosen]
+    locations = attention._sampling_locations(
+        attention.sampling_offsets(query), reference_points, spatial_shapes
+    )
+    sampled = sample(keys, spatial_shapes, locations) * head_dim**-0.5  # (B, Q, M, L*P, D)
+    logits = stock.attention_weights(query).unflatten(-1, (heads, -1))
+    weights = logits.softmax(-1)
+    query = torch.cat([query, torch.ones_like(query[..., :1])], -1)
+
+    def centred(errors: Tensor) -> Tensor:
+        return weights * (errors - (weights * errors).sum(-1, keepdim=True))
+
+    def transposed(errors: Tensor) -> Tensor:
+        gradient = torch.einsum('bqmk,bqmkd->bqmd', centred(errors), sampled)
+        return torch.einsum('bqmd,bqc->mdc', gradient, query)
+
+    def normal(projection: Tensor) -> Tensor:
+        projected = torch.einsum('bqc,mdc->bqmd', query, projection)
+        errors = torch.einsum('bqmd,bqmkd->bqmk', projected, sampled)
+        return transposed(errors) + ridge * projection
+
+    ridge = 1e-2 * float((query**2).sum() * (sampled**2).mean())
+    projection = _conjugate_gradients(normal, transposed(logits))
+    attention.query_proj.weight.copy_(projection[..., :-1].flatten(0, 1))
+    attention.query_proj.bias.copy_(projection[..., -1].flatten())
+
+
+def _conjugate_gradients(normal, right: Tensor, steps: int = 60) -> Tensor:
+    """Solve ``normal(x) = right`` for a symmetric positive operator, head by head."""
+    solution = torch.zeros_like(right)
+    residual = right.clone()
+    direction = residual.clone()
+    norm = residual.flatten(1).pow(2).sum(1)
+    start = norm.clone()
+    for _ in range(steps):
+        image = normal(direction)
+        length = norm / (direction * image).flatten(1).sum(1).clamp(min=1e-30)
+        solution += length[:, None, None] * direction
+        residual -= length[:, None, None] * image
+        previous, norm = norm, residual.flatten(1).pow(2).sum(1)
+        if bool((norm <= 1e-10 * start).all()):
+            break
+        direction = residual + (norm / previous.clamp(min=1e-30))[:, None, None] * direction
+    return solution
+
+
+def _fit_small_ffn(layer: nn.Module, stock: nn.Module, tokens: Tensor, target: Tensor) -> None:
+    """Make the small FFN of the stock FFN's most useful hidden units.
+
+    Args:
+        layer (nn.Module): Lite layer with ``small_ffn`` and ``small_norm``.
+        stock (nn.Module): The stock layer it stands for.
+        tokens (Tensor): Input of the small FFN, (tokens, embed_dims).
+        target (Tensor): What the stock layer gives to its last norm for these tokens.
+    """
+    layer.small_norm.load_state_dict(stock.norms[1].state_dict())
+    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
+    chosen = chosen[: 4 * _TOKENS].to(tokens.device)
+    tokens, target = tokens[chosen], target[chosen]
+    hidden = stock.ffn.layers[0](tokens)
+    wanted = target - tokens
+
+    units = layer.small_ffn.feedforward_channels
+    stock_weight = stock.ffn.layers[1].weight.T
+    weight, _ = _least_squares(hidden, wanted, stock_weight)
+    contribution = hidden.pow(2).mean(0) * weight.pow(2).sum(1)
+    best = contribution.topk(min(units, len(contribution))).indices
+    weight, bias = _least_squares(hidden[:, best], wanted, stock_weight[best])
+
+    first, last = layer.small_ffn.layers[0][0], layer.small_ffn.layers[1]
+    for parameter in (*first.parameters(), *last.parameters()):
+        parameter.zero_()
+    first.weight[: len(best)] = stock.ffn.layers[0][0].weight[best]
+    first.bias[: len(best)] = stock.ffn.layers[0][0].bias[best]
+    last.weight[:, : len(best)] = weight.T
+    last.bias.copy_(bias)
+
+
+def _least_squares(features: Tensor, wanted: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (features, outputs) and bias (outputs,) of the best linear layer close to a prior."""
+    mean, wanted_mean = features.mean(0), wanted.mean(0)
+    features, wanted = (features - mean).double(), (wanted - wanted_mean).double()
+    gram = features.T @ features
+    # The fewer tokens there are to a feature, the more of what they show is chance.
+    ridge = 0.2 * features.shape[1] / len(features)
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
+    change = torch.linalg.solve(gram, features.T @ (wanted - features @ prior.double()))
+    weight = prior + change.to(prior)
+    return weight, wanted_mean - mean @ weight
+
+
+# --- How close --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _encoder_inputs(model: nn.Module, data: dict) -> dict:
+    feats = model.extract_feat(data['inputs'])
+    return model.pre_transformer(feats, data['data_samples'])[0]
+
+
+def _outputs(model: nn.Module, data: dict) -> tuple[Tensor, list]:
+    """Memory and detections of every image, the boxes in pixels of the network's input."""
+    memories = []
+    hook = model.encoder.register_forward_hook(lambda _, args, output: memories.append(output))
+    results = model.predict(data['inputs'], copy.deepcopy(data['data_samples']), rescale=False)
+    hook.remove()
+    return memories[0], [result.pred_instances for result in results]
+
+
+def _closeness(expected: tuple, actual: tuple) -> Closeness:
+    memory = (actual[0] - expected[0]).norm() / expected[0].norm()
+    found, score, wanted = 0, 0.0, 0
+    for stock, lite in zip(expected[1], actual[1]):
+        stock = stock[stock.scores.argsort(descending=True)[:20]]
+        overlaps = bbox_overlaps(stock.bboxes, lite.bboxes)
+        overlaps[stock.labels[:, None] != lite.labels[None]] = 0
+        differences = (lite.scores[None] - stock.scores[:, None]).abs()
+        # Of boxes on top of each other, the one with the closer score is meant.
+        best = (overlaps - 1e-3 * differences).argmax(1, keepdim=True)
+        hit = overlaps.gather(1, best) >= 0.5
+        found += int(hit.sum())
+        wanted += len(hit)
+        score += float(differences.gather(1, best)[hit].sum())
+    return Closeness(float(memory), found / max(wanted, 1), score / max(found, 1))

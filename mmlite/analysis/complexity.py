@@ -339,9 +339,6 @@ FLOP_RULES = {
     _aten.baddbmm: _product_with_bias,
     _aten.linear: _product,
     _aten.convolution: _convolution,
-    _aten._scaled_dot_product_flash_attention: _attention,
-    _aten._scaled_dot_product_efficient_attention: _attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     _aten.native_layer_norm: _norm(2),
     _aten.native_group_norm: _norm(1),
     _aten.native_batch_norm: _batch_norm,
@@ -353,6 +350,15 @@ FLOP_RULES = {
     torch.ops.mmlite.key_aware_deform_attn: _key_aware,
     torch.ops.mmlite.ms_deform_attn: _standard,
 }
+for _name in (
+    'flash_attention',
+    'flash_attention_for_cpu',
+    'efficient_attention',
+    'cudnn_attention',
+):
+    # Which of these there are depends on the version of torch.
+    if hasattr(_aten, f'_scaled_dot_product_{_name}'):
+        FLOP_RULES[getattr(_aten, f'_scaled_dot_product_{_name}')] = _attention
 MATRIX_PRODUCTS = {_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.linear}
 SAMPLING_OPS = {
     _aten.grid_sampler_2d,

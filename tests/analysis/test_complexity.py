@@ -178,6 +178,16 @@ def test_agrees_with_mmengine_on_the_stock_encoder():
     assert count_flops(model.encoder, **inputs).total == expected
 
 
+class Attend(nn.Module):
+    def forward(self, query, key, value):
+        return nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+def test_fused_softmax_attention():
+    query, key = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 5, 8)
+    assert count_flops(Attend(), query, key, key).total == 2 * 3 * 7 * 5 * (8 + 8)
+
+
 class OneOp(nn.Module):
     def forward(self, query, value, locations):
         sizes = [(3, 4), (2, 2)]

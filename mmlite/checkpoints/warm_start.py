@@ -305,15 +305,17 @@ def _fit_attention(
             levels = getattr(stock.sampling_offsets, name)
             levels = levels.unflatten(0, (heads, attention.num_levels, -1))
             parameter.copy_(levels.mean(1).flatten(0, 1))
-    keys = attention.key_proj if attention.proj_key else attention.value_proj
-    keys = attention._project_value(value, keys, key_padding_mask)
+    keys = (attention.key_proj if attention.proj_key else attention.value_proj)(value)
+    if key_padding_mask is not None:
+        keys = keys.masked_fill(key_padding_mask[..., None], 0.0)
+    keys = keys.unflatten(-1, (heads, head_dim))
 
     query = query if query_pos is None else query + query_pos
     chosen = torch.randperm(query.shape[1], generator=torch.Generator().manual_seed(0))[
         : max(_TOKENS // len(query), 1)
     ].to(query.device)
     query, reference_points = query[:, chosen], reference_points[:, chosen]
-    locations = attention._sampling_locations(
+    locations = attention.sampling_locations(
         attention.sampling_offsets(query), reference_points, spatial_shapes
     )
     sampled = sample(keys, spatial_shapes, locations) * head_dim**-0.5  # (B, Q, M, L*P, D)

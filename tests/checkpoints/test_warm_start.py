@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -24,6 +25,8 @@ from mmlite.checkpoints.warm_start import _conjugate_gradients, _least_squares, 
 from mmlite.cli import main
 
 register_all_modules()
+
+ROOT = Path(__file__).parents[2]
 
 CONFIG = """
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
@@ -50,9 +53,13 @@ def lite_config(**changes) -> Config:
 
 @pytest.fixture(scope='module')
 def stock():
-    """State dict of a stock DINO whose attention and FFNs do something of their own."""
+    return trained(lite_config())
+
+
+def trained(config):
+    """State dict of the stock detector, its attention doing something of its own."""
     torch.manual_seed(0)
-    model = MODELS.build(stock_config(lite_config()))
+    model = MODELS.build(stock_config(config))
     model.init_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -62,7 +69,10 @@ def stock():
 
 
 def start(stock, **changes):
-    config = lite_config(**changes)
+    return start_from(lite_config(**changes), stock)
+
+
+def start_from(config, stock):
     torch.manual_seed(1)
     model = MODELS.build(copy.deepcopy(config))
     model.init_weights()
@@ -109,6 +119,29 @@ def test_new_parts_come_close(stock, changes):
     same_loc = 'same_loc' in str(changes)
     for name in report.fitted:
         assert any(part in name for part in new) or (same_loc and 'sampling_offsets' in name)
+
+
+@pytest.mark.parametrize(
+    ('base', 'lite', 'stock_type'),
+    [
+        (
+            'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py',
+            'LiteDeformableDETR',
+            'DeformableDETR',
+        ),
+        (
+            str(ROOT / 'configs/h_deformable_detr/h-deformable-detr_r50_8xb2-12e_coco.py'),
+            'LiteHDeformableDETR',
+            'HDeformableDETR',
+        ),
+    ],
+)
+def test_other_families(base, lite, stock_type):
+    text = CONFIG.replace('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py', base)
+    config = Config.fromstring(text.replace('LiteDINO', lite), '.py').model
+    assert stock_config(config).type == stock_type
+    _, report = start_from(config, trained(config))
+    assert report.result.memory < 0.95 * report.copied_only.memory
 
 
 def test_a_small_ffn_that_holds_all_units_is_the_stock_ffn(stock):

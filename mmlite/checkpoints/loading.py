@@ -9,6 +9,7 @@ Importing this module puts it in the place of mmengine's loader of local files, 
 
 from __future__ import annotations
 
+import codecs
 import os
 import pickle
 import re
@@ -20,6 +21,11 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
+
+try:
+    from numpy._core import multiarray
+except ImportError:  # NumPy < 1.26
+    from numpy.core import multiarray
 
 # From this version on, torch's own safe loading can be told about further types by name.
 _TORCH_KNOWS_SAFE_GLOBALS = torch.__version__ >= (2, 6)
@@ -78,12 +84,12 @@ def _known_types() -> dict[str, Callable]:
         'builtins.getattr': _history_statistic,
         'numpy.ndarray': np.ndarray,
         'numpy.dtype': np.dtype,
+        '_codecs.encode': codecs.encode,  # the bytes of an array, in pickle's protocol 2
     }
     # NumPy 2 moved its core, so a file may come from either side of the move.
-    multiarray = getattr(np, '_core', None) or np.core
     for core in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        known[f'{core}._reconstruct'] = multiarray.multiarray._reconstruct
-        known[f'{core}.scalar'] = multiarray.multiarray.scalar
+        known[f'{core}._reconstruct'] = multiarray._reconstruct
+        known[f'{core}.scalar'] = multiarray.scalar
     # Reading a dtype checks the class of the dtype object, one for each kind of number.
     for number in np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?':
         kind = type(np.dtype(number))

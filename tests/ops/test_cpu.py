@@ -199,6 +199,9 @@ def test_opcheck(variant):
     torch.library.opcheck(backward, (case.grad_output, *detached))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 2), reason='the compiler of torch 2.1 does not know `is` and sets'
+)
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_compile_fullgraph(variant, isa):
     if isa != cpu.isas()[-1]:

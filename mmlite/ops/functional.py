@@ -163,7 +163,8 @@ def _choose(value: Tensor, fused_op, reference_op):
         return reference_op
     if not _FUSED[name].serves(value):
         raise ValueError(
-            f'the {name} backend was asked for, but value is {value.dtype} on {value.device}'
+            f'the {name} backend was asked for, but does not serve {value.dtype} on '
+            f'{value.device} with heads of {value.shape[-1]} numbers'
         )
     return fused_op
 
@@ -177,6 +178,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if device_type == 'meta':
+        return None
     if hasattr(torch, 'get_autocast_dtype'):  # torch 2.4
         enabled = torch.is_autocast_enabled(device_type)
         return torch.get_autocast_dtype(device_type) if enabled else None
@@ -193,6 +196,11 @@ def _check_value(value: Tensor, sampling_locations: Tensor) -> None:
     if sampling_locations.dim() != 6 or sampling_locations.shape[-1] != 2:
         raise ValueError(
             'sampling_locations must be (B, Q, M, L, P, 2); '
+            f'got shape {tuple(sampling_locations.shape)}'
+        )
+    if 0 in sampling_locations.shape[3:5]:
+        raise ValueError(
+            'sampling_locations must have a level and a point at least; '
             f'got shape {tuple(sampling_locations.shape)}'
         )
     batch, _, heads, _ = value.shape

@@ -1,0 +1,175 @@
+"""What the public operators refuse, and which backend they choose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmlite import ops
+from mmlite.ops import cpu, functional
+
+SHAPES = [(3, 4), (1, 2)]
+B, Q, S, M, D, L, P = 2, 5, 14, 2, 8, 2, 3
+
+
+def kda_arguments() -> dict:
+    return dict(
+        query=torch.randn(B, Q, M, D),
+        key=torch.randn(B, S, M, D),
+        value=torch.randn(B, S, M, D),
+        spatial_shapes=torch.tensor(SHAPES),
+        sampling_locations=torch.rand(B, Q, M, L, P, 2),
+    )
+
+
+def msda_arguments() -> dict:
+    arguments = kda_arguments()
+    del arguments['query'], arguments['key']
+    return {**arguments, 'attention_weights': torch.rand(B, Q, M, L, P)}
+
+
+# Name of the argument that the message must begin with -> what is wrong with it.
+BAD = {
+    'value with three dimensions': ('value', lambda value: value[0]),
+    'value of integers': ('value', lambda value: value.long()),
+    'value of another batch': ('sampling_locations', lambda value: value[:1], 'value'),
+    'locations with three numbers': (
+        'sampling_locations',
+        lambda locations: torch.cat([locations, locations[..., :1]], -1),
+    ),
+    'locations without heads': ('sampling_locations', lambda locations: locations[:, :, 0]),
+    'locations of other heads': ('sampling_locations', lambda locations: locations[:, :, :1]),
+    'locations of another dtype': ('sampling_locations', lambda locations: locations.double()),
+    'locations on another device': ('sampling_locations', lambda locations: locations.to('meta')),
+    'no points': ('sampling_locations', lambda locations: locations[:, :, :, :, :0]),
+    'shapes of floats': ('spatial_shapes', lambda shapes: shapes.float()),
+    'shapes of one level': ('spatial_shapes', lambda shapes: shapes[:1]),
+    'shapes of other sizes': ('spatial_shapes', lambda shapes: shapes + 1),
+    'shapes that are negative': ('spatial_shapes', lambda shapes: -shapes),
+}
+BAD_KDA = {
+    'query of other heads': ('query', lambda query: query[:, :, :1]),
+    'query of another width': ('query', lambda query: query[..., :4]),
+    'query of another dtype': ('query', lambda query: query.bfloat16()),
+    'query on another device': ('query', lambda query: query.to('meta')),
+    'key of other tokens': ('key', lambda key: key[:, 1:]),
+    'key of another dtype': ('key', lambda key: key.half()),
+}
+BAD_MSDA = {
+    'tokens missing': ('spatial_shapes', lambda value: value[:, 1:], 'value'),
+    'weights of other points': ('attention_weights', lambda weights: weights[..., :1]),
+    'weights of another dtype': ('attention_weights', lambda weights: weights.half()),
+    'weights on another device': ('attention_weights', lambda weights: weights.to('meta')),
+}
+
+
+def check_refused(function, arguments, blamed, change, changed=None):
+    changed = changed or blamed
+    arguments[changed] = change(arguments[changed])
+    with pytest.raises(ValueError) as raised:
+        function(**arguments)
+    message = str(raised.value)
+    assert message.startswith(blamed), message
+    assert '\n' not in message
+
+
+@pytest.mark.parametrize('what', [*BAD, *BAD_KDA])
+def test_key_aware_refuses(what):
+    check_refused(ops.key_aware_deform_attn, kda_arguments(), *{**BAD, **BAD_KDA}[what])
+
+
+@pytest.mark.parametrize('what', [*BAD, *BAD_MSDA])
+def test_standard_refuses(what):
+    check_refused(ops.ms_deform_attn, msda_arguments(), *{**BAD, **BAD_MSDA}[what])
+
+
+def test_shapes_may_be_a_list_of_pairs():
+    arguments = msda_arguments()
+    expected = ops.ms_deform_attn(**arguments)
+    arguments['spatial_shapes'] = SHAPES
+    assert torch.equal(ops.ms_deform_attn(**arguments), expected)
+    arguments['spatial_shapes'] = torch.tensor(SHAPES, dtype=torch.int32)
+    assert torch.equal(ops.ms_deform_attn(**arguments), expected)
+
+
+def test_key_given_as_value_is_sampled_once():
+    arguments = kda_arguments()
+    apart = ops.key_aware_deform_attn(**{**arguments, 'key': arguments['value'].clone()})
+    shared = ops.key_aware_deform_attn(**{**arguments, 'key': arguments['value']})
+    torch.testing.assert_close(shared, apart)
+
+
+@pytest.mark.parametrize('backend', ['reference', 'cpu'])
+def test_autocast_rounds_features_but_not_locations(backend):
+    if backend == 'cpu' and not cpu.status()[0]:
+        pytest.skip(cpu.status()[1])
+    arguments = kda_arguments()
+    rounded = {
+        name: tensor.bfloat16() if name in ('query', 'key', 'value') else tensor
+        for name, tensor in arguments.items()
+    }
+    with ops.use_backend(backend):
+        expected = ops.key_aware_deform_attn(**rounded)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            actual = ops.key_aware_deform_attn(**arguments)
+            shared = ops.key_aware_deform_attn(**{**arguments, 'key': arguments['value']})
+    assert actual.dtype == shared.dtype == torch.bfloat16
+    assert torch.equal(actual, expected)
+
+
+def test_backends_are_listed_with_their_reasons():
+    backends = {backend.name: backend for backend in ops.backends()}
+    assert list(backends) == ['cpu', 'triton', 'reference']
+    assert backends['reference'].available
+    assert all(backend.detail for backend in backends.values())
+
+
+def test_unknown_backend():
+    expected = pytest.raises(ValueError, match=r'backend must be one of .*reference.*numpy')
+    with expected, ops.use_backend('numpy'):
+        pass
+
+
+def test_backend_that_cannot_run(monkeypatch):
+    monkeypatch.setattr(cpu, 'status', lambda: (False, 'no compiler'))
+    expected = pytest.raises(RuntimeError, match='cpu backend cannot run here: no compiler')
+    with expected, ops.use_backend('cpu'):
+        pass
+
+
+def test_without_kernels_the_reference_runs(monkeypatch):
+    """What happens where the kernels could not be compiled."""
+    arguments = msda_arguments()
+    with ops.use_backend('reference'):
+        expected = ops.ms_deform_attn(**arguments)
+    monkeypatch.setattr(cpu, '_kernels', None)
+    monkeypatch.setattr(cpu, '_why_not', 'not compiled')
+    assert not cpu.serves(arguments['value'])
+    assert ops.backends()[0] == ('cpu', False, 'not compiled')
+    assert torch.equal(ops.ms_deform_attn(**arguments), expected)
+
+
+def test_backend_choice_ends_with_its_block(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        functional.reference, 'ms_deform_attn', lambda *args: calls.append(args) or args[0]
+    )
+    arguments = msda_arguments()
+    with ops.use_backend('reference'):
+        ops.ms_deform_attn(**arguments)
+    assert len(calls) == 1
+    if cpu.status()[0]:
+        with pytest.raises(KeyError), ops.use_backend('reference'):
+            raise KeyError
+        ops.ms_deform_attn(**arguments)
+        assert len(calls) == 1
+
+
+def test_forced_backend_refuses_what_it_does_not_serve():
+    if not cpu.status()[0]:
+        pytest.skip(cpu.status()[1])
+    value = torch.randn(1, 1, 1, 300)
+    locations, weights = torch.rand(1, 1, 1, 1, 1, 2), torch.rand(1, 1, 1, 1, 1)
+    with ops.use_backend('cpu'), pytest.raises(ValueError, match=r'cpu backend .* heads of 300'):
+        ops.ms_deform_attn(value, [(1, 1)], locations, weights)
+    assert ops.ms_deform_attn(value, [(1, 1)], locations, weights).shape == (1, 1, 300)

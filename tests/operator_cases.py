@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -73,6 +74,22 @@ class Case:
             output = self.call(inputs)
             grads = torch.autograd.grad(output, list(inputs.values()), self.grad_output.to(output))
         return {'output': output.detach(), **dict(zip(inputs, grads))}
+
+    def run_module(self, module: ModuleType) -> dict[str, Tensor]:
+        """Output and all gradients, by name, from the functions a backend registers itself."""
+        inputs = self.inputs
+        args = (inputs['value'], self.spatial_shapes, inputs['locations'])
+        if self.variant == 'standard':
+            args = (*args, inputs['weights'])
+            output = module.ms_deform_attn(*args)
+            grads = module.ms_deform_attn_backward(self.grad_output, *args)
+            names = ('value', 'locations', 'weights')
+        else:
+            args = (inputs['query'], inputs.get('key'), *args)
+            output = module.key_aware_deform_attn(*args)
+            grads = module.key_aware_deform_attn_backward(self.grad_output, *args)
+            names = ('query', 'key', 'value', 'locations')
+        return {'output': output, **dict(zip(names, grads))}
 
     @staticmethod
     def compare(

@@ -1,5 +1,8 @@
 """Compile the Triton kernels for a GPU that need not be there, and read what they take of it.
 
+The operators are called as ever, on CPU tensors, up to the point where a kernel would be launched;
+no kernel can be launched in such a process.
+
 ``python tests/triton_compile.py --help`` prints the tables of docs/kernels-gpu.md.
 """
 
@@ -12,18 +15,23 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
+import torch
 import triton
-import triton.language as tl
+from operator_cases import VARIANTS, Case
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from mmlite.ops.triton import kernels
+from mmlite.ops import triton as backend
 from mmlite.ops.triton.tuning import Config, candidates
 
 _DISASSEMBLER = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
-_POINTERS = {'fp32': '*fp32', 'fp16': '*fp16', 'bf16': '*bf16'}
+_PYRAMID = ((7, 9), (4, 5), (2, 3), (1, 1), (1, 1), (1, 1))  # any sizes: they are not compiled in
 
 
 class Resources(NamedTuple):
@@ -50,69 +58,40 @@ class Resources(NamedTuple):
     narrow_atomics: int
 
 
-def compile_kernel(
-    name: str,
-    variant: str,
-    arch: int,
-    dtype: str,
-    config: Config,
-    dim: int = 32,
-    levels: int = 4,
-    points: int = 4,
-    ordered: bool = False,
-    index: tl.dtype = tl.int32,
-):
-    """Compile ``forward``, ``backward`` or ``ordered_sum`` as the operators launch it.
+def compile_kernels(case: Case, arch: int, config: Config | None = None) -> dict[str, Resources]:
+    """Compile what an operator's forward and backward launch.
 
-    Locations and weights are float32.
+    Args:
+        case (Case): The operator's inputs, on the CPU.
+        arch (int): Compute capability, 90 for 9.0.
+        config (Config, optional): The launch configuration. Default: the rule.
+
+    Returns:
+        dict[str, Resources]: By the kernel's name: ``forward``, ``backward`` and, under
+        deterministic algorithms, ``ordered_sum``.
     """
-    key_aware, key_apart = variant != 'standard', variant == 'key apart'
-    feature = _POINTERS[dtype]
-    summed = feature if name == 'ordered_sum' else '*fp32'
-    types = {
-        **dict.fromkeys(('grad_output', 'value', 'output'), feature),
-        **dict.fromkeys(('query', 'grad_query'), feature if key_aware else None),
-        'key': feature if key_apart else None,
-        'grad_key': summed if key_apart else None,
-        'grad_value': summed,
-        **dict.fromkeys(('sampling_locations', 'grad_locations'), '*fp32'),
-        **dict.fromkeys(('attention_weights', 'grad_weights'), None if key_aware else '*fp32'),
-        **dict.fromkeys(('spatial_shapes', 'order', 'row_starts'), '*i64'),
-        'pixel_rows': '*i32' if ordered else None,
-        **dict.fromkeys(('value_coefficients', 'pixel_weights'), '*fp32' if ordered else None),
-        'query_coefficients': '*fp32' if ordered and key_aware else None,
-        'scale': 'fp32',
-        **dict.fromkeys(('num_queries', 'num_tokens', 'num_heads', 'num_rows'), 'i32'),
-    }
-    constants = {
-        **{argument: None for argument, kind in types.items() if kind is None},
-        'KEY_AWARE': key_aware,
-        'KEY_IS_VALUE': not key_apart,
-        'ORDERED': ordered,
-        'L': levels,
-        'P': points,
-        'LP': levels * points,
-        'D': dim,
-        'POINTS': triton.next_power_of_2(points),
-        'DIM': triton.next_power_of_2(dim),
-        'BLOCK_Q': config.block_q,
-        'BLOCK_ROWS': 16,
-        'INDEX': index,
-    }
-    kernel = getattr(kernels, name)
-    signature = {n: 'constexpr' if n in constants else types[n] for n in kernel.arg_names}
-    aligned = {
-        (i,): [['tt.divisibility', 16]]
-        for i, n in enumerate(kernel.arg_names)
-        if signature[n].startswith('*')
-    }
-    constants = {n: constants[n] for n in kernel.arg_names if n in constants}
-    options = {'num_warps': config.num_warps, 'num_stages': 1, 'enable_fp_fusion': True}
-    source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget('cuda', arch, 32), options=options)
+    compiled = {}
+    launch = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled[self.__name__] = launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+    device = SimpleNamespace(
+        get_current_target=lambda: GPUTarget('cuda', arch, 32),
+        get_current_device=lambda: arch,  # kernels compiled before are looked up by it
+        get_current_stream=lambda device: 0,
+    )
+    driver.set_active(device)
+    configs = candidates if config is None else lambda points, dim: (config,)
+    with (
+        mock.patch.object(JITFunction, 'run', compile_only),
+        mock.patch.object(backend, 'candidates', configs),
+    ):
+        case.run_module(backend)
+    return {name: resources(kernel) for name, kernel in compiled.items()}
 
 
-def resources(compiled) -> Resources:
+def resources(compiled: CompiledKernel) -> Resources:
     """Read a compiled kernel's machine code with the tools in Triton's package."""
     with tempfile.NamedTemporaryFile(suffix='.cubin') as cubin:
         cubin.write(compiled.asm['cubin'])
@@ -124,9 +103,7 @@ def resources(compiled) -> Resources:
             for flag in ('-res-usage', '-sass')
         )
     registers, stack = re.search(r'REG:(\d+) STACK:(\d+)', usage).groups()
-    names = re.findall(
-        r'^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+x?4?[A-Z.]*)', code, re.M
-    )
+    names = re.findall(r'^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([\w.]+)', code, re.M)
     count = Counter()
     for name in names:
         if name.startswith('LDG'):
@@ -146,35 +123,34 @@ def check() -> None:
     """Compile one configuration of everything; complain about spills and narrow feature loads."""
     rule = candidates(4, 32)[0]
     elements = 4 * 32 * rule.block_q // (32 * rule.num_warps)  # of a tile, a thread
-    for arch, (variant, dtype, itemsize) in itertools.product(
+    for arch, (variant, dtype) in itertools.product(
         (80, 90),
         (
-            ('shared key', 'fp32', 4),
-            ('shared key', 'fp16', 2),
-            ('key apart', 'fp32', 4),
-            ('standard', 'fp32', 4),
+            ('shared key', torch.float32),
+            ('shared key', torch.float16),
+            ('key apart', torch.float32),
+            ('standard', torch.float32),
         ),
     ):
         tiles = 4 * (2 if variant == 'key apart' else 1)  # one a pixel
-        for name in ('forward', 'backward'):
-            found = resources(compile_kernel(name, variant, arch, dtype, rule))
-            context = (name, variant, arch, dtype, found)
-            assert found.wide_loads >= tiles * elements * itemsize // 16, context
-            assert found.local_bytes <= (0 if name == 'forward' else 256), context
-    for dim in (8, 24, 64):
-        config = candidates(4, triton.next_power_of_2(dim))[0]
-        for name in ('forward', 'backward'):
-            compile_kernel(name, 'shared key', 90, 'bf16', config, dim=dim)
-    compile_kernel('forward', 'key apart', 90, 'fp32', rule, index=tl.int64)
-    compile_kernel('backward', 'key apart', 90, 'fp32', rule, ordered=True, index=tl.int64)
-    compile_kernel('ordered_sum', 'key apart', 90, 'fp16', rule, ordered=True)
+        found = compile_kernels(Case(variant, dtype=dtype), arch)
+        for name, kernel in found.items():
+            context = (arch, variant, dtype, name, kernel)
+            assert kernel.wide_loads >= tiles * elements * dtype.itemsize // 16, context
+            assert kernel.local_bytes <= (0 if name == 'forward' else 256), context
+    for dim in (24, 64):
+        compile_kernels(Case('shared key', dim=dim, dtype=torch.bfloat16), 90)
+    with mock.patch.object(backend, '_INT32_ELEMENTS', 1):
+        compile_kernels(Case('shared key', dtype=torch.float16), 90)
+        torch.use_deterministic_algorithms(True)
+        assert 'ordered_sum' in compile_kernels(Case('key apart', dtype=torch.float16), 90)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--arch', type=int, nargs='+', default=[80, 90], help='e.g. 80 90')
-    parser.add_argument('--dtype', nargs='+', default=['fp32', 'fp16'], choices=list(_POINTERS))
-    parser.add_argument('--variant', default='shared key', help="'key apart' or 'standard'")
+    parser.add_argument('--dtype', nargs='+', default=['float32', 'float16'])
+    parser.add_argument('--variant', default='shared key', choices=VARIANTS)
     parser.add_argument('--dim', type=int, default=32, help='head size')
     parser.add_argument('--levels', type=int, default=4)
     parser.add_argument('--points', type=int, default=4)
@@ -183,18 +159,22 @@ def main() -> None:
     if args.check:
         check()
         return
-    print(f'{args.variant}, head size {args.dim}, {args.levels} levels, {args.points} points')
-    print('| kernel | sm | dtype | queries | warps | ' + ' | '.join(Resources._fields) + ' |')
+    print(f'{args.variant}, head size {args.dim}, {args.levels} levels, {args.points} points\n')
+    print('| sm | dtype | queries | warps | kernel | ' + ' | '.join(Resources._fields) + ' |')
     print('|---' * (5 + len(Resources._fields)) + '|')
     configs = candidates(triton.next_power_of_2(args.points), triton.next_power_of_2(args.dim))
-    for name, arch, dtype, config in itertools.product(
-        ('forward', 'backward'), args.arch, args.dtype, configs
-    ):
-        compiled = compile_kernel(
-            name, args.variant, arch, dtype, config, args.dim, args.levels, args.points
+    for arch, dtype, config in itertools.product(args.arch, args.dtype, configs):
+        case = Case(
+            args.variant,
+            _PYRAMID[: args.levels],
+            dim=args.dim,
+            points=args.points,
+            dtype=getattr(torch, dtype),
         )
-        row = (name, arch, dtype, *config, *resources(compiled))
-        print('| ' + ' | '.join(map(str, row)) + ' |', flush=True)
+        case.inputs['locations'] = case.inputs['locations'].float()
+        for name, kernel in compile_kernels(case, arch, config).items():
+            row = (arch, dtype, *config, name, *kernel)
+            print('| ' + ' | '.join(map(str, row)) + ' |', flush=True)
 
 
 if __name__ == '__main__':

@@ -42,17 +42,7 @@ def deterministic(request):
 
 def run(case: Case) -> dict[str, Tensor]:
     """Output and all gradients by name, from the functions that are registered for CUDA."""
-    inputs, shapes = case.inputs, case.spatial_shapes
-    value, locations = inputs['value'], inputs['locations']
-    if case.variant == 'standard':
-        args = (value, shapes, locations, inputs['weights'])
-        output = backend.ms_deform_attn(*args)
-        grads = backend.ms_deform_attn_backward(case.grad_output, *args)
-        return dict(zip(('output', 'value', 'locations', 'weights'), (output, *grads)))
-    args = (inputs['query'], inputs.get('key'), value, shapes, locations)
-    output = backend.key_aware_deform_attn(*args)
-    grads = backend.key_aware_deform_attn_backward(case.grad_output, *args)
-    return dict(zip(('output', 'query', 'key', 'value', 'locations'), (output, *grads)))
+    return case.run_module(backend)
 
 
 def check(case: Case, rtol: float = 1e-5, grad_rtol: float = 1e-4) -> None:
@@ -255,8 +245,6 @@ def test_compiles_for_gpus():
     script = Path(operator_cases.__file__).with_name('triton_compile.py')
     if not Path(triton.__file__).with_name('backends').joinpath('nvidia/bin/cuobjdump').exists():
         pytest.skip('this Triton comes without the CUDA tools')
-    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
-        pytest.skip('written for the compiler interface of Triton 3.3')
     subprocess.run([sys.executable, script, '--check'], check=True, env=environment, timeout=600)
 
 

@@ -306,6 +306,7 @@ def _sum_in_order(
             DIM=problem.padded[1],
             BLOCK_ROWS=block_rows,
             num_warps=4,
+            enable_fp_fusion=True,
         )
 
 

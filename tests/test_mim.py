@@ -14,6 +14,8 @@ import torch
 from mmlite.checkpoints import load_checkpoint
 from mmlite.datasets import generate_shapes
 
+pytest.importorskip('mim', reason='openmim is not installed')
+
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / 'configs/small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-12e_shapes.py'
 

@@ -216,7 +216,7 @@ def _scaling(shape, rounds: int, start) -> list[list[dict]]:
     help='Other than float32: autocast.',
 )
 @click.option('--train', is_flag=True, help='Also measure a training step.')
-@click.option('--profile', is_flag=True, help='Also show where the time of inference goes.')
+@click.option('--profile', is_flag=True, help='Also show where the time goes.')
 def encoder(
     image_size,
     batch_size,
@@ -259,7 +259,7 @@ def encoder(
             start=lambda total: start('encoders', total),
         )
         if profile:
-            profiles, peak = encoders.profile_encoders(setting, schedules)
+            profiles, peak = encoders.profile_encoders(setting, schedules, (rounds + 1) // 2)
     report = {
         'machine': machine,
         'settings': {**asdict(setting), 'rounds': rounds},
@@ -346,7 +346,8 @@ def compare(
         0 if count_only else rounds,
         warmup,
         train,
-        sizes=tuple((height * s // 4, width * s // 4) for s in (2, 3, 5)),
+        # Only the page plots cost against image size.
+        sizes=tuple((height * s // 4, width * s // 4) for s in (2, 3, 5) if html_path),
     )
     with num_threads(threads), progress() as start:
         machine = describe_machine(device)

@@ -13,6 +13,7 @@ import codecs
 import os
 import pickle
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,7 @@ def _known_types() -> dict[str, Callable]:
         'numpy.ndarray': np.ndarray,
         'numpy.dtype': np.dtype,
         '_codecs.encode': codecs.encode,  # the bytes of an array, in pickle's protocol 2
+        'collections.Counter': Counter,  # the milestones of a MultiStepLR
     }
     # NumPy 2 moved its core, so a file may come from either side of the move.
     for core in ('numpy.core.multiarray', 'numpy._core.multiarray'):

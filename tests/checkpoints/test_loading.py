@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ def test_reads_what_mmengine_writes(reader, save):
         {
             'state_dict': torch.nn.Linear(2, 3).state_dict(),
             'message_hub': {'log_scalars': {'loss': history}, 'eta': np.float64(2.5)},
+            'param_schedulers': [{'milestones': Counter([8, 11])}],
             'meta': {'flags': np.array([True, False]), 'step': np.int64(7), 'classes': ('a', 'b')},
         }
     )
@@ -56,6 +58,7 @@ def test_reads_what_mmengine_writes(reader, save):
     assert content['state_dict']['weight'].shape == (3, 2)
     assert content['message_hub']['log_scalars']['loss'].statistics('mean') == 2.0
     assert content['message_hub']['eta'] == 2.5
+    assert content['param_schedulers'] == [{'milestones': {8: 1, 11: 1}}]
     assert content['meta']['flags'].tolist() == [True, False]
     assert content['meta']['step'] == 7
 

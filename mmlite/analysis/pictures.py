@@ -12,6 +12,7 @@ import jinja2
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -305,14 +306,34 @@ def draw_detections(
     for axis, (title, boxes, texts) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels
     ):
-        axis.imshow(image)
-        axis.set_axis_off()
         axis.set_title(title, fontsize=10)
-        for box, text in zip(boxes, texts):
-            color = f'C{classes.index(text.split()[0]) % 10}'
-            _rectangle(axis, box, color)
-            axis.text(*box[:2], text, color='white', backgroundcolor=color, fontsize=7)
+        show_boxes(axis, image, boxes, texts, classes)
     return figure
+
+
+def show_boxes(
+    axis: Axes,
+    image: np.ndarray,
+    boxes: Sequence[Box],
+    texts: Sequence[str],
+    classes: Sequence[str],
+) -> None:
+    """Boxes over an image, a colour a class.
+
+    Args:
+        axis (Axes): Where to draw.
+        image (np.ndarray): RGB pixels, shape (H, W, 3).
+        boxes (Sequence): Boxes (x1, y1, x2, y2) in pixels.
+        texts (Sequence[str]): Their texts, each beginning with a class name.
+        classes (Sequence[str]): The class names, in the order of the colours.
+    """
+    axis.imshow(image)
+    axis.set_axis_off()
+    for box, text in zip(boxes, texts):
+        number = next(i for i, name in enumerate(classes) if text.startswith(name))
+        color = f'C{number % 10}'
+        _rectangle(axis, box, color)
+        axis.text(*box[:2], text, color='white', backgroundcolor=color, fontsize=7)
 
 
 def _rectangle(axis, box: Box, color: str) -> None:

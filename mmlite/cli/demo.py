@@ -175,7 +175,8 @@ def _draw_predictions(runner, path: Path) -> Path:
     """Draw a few held-out images with their objects above and what was detected below."""
     import cv2
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+
+    from ..analysis.pictures import show_boxes
 
     samples = []
     for batch in runner.val_dataloader:
@@ -187,20 +188,14 @@ def _draw_predictions(runner, path: Path) -> Path:
     figure = Figure(figsize=(3 * len(samples), 6.4), layout='tight')
     axes = figure.subplots(2, len(samples), squeeze=False)
     for column, sample in enumerate(samples):
-        pixels = cv2.imread(sample.img_path)[..., ::-1]
+        image = cv2.imread(sample.img_path)[..., ::-1]
         detected = sample.pred_instances
         detected = detected[detected.scores > SHOWN_SCORE]
         for axis, instances in zip(axes[:, column], (sample.gt_instances, detected)):
-            axis.imshow(pixels)
-            axis.set_axis_off()
-            for index, (box, label) in enumerate(zip(instances.bboxes, instances.labels)):
-                x1, y1, x2, y2 = box.tolist()
-                color = f'C{int(label)}'
-                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color))
-                text = classes[int(label)]
-                if 'scores' in instances:
-                    text += f' {instances.scores[index]:.2f}'
-                axis.text(x1, y1, text, color='white', backgroundcolor=color, fontsize=7)
+            texts = [classes[label] for label in instances.labels.tolist()]
+            if 'scores' in instances:
+                texts = [f'{t} {s:.2f}' for t, s in zip(texts, instances.scores.tolist())]
+            show_boxes(axis, image, instances.bboxes.tolist(), texts, classes)
     axes[0, 0].set_title('ground truth', loc='left')
     axes[1, 0].set_title(f'predictions with a score above {SHOWN_SCORE}', loc='left')
     figure.savefig(path, dpi=100)

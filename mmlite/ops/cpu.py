@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import library
 
+_INTERFACE = 1  # kInterface of csrc/problem.h
 _MAX_HEAD_DIM = 256
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _ISAS = {'baseline': 0, 'avx2': 1, 'avx512': 2}
@@ -61,6 +62,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         kernels = ctypes.CDLL(str(_LIBRARY_PATH))
     except OSError as error:
         return None, f'the kernels cannot be loaded: {error}'
+    # A library that an older source tree left behind would compute nonsense.
+    if not hasattr(kernels, 'mmlite_interface') or kernels.mmlite_interface() != _INTERFACE:
+        return None, 'the kernels were compiled from another version; build or install mmlite again'
     for name in ('mmlite_forward', 'mmlite_backward'):
         getattr(kernels, name).argtypes = [ctypes.POINTER(_Problem)]
     kernels.mmlite_set_openmp.argtypes = [ctypes.c_void_p]

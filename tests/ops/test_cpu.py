@@ -329,3 +329,10 @@ def test_serves():
     assert not cpu.serves(torch.zeros(1, 1, 1, 257))
     assert not cpu.serves(torch.zeros(1, 1, 1, 64, dtype=torch.complex64))
     assert not cpu.serves(torch.zeros(1, 1, 1, 64, device='meta'))
+
+
+def test_library_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu, '_INTERFACE', -1)
+    kernels, why_not = cpu._load()
+    assert kernels is None
+    assert 'compiled from another version' in why_not

@@ -206,6 +206,8 @@ MMLITE_API void mmlite_set_openmp(void* gomp_parallel) {
 }
 
 // Both return a Status.
+MMLITE_API int32_t mmlite_interface() { return kInterface; }
+
 MMLITE_API int32_t mmlite_forward(const Problem* problem) {
   const Problem& p = *problem;
   const Kernels& kernels = kernels_of(p);

@@ -4,6 +4,10 @@
 
 #include <stdint.h>
 
+// Counts up whenever this file or the meaning of a call changes; mmlite/ops/cpu.py has the same
+// number and refuses a library with another.
+enum { kInterface = 1 };
+
 enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum Isa { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
 enum Status { kOk = 0, kBadShapes = 1, kTooLarge = 2, kNoMemory = 3 };

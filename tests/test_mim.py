@@ -17,7 +17,7 @@ from mmlite.datasets import generate_shapes
 pytest.importorskip('mim', reason='openmim is not installed')
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / 'configs/small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-12e_shapes.py'
+CONFIG = ROOT / 'configs/small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
 
 # The launchers of mmengine choose a CUDA device even where torch has none; nothing else stands
 # between mmdet's training script and two processes on a CPU.

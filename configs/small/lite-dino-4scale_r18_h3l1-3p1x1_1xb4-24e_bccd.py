@@ -1,6 +1,6 @@
 # Blood cells (BCCD) at half their size: a small real data set that a CPU can train on. Point
 # DATA_ROOT at the folder that holds annotations/ and images/, or put it at data/bccd.
-_base_ = './lite-dino-4scale_r18_h3l1-3p1x1_1xb8-12e_shapes.py'
+_base_ = './lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
 
 classes = ('RBC', 'WBC', 'Platelets')
 num_queries = 100

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from ..integration import require
 
-CONFIG = 'small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-12e_shapes.py'
+CONFIG = 'small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
 METRICS = {
     'AP': 'coco/bbox_mAP',
     'AP50': 'coco/bbox_mAP_50',

@@ -79,7 +79,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-max_epochs = 12
+max_epochs = 14
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 # Nothing is pretrained, so the whole model learns at one rate, higher than the stock config's.
 optim_wrapper = dict(

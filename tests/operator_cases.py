@@ -31,7 +31,7 @@ class Case:
         device: str = 'cpu',
     ):
         self.variant = variant
-        self.spatial_shapes = torch.tensor(shapes, device=device)
+        self.spatial_shapes = list(shapes)
         generator = torch.Generator().manual_seed(seed)
         tokens, levels = sum(h * w for h, w in shapes), len(shapes)
 
@@ -54,6 +54,11 @@ class Case:
         if variant == 'key apart':
             self.inputs['key'] = normal(batch, tokens, heads, dim)
         self.grad_output = normal(batch, queries, heads * dim)
+
+    @property
+    def flat_shapes(self) -> list[int]:
+        """The level sizes as the registered operators take them."""
+        return [size for shape in self.spatial_shapes for size in shape]
 
     def call(self, inputs: dict[str, Tensor]) -> Tensor:
         value, locations = inputs['value'], inputs['locations']
@@ -78,7 +83,7 @@ class Case:
     def run_module(self, module: ModuleType) -> dict[str, Tensor]:
         """Output and all gradients, by name, from the functions a backend registers itself."""
         inputs = self.inputs
-        args = (inputs['value'], self.spatial_shapes, inputs['locations'])
+        args = (inputs['value'], self.flat_shapes, inputs['locations'])
         if self.variant == 'standard':
             args = (*args, inputs['weights'])
             output = module.ms_deform_attn(*args)

@@ -108,7 +108,7 @@ def _key_aware_logits(
     key = (module.key_proj if module.proj_key else module.value_proj)(value)
     if key_padding_mask is not None:
         key = key.masked_fill(key_padding_mask[:1, :, None], 0.0)
-    sampled = sample(key.unflatten(-1, (module.num_heads, -1)), spatial_shapes, locations)
+    sampled = sample(key.unflatten(-1, (module.num_heads, -1)), spatial_shapes.tolist(), locations)
     query = module.query_proj(query).unflatten(-1, (module.num_heads, -1))
     return (query.unsqueeze(-2) * sampled).sum(-1) * query.shape[-1] ** -0.5
 

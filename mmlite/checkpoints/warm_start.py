@@ -318,7 +318,7 @@ def _fit_attention(
     locations = attention.sampling_locations(
         attention.sampling_offsets(query), reference_points, spatial_shapes
     )
-    sampled = sample(keys, spatial_shapes, locations) * head_dim**-0.5  # (B, Q, M, L*P, D)
+    sampled = sample(keys, spatial_shapes.tolist(), locations) * head_dim**-0.5  # (B, Q, M, L*P, D)
     logits = stock.attention_weights(query).unflatten(-1, (heads, -1))
     weights = logits.softmax(-1)
     query = torch.cat([query, torch.ones_like(query[..., :1])], -1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ('batch', 'tokens', 'queries', 'heads', 'dim')),
         *((name, ctypes.c_int64) for name in ('levels', 'points')),
-        ('spatial_shapes', ctypes.c_void_p),
+        ('spatial_shapes', ctypes.POINTER(ctypes.c_int64)),
         *((name, _Rows) for name in ('query', 'key', 'value', 'locations', 'weights', 'output')),
         *((name, _Rows) for name in ('grad_output', 'grad_query', 'grad_key', 'grad_value')),
         *((name, _Rows) for name in ('grad_locations', 'grad_weights')),
@@ -99,14 +99,17 @@ def status() -> tuple[bool, str]:
     return True, f'{name} kernels on {torch.get_num_threads()} threads'
 
 
-def serves(value: Tensor) -> bool:
-    """Whether this backend takes a call with such a ``value``."""
-    return (
-        _kernels is not None
-        and value.device.type == 'cpu'
-        and value.dtype in _DTYPES
-        and value.shape[-1] <= _MAX_HEAD_DIM
-    )
+def why_not(value: Tensor, levels: int) -> str:
+    """Why this backend does not take a call with such a ``value`` and so many levels, or ''."""
+    if _kernels is None:
+        return _why_not
+    if value.device.type != 'cpu':
+        return f'it runs on the CPU, and value is on {value.device}'
+    if value.dtype not in _DTYPES:
+        return f'it has no kernels for {value.dtype}'
+    if value.shape[-1] > _MAX_HEAD_DIM:
+        return f'it serves heads of up to {_MAX_HEAD_DIM} numbers, and these have {value.shape[-1]}'
+    return ''
 
 
 def isas() -> list[str]:
@@ -158,7 +161,9 @@ def _points(locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return _packed(locations.to(dtype)), _packed(weights.to(dtype))
 
 
-def _problem(value: Tensor, spatial_shapes: Tensor, locations: Tensor, **rows: Tensor) -> _Problem:
+def _problem(
+    value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, **rows: Tensor
+) -> _Problem:
     """Describe a call. The problem does not keep the tensors alive: the caller does."""
     batch, tokens, heads, dim = value.shape
     problem = _Problem(
@@ -169,7 +174,7 @@ def _problem(value: Tensor, spatial_shapes: Tensor, locations: Tensor, **rows: T
         dim=dim,
         levels=locations.shape[3],
         points=locations.shape[4],
-        spatial_shapes=spatial_shapes.data_ptr(),
+        spatial_shapes=(ctypes.c_int64 * len(spatial_shapes))(*spatial_shapes),
         value=_rows(value),
         locations=_rows(locations),
         dtype=_DTYPES[value.dtype],
@@ -182,12 +187,11 @@ def _problem(value: Tensor, spatial_shapes: Tensor, locations: Tensor, **rows: T
     return problem
 
 
-def _run(function: ctypes._CFuncPtr, problem: _Problem, spatial_shapes: Tensor) -> None:
+def _run(function: ctypes._CFuncPtr, problem: _Problem, spatial_shapes: Sequence[int]) -> None:
     status = function(problem)
     if status == 1:
-        # Inside a compiled graph nothing has read the level sizes before.
         raise ValueError(
-            f'spatial_shapes {spatial_shapes.tolist()} does not stand for the '
+            f'spatial_shapes {list(spatial_shapes)} does not stand for the '
             f'{problem.tokens} tokens of value'
         )
     if status == 2:
@@ -201,7 +205,6 @@ def _run(function: ctypes._CFuncPtr, problem: _Problem, spatial_shapes: Tensor) 
 
 def _key_aware_deform_attn(query, key, value, spatial_shapes, sampling_locations):
     query, value, locations = _packed(query), _packed(value), _packed(sampling_locations)
-    spatial_shapes = spatial_shapes.contiguous()
     batch, queries, heads, dim = query.shape
     output = query.new_empty(batch, queries, heads, dim)
     rows = {'query': query, 'output': output}
@@ -215,7 +218,6 @@ def _key_aware_deform_attn(query, key, value, spatial_shapes, sampling_locations
 def _ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
     value = _packed(value)
     locations, weights = _points(sampling_locations, attention_weights)
-    spatial_shapes = spatial_shapes.contiguous()
     batch, queries, heads = locations.shape[:3]
     output = value.new_empty(batch, queries, heads, value.shape[3])
     problem = _problem(value, spatial_shapes, locations, weights=weights, output=output)
@@ -228,7 +230,6 @@ def _key_aware_deform_attn_backward(
 ):
     wide = _backward_dtype(value)
     locations = _packed(sampling_locations)
-    spatial_shapes = spatial_shapes.contiguous()
     rows = {
         'query': _packed(query.to(wide)),
         'grad_output': _packed(grad_output.to(wide).reshape(query.shape)),
@@ -255,7 +256,6 @@ def _ms_deform_attn_backward(
 ):
     dtype, wide = value.dtype, _backward_dtype(value)
     locations, weights = _points(sampling_locations, attention_weights)
-    spatial_shapes = spatial_shapes.contiguous()
     batch, queries, heads = locations.shape[:3]
     grad_output = grad_output.to(wide).reshape(batch, queries, heads, value.shape[3])
     rows = {

@@ -83,7 +83,7 @@ def key_aware_deform_attn(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    spatial_shapes: Sequence[tuple[int, int]] | Tensor,
     sampling_locations: Tensor,
 ) -> Tensor:
     r"""Key-aware deformable attention (Lite DETR, section 4.3).
@@ -98,8 +98,9 @@ def key_aware_deform_attn(
         key (Tensor): Projected keys, shape (B, S, M, D), or the very tensor given as ``value``:
             then every point is sampled once and serves as both.
         value (Tensor): Projected values, shape (B, S, M, D), dtype of ``query``.
-        spatial_shapes (Tensor | Sequence[tuple[int, int]]): (h, w) of every level, shape (L, 2);
-            S is the sum of their products.
+        spatial_shapes (Sequence[tuple[int, int]] | Tensor): (h, w) of every level, L pairs of
+            ints; S is the sum of their products. A tensor of shape (L, 2) is read out, which on
+            a GPU waits for the device and ends a compiled graph.
         sampling_locations (Tensor): Normalised (x, y), shape (B, Q, M, L, P, 2), float32 or the
             dtype of ``query``. A location that is not finite counts as outside the map.
 
@@ -119,13 +120,15 @@ def key_aware_deform_attn(
         _check_shape('key', key, tuple(value.shape))
         _check_same('key', key, 'value', value)
     spatial_shapes = _check_spatial_shapes(spatial_shapes, value, sampling_locations)
-    op = _choose(value, library.key_aware_deform_attn, reference.key_aware_deform_attn)
+    op = _choose(
+        value, len(spatial_shapes), library.key_aware_deform_attn, reference.key_aware_deform_attn
+    )
     return op(query, None if key_is_value else key, value, spatial_shapes, sampling_locations)
 
 
 def ms_deform_attn(
     value: Tensor,
-    spatial_shapes: Tensor | Sequence[tuple[int, int]],
+    spatial_shapes: Sequence[tuple[int, int]] | Tensor,
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
@@ -133,8 +136,9 @@ def ms_deform_attn(
 
     Args:
         value (Tensor): Projected values, shape (B, S, M, D).
-        spatial_shapes (Tensor | Sequence[tuple[int, int]]): (h, w) of every level, shape (L, 2);
-            S is the sum of their products.
+        spatial_shapes (Sequence[tuple[int, int]] | Tensor): (h, w) of every level, L pairs of
+            ints; S is the sum of their products. A tensor of shape (L, 2) is read out, which on
+            a GPU waits for the device and ends a compiled graph.
         sampling_locations (Tensor): Normalised (x, y), shape (B, Q, M, L, P, 2), float32 or the
             dtype of ``value``. A location that is not finite counts as outside the map.
         attention_weights (Tensor): shape (B, Q, M, L, P), float32 or the dtype of ``value``.
@@ -150,21 +154,22 @@ def ms_deform_attn(
     _check_shape('attention_weights', attention_weights, tuple(sampling_locations.shape[:-1]))
     _check_float32_or_same('attention_weights', attention_weights, value)
     spatial_shapes = _check_spatial_shapes(spatial_shapes, value, sampling_locations)
-    op = _choose(value, library.ms_deform_attn, reference.ms_deform_attn)
+    op = _choose(value, len(spatial_shapes), library.ms_deform_attn, reference.ms_deform_attn)
     return op(value, spatial_shapes, sampling_locations, attention_weights)
 
 
-def _choose(value: Tensor, fused_op, reference_op):
+def _choose(value: Tensor, levels: int, fused_op, reference_op):
     """The forced backend, or the fused one of the device where it is there."""
     name = _forced_backend
     if name is None:
-        name = next((n for n, module in _FUSED.items() if module.serves(value)), 'reference')
+        fits = (name for name, module in _FUSED.items() if not module.why_not(value, levels))
+        name = next(fits, 'reference')
     if name == 'reference':
         return reference_op
-    if not _FUSED[name].serves(value):
+    reason = _FUSED[name].why_not(value, levels)
+    if reason:
         raise ValueError(
-            f'the {name} backend was asked for, but does not serve {value.dtype} on '
-            f'{value.device} with heads of {value.shape[-1]} numbers'
+            f'the {name} backend was asked for, but does not serve this call: {reason}'
         )
     return fused_op
 
@@ -236,31 +241,34 @@ def _check_float32_or_same(name: str, tensor: Tensor, value: Tensor) -> None:
 
 
 def _check_spatial_shapes(
-    spatial_shapes: Tensor | Sequence[tuple[int, int]], value: Tensor, sampling_locations: Tensor
-) -> Tensor:
-    """Check the level sizes and return them as an int64 tensor on the device of ``value``."""
+    spatial_shapes: Sequence[tuple[int, int]] | Tensor, value: Tensor, sampling_locations: Tensor
+) -> list[tuple[int, int]]:
+    """Check the level sizes and return them as pairs of ints."""
     if isinstance(spatial_shapes, Tensor):
-        shapes = spatial_shapes
-        if shapes.is_floating_point():
-            raise ValueError(f'spatial_shapes must hold integers; got {shapes.dtype}')
-    else:
-        shapes = torch.tensor(spatial_shapes, dtype=torch.int64)
+        spatial_shapes = _read(spatial_shapes)
+    shapes = [tuple(shape) for shape in spatial_shapes]
     levels = sampling_locations.shape[3]
-    _check_shape('spatial_shapes', shapes, (levels, 2))
-    # Reading a CUDA tensor would wait for the device, and a traced tensor has no contents.
-    if shapes.device.type == 'cpu' and not _is_tracing(shapes):
-        tokens = sum(height * width for height, width in shapes.tolist())
-        if tokens != value.shape[1] or bool((shapes < 1).any()):
-            raise ValueError(
-                f'spatial_shapes {shapes.tolist()} stands for {tokens} tokens, '
-                f'but value has {value.shape[1]}'
-            )
-    return shapes.to(device=value.device, dtype=torch.int64)
+    if len(shapes) != levels or any(len(shape) != 2 for shape in shapes):
+        raise ValueError(
+            f'spatial_shapes must be {levels} pairs (h, w), as sampling_locations has {levels} '
+            f'levels; got {shapes}'
+        )
+    tokens = sum(height * width for height, width in shapes)
+    if tokens != value.shape[1] or any(size < 1 for shape in shapes for size in shape):
+        raise ValueError(
+            f'spatial_shapes {shapes} stands for {tokens} tokens, but value has {value.shape[1]}'
+        )
+    return shapes
 
 
-def _is_tracing(tensor: Tensor) -> bool:
-    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-        return True
-    compiler = getattr(torch, 'compiler', None)
-    is_compiling = getattr(compiler, 'is_compiling', None) or torch._dynamo.is_compiling
-    return is_compiling() or type(tensor) is not Tensor
+def _read(spatial_shapes: Tensor) -> list:
+    """The one place where level sizes are read out of a tensor."""
+    if spatial_shapes.is_floating_point():
+        raise ValueError(f'spatial_shapes must hold integers; got {spatial_shapes.dtype}')
+    if spatial_shapes.dim() != 2:
+        raise ValueError(
+            f'spatial_shapes must have shape (L, 2); got {tuple(spatial_shapes.shape)}'
+        )
+    if spatial_shapes.is_meta:
+        raise ValueError('spatial_shapes is a meta tensor without values: pass pairs of ints')
+    return spatial_shapes.tolist()

@@ -6,6 +6,8 @@ Half-precision inputs are computed in float32 and the result is rounded once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ def key_aware_deform_attn(
     query: Tensor,
     key: Tensor | None,
     value: Tensor,
-    spatial_shapes: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
     sampling_locations: Tensor,
 ) -> Tensor:
     """Key-aware deformable attention; see :func:`mmlite.ops.key_aware_deform_attn`.
@@ -35,7 +37,7 @@ def key_aware_deform_attn(
 
 def ms_deform_attn(
     value: Tensor,
-    spatial_shapes: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
@@ -45,7 +47,9 @@ def ms_deform_attn(
     return (weights * sampled_value).sum(-2).flatten(2).to(value.dtype)
 
 
-def sample(value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor) -> Tensor:
+def sample(
+    value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor
+) -> Tensor:
     """Sample every head's feature maps bilinearly at its own points.
 
     A location (x, y) in [0, 1] spans the whole map, pixel centres at half-integers
@@ -54,7 +58,7 @@ def sample(value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor) ->
 
     Args:
         value (Tensor): Flattened feature pyramid, shape (B, S, M, D).
-        spatial_shapes (Tensor): (h, w) of every level, integer, shape (L, 2).
+        spatial_shapes (Sequence[tuple[int, int]]): (h, w) of every level, L pairs of ints.
         sampling_locations (Tensor): shape (B, Q, M, L, P, 2).
 
     Returns:
@@ -71,7 +75,7 @@ def sample(value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor) ->
 
     sampled = []
     start = 0
-    for level, (height, width) in enumerate(spatial_shapes.tolist()):
+    for level, (height, width) in enumerate(spatial_shapes):
         level_map = maps[..., start : start + height * width].unflatten(-1, (height, width))
         start += height * width
         sampled.append(

@@ -63,7 +63,9 @@ def test_explains_the_output(name, dims):
         output = module(query, **call)
         value = call['value'] if module.batch_first else call['value'].transpose(0, 1)
         value = module.value_proj(value[:1]).masked_fill(mask[:1, :, None], 0)
-        sampled = sample(value.unflatten(-1, (4, 8)), x['spatial_shapes'], seen.locations[None])
+        sampled = sample(
+            value.unflatten(-1, (4, 8)), x['spatial_shapes'].tolist(), seen.locations[None]
+        )
         attended = (seen.weights.flatten(-2)[None, ..., None] * sampled).sum(-2).flatten(2)
         explained = module.output_proj(attended)
     if not module.batch_first:

@@ -189,10 +189,10 @@ def test_opcheck(variant):
     value, locations = tensors['value'], tensors['locations']
     if variant == 'standard':
         op = torch.ops.mmlite.ms_deform_attn
-        args = (value, case.spatial_shapes, locations, tensors['weights'])
+        args = (value, case.flat_shapes, locations, tensors['weights'])
     else:
         op = torch.ops.mmlite.key_aware_deform_attn
-        args = (tensors['query'], tensors.get('key'), value, case.spatial_shapes, locations)
+        args = (tensors['query'], tensors.get('key'), value, case.flat_shapes, locations)
     torch.library.opcheck(op.default, args)
     backward = getattr(torch.ops.mmlite, op.__name__ + '_backward').default
     detached = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
@@ -232,7 +232,7 @@ def test_operator_refuses_shapes_that_do_not_fit():
                 inputs['query'],
                 None,
                 inputs['value'],
-                torch.tensor(wrong),
+                wrong,
                 inputs['locations'][:, :, :, : len(wrong)],
             )
 
@@ -324,11 +324,11 @@ def test_unknown_isa():
         pass
 
 
-def test_serves():
-    assert cpu.serves(torch.zeros(1, 1, 1, 64))
-    assert not cpu.serves(torch.zeros(1, 1, 1, 257))
-    assert not cpu.serves(torch.zeros(1, 1, 1, 64, dtype=torch.complex64))
-    assert not cpu.serves(torch.zeros(1, 1, 1, 64, device='meta'))
+def test_says_why_not():
+    assert cpu.why_not(torch.zeros(1, 1, 1, 64), 100) == ''
+    assert 'up to 256 numbers' in cpu.why_not(torch.zeros(1, 1, 1, 257), 1)
+    assert 'complex64' in cpu.why_not(torch.zeros(1, 1, 1, 64, dtype=torch.complex64), 1)
+    assert 'meta' in cpu.why_not(torch.zeros(1, 1, 1, 64, device='meta'), 1)
 
 
 def test_library_of_another_version_is_refused(monkeypatch):

@@ -61,8 +61,8 @@ def sample_all(features: Tensor, locations: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def spatial_shapes() -> Tensor:
-    return torch.tensor(SHAPES)
+def spatial_shapes() -> tuple[tuple[int, int], ...]:
+    return SHAPES
 
 
 def test_samples(inputs, spatial_shapes):
@@ -117,7 +117,7 @@ def test_standard_attention_is_mmcvs(inputs, spatial_shapes):
     value, locations, weights = tensors
     actual = reference.ms_deform_attn(value, spatial_shapes, locations, weights)
     expected = mmcv_ops.multi_scale_deformable_attn_pytorch(
-        value, spatial_shapes, locations, weights
+        value, torch.tensor(spatial_shapes), locations, weights
     )
     torch.testing.assert_close(actual, expected)
     grad_output = torch.randn_like(actual)
@@ -142,7 +142,7 @@ def test_half_precision_is_rounded_once(inputs, spatial_shapes, dtype):
 
 
 def test_gradcheck(spatial_shapes):
-    shapes = torch.tensor([(2, 3), (1, 2)])
+    shapes = [(2, 3), (1, 2)]
     generator = torch.Generator().manual_seed(1)
     tensors = [
         torch.randn(1, 2, 1, 3, generator=generator, dtype=torch.float64),

@@ -63,7 +63,10 @@ def test_head_dims_deterministic(variant, dim, deterministic):
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize('shapes', [((1, 1),), ((1, 7), (5, 1)), ((3, 2),) * 5])
+@pytest.mark.parametrize(
+    'shapes',
+    [((1, 1),), ((1, 7), (5, 1)), ((3, 2), (1, 4), (2, 2), (1, 1), (2, 1), (1, 3), (4, 1), (1, 2))],
+)
 @pytest.mark.parametrize('points', [1, 3, 4])
 def test_levels_and_points(variant, shapes, points):
     check(Case(variant, shapes, 1, 5, 2, 8, points, device=DEVICE))
@@ -231,9 +234,16 @@ def test_status_says_why_not(monkeypatch, cuda, module, problem):
     assert problem == '' or backend.status() == (False, problem)
 
 
-def test_serves_only_what_lies_on_a_gpu():
-    assert not backend.serves(torch.zeros(1, 1, 1, 8))
-    assert not backend.serves(torch.zeros(1, 1, 1, 8, device='meta'))
+def test_says_why_not(monkeypatch):
+    monkeypatch.setattr(backend, '_PROBLEM', '')
+    for device in ('cpu', 'meta'):
+        reason = backend.why_not(torch.zeros(1, 1, 1, 8, device=device), 1)
+        assert reason == f'it runs on CUDA, and value is on {device}'
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16)
+    assert backend.why_not(on_gpu, 8) == ''
+    assert backend.why_not(on_gpu, 9) == 'it serves up to 8 levels, and there are 9'
+    on_gpu.dtype = torch.float64
+    assert backend.why_not(on_gpu, 1) == 'it has no kernels for torch.float64'
 
 
 def test_compiles_for_gpus():

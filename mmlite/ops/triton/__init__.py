@@ -6,7 +6,7 @@ Here the kernels are launched and registered; :mod:`.kernels` holds the device c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from .tuning import Config, Result, candidates, tuned
 _MINIMUM_TRITON = (3, 0)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _INT32_ELEMENTS = 2**31
+_MAX_LEVELS = 8  # of the sizes among the kernels' arguments
 
 
 def _problem() -> str:
@@ -51,16 +52,24 @@ def status() -> tuple[bool, str]:
     return True, f'Triton {triton.__version__} on {torch.cuda.get_device_name()}'
 
 
-def serves(value: Tensor) -> bool:
-    """Whether this backend takes a call with such a ``value``."""
-    return value.is_cuda and value.dtype in _DTYPES and not _PROBLEM
+def why_not(value: Tensor, levels: int) -> str:
+    """Why this backend does not take a call with such a ``value`` and so many levels, or ''."""
+    if _PROBLEM:
+        return _PROBLEM
+    if not value.is_cuda:
+        return f'it runs on CUDA, and value is on {value.device}'
+    if value.dtype not in _DTYPES:
+        return f'it has no kernels for {value.dtype}'
+    if levels > _MAX_LEVELS:
+        return f'it serves up to {_MAX_LEVELS} levels, and there are {levels}'
+    return ''
 
 
 def key_aware_deform_attn(
     query: Tensor,
     key: Tensor | None,
     value: Tensor,
-    spatial_shapes: Tensor,
+    spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
 ) -> Tensor:
     """Key-aware deformable attention, forward; see :func:`mmlite.ops.key_aware_deform_attn`."""
@@ -72,7 +81,7 @@ def key_aware_deform_attn_backward(
     query: Tensor,
     key: Tensor | None,
     value: Tensor,
-    spatial_shapes: Tensor,
+    spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and sampling_locations.
@@ -88,7 +97,10 @@ def key_aware_deform_attn_backward(
 
 
 def ms_deform_attn(
-    value: Tensor, spatial_shapes: Tensor, sampling_locations: Tensor, attention_weights: Tensor
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
 ) -> Tensor:
     """Multi-scale deformable attention, forward; see :func:`mmlite.ops.ms_deform_attn`."""
     return _forward(None, None, value, spatial_shapes, sampling_locations, attention_weights)
@@ -97,7 +109,7 @@ def ms_deform_attn(
 def ms_deform_attn_backward(
     grad_output: Tensor,
     value: Tensor,
-    spatial_shapes: Tensor,
+    spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,12 +139,16 @@ class _Problem(NamedTuple):
     levels: int
     points: int
     dim: int
+    spatial_shapes: tuple[int, ...]
 
     @classmethod
-    def of(cls, value: Tensor, sampling_locations: Tensor) -> _Problem:
+    def of(
+        cls, value: Tensor, spatial_shapes: Sequence[int], sampling_locations: Tensor
+    ) -> _Problem:
         batch, tokens, heads, dim = value.shape
         queries, levels, points = (sampling_locations.shape[i] for i in (1, 3, 4))
-        return cls(batch, tokens, queries, heads, levels, points, dim)
+        shapes = tuple(spatial_shapes)
+        return cls(batch, tokens, queries, heads, levels, points, dim, shapes)
 
     @property
     def rows(self) -> int:
@@ -153,7 +169,9 @@ class _Problem(NamedTuple):
         import triton.language as tl
 
         points, dim = self.padded
+        sizes = self.spatial_shapes + (1,) * (2 * _MAX_LEVELS - len(self.spatial_shapes))
         return dict(
+            **{f'{"hw"[i % 2]}{i // 2}': size for i, size in enumerate(sizes)},
             scale=self.dim**-0.5,
             num_queries=self.queries,
             num_tokens=self.tokens,
@@ -184,9 +202,9 @@ def _forward(query, key, value, spatial_shapes, sampling_locations, attention_we
     """Both forwards: key-aware where there is a query, else with the weights given."""
     from . import kernels
 
-    tensors = (query, key, value, spatial_shapes, sampling_locations, attention_weights)
+    tensors = (query, key, value, sampling_locations, attention_weights)
     tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    problem = _Problem.of(value, sampling_locations)
+    problem = _Problem.of(value, spatial_shapes, sampling_locations)
 
     def run(config: Config) -> Tensor:
         output = value.new_empty(problem.batch, problem.queries, problem.heads * problem.dim)
@@ -212,10 +230,10 @@ def _backward(
     """
     from . import kernels
 
-    tensors = (query, key, value, spatial_shapes, sampling_locations, attention_weights)
+    tensors = (query, key, value, sampling_locations, attention_weights)
     tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
     grad_output = grad_output.contiguous()
-    problem = _Problem.of(value, sampling_locations)
+    problem = _Problem.of(value, spatial_shapes, sampling_locations)
     ordered = torch.are_deterministic_algorithms_enabled()
 
     def run(config: Config):

@@ -19,6 +19,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Sizes that differ from image to image must not compile the kernels anew.
 _SIZES = ['num_queries', 'num_tokens', 'num_heads', 'num_rows']
+_LEVEL_SIZES = [f'{side}{level}' for level in range(8) for side in 'hw']
 
 
 @triton.jit
@@ -32,6 +33,21 @@ def _block(num_queries, num_heads, BLOCK_Q: tl.constexpr):
     program = tl.program_id(0)
     batch = (program // blocks // num_heads).to(tl.int64)
     return batch, (program // blocks) % num_heads, (program % blocks) * BLOCK_Q
+
+
+@triton.jit
+def _of_level(level, L: tl.constexpr, s0, s1, s2, s3, s4, s5, s6, s7):
+    """The size of a level: sizes are arguments of the kernel, so that no tensor holds them."""
+    size = tl.where(level == 1, s1, s0)
+    if L > 2:
+        size = tl.where(level == 2, s2, size)
+        size = tl.where(level == 3, s3, size)
+    if L > 4:
+        size = tl.where(level == 4, s4, size)
+        size = tl.where(level == 5, s5, size)
+        size = tl.where(level == 6, s6, size)
+        size = tl.where(level == 7, s7, size)
+    return size.to(tl.int32)
 
 
 @triton.jit
@@ -107,16 +123,31 @@ def _slopes(rows, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se,
     return north + south * slope_y, north_slope + south * (south_slope - north_slope), slope_y
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES + _LEVEL_SIZES)
 def forward(
     query,
     key,
     value,
-    spatial_shapes,
     sampling_locations,
     attention_weights,
     output,
     scale,
+    h0,
+    w0,
+    h1,
+    w1,
+    h2,
+    w2,
+    h3,
+    w3,
+    h4,
+    w4,
+    h5,
+    w5,
+    h6,
+    w6,
+    h7,
+    w7,
     num_queries,
     num_tokens,
     num_heads,
@@ -160,8 +191,8 @@ def forward(
         total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     start = 0
     for level in range(L):
-        height = tl.load(spatial_shapes + 2 * level).to(tl.int32)
-        width = tl.load(spatial_shapes + 2 * level + 1).to(tl.int32)
+        height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
+        width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
         token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
             sampling_locations + 2 * location, exists, height, width, start
         )
@@ -204,13 +235,12 @@ def forward(
     tl.store(output + vector, result.to(output.dtype.element_ty), mask=vector_mask)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES + _LEVEL_SIZES)
 def backward(
     grad_output,
     query,
     key,
     value,
-    spatial_shapes,
     sampling_locations,
     attention_weights,
     grad_query,
@@ -223,6 +253,22 @@ def backward(
     pixel_rows,
     pixel_weights,
     scale,
+    h0,
+    w0,
+    h1,
+    w1,
+    h2,
+    w2,
+    h3,
+    w3,
+    h4,
+    w4,
+    h5,
+    w5,
+    h6,
+    w6,
+    h7,
+    w7,
     num_queries,
     num_tokens,
     num_heads,
@@ -274,8 +320,8 @@ def backward(
         mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
         start = 0
         for level in range(L):
-            height = tl.load(spatial_shapes + 2 * level).to(tl.int32)
-            width = tl.load(spatial_shapes + 2 * level + 1).to(tl.int32)
+            height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
+            width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
             token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
                 sampling_locations + 2 * (location + level * P), exists, height, width, start
             )
@@ -322,8 +368,8 @@ def backward(
 
     start = 0
     for level in range(L):
-        height = tl.load(spatial_shapes + 2 * level).to(tl.int32)
-        width = tl.load(spatial_shapes + 2 * level + 1).to(tl.int32)
+        height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
+        width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
         token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
             sampling_locations + 2 * location, exists, height, width, start
         )

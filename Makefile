@@ -14,9 +14,9 @@ help:
 	@echo 'make demo   set up, then train and evaluate a small Lite-DINO (options: ARGS="--epochs 5")'
 	@echo 'make test   set up, then run the tests (options: ARGS="-k schedule")'
 	@echo 'make setup  only set up $(VENV) (another interpreter: PYTHON=python3.12)'
-	@echo 'make lint   ruff'
-	@echo 'make docs   build the documentation in site/'
-	@echo 'make clean  remove $(VENV) and what was built'
+	@echo 'make lint   ruff and mypy'
+	@echo 'make docs   build the documentation in site/, from an environment of its own'
+	@echo 'make clean  remove the environments and what was built'
 
 demo: setup
 	$(call say,mmlite demo)
@@ -30,14 +30,23 @@ lint: setup
 	$(call say,ruff)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	$(call say,mypy)
+	@$(BIN)/mypy
 
-docs: setup
+# The API reference is made from the sources as text: neither torch nor MMDetection is needed, and
+# what mkdocs needs cannot go where openxlab of openmim pins requests.
+docs: $(VENV)-docs/.docs
 	$(call say,Documentation)
-	@$(PIP) --quiet --requirement requirements/docs.txt
-	@$(BIN)/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+$(VENV)-docs/.docs: requirements/docs.txt
+	$(call say,A virtual environment in $(VENV)-docs with $(PYTHON))
+	@$(PYTHON) -m venv $(VENV)-docs
+	@$(VENV)-docs/bin/python -m pip install --disable-pip-version-check --quiet --requirement requirements/docs.txt
+	@touch $@
 
 clean:
-	rm -rf $(VENV) build site mmlite/ops/*.so
+	rm -rf $(VENV) $(VENV)-docs build site mmlite/ops/*.so
 
 setup: $(VENV)/.mmlite
 

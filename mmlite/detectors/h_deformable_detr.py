@@ -26,8 +26,9 @@ class HDeformableDETR(DeformableDETR):
         num_one2many_queries (int): Queries of the one-to-many branch. Defaults to 1500.
         with_box_refine (bool): Must be True.
         as_two_stage (bool): Must be True.
-        *args, **kwargs: Those of :class:`mmdet.models.detectors.DeformableDETR`; ``num_queries``
-            counts the one-to-one queries, and ``bbox_head`` is a :class:`HDeformableDETRHead`.
+        *args: Those of :class:`mmdet.models.detectors.DeformableDETR`.
+        **kwargs: The same; ``num_queries`` counts the one-to-one queries, and ``bbox_head`` is a
+            :class:`HDeformableDETRHead`.
     """
 
     def __init__(

@@ -48,8 +48,9 @@ class HDeformableDETRHead(DeformableDETRHead):
             (k in the paper). Defaults to 6.
         one2many_weight (float): Weight of the one-to-many losses (lambda in the paper).
             Defaults to 1.
-        *args, **kwargs: Those of mmdet's ``DeformableDETRHead``. ``loss_cls`` must work on
-            sigmoids, and ``train_cfg.assigner`` is a ``HungarianAssigner``, whose costs are used.
+        *args: Those of mmdet's ``DeformableDETRHead``.
+        **kwargs: The same; ``loss_cls`` must work on sigmoids, and ``train_cfg.assigner`` is a
+            ``HungarianAssigner``, whose costs are used.
     """
 
     def __init__(

@@ -3,8 +3,8 @@
 mmengine's checkpoints hold more than tensors: the logged losses as ``HistoryBuffer`` objects,
 NumPy arrays and numbers. ``torch.load`` refuses them from torch 2.6 on, and before that it ran
 whatever the file asked for. The loader here reads those types and no others, with every torch.
-Importing this module puts it in the place of mmengine's loader of local files, so that
-``load_from``, ``resume`` and ``mim test`` use it.
+``import mmlite`` puts it in the place of mmengine's loader of local files, so that ``load_from``,
+``resume`` and ``mim test`` use it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import CheckpointLoader
 
 try:
     from numpy._core import multiarray
@@ -69,12 +68,6 @@ def load_checkpoint(
             f'{path} is refused: it holds {refused[1]}, which is neither a tensor nor one of '
             "mmengine's or NumPy's plain types and could run code when it is loaded"
         ) from error
-
-
-@CheckpointLoader.register_scheme(prefixes='', force=True)
-def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """mmengine's loader of local files; its log shows the part of the name after ``load_from_``."""
-    return load_checkpoint(filename, map_location)
 
 
 def _known_types() -> dict[str, Callable]:

@@ -1,6 +1,21 @@
 """Data sets: the checked COCO format, and the drawn shapes of the demo and the tests."""
 
-from .coco import CheckedCocoDataset
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from .shapes import CLASSES, generate_shapes
 
+if TYPE_CHECKING:
+    from .coco import CheckedCocoDataset
+
 __all__ = ['CLASSES', 'CheckedCocoDataset', 'generate_shapes']
+
+
+def __getattr__(name: str) -> type:
+    """Load MMDetection for its data set alone: the rest is used by processes that start often."""
+    if name == 'CheckedCocoDataset':
+        from .coco import CheckedCocoDataset
+
+        return CheckedCocoDataset
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 from mmdet.datasets import CocoDataset
@@ -11,25 +13,25 @@ from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATASETS
 
 
-# Takes the stock name, so that any config is checked once mmlite is imported.
-@DATASETS.register_module(name='CocoDataset', force=True)
+@DATASETS.register_module()
 class CheckedCocoDataset(CocoDataset):
-    """``CocoDataset`` that refuses annotations which do not fit the config.
+    """``CocoDataset`` that says what is wrong with its annotation file.
 
-    The stock data set leaves out objects of categories that the config does not know, and where
-    the file lacks a class or has them in another order it gives labels the wrong names. It says
-    neither; a detector then learns little and nobody knows why.
+    The stock data set leaves out objects of categories that the config does not know, and numbers
+    the others in the order of the file, whatever the order of the config's classes. It says
+    neither. This one warns of what trains all the same and refuses what would end training later
+    or teach nothing. Labels and images are those of the stock data set.
 
     Args:
-        ignored_categories (Sequence[str]): Categories of the annotation file to leave out on
-            purpose.
+        ignored_categories (Sequence[str]): Categories of the annotation file that are left out on
+            purpose, without a warning.
         *args: As for ``mmdet.datasets.CocoDataset``.
         **kwargs: As for ``mmdet.datasets.CocoDataset``.
 
     Raises:
         FileNotFoundError: The annotation file or the first image it lists does not exist.
         ValueError: The file is not in COCO's format, lists no images, holds no objects to learn
-            from, or its categories are not the config's classes.
+            from, has none of the config's classes, or is for testing and lacks one of them.
     """
 
     def __init__(self, *args, ignored_categories: Sequence[str] = (), **kwargs) -> None:
@@ -38,33 +40,27 @@ class CheckedCocoDataset(CocoDataset):
 
     def COCOAPI(self, annotation_file: str) -> COCO:
         """Read and check the annotation file; the stock class calls this to read it."""
-        if not os.path.isfile(annotation_file):
-            raise FileNotFoundError(
-                f'annotation file {annotation_file} does not exist; check data_root and ann_file '
-                'in the config'
-            )
-        try:
-            coco = COCO(annotation_file)
-        except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError) as error:
-            raise ValueError(
-                f'annotation file {annotation_file} is empty or not JSON: {error}'
-            ) from error
-        except KeyError as error:
-            raise ValueError(
-                f"annotation file {annotation_file} is not in COCO's format: an entry lacks {error}"
-            ) from error
-        self._check_content(coco, annotation_file)
-        self._check_categories(coco, annotation_file)
+        coco = read_annotations(annotation_file)
+        self._check_first_image(coco, annotation_file)
+        remarks = check_categories(
+            annotation_file,
+            [category['name'] for category in coco.dataset['categories']],
+            self.metainfo['classes'],
+            ignored=self.ignored_categories,
+            evaluated=self.test_mode,
+        )
+        for remark in remarks:
+            warnings.warn(remark, stacklevel=2)
+        if not self.test_mode:
+            known = set(coco.get_cat_ids(cat_names=self.metainfo['classes']))
+            if not any(annotation['category_id'] in known for annotation in coco.anns.values()):
+                raise ValueError(
+                    f'annotation file {annotation_file} holds no objects of the classes of the '
+                    'config: there is nothing to learn'
+                )
         return coco
 
-    def _check_content(self, coco: COCO, annotation_file: str) -> None:
-        for part in ('images', 'categories'):
-            if not coco.dataset.get(part):
-                raise ValueError(f'annotation file {annotation_file} lists no {part}')
-        if not self.test_mode and not coco.dataset.get('annotations'):
-            raise ValueError(
-                f'annotation file {annotation_file} holds no objects: there is nothing to learn'
-            )
+    def _check_first_image(self, coco: COCO, annotation_file: str) -> None:
         image = os.path.join(self.data_prefix['img'], coco.dataset['images'][0]['file_name'])
         if self.backend_args is None and not os.path.isfile(image):
             raise FileNotFoundError(
@@ -72,29 +68,108 @@ class CheckedCocoDataset(CocoDataset):
                 'data_prefix in the config'
             )
 
-    def _check_categories(self, coco: COCO, annotation_file: str) -> None:
-        classes = list(self.metainfo['classes'])
-        found = [category['name'] for category in coco.dataset['categories']]
-        found = [name for name in found if name not in self.ignored_categories]
-        unknown = [name for name in found if name not in classes]
-        missing = [name for name in classes if name not in found]
-        if unknown:
-            raise ValueError(
-                f'annotation file {annotation_file} has categories that the config does not know: '
-                f'{_listed(unknown)}; add them to metainfo.classes (now {_listed(classes)}) and '
-                'count them in bbox_head.num_classes, or name them in ignored_categories'
-            )
-        if missing:
-            raise ValueError(
-                f'annotation file {annotation_file} lacks classes of the config: '
-                f'{_listed(missing)}; set metainfo.classes to its categories, {_listed(found)}, '
-                'and bbox_head.num_classes to their number'
-            )
-        if found != classes:
-            raise ValueError(
-                f'annotation file {annotation_file} has the classes in another order than the '
-                f'config; set metainfo.classes to {_listed(found)}'
-            )
+
+def read_annotations(path: str) -> COCO:
+    """Read an annotation file in COCO's format.
+
+    Args:
+        path (str): The file.
+
+    Returns:
+        COCO: The file, with at least one image and one category.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is empty, not JSON, not in COCO's format, or lists no images or categories.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f'annotation file {path} does not exist; check data_root and ann_file in the config'
+        )
+    try:
+        coco = COCO(path)
+        for image in coco.imgs.values():
+            _ = image['file_name'], image['width'], image['height']
+    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError) as error:
+        raise ValueError(f'annotation file {path} is empty or not JSON: {error}') from error
+    except KeyError as error:
+        raise ValueError(
+            f"annotation file {path} is not in COCO's format: an entry lacks {error}"
+        ) from error
+    for part in ('images', 'categories'):
+        if not coco.dataset.get(part):
+            raise ValueError(f'annotation file {path} lists no {part}')
+    return coco
+
+
+def check_categories(
+    path: str,
+    categories: Sequence[str],
+    classes: Sequence[str],
+    *,
+    ignored: Sequence[str] = (),
+    evaluated: bool = False,
+) -> list[str]:
+    """Compare the categories of an annotation file with the classes of a config.
+
+    MMDetection's label ``i`` is the ``i``-th category *of the file* that is among the classes.
+
+    Args:
+        path (str): The file, for the sentences.
+        categories (Sequence[str]): Names of its categories, in its order.
+        classes (Sequence[str]): ``metainfo.classes`` of the config.
+        ignored (Sequence[str]): Categories that are left out on purpose.
+        evaluated (bool): A detector is evaluated on the file. Predictions of a class that it
+            lacks then end the evaluation.
+
+    Returns:
+        list[str]: What does not fit and trains all the same, a sentence each.
+
+    Raises:
+        ValueError: Nothing could be learned, or the evaluation would fail.
+    """
+    classes = list(classes)
+    labels = [name for name in categories if name in classes]
+    repeated = [name for name, count in Counter(labels).items() if count > 1]
+    unknown = [name for name in categories if name not in classes and name not in ignored]
+    missing = [name for name in classes if name not in categories]
+    if not labels:
+        raise ValueError(
+            f'annotation file {path} has none of the classes of the config, {_listed(classes)}; '
+            f'set metainfo.classes to its categories, {_listed(categories)}, and '
+            'bbox_head.num_classes to their number'
+        )
+    if repeated:
+        raise ValueError(
+            f'annotation file {path} lists categories twice: {_listed(repeated)}; MMDetection '
+            'would give each its own label; merge them in the file'
+        )
+    if missing and evaluated:
+        raise ValueError(
+            f'annotation file {path} lacks classes of the config: {_listed(missing)}; a prediction '
+            f'of them would end the evaluation; add them to its categories, or set '
+            f'metainfo.classes to {_listed(labels)} and bbox_head.num_classes to their number'
+        )
+    remarks = []
+    if unknown:
+        remarks.append(
+            f'annotation file {path} has categories that the config does not know, and their '
+            f'objects are left out: {_listed(unknown)}; add them to metainfo.classes (now '
+            f'{_listed(classes)}) and count them in bbox_head.num_classes, or name them in '
+            'ignored_categories of a CheckedCocoDataset'
+        )
+    if labels != classes[: len(labels)]:
+        remarks.append(
+            f'annotation file {path} has the classes in another order than the config, and the '
+            f'order of the file is what numbers the labels: they will be shown under wrong names; '
+            f'set metainfo.classes to {_listed(labels + missing)}'
+        )
+    elif missing:
+        remarks.append(
+            f'annotation file {path} lacks classes of the config: {_listed(missing)}; nothing will '
+            'be learned of them'
+        )
+    return remarks
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

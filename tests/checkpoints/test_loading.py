@@ -117,7 +117,7 @@ def test_says_that_there_is_no_file(tmp_path):
 
 
 def test_mmengine_reads_through_it(reader, save):
-    """The loader of load_from, resume and mim test, in both families of packages."""
+    """The loader of load_from, resume and mim test, from ``import mmlite`` on."""
     model = torch.nn.Linear(2, 3)
     history = HistoryBuffer([1.0], [1])
     path = save({'state_dict': model.state_dict(), 'message_hub': {'loss': history}})

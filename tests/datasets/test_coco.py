@@ -21,7 +21,7 @@ def root(tmp_path):
 def build(root, classes=CLASSES, **options):
     return DATASETS.build(
         {
-            'type': 'CocoDataset',
+            'type': 'CheckedCocoDataset',
             'data_root': str(root),
             'ann_file': FILE,
             'data_prefix': {'img': 'train/'},
@@ -39,7 +39,7 @@ def change(root, **parts):
     path.write_text(json.dumps(content))
 
 
-def test_the_stock_name_gives_the_checked_data_set(root):
+def test_builds(root):
     dataset = build(root)
     assert type(dataset) is CheckedCocoDataset
     assert len(dataset) == 3
@@ -73,8 +73,11 @@ def test_file_without_objects_is_for_testing_only(root):
 
 
 def test_file_in_another_format(root):
-    change(root, annotations=[{'bbox': [1, 2, 3, 4]}])
+    with pytest.raises(ValueError, match=r"not in COCO's format: an entry lacks 'file_name'"):
+        change(root, images=[{'id': 0, 'name': 'a.png'}])
+        build(root)
     with pytest.raises(ValueError, match=r"not in COCO's format: an entry lacks 'image_id'"):
+        change(root, annotations=[{'bbox': [1, 2, 3, 4]}])
         build(root)
 
 
@@ -83,30 +86,69 @@ def test_image_folder_that_is_not_there(root):
         build(root, data_prefix={'img': 'images/'})
 
 
-def test_category_that_the_config_does_not_know(root):
-    with pytest.raises(ValueError, match=r"does not know: 'cross'; add them to metainfo\.classes"):
-        build(root, classes=CLASSES[:-1])
+def test_categories_that_the_config_leaves_out(root):
+    with pytest.warns(UserWarning, match=r"left out: 'cross'; add them to metainfo\.classes"):
+        dataset = build(root, classes=CLASSES[:-1])
+    assert len(dataset) == 3
     dataset = build(root, classes=CLASSES[:-1], ignored_categories=['cross'])
     assert dataset.metainfo['classes'] == CLASSES[:-1]
 
 
 def test_class_that_the_file_lacks(root):
-    with pytest.raises(ValueError, match=r"lacks classes of the config: 'moon'"):
+    with pytest.warns(UserWarning, match=r"lacks classes of the config: 'moon'; nothing will be"):
         build(root, classes=(*CLASSES, 'moon'))
+    with pytest.raises(ValueError, match=r"lacks classes of the config: 'moon'; a prediction"):
+        build(root, classes=(*CLASSES, 'moon'), test_mode=True)
 
 
-def test_classes_in_another_order(root):
-    with pytest.raises(ValueError, match=r"another order .* set metainfo\.classes to 'disc'"):
-        build(root, classes=CLASSES[::-1])
+@pytest.mark.parametrize('classes', [CLASSES[::-1], ('moon', *CLASSES)])
+def test_labels_that_get_wrong_names(root, classes):
+    with pytest.warns(
+        UserWarning, match=r"another order .* set metainfo\.classes to 'disc', 'ring'"
+    ):
+        build(root, classes=classes)
 
 
-def test_registered_on_import_of_mmlite_alone(root):
+@pytest.mark.parametrize('test_mode', [True, False])
+def test_none_of_the_classes(root, test_mode):
+    with pytest.raises(
+        ValueError, match=r"none of the classes .*'cat', 'dog'; set .* 'disc', 'ring'"
+    ):
+        build(root, classes=('cat', 'dog'), test_mode=test_mode)
+
+
+def test_category_listed_twice(root):
+    change(root, categories=[{'id': i, 'name': 'disc'} for i in (1, 2)])
+    with pytest.raises(ValueError, match="lists categories twice: 'disc'"):
+        build(root, classes=('disc',))
+
+
+def test_objects_of_other_classes_alone(root):
+    content = json.loads((root / FILE).read_text())
+    change(root, annotations=[a for a in content['annotations'] if a['category_id'] != 1])
+    with pytest.raises(ValueError, match='holds no objects of the classes'):
+        build(root, classes=CLASSES[:1], ignored_categories=CLASSES[1:])
+
+
+@pytest.mark.parametrize('classes', [CLASSES, CLASSES[1:3]])
+@pytest.mark.filterwarnings('ignore:annotation file')
+def test_gives_what_the_stock_data_set_gives(root, classes):
+    checked, stock = (
+        build(root, classes, type=name) for name in ('CheckedCocoDataset', 'CocoDataset')
+    )
+    assert [checked.get_data_info(i) for i in range(3)] == [
+        stock.get_data_info(i) for i in range(3)
+    ]
+
+
+def test_registered_on_import_of_mmlite_alone():
     """As in a process of mim train, where custom_imports names mmlite and nothing else."""
     code = (
         'import mmlite\n'
         'from mmdet.registry import DATASETS\n'
-        "print(DATASETS.get('CocoDataset').__name__)\n"
+        "for name in ('CheckedCocoDataset', 'CocoDataset'):\n"
+        '    print(DATASETS.get(name).__module__)\n'
     )
     output = subprocess.check_output([sys.executable, '-c', code], text=True)
-    # the last word, as the continuation prints remarks of its own
-    assert output.split()[-1] == 'CheckedCocoDataset'
+    # the last words, as the continuation prints remarks of its own
+    assert output.split()[-2:] == ['mmlite.datasets.coco', 'mmdet.datasets.coco']

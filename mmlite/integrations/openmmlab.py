@@ -1,9 +1,14 @@
-"""What importing mmlite adds to an MMDetection that is installed beside it."""
+"""OpenMMLab's packages: everything that ``import mmlite`` adds to them is in :func:`register`."""
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+from .imports import when_imported
 
 # Import name -> the distributions that provide it and the versions of each that fit: the
 # OpenMMLab packages first, then their maintained continuation.
@@ -18,41 +23,36 @@ _REGISTERED = {
     'MODELS': (
         'mmlite.layers',
         'mmlite.detectors',
-        'mmlite.checkpoints.loading',
         'mmlite.analysis.complexity',  # what mmdet's get_flops has to know about our operators
     ),
-    'DATASETS': ('mmlite.datasets',),
+    'DATASETS': ('mmlite.datasets.coco',),
     'HOOKS': ('mmlite.layers.stock', 'mmlite.checkpoints.hooks', 'mmlite.analysis.hooks'),
 }
 
+# What a config asks mmlite for by name, and is refused where the stack does not fit.
+_DETECTORS = ('LiteDINO', 'LiteDeformableDETR', 'LiteHDeformableDETR')
 
-def join() -> None:
-    """Register mmlite with MMDetection, where MMDetection is installed.
 
-    Our modules become *locations* of MMDetection's registries, so they are imported when the
-    first component is built and ``import mmlite`` stays light. Configs of the installed package
-    can then be named ``mmlite::folder/config.py``.
+def register() -> None:
+    """Add mmlite to MMDetection and mmengine, to each of their modules when it is imported.
 
-    Raises:
-        ImportError: A package of the stack is installed in a version that does not fit.
+    - Our modules become *locations* of MMDetection's registries, so they are imported when the
+      first component is built. No name that is taken is registered again.
+    - Configs of the installed package can be named ``mmlite::folder/config.py``.
+    - mmengine's loader of local checkpoints becomes the one that runs no code from them.
+
+    Where a package of the stack is missing, nothing is added. Where one does not fit, nothing is
+    added either, a warning says what to install, and a config that asks for one of our detectors
+    ends with that sentence. The operators work in any case.
     """
     missing, unfit = _check_stack()
     if unfit:
-        raise ImportError(_advice(unfit))
-    if missing:
-        return  # the operators work without MMDetection
-
-    from mmdet import registry
-    from mmengine.config.utils import MODULE2PACKAGE
-
-    for name, modules in _REGISTERED.items():
-        registry_of_kind = getattr(registry, name)
-        if registry_of_kind._imported:  # its locations have been visited and will not be again
-            for module in modules:
-                importlib.import_module(module)
-        else:
-            registry_of_kind._locations.extend(modules)
-    MODULE2PACKAGE['mmlite'] = 'mmlite'
+        warnings.warn(_advice(unfit), stacklevel=3)
+        when_imported('mmdet.registry', _refuse_detectors)
+    elif not missing:
+        when_imported('mmdet.registry', _add_locations)
+        when_imported('mmengine.config.utils', _add_package)
+        when_imported('mmengine.runner.checkpoint', _add_loader)
 
 
 def require() -> None:
@@ -65,6 +65,37 @@ def require() -> None:
     missing, unfit = _check_stack()
     if missing or unfit:
         raise ImportError(_advice(missing + unfit))
+
+
+def _add_locations(registry: ModuleType) -> None:
+    for name, modules in _REGISTERED.items():
+        registry_of_kind = getattr(registry, name)
+        if registry_of_kind._imported:  # its locations have been visited and will not be again
+            for module in modules:
+                importlib.import_module(module)
+        else:
+            registry_of_kind._locations.extend(modules)
+
+
+def _add_package(config_utils: ModuleType) -> None:
+    config_utils.MODULE2PACKAGE['mmlite'] = 'mmlite'
+
+
+def _add_loader(checkpoint: ModuleType) -> None:
+    # mmengine's log shows the part of the name after ``load_from_``.
+    def load_from_local(filename: str, map_location: Any = None) -> Any:
+        from ..checkpoints.loading import load_checkpoint
+
+        return load_checkpoint(filename, map_location)
+
+    checkpoint.CheckpointLoader.register_scheme('', load_from_local, force=True)
+
+
+def _refuse_detectors(registry: ModuleType) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        require()
+
+    registry.MODELS.register_module(name=list(_DETECTORS), module=refuse)
 
 
 def _check_stack() -> tuple[list[str], list[str]]:

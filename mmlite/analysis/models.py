@@ -9,6 +9,7 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import nn
 
@@ -67,16 +68,18 @@ def build_detector(
         ValueError: The detector cannot be built or the checkpoint does not fit it.
     """
     init_default_scope(config.get('default_scope', 'mmdet'))
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # mmengine would tell how it initialised each parameter
     try:
         model = MODELS.build(_without_pretraining(config.model))
-        logging.disable(logging.INFO)  # mmengine would tell how it initialised each parameter
         model.init_weights()
     except Exception as error:
         raise ValueError(
             f'the model of {_name(config)} cannot be built: {_one_line(error)}'
         ) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logger.setLevel(level)
     if checkpoint is not None:
         _load(model, checkpoint, _name(config))
     return model.to(device).eval()

@@ -9,6 +9,7 @@ import click
 # Subcommand -> the line that `mmlite --help` shows for it.
 COMMANDS = {
     'demo': 'Train and evaluate a small Lite-DINO on shapes drawn for it.',
+    'check': 'Read every image and annotation of a config, and see whether they fit its model.',
     'convert': "Convert the authors' checkpoints to MMDetection and back, or start from stock.",
     'env': 'Show versions, devices and which backend of the operators runs.',
     'benchmark': 'Measure operators, encoders or detectors against each other.',

@@ -90,6 +90,8 @@ def read_annotations(path: str) -> COCO:
         coco = COCO(path)
         for image in coco.imgs.values():
             _ = image['file_name'], image['width'], image['height']
+        for category in coco.cats.values():
+            _ = category['name']
     except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError) as error:
         raise ValueError(f'annotation file {path} is empty or not JSON: {error}') from error
     except KeyError as error:

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+from PIL import Image
+
+from mmlite.analysis.models import build_detector
+from mmlite.datasets import CLASSES, check, generate_shapes
+from mmlite.datasets.check import Findings, check_data, check_model
+from mmlite.datasets.images import decode
+
+CONFIG = Path(__file__).parents[2] / (
+    'configs/small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
+)
+
+
+@pytest.fixture(autouse=True)
+def decode_here(monkeypatch):
+    """Processes of their own are for test_images.py; starting one takes a second."""
+    monkeypatch.setattr(check, 'decode_images', lambda files, workers: map(decode, files))
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    root = tmp_path_factory.mktemp('drawn')
+    generate_shapes(root, {'train': 4, 'val': 2})
+    return root
+
+
+@pytest.fixture
+def root(drawn, tmp_path):
+    return shutil.copytree(drawn, tmp_path / 'data')
+
+
+@pytest.fixture
+def config(root):
+    config = Config.fromfile(CONFIG)
+    for split in ('train', 'val', 'test'):
+        config[f'{split}_dataloader'].dataset.data_root = str(root)
+    for split in ('val', 'test'):
+        config[f'{split}_evaluator'].ann_file = str(root / 'annotations/instances_val.json')
+    return config
+
+
+def edit(root, change, split='train'):
+    """Let ``change`` edit the content of an annotation file in place."""
+    path = root / 'annotations' / f'instances_{split}.json'
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def run(config):
+    """Everything found, as ``{(data, kind): places}``, and the summaries."""
+    findings = Findings()
+    summaries = check_data(config, findings, workers=1)
+    return {(f.data, f.kind): f.places for f in findings.sorted()}, summaries
+
+
+def test_nothing_to_find(config, root):
+    found, (train, val) = run(config)
+    assert found == {}
+    assert (train.name, val.name) == ('train', 'val, test')
+    assert (train.images, val.images) == (4, 2)
+    assert train.labels == train.config_classes == list(CLASSES)
+    content = json.loads((root / 'annotations/instances_train.json').read_text())
+    areas = [annotation['area'] for annotation in content['annotations']]
+    assert train.objects == sum(count.objects for count in train.classes) == len(areas)
+    assert sum(c.small for c in train.classes) == sum(area < 32**2 for area in areas)
+    assert sum(c.large for c in train.classes) == sum(area >= 96**2 for area in areas)
+    in_image = [a['image_id'] for a in content['annotations']]
+    assert train.most_objects == max(in_image.count(i) for i in in_image)
+    of_disc = {a['image_id'] for a in content['annotations'] if a['category_id'] == 1}
+    assert train.classes[0].images == len(of_disc)
+
+
+def first_box(box=None, **entries):
+    def change(content):
+        content['annotations'][0].update({} if box is None else {'bbox': box}, **entries)
+
+    return change
+
+
+def drop(key, part='annotations'):
+    return lambda content: content[part][0].pop(key)
+
+
+def repeat(part, **entries):
+    return lambda content: content[part].append({**content[part][0], **entries})
+
+
+@pytest.mark.parametrize(
+    ('change', 'kind', 'place'),
+    [
+        (first_box([200, 5, 20, 20]), 'box outside the image', 'object 1 in .*00000.png'),
+        (first_box([100, 5, 60, 20]), 'box partly outside', r'\[100, 5, 60, 20\], image 128x128'),
+        (first_box([-9, 5, 60, 20]), 'box partly outside', 'object 1'),
+        (first_box([10, 10, 0, 20]), 'box without area', 'object 1'),
+        (first_box([10, 10, 20, 20], area=0), 'box without area', 'object 1'),
+        (first_box([10, 10, 20]), 'broken box', r'object 1 .*: \[10, 10, 20\]'),
+        (first_box([10, 10, float('nan'), 5]), 'broken box', 'nan'),
+        (first_box(image_id=77), 'object of no image', 'object 1, image_id 77'),
+        (first_box(category_id=77), 'object of no category', 'object 1, category_id 77'),
+        (drop('bbox'), 'object without a key', "object 1 lacks 'bbox'"),
+        (drop('area'), 'object without a key', "object 1 lacks 'area'"),
+        (repeat('annotations'), 'duplicate object id', '^1$'),
+        (repeat('images', file_name='00001.png'), 'duplicate image id', '^0$'),
+        (repeat('categories'), 'duplicate category id', '^1$'),
+        (repeat('images', id=99), 'image listed twice', '00000.png'),
+        (repeat('categories', id=9, name='moon'), 'categories', "left out: 'moon'"),
+        (lambda c: c['categories'].reverse(), 'classes', 'in another order'),
+        (
+            lambda c: c.update(annotations=[a for a in c['annotations'] if a['image_id'] != 2]),
+            'image without objects',
+            '00002.png',
+        ),
+        (
+            lambda c: c.update(annotations=[a for a in c['annotations'] if a['category_id'] != 2]),
+            'class without objects',
+            'ring',
+        ),
+        (lambda c: c.update(annotations=[]), 'classes', 'nothing to learn'),
+        (lambda c: c['images'][0].update(width=64), 'image of another size', '64x128 .* 128x128'),
+        (lambda c: c['images'][0].update(file_name='no.png'), 'missing image', 'train/no.png'),
+        (lambda c: c.pop('images'), 'data set', 'lists no images'),
+        (drop('width', 'images'), 'data set', "lacks 'width'"),
+    ],
+)
+def test_annotations(config, root, change, kind, place):
+    edit(root, change)
+    found, _ = run(config)
+    assert ('train', kind) in found
+    assert any(re.search(place, p) for p in found['train', kind]), found
+
+
+def test_a_file_for_the_evaluation_needs_iscrowd(config, root):
+    for split in ('train', 'val'):
+        edit(root, drop('iscrowd'), split)
+    found, _ = run(config)
+    assert found == {('val, test', 'object without a key'): ["object 1 lacks 'iscrowd'"]}
+
+
+@pytest.mark.parametrize('text', [None, '', '{"images": '])
+def test_annotation_file_that_cannot_be_read(config, root, text):
+    path = root / 'annotations/instances_train.json'
+    path.unlink() if text is None else path.write_text(text)
+    found, (val,) = run(config)
+    (place,) = found['train', 'data set']
+    assert ('does not exist' if text is None else 'is empty or not JSON') in place
+    assert val.name == 'val, test'  # the rest is read all the same
+
+
+def test_images(config, root):
+    for name, change in (('0', lambda b: b[: len(b) // 2]), ('1', lambda b: b'no image')):
+        path = root / f'train/0000{name}.png'
+        path.write_bytes(change(path.read_bytes()))
+    (root / 'val/00001.png').unlink()
+    jpeg = root / 'train/00002.jpg'
+    Image.open(root / 'train/00002.png').save(jpeg)
+    jpeg.write_bytes(jpeg.read_bytes()[:-50])
+    edit(root, lambda content: content['images'][2].update(file_name='00002.jpg'))
+    found, _ = run(config)
+    assert found == {
+        ('train', 'truncated image'): [str(root / 'train/00000.png'), str(jpeg)],
+        ('train', 'unreadable image'): [str(root / 'train/00001.png')],
+        ('val, test', 'missing image'): [str(root / 'val/00001.png')],
+    }
+
+
+def test_image_turned_by_its_exif_data(config, root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = root / 'train/00000.jpg'
+    Image.open(root / 'train/00000.png').resize((128, 96)).save(path, exif=exif)
+    edit(root, lambda c: c['images'][0].update(file_name=path.name, height=96))
+    found, _ = run(config)
+    (place,) = found['train', 'image turned by EXIF']
+    assert '128x96 in the file, 96x128 in truth' in place
+
+
+def test_more_objects_than_queries(config):
+    config.model.num_queries = 1
+    found, (train, _) = run(config)
+    assert train.most_objects > 1
+    assert any('1 queries' in place for place in found['train', 'more objects than queries'])
+
+
+def test_wrappers_are_opened(config):
+    dataset = config.train_dataloader.dataset
+    other = config.val_dataloader.dataset
+    both = dict(type='ConcatDataset', datasets=[dataset, dict(dataset), other])
+    config.train_dataloader.dataset = dict(
+        type='RepeatDataset', times=3, dataset=dict(type='ClassBalancedDataset', dataset=both)
+    )
+    _, summaries = run(config)
+    assert [s.name for s in summaries] == ['train', 'train, val, test']
+
+
+def test_same_images_in_two_splits(config, root):
+    config.val_dataloader.dataset.data_prefix.img = 'train/'
+    found, _ = run(config)
+    assert len(found['train and val', 'image in two splits']) == 2
+
+
+def test_splits_that_number_the_labels_differently(config, root):
+    for split in ('val', 'test'):
+        config[f'{split}_dataloader'].dataset.metainfo.classes = CLASSES[::-1]
+    edit(root, lambda content: content['categories'].reverse(), 'val')
+    found, _ = run(config)
+    (place,) = found['train and val, test', 'classes']
+    assert "label 0 is 'disc' in train and 'cross' in val" in place
+
+
+@pytest.mark.parametrize(
+    ('file', 'text'),
+    [('instances_none.json', 'does not exist'), ('instances_train.json', 'is not the one of')],
+)
+def test_evaluator_that_reads_another_file(config, root, file, text):
+    if 'train' in file:
+        edit(root, lambda content: content.update(images=content['images'][:1]))
+    config.val_evaluator.ann_file = str(root / 'annotations' / file)
+    found, _ = run(config)
+    assert text in found['val, test', 'evaluator'][0]
+
+
+def test_data_set_in_another_format(config):
+    config.train_dataloader.dataset = dict(
+        type='VOCDataset', data_root='voc', ann_file='train.txt', data_prefix=dict(sub_data_root='')
+    )
+    found, _ = run(config)
+    assert found == {('train', 'not checked'): ['VOCDataset']}
+
+
+def test_config_without_data(config):
+    for split in ('train', 'val', 'test'):
+        config[f'{split}_dataloader'] = None
+    with pytest.raises(ValueError, match='names no data set'):
+        run(config)
+
+
+def fits(config, **changes):
+    """What does not fit a model built from the config with its data."""
+    found = Findings()
+    summaries = check_data(config, Findings(), workers=1)
+    check_model(build_detector(config), config, summaries, found)
+    return [place for finding in found.sorted() for place in finding.places]
+
+
+def test_model_that_fits(config):
+    assert fits(config) == []
+
+
+def test_model_that_does_not_fit(config, root):
+    config.model.bbox_head.num_classes = 7
+    config.load_from = str(root / 'none.pth')
+    config.model.neck.num_outs = 3
+    classes, also, levels, start = fits(config)
+    assert 'bbox_head.num_classes is 7, but metainfo.classes of train has 4' in classes
+    assert 'of val, test has 4' in also
+    assert 'num_feature_levels is 4, but the neck gives 3 maps' in levels
+    assert 'none.pth does not exist' in start
+
+
+def test_stock_model_that_is_asked_for_too_much(config):
+    config.model.type = 'DINO'
+    config.model.encoder.pop('schedule')
+    config.model.decoder.pop('key_aware')
+    config.model.test_cfg.max_per_img = 300
+    (place,) = fits(config)
+    assert 'max_per_img=300' in place

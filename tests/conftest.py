@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
-SHARED = Path(__file__).parents[2] / 'shared'
+GOLDEN = Path(__file__).parent / 'data/golden'
 
 
 @pytest.fixture(scope='session')
@@ -23,10 +23,7 @@ def golden():
     """Load a file of the golden vectors as tensors, with its meta data as a dict."""
 
     def load(name: str) -> tuple[dict[str, torch.Tensor], dict]:
-        path = SHARED / 'golden' / name
-        if not path.exists():
-            pytest.skip(f'the golden vectors are not here: {path}')
-        with np.load(path) as arrays:
+        with np.load(GOLDEN / name) as arrays:
             meta = json.loads(str(arrays['meta']))
             return {k: torch.from_numpy(arrays[k]) for k in arrays.files if k != 'meta'}, meta
 

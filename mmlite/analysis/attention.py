@@ -15,8 +15,8 @@ import torch
 from mmcv.ops import MultiScaleDeformableAttention
 from torch import Tensor, nn
 
-from ..layers import FusedDeformableAttention, KeyAwareDeformableAttention
-from ..ops.reference import sample
+from ..layers import level_sizes
+from ..nn.attention import DeformableAttention, SamplingAttention
 
 # Positional parameters of mmcv's forward, in order.
 _PARAMETERS = (
@@ -75,42 +75,25 @@ def attention_map(
     num_queries = query.shape[1]
     chosen = choose(num_queries).to(query.device)
     with torch.no_grad():
-        query, value = query[:1, chosen], value[:1]
-        shapes = call['spatial_shapes']
-        # mmcv's class has all that this method of its subclass needs.
-        locations = FusedDeformableAttention.sampling_locations(
-            module, module.sampling_offsets(query), call['reference_points'][:1, chosen], shapes
+        mask = call.get('key_padding_mask')
+        arguments = (
+            query[:1, chosen],
+            value[:1],
+            None if mask is None else mask[:1],
+            call['reference_points'][:1, chosen],
+            level_sizes(call['spatial_shapes']),
         )
-        if isinstance(module, KeyAwareDeformableAttention):
-            mask = call.get('key_padding_mask')
-            logits = _key_aware_logits(module, query, value, mask, locations, shapes)
-        else:
-            logits = module.attention_weights(query).unflatten(-1, (module.num_heads, -1))
-        weights = logits.float().softmax(-1)[0]
+        # mmcv's class has all that the methods of ours need.
+        kind = type(module) if isinstance(module, SamplingAttention) else DeformableAttention
+        locations = kind.locate(module, arguments[0], *arguments[3:])
+        weights = kind.logits(module, *arguments).float().softmax(-1)[0]
     return AttentionMap(
         chosen.cpu(),
         num_queries,
         locations[0].float().cpu(),
         weights.unflatten(-1, (module.num_levels, module.num_points)).cpu(),
-        [tuple(shape) for shape in shapes.tolist()],
+        list(arguments[4]),
     )
-
-
-def _key_aware_logits(
-    module: KeyAwareDeformableAttention,
-    query: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    locations: Tensor,
-    spatial_shapes: Tensor,
-) -> Tensor:
-    """Logits of the sampled keys (Lite DETR, section 4.3), shape (1, Q, M, L*P)."""
-    key = (module.key_proj if module.proj_key else module.value_proj)(value)
-    if key_padding_mask is not None:
-        key = key.masked_fill(key_padding_mask[:1, :, None], 0.0)
-    sampled = sample(key.unflatten(-1, (module.num_heads, -1)), spatial_shapes.tolist(), locations)
-    query = module.query_proj(query).unflatten(-1, (module.num_heads, -1))
-    return (query.unsqueeze(-2) * sampled).sum(-1) * query.shape[-1] ** -0.5
 
 
 @contextmanager

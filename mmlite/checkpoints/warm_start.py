@@ -13,7 +13,7 @@ and without gradients, to what the stock detector computes on a few images:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,7 +25,8 @@ from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from ..detectors import LiteDetectorMixin
-from ..layers import KeyAwareDeformableAttention, LiteEncoder
+from ..layers import KeyAwareDeformableAttention, LiteEncoder, level_sizes
+from ..nn import StepTokens, encoder_reference_points
 from ..ops.reference import sample
 
 # Tokens that a fit looks at; more change nothing that can be seen.
@@ -217,42 +218,43 @@ def _fit_encoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
         hook.remove()
 
     encoder = model.encoder
-    shapes = inputs['spatial_shapes']
-    num_low = int(shapes[: encoder.schedule.num_low_levels].prod(1).sum())
-    references = encoder.get_encoder_reference_points(
-        shapes, inputs['valid_ratios'], device=inputs['feat'].device
-    )
-    arguments = (
-        inputs['feat_pos'],
-        num_low,
-        inputs['feat_mask'],
-        references,
-        shapes,
-        inputs['level_start_index'],
-    )
-    memory = inputs['feat'].clone()
-    for layer, index in zip(encoder.layers, stock_layers(encoder)):
-        stock_layer = stock.encoder.layers[index]
-        start = 0 if layer.step.updates_low else num_low
-        stop = memory.shape[1] if layer.step.updates_high else num_low
+    sizes = level_sizes(inputs['spatial_shapes'])
+    mask = inputs['feat_mask']
+    references = encoder_reference_points(sizes, inputs['valid_ratios'])
+    stock_layer_of = stock_layers(encoder)
+
+    def fit(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
+        layer, stock_index = encoder.layers[index], stock_layer_of[index]
+        stock_layer = stock.encoder.layers[stock_index]
         call = dict(
-            query=memory[:, start:stop],
+            query=step_tokens.pick(memory),
             value=memory,
-            query_pos=inputs['feat_pos'][:, start:stop],
-            key_padding_mask=inputs['feat_mask'],
-            reference_points=references[:, start:stop],
-            spatial_shapes=shapes,
+            query_pos=step_tokens.pick(inputs['feat_pos']),
+            key_padding_mask=mask,
+            reference_points=step_tokens.pick(references),
+            spatial_shapes=sizes,
         )
         if isinstance(layer.self_attn, KeyAwareDeformableAttention):
             _fit_attention(layer.self_attn, stock_layer.self_attn, **call)
         if layer.has_small_ffn:
-            tokens = layer.norms[0](layer.self_attn(**call))[:, :num_low]
-            target = targets[index][:, :num_low]
-            if inputs['feat_mask'] is not None:
-                keep = ~inputs['feat_mask'][:, :num_low]
+            attended = layer.norms[0](layer.self_attn(**call))
+            target = step_tokens.pick(targets[stock_index])
+            tokens, target = step_tokens.low(attended), step_tokens.low(target)
+            if mask is not None:
+                keep = ~step_tokens.low(step_tokens.pick(mask))
                 tokens, target = tokens[keep], target[keep]
             _fit_small_ffn(layer, stock_layer, tokens.flatten(0, -2), target.flatten(0, -2))
-        memory = layer(memory, *arguments)
+        return memory
+
+    encoder(
+        query=inputs['feat'],
+        query_pos=inputs['feat_pos'],
+        key_padding_mask=mask,
+        spatial_shapes=sizes,
+        level_start_index=inputs['level_start_index'],
+        valid_ratios=inputs['valid_ratios'],
+        before_layer=fit,
+    )
 
 
 def _fit_decoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
@@ -271,7 +273,7 @@ def _fit_decoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
                 stock_attention,
                 **{name: call.get(name) for name in wanted},
                 reference_points=call['reference_points'],
-                spatial_shapes=call['spatial_shapes'],
+                spatial_shapes=level_sizes(call['spatial_shapes']),
             )
 
         hooks.append(layer.cross_attn.register_forward_pre_hook(fit, with_kwargs=True))
@@ -289,7 +291,7 @@ def _fit_attention(
     query_pos: Tensor | None,
     key_padding_mask: Tensor | None,
     reference_points: Tensor,
-    spatial_shapes: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
 ) -> None:
     """Fit the query projection so that <q, k> comes close to the logits of the stock attention.
 
@@ -305,20 +307,16 @@ def _fit_attention(
             levels = getattr(stock.sampling_offsets, name)
             levels = levels.unflatten(0, (heads, attention.num_levels, -1))
             parameter.copy_(levels.mean(1).flatten(0, 1))
-    keys = (attention.key_proj if attention.proj_key else attention.value_proj)(value)
-    if key_padding_mask is not None:
-        keys = keys.masked_fill(key_padding_mask[..., None], 0.0)
-    keys = keys.unflatten(-1, (heads, head_dim))
+    projection = attention.key_proj if attention.proj_key else attention.value_proj
+    keys = attention.project(projection, value, key_padding_mask)
 
     query = query if query_pos is None else query + query_pos
     chosen = torch.randperm(query.shape[1], generator=torch.Generator().manual_seed(0))[
         : max(_TOKENS // len(query), 1)
     ].to(query.device)
     query, reference_points = query[:, chosen], reference_points[:, chosen]
-    locations = attention.sampling_locations(
-        attention.sampling_offsets(query), reference_points, spatial_shapes
-    )
-    sampled = sample(keys, spatial_shapes.tolist(), locations) * head_dim**-0.5  # (B, Q, M, L*P, D)
+    locations = attention.locate(query, reference_points, spatial_shapes)
+    sampled = sample(keys, spatial_shapes, locations) * head_dim**-0.5  # (B, Q, M, L*P, D)
     logits = stock.attention_weights(query).unflatten(-1, (heads, -1))
     weights = logits.softmax(-1)
     query = torch.cat([query, torch.ones_like(query[..., :1])], -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..layers import KeyAwareDeformableAttention, LiteEncoder
+from ..layers import KeyAwareDeformableAttention, LiteEncoder, remember_level_sizes
 
 # Arguments of the attention that mmcv's standard one does not know.
 _KEY_AWARE_ARGUMENTS = ('proj_key', 'same_loc')
@@ -67,6 +67,14 @@ class LiteDetectorMixin:
                 f'queries of {self.bbox_head.num_classes} classes give; lower it to {most} or '
                 'raise num_queries'
             )
+
+    def pre_transformer(self, mlvl_feats: tuple[Tensor, ...], *args, **kwargs):
+        """As the stock detector's; the level sizes are known from the feature maps."""
+        inputs = super().pre_transformer(mlvl_feats, *args, **kwargs)
+        sizes = [tuple(feat.shape[-2:]) for feat in mlvl_feats]
+        for part in inputs:  # those of the encoder and those of the decoder
+            remember_level_sizes(part['spatial_shapes'], sizes)
+        return inputs
 
     def pre_decoder(self, memory: Tensor, *args, **kwargs):
         """As the stock detector's; refuses images with fewer tokens than queries to choose."""

@@ -1,8 +1,9 @@
-"""The Lite encoder's modules, registered in MMDetection's ``MODELS``."""
+"""The MMDetection face of :mod:`mmlite.nn`: names in the registry, mmcv's call signature."""
 
+from ..nn import EncoderSchedule, EncoderStep
 from .attention import FusedDeformableAttention, KeyAwareDeformableAttention
 from .encoder import LiteEncoder, LiteEncoderLayer
-from .schedule import EncoderSchedule, EncoderStep
+from .shapes import level_sizes, remember_level_sizes
 from .stock import FusedAttentionHook, fuse_attention
 
 __all__ = [
@@ -14,4 +15,6 @@ __all__ = [
     'LiteEncoder',
     'LiteEncoderLayer',
     'fuse_attention',
+    'level_sizes',
+    'remember_level_sizes',
 ]

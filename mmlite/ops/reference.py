@@ -76,12 +76,12 @@ def sample(
     sampled = []
     start = 0
     for level, (height, width) in enumerate(spatial_shapes):
-        level_map = maps[..., start : start + height * width].unflatten(-1, (height, width))
+        level_map = maps.narrow(-1, start, height * width).unflatten(-1, (height, width))
         start += height * width
         sampled.append(
             F.grid_sample(
                 level_map,
-                grids[level].to(maps.dtype),
+                grids.select(0, level).to(maps.dtype),
                 mode='bilinear',
                 padding_mode='zeros',
                 align_corners=False,

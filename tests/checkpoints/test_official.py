@@ -21,7 +21,6 @@ from mmlite.checkpoints.official import COCO_IDS
 
 register_all_modules()
 
-SHARED = Path(__file__).parents[3] / 'shared'
 GOLDEN = 'lite_dino_d256_h3l1_2p1x3_decstd.npz'
 
 
@@ -149,10 +148,8 @@ def test_golden_round_trip(golden_model, coco_classes):
 
 @pytest.fixture(scope='module')
 def schema():
-    path = SHARED / 'golden/official_lite_dino_state_schema.json'
-    if not path.exists():
-        pytest.skip(f'the schema is not here: {path}')
-    return json.loads(path.read_text())
+    data = Path(__file__).parents[1] / 'data/golden'
+    return json.loads((data / 'official_lite_dino_state_schema.json').read_text())
 
 
 def random_state(shapes: dict, groups=()) -> dict:

@@ -130,6 +130,22 @@ def test_offsets_start_as_the_directional_grid(small_model, base):
         assert not attention.sampling_offsets.weight.any()
 
 
+def test_level_sizes_are_known_without_reading_the_tensor(small_model, batch, monkeypatch):
+    """On a GPU every read of ``spatial_shapes`` would wait for the device."""
+    model = small_model(
+        DINO, type='LiteDINO', encoder=dict(schedule='H3L1-(2+1)x1'), decoder=dict(key_aware=True)
+    )
+    data = batch(model)
+    model.eval()
+
+    def refuse(tensor):
+        raise AssertionError(f'read {tuple(tensor.shape)}')
+
+    monkeypatch.setattr(torch.Tensor, 'tolist', refuse)
+    with torch.no_grad():
+        model(**data, mode='tensor')
+
+
 def test_options_reach_the_layers(small_model):
     model = small_model(
         DINO,

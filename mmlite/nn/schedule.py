@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -110,6 +111,69 @@ class EncoderSchedule:
         else:
             raise ValueError(f'update must be one of {", ".join(UPDATES)}; got {update!r}')
         return block * self.num_blocks
+
+    def low_levels(self, level_sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+        """Which levels are the low-level maps: the y largest.
+
+        Args:
+            level_sizes (Sequence[tuple[int, int]]): (h, w) of every level, in any order.
+
+        Returns:
+            tuple[int, ...]: Their indices, ascending.
+        """
+        areas = [height * width for height, width in level_sizes]
+        # By counting: traced sizes can be compared, but not sorted.
+        ranks = [
+            sum(other >= area if i < level else other > area for i, other in enumerate(areas))
+            for level, area in enumerate(areas)
+        ]
+        return tuple(level for level, rank in enumerate(ranks) if rank < self.num_low_levels)
+
+    def check_low_levels(self, low_levels: Collection[int]) -> None:
+        """Check a choice of low-level maps.
+
+        Raises:
+            ValueError: They are not as many different levels as the schedule says.
+        """
+        if len(set(low_levels)) != self.num_low_levels or not all(
+            0 <= level < self.num_levels for level in low_levels
+        ):
+            raise ValueError(
+                f'schedule {self} has {self.num_low_levels} low-level of {self.num_levels} maps; '
+                f'low_levels={list(low_levels)} must name as many, counted from 0'
+            )
+
+    def check_fit(self, num_layers: int | None, num_levels: int, update: str = 'joint') -> None:
+        """Check that the schedule fits the encoder it is put into.
+
+        Args:
+            num_layers (int, optional): Layers of the stock encoder that is replaced.
+            num_levels (int): Feature levels of its attention.
+            update (str): See :meth:`steps`.
+
+        Raises:
+            ValueError: It does not; the message says what would fit.
+        """
+        levels = f'H{self.num_high_levels}L{self.num_low_levels}'
+        if num_layers is not None and num_layers not in (self.num_layers, len(self.steps(update))):
+            fitting = ', '.join(
+                f'{levels}-({num_layers // blocks}+1)x{blocks}'
+                for blocks in range(num_layers, 0, -1)
+                if num_layers % blocks == 0
+            )
+            raise ValueError(
+                f'schedule {self} makes {self.num_layers} layers, but num_layers is '
+                f'{num_layers}; use one of {fitting}, or num_layers={self.num_layers}'
+            )
+        if self.num_levels != num_levels:
+            blocks = f'({self.high_updates}+1)x{self.num_blocks}'
+            fitting = ', '.join(
+                f'H{num_levels - low}L{low}-{blocks}' for low in range(1, min(num_levels, 3))
+            )
+            raise ValueError(
+                f'schedule {self} is for {self.num_levels} feature levels, but the '
+                f"encoder's attention has num_levels={num_levels}; use {fitting or 'more levels'}"
+            )
 
     def encode(self, update: str = 'joint') -> Tensor:
         """The schedule as numbers, for a checkpoint.

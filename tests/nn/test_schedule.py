@@ -1,6 +1,6 @@
 import pytest
 
-from mmlite.layers import EncoderSchedule
+from mmlite.nn import EncoderSchedule
 
 
 @pytest.mark.parametrize(

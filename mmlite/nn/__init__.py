@@ -1,0 +1,26 @@
+"""The core of mmlite in plain PyTorch: schedule, attention, encoder.
+
+Nothing here knows of MMDetection; shapes are Python ints, and no value is read out of a tensor, so
+that everything compiles, exports and can be captured. :mod:`mmlite.layers` is its MMDetection face.
+"""
+
+from .attention import DeformableAttention, KeyAwareDeformableAttention, directional_grid
+from .encoder import FFN, LiteEncoder, LiteEncoderLayer
+from .geometry import encoder_reference_points, sampling_locations
+from .schedule import EncoderSchedule, EncoderStep
+from .tokens import StepTokens, TokenRun
+
+__all__ = [
+    'FFN',
+    'DeformableAttention',
+    'EncoderSchedule',
+    'EncoderStep',
+    'KeyAwareDeformableAttention',
+    'LiteEncoder',
+    'LiteEncoderLayer',
+    'StepTokens',
+    'TokenRun',
+    'directional_grid',
+    'encoder_reference_points',
+    'sampling_locations',
+]

@@ -1,0 +1,311 @@
+"""Standard and key-aware deformable attention: project, locate, operator, output.
+
+The layers have the names that MMDetection's checkpoints know. Every one of them is called as a
+module, so that hooks, quantisation and adapters around it work.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.reference import sample
+from .geometry import LevelSizes, sampling_locations
+
+
+class SamplingAttention(nn.Module):
+    """What the two deformable attentions share: projected values, sampled where offsets say.
+
+    Args:
+        embed_dims (int): Channels of query and value, a multiple of ``num_heads``.
+        num_heads (int): Attention heads.
+        num_levels (int): Feature levels.
+        num_points (int): Sampling points per head and level.
+        dropout (float): Dropout on the output, before the identity is added.
+        same_loc (bool): Predict one set of offsets per head and point, in pixels, and use it on
+            every level.
+        predicts_weights (bool): Have a layer that predicts the points' weights from the query.
+
+    Raises:
+        ValueError: ``embed_dims`` is no multiple of ``num_heads``.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        dropout: float,
+        same_loc: bool = False,
+        predicts_weights: bool = False,
+    ) -> None:
+        # By name: in the MMDetection face mmcv's constructor comes next, which builds other layers.
+        nn.Module.__init__(self)
+        if embed_dims % num_heads:
+            raise ValueError(
+                f'embed_dims must be a multiple of num_heads; got {embed_dims} and {num_heads}'
+            )
+        self.embed_dims = embed_dims
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        self.same_loc = same_loc
+        offset_levels = 1 if same_loc else num_levels
+        self.sampling_offsets = nn.Linear(embed_dims, num_heads * offset_levels * num_points * 2)
+        # In the order of mmcv's layers, which is that of an optimiser's state.
+        self.attention_weights = (
+            nn.Linear(embed_dims, num_heads * num_levels * num_points) if predicts_weights else None
+        )
+        self.value_proj = nn.Linear(embed_dims, embed_dims)
+        self.output_proj = nn.Linear(embed_dims, embed_dims)
+        self.dropout = nn.Dropout(dropout)
+
+    def init_weights(self) -> None:
+        """Offsets start as the directional grid, projections as Xavier's with zero biases."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        grid = directional_grid(self.num_heads, self.num_points)  # (heads, points, 2)
+        levels = 1 if self.same_loc else self.num_levels
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(grid[:, None].expand(-1, levels, -1, -1).flatten())
+        _init_projection(self.value_proj)
+        _init_projection(self.output_proj)
+
+    def forward(
+        self,
+        query: Tensor,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        *,
+        reference_points: Tensor,
+        spatial_shapes: LevelSizes,
+    ) -> Tensor:
+        """Attend to sampled points, and add the outcome to the identity.
+
+        Args:
+            query (Tensor): shape (bs, num_queries, embed_dims).
+            value (Tensor, optional): The flattened pyramid, shape (bs, num_tokens, embed_dims).
+                Defaults to ``query``.
+            identity (Tensor, optional): Added to the output. Defaults to ``query``.
+            query_pos (Tensor, optional): Positional embedding, added to ``query``.
+            key_padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
+            reference_points (Tensor): Normalised (x, y) or (cx, cy, w, h), shape
+                (bs or 1, num_queries, num_levels, 2 or 4).
+            spatial_shapes (Sequence[tuple[int, int]]): (h, w) of every level, Python ints.
+
+        Returns:
+            Tensor: shape (bs, num_queries, embed_dims).
+
+        Raises:
+            ValueError: Shapes do not fit each other.
+        """
+        value = query if value is None else value
+        identity = query if identity is None else identity
+        query = query if query_pos is None else query + query_pos
+        output = self.attend(query, value, key_padding_mask, reference_points, spatial_shapes)
+        return self.dropout(self.output_proj(output)) + identity
+
+    def attend(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: LevelSizes,
+    ) -> Tensor:
+        """Projections, locations and operator: what :meth:`forward` sends through the output layer.
+
+        ``query`` has its positional embedding added; the other arguments are those of
+        :meth:`forward`.
+
+        Returns:
+            Tensor: shape (bs, num_queries, embed_dims).
+        """
+        raise NotImplementedError
+
+    def logits(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: LevelSizes,
+    ) -> Tensor:
+        """What the softmax makes the attention weights of; arguments as for :meth:`attend`.
+
+        Returns:
+            Tensor: shape (bs, num_queries, num_heads, num_levels * num_points).
+        """
+        raise NotImplementedError
+
+    def project(
+        self, projection: nn.Module, tokens: Tensor, key_padding_mask: Tensor | None
+    ) -> Tensor:
+        """Project to heads, (bs, num_tokens, num_heads, head_dim), zero at padded positions."""
+        projected = projection(tokens)
+        if key_padding_mask is not None:
+            projected = projected.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
+        return projected.unflatten(-1, (self.num_heads, -1))
+
+    def locate(self, query: Tensor, reference_points: Tensor, spatial_shapes: LevelSizes) -> Tensor:
+        """Where the queries look; see :func:`mmlite.nn.sampling_locations`.
+
+        Returns:
+            Tensor: shape (bs, num_queries, num_heads, num_levels, num_points, 2).
+
+        Raises:
+            ValueError: The number of levels is not the attention's.
+        """
+        for name, number in (
+            ('reference_points', reference_points.shape[-2]),
+            ('spatial_shapes', len(spatial_shapes)),
+        ):
+            if number != self.num_levels:
+                raise ValueError(
+                    f'{name} is for {number} feature levels, '
+                    f'but the attention has num_levels={self.num_levels}'
+                )
+        return sampling_locations(
+            self.sampling_offsets(query),
+            reference_points,
+            spatial_shapes,
+            self.num_heads,
+            self.num_points,
+        )
+
+
+class DeformableAttention(SamplingAttention):
+    """Multi-scale deformable attention (Deformable DETR, eq. 3).
+
+    Args:
+        embed_dims (int): Channels of query and value, a multiple of ``num_heads``.
+        num_heads (int): Attention heads.
+        num_levels (int): Feature levels.
+        num_points (int): Sampling points per head and level.
+        dropout (float): Dropout on the output, before the identity is added.
+
+    Raises:
+        ValueError: ``embed_dims`` is no multiple of ``num_heads``.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(
+            embed_dims, num_heads, num_levels, num_points, dropout, predicts_weights=True
+        )
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As mmcv's: directional grid, uniform attention, Xavier projections."""
+        super().init_weights()
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+
+    def attend(self, query, value, key_padding_mask, reference_points, spatial_shapes):
+        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        return ops.ms_deform_attn(
+            self.project(self.value_proj, value, key_padding_mask),
+            spatial_shapes,
+            self.locate(query, reference_points, spatial_shapes),
+            weights.unflatten(-1, (self.num_levels, self.num_points)),
+        )
+
+    def logits(self, query, value, key_padding_mask, reference_points, spatial_shapes):
+        return self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
+
+
+class KeyAwareDeformableAttention(SamplingAttention):
+    r"""Key-aware deformable attention, KDA (Lite DETR, section 4.3).
+
+    The offsets are predicted from the query as in standard deformable attention. Keys and values
+    are sampled at the same points, and the points are weighted by
+    :math:`\mathrm{softmax}(q k^T / \sqrt{d})` with q the projected query, instead of by weights
+    predicted from the query alone. There is no ``attention_weights`` layer.
+
+    Args:
+        embed_dims (int): Channels of query and value, a multiple of ``num_heads``.
+        num_heads (int): Attention heads.
+        num_levels (int): Feature levels.
+        num_points (int): Sampling points per head and level.
+        dropout (float): Dropout on the output, before the identity is added.
+        proj_key (bool): Project keys by a layer of their own. Off, as in the published models,
+            the sampled value is its own key, and every point is sampled once.
+        same_loc (bool): Predict one set of offsets per head and point, in pixels, and use it on
+            every level.
+
+    Raises:
+        ValueError: ``embed_dims`` is no multiple of ``num_heads``.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        dropout: float = 0.0,
+        proj_key: bool = False,
+        same_loc: bool = False,
+    ) -> None:
+        super().__init__(embed_dims, num_heads, num_levels, num_points, dropout, same_loc)
+        self.proj_key = proj_key
+        self.query_proj = nn.Linear(embed_dims, embed_dims)
+        self.key_proj = nn.Linear(embed_dims, embed_dims) if proj_key else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Directional grid as offset bias, Xavier projections, zero biases."""
+        super().init_weights()
+        _init_projection(self.query_proj)
+        if self.key_proj is not None:
+            _init_projection(self.key_proj)
+
+    def attend(self, query, value, key_padding_mask, reference_points, spatial_shapes):
+        projected_value = self.project(self.value_proj, value, key_padding_mask)
+        key = projected_value
+        if self.key_proj is not None:
+            key = self.project(self.key_proj, value, key_padding_mask)
+        return ops.key_aware_deform_attn(
+            self.query_proj(query).unflatten(-1, (self.num_heads, -1)),
+            key,
+            projected_value,
+            spatial_shapes,
+            self.locate(query, reference_points, spatial_shapes),
+        )
+
+    def logits(self, query, value, key_padding_mask, reference_points, spatial_shapes):
+        projection = self.value_proj if self.key_proj is None else self.key_proj
+        key = self.project(projection, value, key_padding_mask)
+        sampled = sample(key, spatial_shapes, self.locate(query, reference_points, spatial_shapes))
+        query = self.query_proj(query).unflatten(-1, (self.num_heads, -1))
+        return (query.unsqueeze(-2) * sampled).sum(-1) * query.shape[-1] ** -0.5
+
+
+def directional_grid(num_heads: int, num_points: int) -> Tensor:
+    """Where the points of a fresh attention lie: each head looks one way, each point further.
+
+    Returns:
+        Tensor: (x, y) in pixels, the larger of the two being the point's number from 1 on, shape
+        (num_heads, num_points, 2).
+    """
+    angles = torch.arange(num_heads, dtype=torch.float32) * (2.0 * math.pi / num_heads)
+    directions = torch.stack([angles.cos(), angles.sin()], -1)
+    directions = directions / directions.abs().max(-1, keepdim=True)[0]
+    distances = torch.arange(1, num_points + 1, dtype=torch.float32)
+    return directions[:, None] * distances[:, None]
+
+
+def _init_projection(projection: nn.Linear) -> None:
+    nn.init.xavier_uniform_(projection.weight)
+    nn.init.zeros_(projection.bias)

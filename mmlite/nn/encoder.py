@@ -1,0 +1,329 @@
+"""The interleaved multi-scale encoder of Lite DETR, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import DeformableAttention, KeyAwareDeformableAttention
+from .geometry import LevelSizes, encoder_reference_points
+from .schedule import EncoderSchedule, EncoderStep
+from .tokens import StepTokens
+
+# What a family does between two layers: gets the number of the layer that comes next, all tokens
+# and the tokens of its step; returns all tokens.
+BeforeLayer = Callable[[int, Tensor, StepTokens], Tensor]
+
+
+class FFN(nn.Module):
+    """Feed-forward network with its identity added, under the names of mmcv's ``FFN``.
+
+    Args:
+        embed_dims (int): Channels.
+        feedforward_channels (int): Hidden channels.
+        dropout (float): Dropout behind each of the two layers.
+    """
+
+    def __init__(self, embed_dims: int, feedforward_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        hidden = nn.Sequential(
+            nn.Linear(embed_dims, feedforward_channels), nn.ReLU(inplace=True), nn.Dropout(dropout)
+        )
+        output = nn.Linear(feedforward_channels, embed_dims)
+        self.layers = nn.Sequential(hidden, output, nn.Dropout(dropout))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(..., embed_dims) -> (..., embed_dims)."""
+        return tokens + self.layers(tokens)
+
+
+class LiteEncoderLayer(nn.Module):
+    """One encoder layer, over all tokens or over the high- or low-level ones alone.
+
+    High-level tokens go through the FFN and the second norm of the stock layer. Low-level tokens
+    do so too, or, with ``small_ffn``, through an FFN of ``embed_dims`` hidden channels with a
+    norm of its own (Lite DETR, section 4.2). The norm after the attention is shared. A layer has
+    only the modules that its step uses.
+
+    Args:
+        step (EncoderStep): Which tokens the layer updates.
+        self_attn (nn.Module): The attention, called as
+            :class:`~mmlite.nn.KeyAwareDeformableAttention` is; adds its input to its output.
+        make_ffn (Callable[[int | None], nn.Module]): Makes an FFN of so many hidden channels, or
+            of the usual number for None; adds its input to its output.
+        make_norm (Callable[[], nn.Module]): Makes a norm.
+        small_ffn (bool): Whether low-level tokens have the small FFN.
+        chunk_size (int, optional): See :class:`LiteEncoder`.
+    """
+
+    def __init__(
+        self,
+        step: EncoderStep,
+        self_attn: nn.Module,
+        make_ffn: Callable[[int | None], nn.Module],
+        make_norm: Callable[[], nn.Module],
+        small_ffn: bool = True,
+        chunk_size: int | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.step = step
+        self.chunk_size = chunk_size
+        self.self_attn = self_attn
+        self.embed_dims = self_attn.embed_dims
+        self.norms = nn.ModuleList([make_norm()])
+        self.has_small_ffn = step.updates_low and small_ffn
+        if step.updates_high or not self.has_small_ffn:
+            self.ffn = make_ffn(None)
+            self.norms.append(make_norm())
+        if self.has_small_ffn:
+            self.small_ffn = make_ffn(self.embed_dims)
+            self.small_norm = make_norm()
+
+    def forward(
+        self,
+        memory: Tensor,
+        query_pos: Tensor | None,
+        step_tokens: StepTokens,
+        key_padding_mask: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: LevelSizes,
+    ) -> Tensor:
+        """Update the tokens of the step.
+
+        Args:
+            memory (Tensor): All tokens, shape (bs, num_tokens, embed_dims).
+            query_pos (Tensor, optional): Their positional embedding, same shape.
+            step_tokens (StepTokens): Which of them the layer updates.
+            key_padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
+            reference_points (Tensor): shape (bs or 1, num_tokens, num_levels, 2).
+            spatial_shapes (Sequence[tuple[int, int]]): (h, w) of every level.
+
+        Returns:
+            Tensor: All tokens with those of the step updated, a new tensor.
+        """
+        query = self.self_attn(
+            step_tokens.pick(memory),
+            value=memory,
+            query_pos=None if query_pos is None else step_tokens.pick(query_pos),
+            key_padding_mask=key_padding_mask,
+            reference_points=step_tokens.pick(reference_points),
+            spatial_shapes=spatial_shapes,
+        )
+        query = self.norms[0](query)
+        updated = []
+        for run, tokens in step_tokens.split(query):
+            if run.is_low and self.has_small_ffn:
+                modules = (self.small_ffn, self.small_norm)
+            else:
+                modules = (self.ffn, self.norms[1])
+            updated.append(in_chunks(modules, tokens, self.chunk_size))
+        return step_tokens.put_back(memory, updated)
+
+
+class LiteEncoder(nn.Module):
+    """Interleaved multi-scale encoder (Lite DETR, section 4).
+
+    High-level tokens (the few of the small maps) are updated in every layer, low-level tokens
+    (the many of the largest maps) once in a block. Every layer reads all tokens. Needs nothing
+    but PyTorch; compiles and exports whole.
+
+    Args:
+        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
+        embed_dims (int): Channels of the tokens, a multiple of ``num_heads``.
+        num_heads (int): Attention heads.
+        num_points (int): Sampling points per head and level.
+        feedforward_channels (int): Hidden channels of the FFN.
+        key_aware (bool): Key-aware deformable attention (KDA), or standard.
+        small_ffn (bool): Give low-level tokens an FFN of ``embed_dims`` hidden channels.
+        update (str): ``'joint'`` or ``'sequential'``; see :meth:`EncoderSchedule.steps`.
+        proj_key (bool): See :class:`KeyAwareDeformableAttention`; needs ``key_aware``.
+        same_loc (bool): See :class:`KeyAwareDeformableAttention`; needs ``key_aware``.
+        num_cp (int): Layers, counted from the first, whose activations are recomputed in the
+            backward pass of training (torch's checkpointing). -1 for none.
+        dropout (float): Dropout behind the attention and in the FFNs.
+        low_levels (Collection[int], optional): Indices of the low-level maps among the levels. By
+            default the largest maps, as many as the schedule says.
+        chunk_size (int, optional): On a CPU, so many tokens at a time go through the FFNs: their
+            hidden features then stay in the cache (8 MB at 2048 channels, where all tokens of an
+            800x1333 image make 180 MB). Other devices and traced graphs take all at once, and so
+            does None.
+
+    Raises:
+        ValueError: The schedule is malformed, or an argument does not fit it.
+    """
+
+    def __init__(
+        self,
+        schedule: str | EncoderSchedule,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        num_points: int = 4,
+        feedforward_channels: int = 2048,
+        key_aware: bool = True,
+        small_ffn: bool = True,
+        update: str = 'joint',
+        proj_key: bool = False,
+        same_loc: bool = False,
+        num_cp: int = -1,
+        *,
+        dropout: float = 0.0,
+        low_levels: Collection[int] | None = None,
+        chunk_size: int | None = 1024,
+    ) -> None:
+        nn.Module.__init__(self)
+        schedule = EncoderSchedule.parse(schedule)
+        if (proj_key or same_loc) and not key_aware:
+            raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
+        attention = (embed_dims, num_heads, schedule.num_levels, num_points, dropout)
+
+        def make_layer(step: EncoderStep) -> LiteEncoderLayer:
+            return LiteEncoderLayer(
+                step,
+                KeyAwareDeformableAttention(*attention, proj_key=proj_key, same_loc=same_loc)
+                if key_aware
+                else DeformableAttention(*attention),
+                lambda channels: FFN(embed_dims, channels or feedforward_channels, dropout),
+                lambda: nn.LayerNorm(embed_dims),
+                small_ffn,
+                chunk_size,
+            )
+
+        self._assemble(schedule, update, make_layer, num_cp, low_levels)
+
+    def _assemble(
+        self,
+        schedule: EncoderSchedule,
+        update: str,
+        make_layer: Callable[[EncoderStep], nn.Module],
+        num_cp: int,
+        low_levels: Collection[int] | None,
+    ) -> None:
+        """The layers of the schedule, whatever they are made of."""
+        if low_levels is not None:
+            schedule.check_low_levels(low_levels)
+        self.schedule = schedule
+        self.update = update
+        self.steps = schedule.steps(update)
+        self.num_cp = num_cp
+        self.low_levels = None if low_levels is None else tuple(low_levels)
+        self.layers = nn.ModuleList(make_layer(step) for step in self.steps)
+        self.embed_dims = self.layers[0].embed_dims
+        # Weights fit several schedules (H3L1 and H2L2 have the same names and shapes) and are right
+        # for one, so they carry it. As a buffer it is in every checkpoint, whoever writes it.
+        self.register_buffer('schedule_code', schedule.encode(update))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """Refuse weights of another schedule, with strict loading and without.
+
+        Weights that carry no schedule, such as the stock encoder's, are taken as they are.
+
+        Raises:
+            ValueError: The weights were trained with another schedule; the message names it.
+        """
+        key = f'{prefix}schedule_code'
+        if key in state_dict:
+            theirs, update = EncoderSchedule.decode(state_dict[key])
+            if (theirs, update) != (self.schedule, self.update):
+                raise ValueError(
+                    f'the weights were trained with schedule {theirs} and {update} updates, but '
+                    f"this encoder's is {self.schedule} with {self.update} updates; set "
+                    f"encoder=dict(schedule='{theirs}', update='{update}')"
+                )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in missing_keys:
+            missing_keys.remove(key)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        pos: Tensor | None,
+        level_sizes: LevelSizes,
+        *,
+        padding_mask: Tensor | None = None,
+        valid_ratios: Tensor | None = None,
+        before_layer: BeforeLayer | None = None,
+    ) -> Tensor:
+        """Encode a flattened pyramid.
+
+        Args:
+            tokens (Tensor): Tokens of all levels, level after level, shape
+                (bs, num_tokens, embed_dims).
+            pos (Tensor, optional): Their positional embedding, same shape.
+            level_sizes (Sequence[tuple[int, int]]): (h, w) of every level, Python ints, in the
+                order of the tokens, which may be any.
+            padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
+            valid_ratios (Tensor, optional): Valid part (w, h) of each level, shape
+                (bs, num_levels, 2). None where no image is padded.
+            before_layer (Callable, optional): A step of one's own before each layer, such as
+                fusing with text: called with the number of the layer, all tokens and the layer's
+                :class:`StepTokens`, returns all tokens.
+
+        Returns:
+            Tensor: The memory, shape (bs, num_tokens, embed_dims), in the order of the tokens.
+
+        Raises:
+            ValueError: The number of levels or tokens is not the schedule's.
+        """
+        num_tokens = sum(height * width for height, width in level_sizes)
+        if len(level_sizes) != self.schedule.num_levels or num_tokens != tokens.shape[1]:
+            raise ValueError(
+                f'schedule {self.schedule} takes {self.schedule.num_levels} feature levels; got '
+                f'{len(level_sizes)} of sizes {list(level_sizes)} ({num_tokens} tokens) and '
+                f'{tokens.shape[1]} tokens'
+            )
+        low_levels = self.low_levels
+        if low_levels is None:
+            low_levels = self.schedule.low_levels(level_sizes)
+        reference_points = encoder_reference_points(level_sizes, valid_ratios, device=tokens.device)
+        memory = tokens
+        for index, layer in enumerate(self.layers):
+            step_tokens = StepTokens(layer.step, level_sizes, low_levels)
+            if before_layer is not None:
+                memory = before_layer(index, memory, step_tokens)
+            arguments = (
+                memory,
+                pos,
+                step_tokens,
+                padding_mask,
+                reference_points,
+                level_sizes,
+            )
+            if index < self.num_cp and self.training and torch.is_grad_enabled():
+                memory = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                memory = layer(*arguments)
+        return memory
+
+
+def in_chunks(modules: Sequence[nn.Module], tokens: Tensor, size: int | None) -> Tensor:
+    """One module after the other on all tokens; see ``chunk_size`` of :class:`LiteEncoder`.
+
+    Args:
+        modules (Sequence[nn.Module]): (bs, n, channels) -> (bs, n, channels), each treating every
+            token alone.
+        tokens (Tensor): shape (bs, num_tokens, channels).
+        size (int, optional): Tokens at a time on a CPU.
+
+    Returns:
+        Tensor: The shape of ``tokens``.
+    """
+    if size is None or tokens.device.type != 'cpu' or _is_tracing() or tokens.shape[1] <= size:
+        return _through(modules, tokens)
+    return torch.cat([_through(modules, chunk) for chunk in tokens.split(size, 1)], 1)
+
+
+def _through(modules: Sequence[nn.Module], tokens: Tensor) -> Tensor:
+    for module in modules:
+        tokens = module(tokens)
+    return tokens
+
+
+def _is_tracing() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -1,0 +1,120 @@
+"""Where queries lie and where they look: reference points and sampling locations.
+
+Level sizes are Python ints throughout, and every constant is made on its device: nothing is
+copied from the host and nothing is read back. Tensors are cut by methods rather than by indexing,
+which asks for the device even of fake tensors and so could not be tried without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LevelSizes = Sequence[tuple[int, int]]
+
+
+def encoder_reference_points(
+    level_sizes: LevelSizes,
+    valid_ratios: Tensor | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Centre of every token on every level (Deformable DETR, section 4.1).
+
+    Args:
+        level_sizes (Sequence[tuple[int, int]]): (h, w) of every level.
+        valid_ratios (Tensor, optional): Valid part (w, h) of each level of each image, shape
+            (bs, num_levels, 2). None where no image is padded.
+        device (torch.device | str, optional): Where the points are wanted; that of
+            ``valid_ratios`` where these are given.
+
+    Returns:
+        Tensor: Normalised (x, y), float32, shape (bs, num_tokens, num_levels, 2); bs is 1 without
+        ``valid_ratios``.
+    """
+    if valid_ratios is not None:
+        device = valid_ratios.device
+    points = []
+    for level, (height, width) in enumerate(level_sizes):
+        y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
+        x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
+        y, x = torch.meshgrid(y, x, indexing='ij')
+        centres = torch.stack([x, y], -1).flatten(0, 1).unsqueeze(0)  # (1, h * w, 2)
+        if valid_ratios is not None:
+            centres = centres / valid_ratios.narrow(1, level, 1)
+        points.append(centres)
+    points = torch.cat(points, 1).unsqueeze(2)
+    if valid_ratios is None:
+        return points.expand(-1, -1, len(level_sizes), -1)
+    return points * valid_ratios.unsqueeze(1)
+
+
+def sampling_locations(
+    offsets: Tensor,
+    reference_points: Tensor,
+    level_sizes: LevelSizes,
+    num_heads: int,
+    num_points: int,
+) -> Tensor:
+    """Offsets around the reference points (Deformable DETR, section 4.1 and appendix A.4).
+
+    Args:
+        offsets (Tensor): shape (bs, num_queries, num_heads * num_levels * num_points * 2), in
+            pixels of each level; or without num_levels: one set for every level.
+        reference_points (Tensor): Normalised (x, y), or (cx, cy, w, h) of boxes, shape
+            (bs or 1, num_queries, num_levels, 2 or 4). Offsets from a box count in halves of its
+            size over ``num_points``.
+        level_sizes (Sequence[tuple[int, int]]): (h, w) of every level.
+        num_heads (int): Attention heads.
+        num_points (int): Sampling points per head and level.
+
+    Returns:
+        Tensor: Normalised (x, y), dtype of ``reference_points``, shape
+        (bs, num_queries, num_heads, num_levels, num_points, 2).
+
+    Raises:
+        ValueError: The reference points are for another number of levels, or neither of the two
+            kinds.
+    """
+    num_levels = len(level_sizes)
+    if reference_points.shape[-2] != num_levels:
+        raise ValueError(
+            f'reference_points is for {reference_points.shape[-2]} feature levels, '
+            f'but there are {num_levels}'
+        )
+    if reference_points.shape[-1] == 2:
+        unit = _pixel_sizes(level_sizes, reference_points)  # (num_levels, 2)
+    elif reference_points.shape[-1] == 4:
+        unit = reference_points.narrow(-1, 2, 2) * (
+            0.5 / num_points
+        )  # (bs, num_queries, num_levels, 2)
+    else:
+        raise ValueError(
+            'the last dimension of reference_points must be 2 (x, y) or 4 (cx, cy, w, h); '
+            f'got {reference_points.shape[-1]}'
+        )
+    offsets = offsets.to(reference_points.dtype).unflatten(-1, (num_heads, -1))
+    if offsets.shape[-1] != num_levels * num_points * 2:
+        offsets = offsets.repeat(1, 1, 1, num_levels)
+    # The last three dimensions are kept flat here: elementwise products over a trailing
+    # dimension of 2 are several times slower on the CPU.
+    centre = _repeat_points(reference_points.narrow(-1, 0, 2), num_points).unsqueeze(-2)
+    unit = _repeat_points(unit, num_points)
+    unit = unit if unit.dim() == 1 else unit.unsqueeze(-2)
+    locations = torch.addcmul(centre, offsets, unit)
+    return locations.unflatten(-1, (num_levels, num_points, 2))
+
+
+def _pixel_sizes(level_sizes: LevelSizes, like: Tensor) -> Tensor:
+    """Normalised (width, height) of a pixel of every level, shape (num_levels, 2)."""
+    sides = [
+        like.new_full((1,), 1.0 / side) for height, width in level_sizes for side in (width, height)
+    ]
+    return torch.cat(sides).unflatten(0, (-1, 2))
+
+
+def _repeat_points(per_level: Tensor, num_points: int) -> Tensor:
+    """(..., num_levels, 2) -> (..., num_levels * num_points * 2)."""
+    return per_level.unsqueeze(-2).expand(*per_level.shape[:-1], num_points, 2).flatten(-3)

@@ -1,0 +1,390 @@
+"""The encoder in plain PyTorch: its meaning, and that it compiles, exports and never reads back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from mmlite import layers
+from mmlite.checkpoints import convert_encoder_state
+from mmlite.nn import LiteEncoder, StepTokens
+from mmlite.ops import triton
+
+SIZES = [(8, 11), (4, 6), (2, 3), (1, 2)]
+THIN = dict(embed_dims=32, num_heads=4, feedforward_channels=64)
+
+
+def randomised(encoder: nn.Module) -> nn.Module:
+    """Every parameter gets an influence on the output, zero-initialised ones too."""
+    torch.manual_seed(0)
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return encoder
+
+
+def inputs(sizes=SIZES, batch=2) -> dict:
+    torch.manual_seed(1)
+    num_tokens = sum(h * w for h, w in sizes)
+    return dict(
+        tokens=torch.randn(batch, num_tokens, 32),
+        pos=torch.randn(batch, num_tokens, 32),
+        level_sizes=sizes,
+        padding_mask=torch.rand(batch, num_tokens) < 0.2,
+        valid_ratios=torch.rand(batch, len(sizes), 2) * 0.5 + 0.5,
+    )
+
+
+OPTIONS = [
+    dict(),
+    dict(key_aware=False, small_ffn=False),
+    dict(update='sequential', proj_key=True),
+    dict(same_loc=True, schedule='H2L2-(3+1)x1'),
+]
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_is_the_mmdetection_encoder_bit_for_bit(options):
+    options = {'schedule': 'H3L1-(2+1)x2', **options}
+    core = randomised(LiteEncoder(**options, **THIN))
+    attention = {k: options.pop(k) for k in ('proj_key', 'same_loc') if k in options}
+    face = layers.LiteEncoder(
+        **options,
+        layer_cfg=dict(
+            self_attn_cfg=dict(embed_dims=32, num_heads=4, dropout=0.0, **attention),
+            ffn_cfg=dict(embed_dims=32, feedforward_channels=64),
+        ),
+    )
+    assert list(face.state_dict()) == list(core.state_dict())
+    face.load_state_dict(core.state_dict())
+    arguments = inputs()
+    memory = core(**arguments)
+    shapes = torch.tensor(SIZES)
+    assert torch.equal(
+        face(
+            query=arguments['tokens'],
+            query_pos=arguments['pos'],
+            key_padding_mask=arguments['padding_mask'],
+            spatial_shapes=shapes,
+            level_start_index=None,
+            valid_ratios=arguments['valid_ratios'],
+        ),
+        memory,
+    )
+    core.load_state_dict(face.state_dict())
+
+
+@pytest.mark.parametrize('order', [(3, 2, 1, 0), (1, 0, 3, 2), (2, 0, 3, 1)])
+@pytest.mark.parametrize('schedule', ['H3L1-(2+1)x1', 'H2L2-(2+1)x1'])
+@pytest.mark.parametrize('update', ['joint', 'sequential'])
+def test_levels_in_any_order(order, schedule, update):
+    """With offsets that every level shares, the order of the levels is a matter of order alone."""
+    encoder = randomised(LiteEncoder(schedule, **THIN, same_loc=True, update=update))
+    arguments = inputs()
+
+    def turned(tensor):
+        pieces = tensor.split([h * w for h, w in SIZES], 1)
+        return torch.cat([pieces[level] for level in order], 1)
+
+    other = encoder(
+        turned(arguments['tokens']),
+        turned(arguments['pos']),
+        [SIZES[level] for level in order],
+        padding_mask=turned(arguments['padding_mask']),
+        valid_ratios=arguments['valid_ratios'][:, order],
+    )
+    torch.testing.assert_close(other, turned(encoder(**arguments)), atol=2e-5, rtol=1e-4)
+
+
+def test_low_levels_can_be_chosen():
+    encoder = LiteEncoder('H3L1-(2+1)x1', **THIN, low_levels=[1])
+    arguments = inputs()
+    seen = []
+    encoder(**arguments, before_layer=lambda i, memory, step: seen.append(step) or memory)
+    (low,) = [run for run in seen[0].runs if run.is_low]
+    assert (low.start, low.stop) == (88, 112)
+    with pytest.raises(ValueError, match=r'1 low-level of 4 maps; low_levels=\[0, 1\]'):
+        LiteEncoder('H3L1-(2+1)x1', **THIN, low_levels=[0, 1])
+    with pytest.raises(ValueError, match='low_levels'):
+        LiteEncoder('H3L1-(2+1)x1', **THIN, low_levels=[4])
+
+
+def test_a_step_of_ones_own_before_each_layer():
+    encoder = randomised(LiteEncoder('H3L1-(2+1)x1', **THIN))
+    arguments = inputs()
+    counts = []
+
+    def add(index: int, memory: torch.Tensor, step: StepTokens) -> torch.Tensor:
+        counts.append((index, step.pick(memory).shape[1]))
+        updated = [tokens + 1 for _, tokens in step.split(step.pick(memory))]
+        return step.put_back(memory, updated)
+
+    memory = encoder(**arguments, before_layer=add)
+    assert counts == [(0, 32), (1, 120)]
+    tokens = arguments['tokens'].clone()
+    tokens[:, 88:] += 1
+    expected = encoder.layers[0](
+        tokens, *_layer_arguments(encoder, arguments, encoder.layers[0].step)
+    )
+    expected = encoder.layers[1](
+        expected + 1, *_layer_arguments(encoder, arguments, encoder.layers[1].step)
+    )
+    torch.testing.assert_close(memory, expected)
+
+
+def _layer_arguments(encoder, arguments, step):
+    from mmlite.nn import encoder_reference_points
+
+    return (
+        arguments['pos'],
+        StepTokens(step, SIZES, encoder.schedule.low_levels(SIZES)),
+        arguments['padding_mask'],
+        encoder_reference_points(SIZES, arguments['valid_ratios']),
+        SIZES,
+    )
+
+
+def test_no_padding_is_all_valid():
+    encoder = randomised(LiteEncoder('H3L1-(2+1)x1', **THIN))
+    arguments = {**inputs(), 'padding_mask': None}
+    expected = encoder(**{**arguments, 'valid_ratios': torch.ones(2, 4, 2)})
+    actual = encoder(**{**arguments, 'valid_ratios': None})
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('gradients', [True, False])
+def test_chunks_change_nothing(gradients):
+    whole = randomised(LiteEncoder('H3L1-(2+1)x2', **THIN, chunk_size=None))
+    chunked = LiteEncoder('H3L1-(2+1)x2', **THIN, chunk_size=7)
+    chunked.load_state_dict(whole.state_dict())
+    arguments = inputs()
+    with torch.set_grad_enabled(gradients):
+        expected, actual = whole(**arguments), chunked(**arguments)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
+    if gradients:
+        expected.sum().backward()
+        actual.sum().backward()
+        for ours, theirs in zip(chunked.parameters(), whole.parameters()):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_one_path_with_gradients_and_without():
+    encoder = randomised(LiteEncoder('H3L1-(2+1)x2', **THIN))
+    arguments = inputs()
+    with torch.no_grad():
+        assert torch.equal(encoder(**arguments), encoder.train()(**arguments))
+
+
+# --- Submodules are called ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('gradients', [True, False])
+def test_hooks_fire(gradients):
+    encoder = LiteEncoder('H3L1-(2+1)x1', **THIN, proj_key=True)
+    called = set()
+    for name, module in encoder.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    with torch.set_grad_enabled(gradients):
+        encoder(**inputs())
+    containers = {
+        name for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)
+    }
+    assert called == {name for name, _ in encoder.named_modules()} - containers
+
+
+def test_wrapped_layers_count():
+    """A low-rank adapter around a layer must change the output, with gradients and without."""
+
+    class Adapted(nn.Module):
+        def __init__(self, layer: nn.Linear) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, tokens):
+            return self.layer(tokens) + 0.5 * tokens.sum(-1, keepdim=True)
+
+    encoder = randomised(LiteEncoder('H3L1-(2+1)x1', **THIN))
+    arguments = inputs()
+    plain = encoder(**arguments)
+    for name in ('query_proj', 'sampling_offsets', 'value_proj'):
+        adapted = copy.deepcopy(encoder)
+        attention = adapted.layers[0].self_attn
+        setattr(attention, name, Adapted(getattr(attention, name)))
+        expected = adapted(**arguments)
+        assert not torch.allclose(expected, plain, atol=1e-3)
+        with torch.no_grad():
+            torch.testing.assert_close(adapted(**arguments), expected)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_dynamic_quantisation():
+    encoder = randomised(LiteEncoder('H3L1-(2+1)x1', **THIN)).eval()
+    arguments = inputs()
+    quantised = torch.ao.quantization.quantize_dynamic(encoder, {nn.Linear}, dtype=torch.qint8)
+    with torch.no_grad():
+        expected, actual = encoder(**arguments), quantised(**arguments)
+    assert (actual - expected).norm() / expected.norm() < 0.1
+
+
+# --- Graphs ---------------------------------------------------------------------------------
+
+
+class FromMaps(nn.Module):
+    """As a model uses the encoder: the level sizes are those of its feature maps."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, maps, padding_mask=None, valid_ratios=None):
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
+        sizes = [tuple(x.shape[-2:]) for x in maps]
+        return self.encoder(
+            tokens, 0.1 * tokens, sizes, padding_mask=padding_mask, valid_ratios=valid_ratios
+        )
+
+
+def feature_maps(batch=2, height=2, width=3, **kwargs):
+    return [
+        torch.randn(batch, 32, height * 8 // 2**level, width * 8 // 2**level, **kwargs)
+        for level in range(4)
+    ]
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_compiles_into_one_graph_for_all_sizes(options):
+    model = FromMaps(randomised(LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **options}, **THIN)))
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for maps in (feature_maps(), feature_maps(3, 3, 5)):
+        torch.testing.assert_close(compiled(maps), model(maps))
+    assert len(graphs) == 1
+
+
+def test_compiled_gradients():
+    model = FromMaps(randomised(LiteEncoder('H3L1-(2+1)x1', **THIN)))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    maps = feature_maps(requires_grad=True)
+    gradients = [torch.autograd.grad(m(maps).square().sum(), maps) for m in (model, compiled)]
+    for expected, actual in zip(*gradients):
+        torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.skipif(not hasattr(torch, 'export'), reason='torch.export came with torch 2.1')
+@pytest.mark.parametrize('options', OPTIONS)
+def test_exports(options):
+    model = FromMaps(randomised(LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **options}, **THIN)))
+    model.eval()
+    maps = feature_maps()
+    program = torch.export.export(model, (maps,))
+    torch.testing.assert_close(program.module()(maps), model(maps))
+    if not hasattr(torch.export.Dim, 'AUTO'):
+        pytest.skip('dynamic sizes of one origin came with torch 2.6')
+    batch, height, width = (torch.export.Dim(n, min=1, max=64) for n in ('batch', 'h', 'w'))
+    dynamic = [
+        {0: batch, 2: 8 // 2**level * height, 3: 8 // 2**level * width} for level in range(4)
+    ]
+    program = torch.export.export(model, (maps,), dynamic_shapes=(dynamic,))
+    other = feature_maps(3, 3, 5)
+    torch.testing.assert_close(program.module()(other), model(other))
+
+
+def fake_cuda(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that says it is on a GPU and has no contents: reading a value of it raises."""
+    return FakeTensor(mode, tensor.detach().to('meta'), torch.device('cuda'))
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_inference_on_a_gpu_reads_nothing_back(options, monkeypatch):
+    # As where Triton runs: here its operators are known by their shapes alone.
+    monkeypatch.setattr(triton, '_PROBLEM', '')
+    encoder = LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **options}, **THIN).requires_grad_(False)
+    torch._C._ensureCUDADeviceGuardSet()  # views ask for one, also where torch has no CUDA
+    mode = FakeTensorMode()
+    for module in encoder.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = fake_cuda(mode, parameter)
+    arguments = {
+        name: fake_cuda(mode, value) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs().items()
+    }
+    with mode:
+        memory = encoder(**arguments)
+        assert memory.device.type == 'cuda' and memory.shape == arguments['tokens'].shape
+        with pytest.raises(Exception, match='_local_scalar_dense'):
+            memory.sum().item()
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_a_training_step_reads_nothing_back(options):
+    """Meta tensors have no values at all, and autograd runs on them."""
+    encoder = LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **options}, **THIN).to('meta')
+    arguments = {
+        name: value.to('meta') if isinstance(value, torch.Tensor) else value
+        for name, value in inputs().items()
+    }
+    arguments['tokens'].requires_grad_()
+    encoder(**arguments).sum().backward()
+    assert arguments['tokens'].grad.shape == arguments['tokens'].shape
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(schedule='H3L1'), 'not of the form'),
+        (dict(embed_dims=30, num_heads=4), 'embed_dims must be a multiple of num_heads'),
+        (dict(key_aware=False, proj_key=True), 'set key_aware=True'),
+        (dict(update='both'), 'update must be one of'),
+    ],
+)
+def test_unfitting_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **arguments})
+
+
+def test_unfitting_features():
+    encoder = LiteEncoder('H3L1-(2+1)x1', **THIN)
+    arguments = inputs()
+    with pytest.raises(ValueError, match='takes 4 feature levels; got 3'):
+        encoder(**{**arguments, 'level_sizes': SIZES[:3]})
+    with pytest.raises(ValueError, match=r'\(120 tokens\) and 119 tokens'):
+        encoder(**{**arguments, 'tokens': arguments['tokens'][:, 1:]})
+
+
+# --- The authors' vectors --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', ['h2l2_2p1x3', 'h3l1_2p1x3', 'h3l1_6p1x1_nokda'])
+def test_golden(golden, name):
+    arrays, meta = golden(f'encoder_{name}.npz')
+    encoder = LiteEncoder(
+        meta['schedule'],
+        meta['embed_dims'],
+        meta['num_heads'],
+        meta['num_points'],
+        meta['feedforward_channels'],
+        meta['key_aware'],
+        meta['small_ffn'],
+    )
+    official = {k[len('state.') :]: v for k, v in arrays.items() if k.startswith('state.')}
+    encoder.load_state_dict(convert_encoder_state(official))
+    memory = encoder(
+        arrays['feat'],
+        arrays['pos'],
+        arrays['spatial_shapes'].tolist(),
+        padding_mask=arrays['key_padding_mask'],
+        valid_ratios=arrays['valid_ratios'],
+    )
+    torch.testing.assert_close(memory, arrays['memory'], atol=1e-4, rtol=0)

@@ -8,15 +8,18 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint req
 say = @printf '\n==> %s\n' "$(1)"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs clean
+.PHONY: help setup demo test lint docs wheels test-wheels matrix clean
 
 help:
-	@echo 'make demo   set up, then train and evaluate a small Lite-DINO (options: ARGS="--epochs 5")'
-	@echo 'make test   set up, then run the tests (options: ARGS="-k schedule")'
-	@echo 'make setup  only set up $(VENV) (another interpreter: PYTHON=python3.12)'
-	@echo 'make lint   ruff and mypy'
-	@echo 'make docs   build the documentation in site/, from an environment of its own'
-	@echo 'make clean  remove the environments and what was built'
+	@echo 'make demo         set up, then train and evaluate a small Lite-DINO (options: ARGS="--epochs 5")'
+	@echo 'make test         set up, then run the tests (options: ARGS="-k schedule")'
+	@echo 'make setup        only set up $(VENV) (another interpreter: PYTHON=python3.12)'
+	@echo 'make lint         ruff and mypy'
+	@echo 'make docs         build the documentation in site/'
+	@echo 'make wheels       build the wheels of every system in wheelhouse/ (one: ARGS=linux-x86_64)'
+	@echo 'make test-wheels  test the one for this machine in clean environments (one: ARGS="-p 3.12")'
+	@echo 'make matrix       test every supported set of versions (hours; ARGS="-l" lists them)'
+	@echo 'make clean        remove the environments and what was built'
 
 demo: setup
 	$(call say,mmlite demo)
@@ -35,18 +38,31 @@ lint: setup
 
 # The API reference is made from the sources as text: neither torch nor MMDetection is needed, and
 # what mkdocs needs cannot go where openxlab of openmim pins requests.
-docs: $(VENV)-docs/.docs
+docs: $(VENV)-docs/.ready
 	$(call say,Documentation)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
-$(VENV)-docs/.docs: requirements/docs.txt
-	$(call say,A virtual environment in $(VENV)-docs with $(PYTHON))
-	@$(PYTHON) -m venv $(VENV)-docs
-	@$(VENV)-docs/bin/python -m pip install --disable-pip-version-check --quiet --requirement requirements/docs.txt
+wheels: $(VENV)-wheels/.ready
+	$(call say,Wheels)
+	@$(VENV)-wheels/bin/python tools/wheels.py $(ARGS)
+
+# Where pyenv keeps the interpreters, its python3.12 works only if this variable names one.
+NOX := PYENV_VERSION="$$(pyenv versions --bare 2>/dev/null | paste -sd :)" $(VENV)-nox/bin/nox
+
+test-wheels: $(VENV)-nox/.ready
+	@$(NOX) --session wheel $(ARGS)
+
+matrix: $(VENV)-nox/.ready
+	@$(NOX) $(ARGS)
+
+$(VENV)-%/.ready: requirements/%.txt
+	$(call say,A virtual environment in $(@D) with $(PYTHON))
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --quiet --requirement $<
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs build site mmlite/ops/*.so
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-wheels $(VENV)-nox .nox build site wheelhouse mmlite/ops/libmmlite_cpu.*
 
 setup: $(VENV)/.mmlite
 

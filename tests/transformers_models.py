@@ -1,0 +1,158 @@
+"""Small models of transformers, built from configs with random weights, and inputs for them."""
+
+from __future__ import annotations
+
+import torch
+import transformers as hf
+from torch import nn
+
+RESNET = dict(
+    depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 32, 64], embedding_size=8, layer_type='basic'
+)
+TEXT = dict(
+    vocab_size=2000,
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=16,
+)
+HEADS = dict(encoder_attention_heads=4, decoder_attention_heads=4)
+THIN = dict(d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=12, dropout=0.0)
+
+
+def deformable_detr(**changes) -> nn.Module:
+    config = dict(encoder_layers=4, decoder_layers=2, **HEADS, **THIN, **changes)
+    backbone = hf.ResNetConfig(**RESNET, out_features=['stage2', 'stage3', 'stage4'])
+    return _build(
+        hf.DeformableDetrForObjectDetection,
+        hf.DeformableDetrConfig(backbone_config=backbone, **config),
+    )
+
+
+def grounding_dino(family: str = 'GroundingDino', **changes) -> nn.Module:
+    config = dict(encoder_layers=4, decoder_layers=2, **HEADS, **THIN, **changes)
+    backbone = hf.ResNetConfig(**RESNET, out_features=['stage2', 'stage3', 'stage4'])
+    return _build(
+        getattr(hf, f'{family}ForObjectDetection'),
+        getattr(hf, f'{family}Config')(
+            backbone_config=backbone,
+            text_config=hf.BertConfig(**TEXT),
+            fusion_droppath=0.0,
+            **config,
+        ),
+    )
+
+
+def mm_grounding_dino(**changes) -> nn.Module:
+    return grounding_dino('MMGroundingDino', **changes)
+
+
+def mask2former(**changes) -> nn.Module:
+    backbone = hf.SwinConfig(
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=4,
+        image_size=64,
+        out_features=['stage1', 'stage2', 'stage3', 'stage4'],
+    )
+    config = dict(
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=48,
+        dim_feedforward=48,
+        num_attention_heads=4,
+        encoder_layers=4,
+        decoder_layers=3,
+        num_queries=12,
+    )
+    return _build(
+        hf.Mask2FormerForUniversalSegmentation,
+        hf.Mask2FormerConfig(backbone_config=backbone, **{**config, **changes}),
+    )
+
+
+def rt_detr(family: str = 'RTDetr', **changes) -> nn.Module:
+    backbone = hf.RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 32, 64],
+        depths=[1, 1, 1, 1],
+        layer_type='basic',
+        out_features=['stage2', 'stage3', 'stage4'],
+    )
+    config = dict(
+        d_model=32,
+        encoder_hidden_dim=32,
+        encoder_in_channels=[16, 32, 64],
+        decoder_in_channels=[32, 32, 32],
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        decoder_layers=2,
+        num_queries=12,
+        num_denoising=0,
+    )
+    return _build(
+        getattr(hf, f'{family}ForObjectDetection'),
+        getattr(hf, f'{family}Config')(backbone_config=backbone, **{**config, **changes}),
+    )
+
+
+def rt_detr_v2(**changes) -> nn.Module:
+    return rt_detr('RTDetrV2', **changes)
+
+
+def d_fine(**changes) -> nn.Module:
+    return rt_detr('DFine', decoder_n_points=[3, 4, 2], **changes)
+
+
+MODELS = {
+    builder.__name__: builder
+    for builder in (
+        deformable_detr,
+        grounding_dino,
+        mm_grounding_dino,
+        mask2former,
+        rt_detr,
+        rt_detr_v2,
+        d_fine,
+    )
+}
+
+
+def _build(model_class: type, config) -> nn.Module:
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    for name, parameter in model.named_parameters():
+        # Offsets and weights that do not depend on the query would hide mistakes.
+        if 'sampling_offsets' in name or 'attention_weights' in name:
+            nn.init.normal_(parameter, std=0.3)
+        elif parameter.dim() == 1 or not parameter.any():  # such as the last layer of a box head
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Two images, one of them padded, and two texts where the model reads text."""
+    torch.manual_seed(1)
+    pixel_mask = torch.ones(2, 96, 128, dtype=torch.long)
+    pixel_mask[1, 70:] = 0
+    pixel_mask[1, :, 90:] = 0
+    pixel_values = torch.randn(2, 3, 96, 128) * pixel_mask[:, None]
+    batch = dict(pixel_values=pixel_values, pixel_mask=pixel_mask)
+    if hasattr(model.config, 'text_config'):
+        # "[CLS] a . b b . [SEP]", the numbers of BERT's special tokens
+        batch['input_ids'] = torch.tensor(
+            [[101, 1037, 1012, 1038, 1039, 1012, 102], [101, 1040, 1012, 102, 0, 0, 0]]
+        )
+        batch['attention_mask'] = batch['input_ids'].ne(0).long()
+    return batch
+
+
+def outputs(model: nn.Module, **options) -> list[torch.Tensor]:
+    """What the model predicts."""
+    result = model(**inputs(model), **options)
+    names = ('logits', 'pred_boxes', 'class_queries_logits', 'masks_queries_logits')
+    return [result[name] for name in names if name in result]

@@ -1,0 +1,20 @@
+# Cross-compiles with the clang of the PyPI package ziglang, which carries every system's C library:
+#
+#   cmake -DCMAKE_TOOLCHAIN_FILE=tools/zig.cmake -DZIG=.../ziglang/zig -DZIG_TARGET=aarch64-linux-gnu.2.17
+#
+# tools/wheels.py knows the targets.
+set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES ZIG ZIG_TARGET)
+string(REGEX MATCH "^([^-]+)-([^-]+)" _ "${ZIG_TARGET}")
+set(CMAKE_SYSTEM_PROCESSOR ${CMAKE_MATCH_1})
+if(CMAKE_MATCH_2 STREQUAL "macos")
+  set(CMAKE_SYSTEM_NAME Darwin)
+  # CMake insists on these two; the first is not used here, zig does what the second would.
+  set(CMAKE_INSTALL_NAME_TOOL true)
+  set(CMAKE_OSX_SYSROOT "" CACHE STRING "")
+elseif(CMAKE_MATCH_2 STREQUAL "windows")
+  set(CMAKE_SYSTEM_NAME Windows)
+else()
+  set(CMAKE_SYSTEM_NAME Linux)
+endif()
+set(CMAKE_CXX_COMPILER ${ZIG} c++ -target ${ZIG_TARGET})
+set(CMAKE_SHARED_LINKER_FLAGS_INIT -s)

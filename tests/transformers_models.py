@@ -47,8 +47,8 @@ def mm_grounding_dino(**changes) -> nn.Module:
     return grounding_dino('MMGroundingDino', **changes)
 
 
-def mask2former(**changes) -> nn.Module:
-    backbone = hf.SwinConfig(
+def _swin() -> hf.SwinConfig:
+    return hf.SwinConfig(
         embed_dim=8,
         depths=[1, 1, 1, 1],
         num_heads=[1, 1, 1, 1],
@@ -56,6 +56,9 @@ def mask2former(**changes) -> nn.Module:
         image_size=64,
         out_features=['stage1', 'stage2', 'stage3', 'stage4'],
     )
+
+
+def mask2former(**changes) -> nn.Module:
     config = dict(
         feature_size=32,
         mask_feature_size=32,
@@ -69,7 +72,29 @@ def mask2former(**changes) -> nn.Module:
     )
     return _build(
         hf.Mask2FormerForUniversalSegmentation,
-        hf.Mask2FormerConfig(backbone_config=backbone, **{**config, **changes}),
+        hf.Mask2FormerConfig(backbone_config=_swin(), **{**config, **changes}),
+    )
+
+
+def oneformer(**changes) -> nn.Module:
+    config = dict(
+        conv_dim=32,
+        mask_dim=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=48,
+        dim_feedforward=48,
+        num_attention_heads=4,
+        encoder_layers=4,
+        decoder_layers=3,
+        num_queries=12,
+        text_encoder_width=16,
+        text_encoder_num_layers=1,
+        text_encoder_n_ctx=4,
+        text_encoder_vocab_size=50,
+    )
+    return _build(
+        hf.OneFormerForUniversalSegmentation,
+        hf.OneFormerConfig(backbone_config=_swin(), **{**config, **changes}),
     )
 
 
@@ -115,6 +140,7 @@ MODELS = {
         grounding_dino,
         mm_grounding_dino,
         mask2former,
+        oneformer,
         rt_detr,
         rt_detr_v2,
         d_fine,
@@ -148,6 +174,8 @@ def inputs(model: nn.Module) -> dict[str, torch.Tensor]:
             [[101, 1037, 1012, 1038, 1039, 1012, 102], [101, 1040, 1012, 102, 0, 0, 0]]
         )
         batch['attention_mask'] = batch['input_ids'].ne(0).long()
+    if hasattr(model.config, 'task_seq_len'):
+        batch['task_inputs'] = torch.randint(50, (2, model.config.task_seq_len))
     return batch
 
 

@@ -19,6 +19,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from ... import ops
+from ...nn import LiteEncoder
 
 LevelSizes = Sequence[tuple[int, int]]
 
@@ -37,7 +38,7 @@ def fuse_attention(model: nn.Module) -> int:
         model (nn.Module): A model of transformers, or one that contains such a model.
 
     Returns:
-        int: The number of modules changed; 0 where all of them were changed before.
+        int: The number of modules changed; 0 where there is nothing left to change.
 
     Raises:
         ValueError: The model has no deformable attention, or one that reads the nearest pixel
@@ -47,7 +48,7 @@ def fuse_attention(model: nn.Module) -> int:
     check_version()
     modules = list(model.modules())
     stock = [module for module in modules if _fused_class(type(module))]
-    if not stock and not any(issubclass(type(module), _Fused) for module in modules):
+    if not stock and not any(isinstance(module, (_Fused, LiteEncoder)) for module in modules):
         raise ValueError(
             f'{type(model).__name__} has no deformable attention of transformers to run on '
             'mmlite.ops; models such as Deformable DETR, Grounding DINO, Mask2Former and RT-DETR do'

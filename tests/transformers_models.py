@@ -166,7 +166,7 @@ def inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     pixel_mask = torch.ones(2, 96, 128, dtype=torch.long)
     pixel_mask[1, 70:] = 0
     pixel_mask[1, :, 90:] = 0
-    pixel_values = torch.randn(2, 3, 96, 128) * pixel_mask[:, None]
+    pixel_values = (torch.randn(2, 3, 96, 128) * pixel_mask[:, None]).to(model.dtype)
     batch = dict(pixel_values=pixel_values, pixel_mask=pixel_mask)
     if hasattr(model.config, 'text_config'):
         # "[CLS] a . b b . [SEP]", the numbers of BERT's special tokens

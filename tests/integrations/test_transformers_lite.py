@@ -46,19 +46,19 @@ def test_every_level_in_every_layer_is_the_stock_model(family):
     stock = copy.deepcopy(model)
     schedule = f'{FAMILIES[family]}-(1+1)x4'
     assert to_lite(model, schedule, key_aware=False, small_ffn=False) is model
+    assert_same(models.outputs(model), models.outputs(stock))
     grads = []
-    for each in (model, stock):
-        predicted = models.outputs(each)
-        finite = [output[output.isfinite()] for output in predicted]
+    for each in (model.double(), stock.double()):
+        # Behind the padded text the logits are infinite.
+        finite = [output[output.isfinite()] for output in models.outputs(each)]
         sum(output.square().mean() for output in finite).backward()
-        outside = dict(each.named_parameters())
-        grads.append([predicted, {n: p.grad for n, p in outside.items() if 'encoder.' not in n}])
-    assert_same(grads[0][0], grads[1][0])
-    assert grads[0][1].keys() == grads[1][1].keys()
-    for name, grad in grads[1][1].items():
+        grads.append(
+            {name: p.grad for name, p in each.named_parameters() if 'encoder.' not in name}
+        )
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[1].items():
         if grad is not None:
-            tolerance = 1e-6 + 1e-3 * grad.abs().max().item()
-            torch.testing.assert_close(grads[0][1][name], grad, rtol=1e-3, atol=tolerance)
+            torch.testing.assert_close(grads[0][name], grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -24,17 +24,24 @@ from .encoder import to_lite
 TEXT_TOKENS = 195  # the 80 categories of COCO as one prompt
 
 
+def _backbone(kind: str, first_stage: int):
+    import transformers as hf
+
+    stages = [f'stage{stage}' for stage in range(first_stage, 5)]
+    return getattr(hf, f'{kind}Config')(out_features=stages)  # ResNet-50, Swin-T by default
+
+
 def _deformable_detr() -> nn.Module:
     import transformers as hf
 
-    backbone = hf.ResNetConfig(out_features=['stage2', 'stage3', 'stage4'])
+    backbone = _backbone('ResNet', 2)
     return hf.DeformableDetrForObjectDetection(hf.DeformableDetrConfig(backbone_config=backbone))
 
 
 def _grounding_dino() -> nn.Module:
     import transformers as hf
 
-    backbone = hf.SwinConfig(out_features=['stage2', 'stage3', 'stage4'], window_size=7)
+    backbone = _backbone('Swin', 2)
     config = hf.GroundingDinoConfig(backbone_config=backbone, text_config=hf.BertConfig())
     return hf.GroundingDinoForObjectDetection(config)
 
@@ -42,7 +49,7 @@ def _grounding_dino() -> nn.Module:
 def _mask2former() -> nn.Module:
     import transformers as hf
 
-    backbone = hf.ResNetConfig(out_features=['stage1', 'stage2', 'stage3', 'stage4'])
+    backbone = _backbone('ResNet', 1)
     return hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(backbone_config=backbone))
 
 
@@ -128,24 +135,21 @@ def _measure(
     variants = {'stock': stock, 'patched': patched, f'Lite {schedule}': lite}
     batch = _inputs(stock, size, device)
     clocks = {name: _Clock(model, encoder) for name, model in variants.items()}
-    results = {}
     with torch.inference_mode():
-        for turn in range(repeat + 1):
-            for name, clock in clocks.items():
-                result = clock(batch)
-                if turn == 0:
-                    results[name] = result
-                    clock.times.clear()
+        first = {name: clock.warm_up(batch) for name, clock in clocks.items()}
+        for _ in range(repeat):
+            for clock in clocks.values():
+                clock(batch)
     # Equal infinities, which Grounding DINO has behind the text, differ by nothing.
     difference = max(
         torch.where(ours == theirs, 0.0, ours - theirs).abs().max().item()
-        for ours, theirs in zip(results['patched'], results['stock'])
+        for ours, theirs in zip(first['patched'][0], first['stock'][0])
     )
     rows = []
     for name, clock in clocks.items():
         model_ms, encoder_ms = (1000 * min(column) for column in zip(*clock.times))
         row = dict(model=words, variant=name, model_ms=model_ms, encoder_ms=encoder_ms)
-        row['encoder_gmacs'] = clock.gmacs(batch)
+        row['encoder_gmacs'] = first[name][1]
         row['difference'] = difference if name == 'patched' else None
         rows.append(row)
     return rows
@@ -156,46 +160,45 @@ class _Clock:
 
     def __init__(self, model: nn.Module, encoder: str) -> None:
         self.model = model
-        self.encoder = model.get_submodule(encoder)
         self.times: list[tuple[float, float]] = []
-        self.encoder.register_forward_pre_hook(lambda *_: self._mark(), prepend=True)
-        self.encoder.register_forward_hook(lambda *_: self._mark())
-        self.marks: list[float] = []
+        self._marks: list[float] = []
+        self._counter: FlopCounterMode | None = None
+        part = model.get_submodule(encoder)
+        part.register_forward_pre_hook(self._before_encoder, prepend=True)
+        part.register_forward_hook(self._after_encoder)
 
-    def _mark(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.marks.append(time.perf_counter())
+    def warm_up(self, batch: dict[str, Tensor]) -> tuple[list[Tensor], float]:
+        """What the model predicts, and 10^9 multiply-adds of the encoder's matrix products."""
+        self._counter = counter = FlopCounterMode(display=False)
+        predicted = self(batch)
+        self._counter = None
+        self.times.clear()
+        return predicted, counter.get_total_flops() / 2e9
 
     def __call__(self, batch: dict[str, Tensor]) -> list[Tensor]:
-        self.marks = []
+        self._marks = []
         self._mark()
         result = self.model(**batch)
         self._mark()
-        start, encoder_start, encoder_stop, stop = self.marks
+        start, encoder_start, encoder_stop, stop = self._marks
         self.times.append((stop - start, encoder_stop - encoder_start))
         names = ('logits', 'pred_boxes', 'class_queries_logits', 'masks_queries_logits')
         return [result[name] for name in names if name in result]
 
-    @torch.inference_mode()
-    def gmacs(self, batch: dict[str, Tensor]) -> float:
-        """10^9 multiply-adds of the encoder's matrix products."""
-        caught = {}
+    def _before_encoder(self, *_) -> None:
+        self._mark()
+        if self._counter is not None:
+            self._counter.__enter__()
 
-        def catch(module, args, kwargs):
-            caught.update(kwargs)
-            raise StopIteration
+    def _after_encoder(self, *_) -> None:
+        if self._counter is not None:
+            self._counter.__exit__(None, None, None)
+        self._mark()
 
-        handle = self.encoder.register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            self.model(**batch)
-        except StopIteration:
-            pass
-        finally:
-            handle.remove()
-        with FlopCounterMode(display=False) as counter:
-            self.encoder(**caught)
-        return counter.get_total_flops() / 2e9
+    def _mark(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._marks.append(time.perf_counter())
 
 
 def _inputs(model: nn.Module, size: tuple[int, int], device: str) -> dict[str, Tensor]:

@@ -199,7 +199,7 @@ class DeformableDetrLiteEncoder(_Encoder):
         super().__init__(stock, *args, **kwargs)
         self.dropout = nn.Dropout(stock.dropout)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
@@ -228,7 +228,7 @@ class PixelDecoderLiteEncoder(_Encoder):
 
     smallest_first = True
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
@@ -268,7 +268,7 @@ class GroundingDinoLiteEncoder(_Encoder):
         self.d_model = self.embed_dims
         self.text_positions = type(stock.layers[0]).get_text_position_embeddings
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         vision_features: Tensor,
         vision_attention_mask: Tensor | None = None,

@@ -34,7 +34,7 @@ _TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Closeness:
+class Agreement:
     """How close a Lite detector is to its stock detector on some images.
 
     Attributes:
@@ -57,15 +57,15 @@ class WarmStart:
         copied (list[str]): Entries that are the stock detector's.
         fitted (list[str]): Entries that were fitted to it.
         unused (list[str]): Entries of the stock detector that the Lite one has no place for.
-        copied_only (Closeness): With the fitted entries still at their usual random start.
-        result (Closeness): In the end.
+        copied_only (Agreement): With the fitted entries still at their usual random start.
+        result (Agreement): In the end.
     """
 
     copied: list[str]
     fitted: list[str]
     unused: list[str]
-    copied_only: Closeness
-    result: Closeness
+    copied_only: Agreement
+    result: Agreement
 
     def __str__(self) -> str:
         before, after = self.copied_only, self.result
@@ -139,10 +139,10 @@ def warm_start(
     copied, new = _copy(model, stock)
     with _evaluating(model), _evaluating(stock):
         expected = _outputs(stock, data)
-        before = _closeness(expected, _outputs(model, data))
+        before = _agreement(expected, _outputs(model, data))
         _fit_encoder(model, stock, data)
         _fit_decoder(model, stock, data)
-        after = _closeness(expected, _outputs(model, data))
+        after = _agreement(expected, _outputs(model, data))
     return WarmStart(copied, new, unused, before, after)
 
 
@@ -430,7 +430,7 @@ def _outputs(model: nn.Module, data: dict) -> tuple[Tensor, list]:
     return memories[0], [result.pred_instances for result in results]
 
 
-def _closeness(expected: tuple, actual: tuple) -> Closeness:
+def _agreement(expected: tuple, actual: tuple) -> Agreement:
     memory = (actual[0] - expected[0]).norm() / expected[0].norm()
     found, score, wanted = 0, 0.0, 0
     for stock, lite in zip(expected[1], actual[1]):
@@ -444,4 +444,4 @@ def _closeness(expected: tuple, actual: tuple) -> Closeness:
         found += int(hit.sum())
         wanted += len(hit)
         score += float(differences.gather(1, best)[hit].sum())
-    return Closeness(float(memory), found / max(wanted, 1), score / max(found, 1))
+    return Agreement(float(memory), found / max(wanted, 1), score / max(found, 1))

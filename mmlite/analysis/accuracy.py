@@ -10,7 +10,15 @@ from pathlib import Path
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-METRICS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+# COCO's name -> MMDetection's.
+METRICS = {
+    'AP': 'mAP',
+    'AP50': 'mAP_50',
+    'AP75': 'mAP_75',
+    'APs': 'mAP_s',
+    'APm': 'mAP_m',
+    'APl': 'mAP_l',
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,8 @@ def evaluate(
         device (str): ``cpu`` or a CUDA device.
 
     Returns:
-        dict[str, float]: Each of :data:`METRICS`, in percent; -100 where there are no such
-        objects.
+        dict[str, float]: MMDetection's names of :data:`METRICS`, in percent; -100 where there are
+        no such objects.
 
     Raises:
         ValueError: The categories of the data set are not the classes of the config.
@@ -83,4 +91,4 @@ def evaluate(
     with tempfile.TemporaryDirectory() as work_dir:
         config.work_dir = work_dir
         metrics = Runner.from_cfg(config).test()
-    return {name: 100 * metrics[f'coco/bbox_{name}'] for name in METRICS}
+    return {name: 100 * metrics[f'coco/bbox_{name}'] for name in METRICS.values()}

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from ..layers import level_sizes
 from ..nn.attention import DeformableAttention, SamplingAttention
+from .complexity import called_with
 
 # Positional parameters of mmcv's forward, in order.
 _PARAMETERS = (
@@ -124,12 +126,13 @@ def record_attention(
 
         return hook
 
-    hooks = []
+    for name in choices:
+        if name not in known:
+            raise ValueError(f'{name} is no deformable attention; there are {", ".join(known)}')
+    hooks = [
+        modules[name].register_forward_pre_hook(catch(name), with_kwargs=True) for name in choices
+    ]
     try:
-        for name in choices:
-            if name not in known:
-                raise ValueError(f'{name} is no deformable attention; there are {", ".join(known)}')
-            hooks.append(modules[name].register_forward_pre_hook(catch(name), with_kwargs=True))
         yield maps
     finally:
         for hook in hooks:
@@ -180,39 +183,183 @@ def level_masses(
         of that level.
     """
     layers = [f'encoder.layers.{i}.self_attn' for i in range(len(model.encoder.layers))]
-    counts: list[int] = []
+
+    def counts() -> list[int]:
+        return encoder['spatial_shapes'].prod(-1).tolist()
 
     def choose(layer: int) -> Choose:
         def chosen(num_queries: int) -> Tensor:
-            offset = first_token(model, layer, num_queries, sum(counts))
-            picks = []
-            start = 0
-            for count in counts:
+            picks, start = [], -first_token(model, layer, num_queries, sum(counts()))
+            for count in counts():
                 index = torch.linspace(0, count - 1, min(count, tokens_per_level)).long()
-                picks.append(index + start - offset)
+                picks.append(index + start)
                 start += count
             picks = torch.cat(picks)
             return picks[(picks >= 0) & (picks < num_queries)]
 
         return chosen
 
-    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        counts[:] = kwargs['spatial_shapes'].prod(-1).tolist()
-
-    hook = model.encoder.register_forward_pre_hook(remember, with_kwargs=True)
-    try:
-        choices = {name: choose(index) for index, name in enumerate(layers)}
-        with record_attention(model, choices) as maps:
-            run()
-    finally:
-        hook.remove()
-    level_of = torch.repeat_interleave(torch.tensor(counts))
-    masses = torch.full((len(layers), len(counts), len(counts)), float('nan'))
+    choices = {name: choose(index) for index, name in enumerate(layers)}
+    with called_with(model.encoder) as encoder, record_attention(model, choices) as maps:
+        run()
+    level_of = torch.repeat_interleave(torch.tensor(counts()))
+    levels = len(counts())
+    masses = torch.full((len(layers), levels, levels), float('nan'))
     for index, name in enumerate(layers):
         seen = maps[name]
-        tokens = seen.queries + first_token(model, index, seen.num_queries, sum(counts))
-        for level in range(len(counts)):
+        tokens = seen.queries + first_token(model, index, seen.num_queries, len(level_of))
+        for level in range(levels):
             own = level_of[tokens] == level
             if own.any():
                 masses[index, level] = seen.level_mass()[own].mean(0)
     return masses
+
+
+@dataclass(frozen=True)
+class QueryAttention:
+    """What one query of a detector attends to, and where it is in the image.
+
+    Attributes:
+        name (str): The detector.
+        where (str): Which attention, in words.
+        attention (AttentionMap): Of the query.
+        scale (tuple[float, float]): Pixels of the image for a normalised location of 1, (x, y).
+        point (tuple[float, float] | None): The query's place in the image.
+        box (tuple[float, float, float, float] | None): The detected object, (x1, y1, x2, y2).
+    """
+
+    name: str
+    where: str
+    attention: AttentionMap
+    scale: tuple[float, float]
+    point: tuple[float, float] | None = None
+    box: tuple[float, float, float, float] | None = None
+
+
+def attention_at_point(
+    model: nn.Module,
+    run: Callable[[], object],
+    point: tuple[float, float],
+    *,
+    name: str = '',
+    layer: int = -1,
+    level: int | None = None,
+) -> QueryAttention:
+    """What the encoder's token at a point attends to.
+
+    Args:
+        model (nn.Module): A detector with a deformable encoder.
+        run (Callable[[], object]): Runs it on the image.
+        point (tuple[float, float]): (x, y) in pixels of the image.
+        name (str): What to call the detector.
+        layer (int): Encoder layer, negative from the last.
+        level (int, optional): Level of the token, 0 the largest map; by default the largest that
+            the layer updates.
+
+    Returns:
+        QueryAttention: Of that token.
+
+    Raises:
+        ValueError: The point is outside the image, there is no such layer or level, or the layer
+            does not update that level.
+    """
+    layer = _layer(model.encoder, layer)
+    chosen_level = level
+
+    def choose(num_queries: int) -> Tensor:
+        nonlocal chosen_level
+        shapes = encoder['spatial_shapes'].tolist()
+        sizes = [h * w for h, w in shapes]
+        first = first_token(model, layer, num_queries, sum(sizes))
+        if level is None:
+            chosen_level = next(i for i in range(len(sizes)) if sum(sizes[:i]) >= first)
+        if not 0 <= chosen_level < len(shapes):
+            raise ValueError(f'level must be between 0 and {len(shapes) - 1}; got {level}')
+        image_height, image_width = call['data_samples'][0].ori_shape[:2]
+        if not (0 <= point[0] < image_width and 0 <= point[1] < image_height):
+            raise ValueError(
+                f'point {point} is outside the image of {image_width}x{image_height} pixels '
+                '(width x height)'
+            )
+        height, width = shapes[chosen_level]
+        x, y = (p / s for p, s in zip(point, _scale(call)))
+        token = sum(sizes[:chosen_level]) + int(y * height) * width + int(x * width)
+        if not first <= token < first + num_queries:
+            raise ValueError(
+                f'encoder layer {layer} does not update level {level}; choose another layer or '
+                'level'
+            )
+        return torch.tensor([token - first])
+
+    attention = f'encoder.layers.{layer}.self_attn'
+    recording = record_attention(model, {attention: choose})
+    with called_with(model) as call, called_with(model.encoder) as encoder, recording as maps:
+        run()
+    where = f'encoder layer {layer + 1}, token of level {chosen_level + 1}'
+    return QueryAttention(name, where, maps[attention], _scale(call), point=point)
+
+
+def attention_of_object(
+    model: nn.Module,
+    run: Callable[[], DetDataSample],
+    rank: int = 0,
+    *,
+    name: str = '',
+    layer: int = -1,
+) -> QueryAttention:
+    """What the decoder's query of a detected object attends to.
+
+    Args:
+        model (nn.Module): A detector, as ``build_detector`` makes it.
+        run (Callable[[], DetDataSample]): Runs it on the image.
+        rank (int): 0 for the object with the highest score.
+        name (str): What to call the detector.
+        layer (int): Decoder layer, negative from the last.
+
+    Returns:
+        QueryAttention: Of that query.
+
+    Raises:
+        ValueError: There is no such layer or object.
+    """
+    layer = _layer(model.decoder, layer)
+    attention = f'decoder.layers.{layer}.cross_attn'
+    logits: list[Tensor] = []
+    hook = model.bbox_head.register_forward_hook(
+        lambda module, args, output: logits.append(output[0][-1][0])  # last layer, first image
+    )
+    try:
+        with called_with(model) as call, record_attention(model, {attention: torch.arange}) as maps:
+            found = run().pred_instances
+    finally:
+        hook.remove()
+    if not 0 <= rank < len(found):
+        raise ValueError(f'object must be between 0 and {len(found) - 1}; got {rank}')
+    # The head ranks (query, class) pairs by score, so the rank leads back to the query.
+    query = int(logits[0].flatten().topk(rank + 1).indices[rank] // logits[0].shape[1])
+    seen = maps[attention]
+    one = replace(
+        seen,
+        queries=seen.queries[query : query + 1],
+        locations=seen.locations[query : query + 1],
+        weights=seen.weights[query : query + 1],
+    )
+    label, classes = int(found.labels[rank]), model.dataset_meta['classes']
+    label = classes[label] if label < len(classes) else f'class {label}'
+    where = f'decoder layer {layer + 1}, {label} {found.scores[rank]:.2f}'
+    return QueryAttention(name, where, one, _scale(call), box=tuple(found.bboxes[rank].tolist()))
+
+
+def _layer(part: nn.Module, layer: int) -> int:
+    layers = len(part.layers)
+    if not -layers <= layer < layers:
+        raise ValueError(f'layer must be between 0 and {layers - 1}; got {layer}')
+    return layer % layers
+
+
+def _scale(call: dict) -> tuple[float, float]:
+    """Pixels of the image for a normalised location of 1, (x, y)."""
+    meta = call['data_samples'][0].metainfo
+    height, width = meta['batch_input_shape']
+    factor = meta.get('scale_factor', (1.0, 1.0))
+    return width / factor[0], height / factor[1]

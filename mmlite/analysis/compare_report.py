@@ -1,19 +1,20 @@
-"""The comparison of detectors as tables, plots and a page."""
+"""The comparison of detectors as tables, plots and the head of a page."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
-import jinja2
 import matplotlib
+from matplotlib.axes import Axes
 
 from .accuracy import METRICS
-from .compare import Result, Setting
+from .compare import Result
 from .complexity import STAGES
-from .published import PEERS
-from .report import Table, giga, mebibytes, milliseconds, timing_cells
+from .published import OTHER_WORK
+from .report import Report, Table, giga, mebibytes, milliseconds, size, timing_columns
+from .setting import Setting
 
 Groups = Sequence[Sequence[Result]]
 
@@ -22,273 +23,203 @@ _COLORS = ('#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#009e73', '#999999')
 _BASELINE, _VARIANT, _PUBLISHED = '#444444', '#d55e00', '#0072b2'
 
 
-def tables(groups: Groups, setting: Setting) -> list[Table]:
-    """All that was measured, for people.
+def report(groups: Groups, setting: Setting, with_page: bool) -> Report:
+    """All that was measured.
 
     Args:
         groups (Sequence[Sequence[Result]]): Results of one ``compare`` each; the first of a
             group is the baseline of the others.
         setting (Setting): What they were measured with.
-
-    Returns:
-        list[Table]: Cost first, then time, memory, stages, accuracy and the published figures,
-        as far as they are there.
+        with_page (bool): Whether to draw what the page shows.
     """
     results = [result for group in groups for result in group]
-    shown = [_cost(groups, setting)]
-    if any(result.latency for result in results):
-        shown += [_latency(results, setting, batch) for batch in setting.batch_sizes]
-        shown.append(_stages(results, setting))
-        shown.append(_layers(results, 'ms', lambda r, i: milliseconds(_layer_seconds(r, i))))
-    if any(result.training for result in results):
-        shown.append(_training(results, setting))
-    shown.append(_layers(results, 'GFLOPs', lambda r, i: giga(r.complexity.encoder_layer_flops[i])))
-    shown.append(_tokens(results))
-    if any(result.accuracy for result in results):
-        shown.append(_accuracy(results))
-    if any(result.subject.published for result in results):
-        shown.append(_published(groups))
+    notes = []
+    if any(result.detector.published for result in results):
+        notes.append(
+            "Published figures are the paper's: another image size and counting rule, and none of "
+            'them measured here.'
+        )
+    page = None
+    if with_page:
+        page = {
+            'headline': _headline(groups, setting),
+            'figures': _figures(groups, setting),
+            'size': size(setting.image_size),
+        }
+    return Report(
+        settings=asdict(setting),
+        results=[result.as_json() for result in results],
+        tables=_tables(groups, setting),
+        notes=notes,
+        page=page,
+    )
+
+
+def _tables(groups: Groups, setting: Setting) -> list[Table]:
+    """Cost first, then time, memory, stages, accuracy and the published figures."""
+    results = [result for group in groups for result in group]
+    baselines = {id(result): group[0] for group in groups for result in group}
+    name = {'detector': lambda r: r.name}
+    where = f'{size(setting.image_size)}, {setting.dtype}'
+    layers = max(len(r.complexity.encoder_layer_flops) for r in results)
+    levels = max(len(r.complexity.level_tokens) for r in results)
+    shown = []
+
+    def add(title: str, columns: dict[str, Callable], wanted: Sequence[Result] = results) -> None:
+        if wanted:
+            shown.append(Table.of(title, wanted, {**name, **columns}))
+
+    def of_layers(cell: Callable[[Result, int], str]) -> dict[str, Callable]:
+        """A column a layer; a dash where a detector has fewer."""
+        return {
+            f'layer {i + 1}': lambda r, i=i: (
+                cell(r, i) if i < len(r.complexity.encoder_layer_flops) else '-'
+            )
+            for i in range(layers)
+        }
+
+    def share(part: float, whole: float) -> str:
+        return f'{part / whole:.0%}'
+
+    def tokens(level: int) -> Callable[[Result], str]:
+        def cell(r: Result) -> str:
+            own = r.complexity.level_tokens
+            return f'{own[level]} ({share(own[level], sum(own))})' if level < len(own) else '-'
+
+        return cell
+
+    add(
+        f'GFLOPs, whole and by stage, one image of {size(setting.image_size)}',
+        {
+            'params M': lambda r: f'{r.complexity.params / 1e6:.2f}',
+            'all': lambda r: giga(r.complexity.flops),
+            'of baseline': lambda r: share(r.complexity.flops, baselines[id(r)].complexity.flops),
+            **{s: lambda r, s=s: giga(r.complexity.stage_flops[s]) for s in STAGES},
+        },
+    )
+    timed = [r for r in results if r.latency]
+    for b in setting.batch_sizes:
+        add(
+            f'Inference, batch {b}, {where}, {setting.device}: images to boxes',
+            {
+                **timing_columns(lambda r, b=b: r.latency[b]),
+                'images/s': lambda r, b=b: f'{b / r.latency[b].median:.2f}',
+                'faster': lambda r, b=b: r.faster[b],
+                'peak MiB': lambda r, b=b: mebibytes(r.memory[b]),
+            },
+            timed,
+        )
+    add(
+        f'Inference by stage, ms, batch {setting.batch_size}',
+        {
+            s: lambda r, s=s: f'{milliseconds(r.stages.get(s, 0.0))} ({_stage_shares(r)[s]:.0%})'
+            for s in STAGES
+        },
+        timed,
+    )
+    add(
+        'Encoder by layer, ms',
+        of_layers(lambda r, i: milliseconds(r.stages[f'encoder.layers.{i}'])),
+        timed,
+    )
+    add(
+        f'Training step, batch {setting.batch_size}, {where}: forward, losses, backward',
+        {
+            **timing_columns(lambda r: r.training),
+            'faster': lambda r: r.training_faster,
+            'peak MiB': lambda r: mebibytes(r.training_memory),
+        },
+        [r for r in results if r.training],
+    )
+    add(
+        'Encoder by layer, GFLOPs',
+        of_layers(lambda r, i: giga(r.complexity.encoder_layer_flops[i])),
+    )
+    add(
+        'Tokens of each level (share), largest map first',
+        {
+            **{f'level {i + 1}': tokens(i) for i in range(levels)},
+            'all': lambda r: sum(r.complexity.level_tokens),
+        },
+    )
+    add(
+        'Accuracy, measured',
+        {m: lambda r, m=m: f'{r.accuracy[m]:.1f}' for m in METRICS.values()},
+        [r for r in results if r.accuracy],
+    )
+
+    def encoder(r: Result) -> int:
+        return r.complexity.stage_flops['encoder']
+
+    def published_saving(r: Result) -> float:
+        stock = baselines[id(r)].detector.published
+        return 1 - r.detector.published.encoder_gflops / stock.encoder_gflops
+
+    add(
+        'Published (COCO val2017, the paper) beside measured (here; another image size and rule)',
+        {
+            'published AP': lambda r: f'{r.detector.published.ap:.1f}',
+            'published GFLOPs': lambda r: f'{r.detector.published.gflops:g}',
+            'measured GFLOPs': lambda r: giga(r.complexity.flops),
+            'published encoder': lambda r: f'{r.detector.published.encoder_gflops:g}',
+            'measured encoder': lambda r: giga(encoder(r)),
+            'published encoder saving': lambda r: f'{published_saving(r):.0%}',
+            'measured encoder saving': lambda r: (
+                f'{1 - encoder(r) / encoder(baselines[id(r)]):.0%}'
+            ),
+            'published params M': lambda r: f'{r.detector.published.params:g}',
+            'measured params M': lambda r: f'{r.complexity.params / 1e6:.1f}',
+        },
+        [r for r in results if r.detector.published],
+    )
     return shown
 
 
-def _cost(groups: Groups, setting: Setting) -> Table:
-    table = Table(
-        f'GFLOPs, whole and by stage, one image of {_size(setting.image_size)}',
-        ('detector', 'params M', 'all', 'of baseline', *STAGES),
-    )
-    for group in groups:
-        baseline = group[0].complexity
-        for result in group:
-            cost = result.complexity
-            table.rows.append(
-                (
-                    result.name,
-                    f'{cost.params / 1e6:.2f}',
-                    giga(cost.flops),
-                    f'{cost.flops / baseline.flops:.0%}',
-                    *(giga(cost.stage_flops[stage]) for stage in STAGES),
-                )
-            )
-    return table
-
-
-def _latency(results: Sequence[Result], setting: Setting, batch: int) -> Table:
-    table = Table(
-        f'Inference, batch {batch}, {_size(setting.image_size)}, {setting.dtype}, '
-        f'{setting.device}: images to boxes',
-        ('detector', 'median ms', 'mean ms', 'p95 ms', 'images/s', 'faster', 'peak MiB'),
-    )
-    for result in results:
-        timing = result.latency[batch]
-        table.rows.append(
-            (
-                result.name,
-                *timing_cells(timing),
-                f'{batch / timing.median:.2f}',
-                str(result.faster[batch]),
-                mebibytes(result.memory[batch]),
-            )
-        )
-    return table
-
-
-def _training(results: Sequence[Result], setting: Setting) -> Table:
-    table = Table(
-        f'Training step, batch {setting.batch_sizes[0]}, {_size(setting.image_size)}, '
-        f'{setting.dtype}: forward, losses, backward',
-        ('detector', 'median ms', 'mean ms', 'p95 ms', 'faster', 'peak MiB'),
-    )
-    for result in results:
-        table.rows.append(
-            (
-                result.name,
-                *timing_cells(result.training),
-                str(result.training_faster),
-                mebibytes(result.training_memory),
-            )
-        )
-    return table
-
-
-def _stages(results: Sequence[Result], setting: Setting) -> Table:
-    table = Table(f'Inference by stage, ms, batch {setting.batch_sizes[0]}', ('detector', *STAGES))
-    for result in results:
-        shares = _stage_shares(result)
-        table.rows.append(
-            (
-                result.name,
-                *(
-                    f'{milliseconds(result.stages.get(stage, 0.0))} ({share:.0%})'
-                    for stage, share in zip(STAGES, shares)
-                ),
-            )
-        )
-    return table
-
-
-def _stage_shares(result: Result) -> list[float]:
-    seconds = [result.stages.get(stage, 0.0) for stage in STAGES]
-    return [part / sum(seconds) for part in seconds]
-
-
-def _layer_seconds(result: Result, index: int) -> float:
-    return result.stages[f'encoder.layers.{index}']
-
-
-def _layers(results: Sequence[Result], unit: str, cell) -> Table:
-    count = max(len(result.complexity.encoder_layer_flops) for result in results)
-    table = Table(
-        f'Encoder by layer, {unit}', ('detector', *(f'layer {i + 1}' for i in range(count)))
-    )
-    for result in results:
-        own = len(result.complexity.encoder_layer_flops)
-        table.rows.append(
-            (result.name, *(cell(result, i) if i < own else '-' for i in range(count)))
-        )
-    return table
-
-
-def _tokens(results: Sequence[Result]) -> Table:
-    levels = max(len(result.complexity.level_tokens) for result in results)
-    table = Table(
-        'Tokens of each level (share), largest map first',
-        ('detector', *(f'level {i + 1}' for i in range(levels)), 'all'),
-    )
-    for result in results:
-        tokens = result.complexity.level_tokens
-        cells = [f'{count} ({count / sum(tokens):.0%})' for count in tokens]
-        table.rows.append((result.name, *cells, *['-'] * (levels - len(tokens)), str(sum(tokens))))
-    return table
-
-
-def _accuracy(results: Sequence[Result]) -> Table:
-    table = Table('Accuracy, measured', ('detector', *METRICS))
-    for result in results:
-        if result.accuracy:
-            table.rows.append((result.name, *(f'{result.accuracy[m]:.1f}' for m in METRICS)))
-    return table
-
-
-def _published(groups: Groups) -> Table:
-    table = Table(
-        'Published (COCO val2017, the paper) beside measured (here; another image size and rule)',
-        (
-            *('detector', 'published AP', 'published GFLOPs', 'measured GFLOPs'),
-            *('published encoder', 'measured encoder'),
-            *('published encoder saving', 'measured encoder saving'),
-            *('published params M', 'measured params M'),
-        ),
-    )
-    for group in groups:
-        baseline = group[0]
-        for result in group:
-            published, cost = result.subject.published, result.complexity
-            if published is None:
-                continue
-            encoder, stock = cost.stage_flops['encoder'], baseline.complexity.stage_flops['encoder']
-            paper = published.encoder_gflops / baseline.subject.published.encoder_gflops
-            table.rows.append(
-                (
-                    result.name,
-                    f'{published.ap:.1f}',
-                    f'{published.gflops:g}',
-                    giga(cost.flops),
-                    f'{published.encoder_gflops:g}',
-                    giga(encoder),
-                    f'{1 - paper:.0%}',
-                    f'{1 - encoder / stock:.0%}',
-                    f'{published.params:g}',
-                    f'{cost.params / 1e6:.1f}',
-                )
-            )
-    return table
-
-
-def page(
-    groups: Groups,
-    setting: Setting,
-    shown: Sequence[Table],
-    machine: dict[str, str],
-    command: str,
-    notes: Sequence[str] = (),
-) -> str:
-    """A page that stands alone: no network, no scripts, readable on a phone.
-
-    Args:
-        groups (Sequence[Sequence[Result]]): As for :func:`tables`.
-        setting (Setting): What they were measured with.
-        shown (Sequence[Table]): The tables.
-        machine (dict[str, str]): What it ran on.
-        command (str): What repeats it.
-        notes (Sequence[str]): Sentences for the foot of the page.
-
-    Returns:
-        str: HTML.
-    """
-    return _template().render(
-        headline=_headline(groups, setting),
-        figures=plots(groups, setting),
-        tables=shown,
-        machine=machine,
-        command=command,
-        notes=notes,
-        size=_size(setting.image_size),
-    )
-
-
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader('mmlite.analysis', 'templates'),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template('compare.html')
+def _stage_shares(result: Result) -> dict[str, float]:
+    seconds = {stage: result.stages.get(stage, 0.0) for stage in STAGES}
+    return {stage: part / sum(seconds.values()) for stage, part in seconds.items()}
 
 
 def _headline(groups: Groups, setting: Setting) -> list[dict]:
     """For each variant what it saves, for the top of the page."""
     cards = []
-    for group in groups:
-        baseline = group[0]
-        for result in group[1:]:
-            facts = []
-            batch = setting.batch_sizes[0]
-            if result.latency:
-                facts.append((f'{result.faster[batch].median:.2f}x', 'faster inference'))
-            if result.training:
-                facts.append((f'{result.training_faster.median:.2f}x', 'faster training'))
-            saved = 1 - result.complexity.flops / baseline.complexity.flops
-            facts.append((f'{saved:.0%}', 'fewer FLOPs'))
-            encoder = baseline.complexity.stage_flops['encoder']
-            if encoder:
-                share = 1 - result.complexity.stage_flops['encoder'] / encoder
-                facts.append((f'{share:.0%}', 'fewer in the encoder'))
-            cards.append({'name': result.name, 'baseline': baseline.name, 'facts': facts})
+    for baseline, result in ((group[0], result) for group in groups for result in group[1:]):
+        facts = []
+        if result.latency:
+            facts.append((f'{result.faster[setting.batch_size].median:.2f}x', 'faster inference'))
+        if result.training:
+            facts.append((f'{result.training_faster.median:.2f}x', 'faster training'))
+        own, stock = result.complexity, baseline.complexity
+        facts.append((f'{1 - own.flops / stock.flops:.0%}', 'fewer FLOPs'))
+        if stock.stage_flops['encoder']:
+            saved = 1 - own.stage_flops['encoder'] / stock.stage_flops['encoder']
+            facts.append((f'{saved:.0%}', 'fewer in the encoder'))
+        cards.append({'name': result.name, 'baseline': baseline.name, 'facts': facts})
     return cards
 
 
-def plots(groups: Groups, setting: Setting) -> list[tuple[str, str]]:
+def _figures(groups: Groups, setting: Setting) -> list[tuple[str, str]]:
     """(caption, SVG) of every plot that the results allow."""
     results = [result for group in groups for result in group]
     shown = []
-    if any(result.subject.published or result.accuracy for result in results):
+    if any(result.detector.published or result.accuracy for result in results):
         shown.append(('AP against GFLOPs of the encoder', _plot(_accuracy_against_cost, groups)))
     if any(result.latency for result in results):
-        shown.append(('Share of the time by stage', _plot(_stage_bars, results)))
-    shown.append(('GFLOPs by stage', _plot(_cost_bars, results)))
+        shares = [[100 * share for share in _stage_shares(r).values()] for r in results]
+        shown.append(('Share of the time by stage', _plot(_bars, results, shares, '% of the time')))
+    costs = [[r.complexity.stage_flops[stage] / 1e9 for stage in STAGES] for r in results]
+    shown.append(('GFLOPs by stage', _plot(_bars, results, costs, 'GFLOPs')))
     for group in groups:
         family = f': {group[0].name}' if len(groups) > 1 else ''
         if group[0].latency:
-            plot = _plot(_latency_against_cost, group, setting)
+            plot = _plot(_latency_against_cost, group, setting.batch_size)
             shown.append((f'Time against GFLOPs{family}', plot))
         if len(group[0].flops_by_size) > 1:
             shown.append((f'GFLOPs against image size{family}', _plot(_cost_against_size, group)))
     return shown
 
 
-def _plot(draw, *arguments) -> str:
+def _plot(draw: Callable[..., None], *arguments) -> str:
     from matplotlib.figure import Figure
 
     # Drawn at the width of a phone, so that the text keeps its size there.
@@ -305,29 +236,24 @@ def _plot(draw, *arguments) -> str:
     return svg[svg.index('<svg') :]
 
 
-def _accuracy_against_cost(axes, groups: Groups) -> None:
-    labels = []
-    for group in groups:
-        for result in group:
-            published = result.subject.published
-            if published:
-                is_baseline = result is group[0]
-                x, y = published.encoder_gflops, published.ap
-                axes.plot(x, y, 's' if is_baseline else 'o', color=_PUBLISHED)
-                labels.append((published.model.removeprefix('Lite '), x, y))
-            if result.accuracy:
-                x, y = result.complexity.stage_flops['encoder'] / 1e9, result.accuracy['mAP']
-                axes.plot(x, y, '*', color=_VARIANT, markersize=10)
-                labels.append((_short(result), x, y))
+def _accuracy_against_cost(axes: Axes, groups: Groups) -> None:
+    labels, legend = [], {}
+    for result, is_baseline in ((r, r is group[0]) for group in groups for r in group):
+        published = result.detector.published
+        if published:
+            x, y = published.encoder_gflops, published.ap
+            axes.plot(x, y, 's' if is_baseline else 'o', color=_PUBLISHED)
+            labels.append((published.model.removeprefix('Lite '), x, y))
+            legend['published (blue: squares baselines, dots Lite)'] = True
+        if result.accuracy:
+            x, y = result.complexity.stage_flops['encoder'] / 1e9, result.accuracy['mAP']
+            axes.plot(x, y, '*', color=_VARIANT, markersize=10)
+            labels.append((_short(result), x, y))
+            legend['stars measured here'] = True
     if any(text == 'Deformable DETR' for text, _, _ in labels):
-        axes.plot([p.encoder_gflops for p in PEERS], [p.ap for p in PEERS], 'x', color='#999999')
-        labels.append(('Sparse DETR', PEERS[0].encoder_gflops, PEERS[0].ap))
-        labels.append((PEERS[-1].model, PEERS[-1].encoder_gflops, PEERS[-1].ap))
-    legend = []
-    if any(result.subject.published for group in groups for result in group):
-        legend.append('published (blue: squares baselines, dots Lite)')
-    if any(result.accuracy for group in groups for result in group):
-        legend.append('stars measured here')
+        axes.plot(*zip(*OTHER_WORK.values()), 'x', color='#999999')
+        for name in ('Sparse DETR, rho 0.1', 'Efficient DETR'):
+            labels.append((name.partition(',')[0], *OTHER_WORK[name]))
     axes.set_title('; '.join(legend), fontsize=8, color='#555555')
     axes.set_xlabel('encoder GFLOPs')
     axes.set_ylabel('AP')
@@ -336,22 +262,21 @@ def _accuracy_against_cost(axes, groups: Groups) -> None:
     _label(axes, labels)
 
 
-def _latency_against_cost(axes, group: Sequence[Result], setting: Setting) -> None:
-    batch = setting.batch_sizes[0]
+def _latency_against_cost(axes: Axes, group: Sequence[Result], batch_size: int) -> None:
     labels = []
     for result in group:
-        x, y = result.complexity.flops / 1e9, 1000 * result.latency[batch].median
+        x, y = result.complexity.flops / 1e9, 1000 * result.latency[batch_size].median
         mark, color = ('s', _BASELINE) if result is group[0] else ('o', _VARIANT)
         axes.plot(x, y, mark, color=color)
         labels.append((_short(result), x, y))
     axes.set_xlabel('GFLOPs')
-    axes.set_ylabel(f'median ms, batch {batch}')
+    axes.set_ylabel(f'median ms, batch {batch_size}')
     axes.set_xlim(0, 1.5 * axes.get_xlim()[1])
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     _label(axes, labels)
 
 
-def _label(axes, labels: list[tuple[str, float, float]]) -> None:
+def _label(axes: Axes, labels: list[tuple[str, float, float]]) -> None:
     """Name points, from the lowest up, each name high enough to clear the one below it."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.set_autoscale_on(False)
@@ -369,16 +294,7 @@ def _label(axes, labels: list[tuple[str, float, float]]) -> None:
         )
 
 
-def _stage_bars(axes, results: Sequence[Result]) -> None:
-    _bars(axes, results, [[100 * s for s in _stage_shares(r)] for r in results], '% of the time')
-
-
-def _cost_bars(axes, results: Sequence[Result]) -> None:
-    costs = [[r.complexity.stage_flops[stage] / 1e9 for stage in STAGES] for r in results]
-    _bars(axes, results, costs, 'GFLOPs')
-
-
-def _bars(axes, results: Sequence[Result], values: list[list[float]], label: str) -> None:
+def _bars(axes: Axes, results: Sequence[Result], values: list[list[float]], label: str) -> None:
     rows = range(len(results))
     left = [0.0] * len(results)
     for index, stage in enumerate(STAGES):
@@ -391,9 +307,10 @@ def _bars(axes, results: Sequence[Result], values: list[list[float]], label: str
     axes.legend(ncols=3, fontsize=8, frameon=False, loc='lower center', bbox_to_anchor=(0.4, 1.0))
 
 
-def _cost_against_size(axes, group: Sequence[Result]) -> None:
+def _cost_against_size(axes: Axes, group: Sequence[Result]) -> None:
     for index, result in enumerate(group):
-        pixels = [height * width / 1e6 for height, width in result.flops_by_size]
+        sizes = [map(int, text.split('x')) for text in result.flops_by_size]
+        pixels = [height * width / 1e6 for height, width in sizes]
         flops = [count / 1e9 for count in result.flops_by_size.values()]
         color = _BASELINE if index == 0 else _COLORS[(index - 1) % len(_COLORS)]
         axes.plot(pixels, flops, 'o-', color=color, label=_short(result), markersize=3)
@@ -406,7 +323,3 @@ def _cost_against_size(axes, group: Sequence[Result]) -> None:
 
 def _short(result: Result, most: int = 32) -> str:
     return result.name if len(result.name) <= most else f'{result.name[: most - 1]}…'
-
-
-def _size(size: tuple[int, int]) -> str:
-    return 'x'.join(map(str, size))

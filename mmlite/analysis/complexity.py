@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
@@ -131,37 +132,28 @@ def count_detector(model: nn.Module, image_size: tuple[int, int]) -> Complexity:
     from .inputs import image_batch
 
     images, samples = image_batch(1, image_size, device=next(model.parameters()).device)
-    level_tokens: list[int] = []
-
-    def remember_levels(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        level_tokens.extend(kwargs['spatial_shapes'].prod(-1).tolist())
-
-    hooks = []
-    if isinstance(getattr(model, 'encoder', None), nn.Module):
-        hooks.append(model.encoder.register_forward_pre_hook(remember_levels, with_kwargs=True))
+    encoder = getattr(model, 'encoder', None) or nn.Module()
     was_training = model.training
     model.eval()
     try:
-        count = count_flops(model, images, samples, mode='tensor')
+        with called_with(encoder) as call:
+            count = count_flops(model, images, samples, mode='tensor')
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    stage_flops = dict.fromkeys(STAGES, 0)
+    stage_flops, stage_params = (dict.fromkeys(STAGES, 0) for _ in range(2))
     for name, flops in count.by_module.items():
         stage_flops[stage_of(name)] += flops
-    stage_params = dict.fromkeys(STAGES, 0)
     for name, parameter in model.named_parameters():
         stage_params[stage_of(name)] += parameter.numel()
-    layers = getattr(getattr(model, 'encoder', None), 'layers', ())
+    layers = range(len(getattr(encoder, 'layers', ())))
     return Complexity(
         image_size=image_size,
         flops=count.total,
         params=count_parameters(model),
         stage_flops=stage_flops,
         stage_params=stage_params,
-        encoder_layer_flops=[count.of(f'encoder.layers.{i}') for i in range(len(layers))],
-        level_tokens=level_tokens,
+        encoder_layer_flops=[count.of(f'encoder.layers.{i}') for i in layers],
+        level_tokens=call['spatial_shapes'].prod(-1).tolist() if call else [],
     )
 
 
@@ -178,6 +170,19 @@ def stage_of(module_name: str) -> str:
     return root if root in STAGES else 'other'
 
 
+@contextmanager
+def called_with(module: nn.Module) -> Iterator[dict]:
+    """Catch the keyword arguments that a module is called with in the ``with`` block."""
+    caught: dict = {}
+    hook = module.register_forward_pre_hook(
+        lambda module, args, kwargs: caught.update(kwargs), with_kwargs=True
+    )
+    try:
+        yield caught
+    finally:
+        hook.remove()
+
+
 class _FlopCounter(TorchDispatchMode):
     """Adds up the cost of every operator that reaches the dispatcher."""
 
@@ -185,40 +190,34 @@ class _FlopCounter(TorchDispatchMode):
         super().__init__()
         self.flops: Counter[str] = Counter()
         self._compute = compute
-        self._running: list[tuple[str, bool]] = []  # (module name, is deformable attention)
+        self._running: list[tuple[str, bool]] = [('', False)]  # name, is deformable attention
 
     @contextmanager
     def watch(self, module: nn.Module) -> Iterator[None]:
         """Follow which submodule is running."""
-        hooks = []
-        for name, child in module.named_modules():
-            hooks += [
-                child.register_forward_pre_hook(self._enter(name), with_kwargs=True),
-                child.register_forward_hook(self._leave),
-            ]
-        try:
+        deform_attns = deform_attn_modules(module)
+        with ExitStack() as hooks:
+            for name, child in module.named_modules():
+                enter = partial(self._enter, name, child in deform_attns)
+                hooks.callback(child.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                hooks.callback(child.register_forward_hook(self._leave).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
-    def _enter(self, name: str):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            is_deform_attn = isinstance(module, MultiScaleDeformableAttention)
-            self._running.append((name, is_deform_attn))
-            if is_deform_attn:
-                # From the shapes rather than from the operators: mmcv's CUDA op is invisible
-                # to the dispatcher, and every backend runs different operators.
-                query = args[0] if args else kwargs['query']
-                self.flops[name] += deform_attn_flops(
-                    query.shape[0] * query.shape[1],
-                    module.num_heads,
-                    module.num_levels * module.num_points,
-                    module.value_proj.out_features // module.num_heads,
-                    key_aware=isinstance(module, KeyAwareDeformableAttention),
-                )
-
-        return hook
+    def _enter(
+        self, name: str, is_deform_attn: bool, module: nn.Module, args: tuple, kwargs: dict
+    ) -> None:
+        self._running.append((name, is_deform_attn))
+        if is_deform_attn:
+            # From the shapes rather than from the operators: mmcv's CUDA op is invisible to the
+            # dispatcher, and every backend runs different operators.
+            query = args[0] if args else kwargs['query']
+            self.flops[name] += deform_attn_flops(
+                query.shape[0] * query.shape[1],
+                module.num_heads,
+                module.num_levels * module.num_points,
+                module.value_proj.out_features // module.num_heads,
+                key_aware=isinstance(module, KeyAwareDeformableAttention),
+            )
 
     def _leave(self, module: nn.Module, args: tuple, output: object) -> None:
         self._running.pop()
@@ -226,27 +225,18 @@ class _FlopCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         op = func._overloadpacket
-        rule = FLOP_RULES.get(op)
-        if rule is None:
+        if op not in FLOP_RULES:
             return func(*args, **kwargs)
         out = func(*args, **kwargs) if self._compute else _zeros_like_result(func, args, kwargs)
-        name, in_deform_attn = self._running[-1] if self._running else ('', False)
-        if not (in_deform_attn and op in SAMPLING_OPS):
-            self.flops[name] += rule(args, out)
+        name, in_deform_attn = self._running[-1]
+        if not (in_deform_attn and op in _SAMPLING):
+            self.flops[name] += FLOP_RULES[op](args, out)
         return out
 
 
-def register_flop_handles() -> None:
-    """Teach mmengine's ``get_model_complexity_info``, hence mmdet's ``get_flops``, our operators.
-
-    It counts on a traced graph and skips operators that it does not know.
-    """
-    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(
-        {
-            'mmlite::key_aware_deform_attn': _traced(locations=4, value=2, key_aware=True),
-            'mmlite::ms_deform_attn': _traced(locations=2, value=0, key_aware=False),
-        }
-    )
+def deform_attn_modules(module: nn.Module) -> list[nn.Module]:
+    """The deformable attentions, standard and key-aware, in a module."""
+    return [child for child in module.modules() if isinstance(child, MultiScaleDeformableAttention)]
 
 
 def _zeros_like_result(func, args: tuple, kwargs: dict):
@@ -283,55 +273,42 @@ def _attention(args: tuple, out: Sequence[Tensor]) -> int:
     return heads * query.shape[-2] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def _norm(weight_index: int):
+def _norm(weight: int, training: int | None = None):
+    """4 an element and one more where there is a weight; statistics that are known save 3."""
+
     def rule(args: tuple, out: Sequence[Tensor]) -> int:
-        return args[0].numel() * (4 if args[weight_index] is None else 5)
+        statistics = 4 if training is None or args[training] else 1
+        return args[0].numel() * (statistics + (args[weight] is not None))
 
     return rule
 
 
-def _batch_norm(args: tuple, out: Sequence[Tensor]) -> int:
-    affine, training = args[1] is not None, args[5]
-    if training:
-        return args[0].numel() * (5 if affine else 4)
-    return args[0].numel() * (2 if affine else 1)
+def _deform_attn(shape_of: Callable, locations: int, value: int, *, key_aware: bool):
+    """The rule of an operator of ours, whose arguments ``shape_of`` gives the shape of."""
 
-
-def _per_input(scale: int):
-    return lambda args, out: scale * args[0].numel()
-
-
-def _per_output(scale: int):
-    return lambda args, out: scale * out.numel()
-
-
-def _key_aware(args: tuple, out: Tensor) -> int:
-    return _from_shapes(args[4].shape, args[2].shape, key_aware=True)
-
-
-def _standard(args: tuple, out: Tensor) -> int:
-    return _from_shapes(args[2].shape, args[0].shape, key_aware=False)
-
-
-def _from_shapes(locations: Sequence[int], value: Sequence[int], *, key_aware: bool) -> int:
-    batch, queries, heads, levels, points, _ = locations
-    return deform_attn_flops(
-        batch * queries, heads, levels * points, value[-1], key_aware=key_aware
-    )
-
-
-def _traced(locations: int, value: int, *, key_aware: bool):
-    """A handle of mmengine's analyzer: FLOPs from the values of the traced graph."""
-
-    def handle(inputs: Sequence[torch._C.Value], outputs: Sequence[torch._C.Value]) -> int:
-        return _from_shapes(
-            get_shape(inputs[locations]), get_shape(inputs[value]), key_aware=key_aware
+    def rule(args: Sequence, out: object) -> int:
+        batch, queries, heads, levels, points, _ = shape_of(args[locations])
+        head_dim = shape_of(args[value])[-1]
+        return deform_attn_flops(
+            batch * queries, heads, levels * points, head_dim, key_aware=key_aware
         )
 
-    return handle
+    return rule
+
+
+def _rules_of_ours(shape_of: Callable) -> dict[str, Callable]:
+    return {
+        'key_aware_deform_attn': _deform_attn(shape_of, locations=4, value=2, key_aware=True),
+        'ms_deform_attn': _deform_attn(shape_of, locations=2, value=0, key_aware=False),
+    }
 
 
 _aten = torch.ops.aten
+_ours = {
+    getattr(torch.ops.mmlite, name): rule
+    for name, rule in _rules_of_ours(lambda tensor: tensor.shape).items()
+}
+_SAMPLING = {_aten.grid_sampler_2d, *_ours}
 FLOP_RULES = {
     _aten.mm: _product,
     _aten.bmm: _product,
@@ -339,16 +316,15 @@ FLOP_RULES = {
     _aten.baddbmm: _product_with_bias,
     _aten.linear: _product,
     _aten.convolution: _convolution,
-    _aten.native_layer_norm: _norm(2),
-    _aten.native_group_norm: _norm(1),
-    _aten.native_batch_norm: _batch_norm,
-    _aten.cudnn_batch_norm: _batch_norm,
-    _aten.upsample_nearest2d: _per_output(1),
-    _aten.upsample_bilinear2d: _per_output(4),
-    _aten._adaptive_avg_pool2d: _per_input(1),
-    _aten.grid_sampler_2d: _per_output(4),
-    torch.ops.mmlite.key_aware_deform_attn: _key_aware,
-    torch.ops.mmlite.ms_deform_attn: _standard,
+    _aten.native_layer_norm: _norm(weight=2),
+    _aten.native_group_norm: _norm(weight=1),
+    _aten.native_batch_norm: _norm(weight=1, training=5),
+    _aten.cudnn_batch_norm: _norm(weight=1, training=5),
+    _aten.upsample_nearest2d: lambda args, out: out.numel(),
+    _aten.upsample_bilinear2d: lambda args, out: 4 * out.numel(),
+    _aten._adaptive_avg_pool2d: lambda args, out: args[0].numel(),
+    _aten.grid_sampler_2d: lambda args, out: 4 * out.numel(),
+    **_ours,
 }
 for _name in (
     'flash_attention',
@@ -359,11 +335,9 @@ for _name in (
     # Which of these there are depends on the version of torch.
     if hasattr(_aten, f'_scaled_dot_product_{_name}'):
         FLOP_RULES[getattr(_aten, f'_scaled_dot_product_{_name}')] = _attention
-MATRIX_PRODUCTS = {_aten.mm, _aten.bmm, _aten.addmm, _aten.baddbmm, _aten.linear}
-SAMPLING_OPS = {
-    _aten.grid_sampler_2d,
-    torch.ops.mmlite.key_aware_deform_attn,
-    torch.ops.mmlite.ms_deform_attn,
-}
 
-register_flop_handles()
+# mmengine's ``get_model_complexity_info``, hence mmdet's ``get_flops``, counts on a traced graph
+# and skips operators that it does not know.
+complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(
+    {f'mmlite::{name}': rule for name, rule in _rules_of_ours(get_shape).items()}
+)

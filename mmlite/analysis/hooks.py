@@ -25,9 +25,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .attention import level_masses
+from .attention import attention_at_point, level_masses
 from .complexity import count_detector
-from .pictures import draw_attention, draw_level_masses, look_at_point, pixels_of
+from .pictures import draw_attention, draw_level_masses, pixels_of
 
 
 @HOOKS.register_module()
@@ -115,8 +115,8 @@ class AttentionMapHook(Hook):
             point = (image.shape[1] / 2, image.shape[0] / 2)
         # A box may reach beyond the image.
         point = tuple(min(max(p, 0), size - 1) for p, size in zip(point, image.shape[1::-1]))
-        sight = look_at_point(model, run, point, name=type(model).__name__, layer=self.layer)
-        picture = pixels_of(draw_attention(image, [sight]))
+        seen = attention_at_point(model, run, point, name=type(model).__name__, layer=self.layer)
+        picture = pixels_of(draw_attention(image, [seen]))
         runner.visualizer.add_image(f'attention_{batch_idx}', picture, step=runner.epoch)
         self._masses.append(level_masses(model, run))
 

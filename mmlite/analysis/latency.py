@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,36 +24,23 @@ Call = Callable[[int], object]
 Name = TypeVar('Name', bound=Hashable)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
-    """Seconds of one call, one figure a round.
+    """Seconds of one call.
 
     Attributes:
-        seconds (tuple[float, ...]): In the order of the rounds.
+        seconds (tuple[float, ...]): One figure a round, in their order.
+        median, mean, p95 (float): What they come to.
     """
 
     seconds: tuple[float, ...]
+    median: float = field(init=False)
+    mean: float = field(init=False)
+    p95: float = field(init=False)
 
-    @property
-    def median(self) -> float:
-        return float(np.median(self.seconds))
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.seconds))
-
-    @property
-    def p95(self) -> float:
-        return float(np.percentile(self.seconds, 95))
-
-    def as_json(self) -> dict:
-        """The statistics and every single measurement."""
-        return {
-            'median': self.median,
-            'mean': self.mean,
-            'p95': self.p95,
-            'seconds': list(self.seconds),
-        }
+    def __post_init__(self) -> None:
+        self.median, self.p95 = np.percentile(self.seconds, [50, 95]).tolist()
+        self.mean = float(np.mean(self.seconds))
 
 
 @dataclass(frozen=True)

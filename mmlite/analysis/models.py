@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from mmdet.datasets import CocoDataset
 from mmdet.registry import MODELS
 from mmengine.config import Config, ConfigDict
 from mmengine.hub import get_config
@@ -14,8 +17,38 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from ..checkpoints.loading import load_checkpoint
+from .published import Published
 
 _PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """Names a detector to look at.
+
+    Attributes:
+        config (str): As for :func:`load_config`.
+        checkpoint (str | None): Its weights; random ones otherwise.
+        published (Published | None): What a paper reports for it.
+    """
+
+    config: str
+    checkpoint: str | None = None
+    published: Published | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DetectorSpec:
+        """From ``config`` or ``config,checkpoint``, as on the command line."""
+        config, _, checkpoint = text.partition(',')
+        return cls(config, checkpoint or None)
+
+    @property
+    def name(self) -> str:
+        if self.published:
+            return f'{self.published.model}, {self.published.backbone}'
+        stem = Path(self.config.partition('::')[2] or self.config).stem
+        # What a config's name says about training does not matter here.
+        return re.sub(r'(_\d+xb\d+-\d+e)?(_coco)?$', '', stem)
 
 
 def load_config(reference: str) -> Config:
@@ -61,7 +94,8 @@ def build_detector(
         device (torch.device | str): Where the detector goes.
 
     Returns:
-        nn.Module: The detector in eval mode.
+        nn.Module: The detector in eval mode, with the ``cfg`` and ``dataset_meta`` that
+        MMDetection's ``inference_detector`` wants.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -82,6 +116,9 @@ def build_detector(
         logger.setLevel(level)
     if checkpoint is not None:
         _load(model, checkpoint, _name(config))
+    dataset = config.get('test_dataloader', {}).get('dataset', {})
+    classes = (dataset.get('metainfo') or {}).get('classes', CocoDataset.METAINFO['classes'])
+    model.cfg, model.dataset_meta = config, {'classes': classes}
     return model.to(device).eval()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from .. import ops
 from .inputs import OperatorInputs, level_sizes, operator_inputs
 from .latency import Call, Ratio, Timing, measure, measurements, num_threads, speedup
 from .memory import peak_memory
-from .report import Table, mebibytes, milliseconds, timing_cells
+from .report import Report, Start, Table, mebibytes, milliseconds, size, timing_columns
 
 STANDARD, KEY_AWARE = 'ms_deform_attn', 'key_aware_deform_attn'
 PASSES = ('forward', 'forward+backward')
 _FUSED = {'cpu': 'cpu', 'cuda': 'triton'}
+
+Operator = Callable[[OperatorInputs], Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,19 +36,17 @@ class Shape:
     dtype: torch.dtype = torch.float32
     device: str = 'cpu'
 
+    @property
+    def device_type(self) -> str:
+        return torch.device(self.device).type
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(h * w for h, w in level_sizes(self.image_size))
+
     def inputs(self, seed: int = 0) -> OperatorInputs:
-        return operator_inputs(
-            level_sizes(self.image_size),
-            batch_size=self.batch_size,
-            num_queries=self.num_queries,
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
-            num_points=self.num_points,
-            locations=self.locations,
-            dtype=self.dtype,
-            device=self.device,
-            seed=seed,
-        )
+        own = dict(self.__dict__)
+        return operator_inputs(level_sizes(own.pop('image_size')), **own, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,32 @@ class OperatorResult:
     peak_memory: int | None
     bandwidth: float | None
 
-    def as_json(self) -> dict:
-        return {**asdict(self), 'timing': self.timing.as_json()}
+
+def report(
+    shape: Shape, passes: Sequence[str], rounds: int, warmup: int, scaling: bool, start: Start
+) -> Report:
+    """All that ``mmlite benchmark ops`` measures; arguments as below."""
+    results, left_out = benchmark_operators(
+        shape, passes=passes, rounds=rounds, warmup=warmup, start=partial(start, 'operators')
+    )
+    copy = copy_bandwidth(shape.device)
+    curves = []
+    if scaling:
+        axes = _axes(shape)
+        step = start('scaling', sum(map(len, axes.values())))
+        for axis, values in axes.items():
+            curves.append(benchmark_scaling(shape, axis, values, rounds=rounds, on_step=step))
+    return Report(
+        settings={**asdict(shape), 'dtype': _name(shape.dtype), 'rounds': rounds},
+        results=[asdict(result) for result in results],
+        tables=[*tables(shape, results, copy), *map(scaling_table, curves)],
+        notes=[f'Not measured: {name}: {reason}.' for name, reason in left_out.items()],
+        further={
+            'copy_bandwidth': copy,
+            'scaling': [point for curve in curves for point in curve],
+            'left_out': left_out,
+        },
+    )
 
 
 def benchmark_operators(
@@ -99,22 +124,22 @@ def benchmark_operators(
         reason.
     """
     # Rotating inputs: a GPU would otherwise find the last call's in its cache.
-    inputs = [shape.inputs(seed) for seed in range(4 if _on_gpu(shape) else 1)]
-    calls, left_out = _calls(inputs[0], shape.device)
+    inputs = [shape.inputs(seed) for seed in range(4 if shape.device_type == 'cuda' else 1)]
+    operators, left_out = _calls(inputs[0], shape.device)
     results = []
     for direction in passes:
-        contestants = {name: _contestant(call, inputs, direction) for name, call in calls.items()}
+        make = _forward if direction == 'forward' else _forward_backward
+        calls = {name: make(operator, inputs) for name, operator in operators.items()}
         timings = measure(
-            contestants,
+            calls,
             rounds=rounds,
             warmup=warmup,
             min_seconds=0.02,
             device=shape.device,
-            on_step=start(measurements(len(contestants), rounds)),
+            on_step=start(measurements(len(calls), rounds)),
         )
         mmcv = timings.get((STANDARD, 'mmcv'))
         for (operator, backend), timing in timings.items():
-            contestant = contestants[operator, backend]
             moved = _compulsory_bytes(operator, inputs[0])
             results.append(
                 OperatorResult(
@@ -122,10 +147,10 @@ def benchmark_operators(
                     backend,
                     direction,
                     timing,
-                    speedup(timings[operator, 'reference'], timing),
-                    speedup(mmcv, timing) if mmcv else None,
-                    peak_memory(lambda call=contestant: call(0), shape.device),
-                    moved / timing.median if direction == 'forward' else None,
+                    over_reference=speedup(timings[operator, 'reference'], timing),
+                    over_mmcv=speedup(mmcv, timing) if mmcv else None,
+                    peak_memory=peak_memory(partial(calls[operator, backend], 0), shape.device),
+                    bandwidth=moved / timing.median if direction == 'forward' else None,
                 )
             )
     return results, left_out
@@ -154,27 +179,36 @@ def benchmark_scaling(
     """
     curve = []
     for value in values:
-        changed = {} if axis == 'threads' else {axis: value}
-        point = Shape(**{**shape.__dict__, **changed})
+        point = shape if axis == 'threads' else replace(shape, **{axis: value})
         inputs = point.inputs()
         calls, _ = _calls(inputs, point.device)
-        if any(backend == _FUSED[_device_type(point)] for _, backend in calls):
-            calls = {name: call for name, call in calls.items() if name[1] != 'reference'}
-        contestants = {name: _contestant(call, [inputs], PASSES[0]) for name, call in calls.items()}
+        fused = any(backend == _FUSED[point.device_type] for _, backend in calls)
+        calls = {
+            f'{operator} ({backend})': _forward(call, [inputs])
+            for (operator, backend), call in calls.items()
+            if not (fused and backend == 'reference')
+        }
         with num_threads(value if axis == 'threads' else None):
-            timings = measure(
-                contestants, rounds=rounds, warmup=1, min_seconds=0.01, device=point.device
-            )
-        curve.append(
-            {
-                'axis': axis,
-                'value': value,
-                'tokens': inputs.value.shape[1],
-                'seconds': {f'{op} ({name})': t.median for (op, name), t in timings.items()},
-            }
-        )
+            timings = measure(calls, rounds=rounds, warmup=1, min_seconds=0.01, device=point.device)
+        seconds = {name: timing.median for name, timing in timings.items()}
+        tokens = point.num_tokens
+        curve.append({'axis': axis, 'value': value, 'tokens': tokens, 'seconds': seconds})
         on_step()
     return curve
+
+
+def _axes(shape: Shape) -> dict[str, list]:
+    """What ``--scaling`` varies."""
+    height, width = shape.image_size
+    tokens = shape.num_tokens
+    axes = {
+        'image_size': [(height * s // 4, width * s // 4) for s in (2, 3, 4, 5)],
+        'num_queries': [*(n for n in (300, 900, 3000, 10000) if n < tokens), tokens],
+    }
+    if shape.device_type == 'cpu':
+        most = torch.get_num_threads()
+        axes['threads'] = sorted({1, *(n for n in (2, 4, 8, 16, 32) if n < most), most})
+    return axes
 
 
 def copy_bandwidth(device: str, num_bytes: int = 2**28) -> float:
@@ -195,42 +229,35 @@ def _calls(inputs: OperatorInputs, device: str) -> tuple[dict, dict[str, str]]:
     except (ImportError, RuntimeError, AttributeError) as error:
         left_out[f'{STANDARD} (mmcv)'] = str(error).partition('\n')[0]
     wanted = ('reference', _FUSED[torch.device(device).type])
-    for operator in (STANDARD, KEY_AWARE):
+    for operator, call in ((STANDARD, _standard), (KEY_AWARE, _key_aware)):
         for status in ops.backends():
-            if status.name not in wanted:
-                continue
-            if status.available:
-                calls[operator, status.name] = _on_backend(status.name, operator)
-            else:
+            if status.name in wanted and status.available:
+                calls[operator, status.name] = partial(call, status.name)
+            elif status.name in wanted:
                 left_out[f'{operator} ({status.name})'] = status.detail
     return calls, left_out
 
 
-def _on_backend(backend: str, operator: str) -> Callable[[OperatorInputs], Tensor]:
-    def standard(x: OperatorInputs) -> Tensor:
-        with ops.use_backend(backend):
-            return ops.ms_deform_attn(
-                x.value, x.spatial_shapes, x.sampling_locations, x.attention_weights
-            )
-
-    def key_aware(x: OperatorInputs) -> Tensor:
-        with ops.use_backend(backend):
-            return ops.key_aware_deform_attn(
-                x.query, x.value, x.value, x.spatial_shapes, x.sampling_locations
-            )
-
-    return standard if operator == STANDARD else key_aware
+def _standard(backend: str, x: OperatorInputs) -> Tensor:
+    with ops.use_backend(backend):
+        return ops.ms_deform_attn(
+            x.value, x.spatial_shapes, x.sampling_locations, x.attention_weights
+        )
 
 
-def _mmcv_operator(device: str) -> Callable[[OperatorInputs], Tensor]:
-    from mmcv.ops.multi_scale_deform_attn import (
-        MultiScaleDeformableAttnFunction,
-        multi_scale_deformable_attn_pytorch,
-    )
+def _key_aware(backend: str, x: OperatorInputs) -> Tensor:
+    with ops.use_backend(backend):
+        return ops.key_aware_deform_attn(
+            x.query, x.value, x.value, x.spatial_shapes, x.sampling_locations
+        )
+
+
+def _mmcv_operator(device: str) -> Operator:
+    from mmcv.ops import multi_scale_deform_attn as mmcv
 
     def on_cuda(x: OperatorInputs) -> Tensor:
         tokens = x.spatial_shapes.prod(-1)
-        return MultiScaleDeformableAttnFunction.apply(
+        return mmcv.MultiScaleDeformableAttnFunction.apply(
             x.value,
             x.spatial_shapes,
             tokens.cumsum(0) - tokens,
@@ -240,37 +267,31 @@ def _mmcv_operator(device: str) -> Callable[[OperatorInputs], Tensor]:
         )
 
     def on_cpu(x: OperatorInputs) -> Tensor:
-        return multi_scale_deformable_attn_pytorch(
+        return mmcv.multi_scale_deformable_attn_pytorch(
             x.value, x.spatial_shapes, x.sampling_locations.to(x.value.dtype), x.attention_weights
         )
 
     return on_cuda if torch.device(device).type == 'cuda' else on_cpu
 
 
-def _contestant(
-    call: Callable[[OperatorInputs], Tensor], inputs: Sequence[OperatorInputs], direction: str
-) -> Call:
-    if direction == 'forward':
+def _forward(operator: Operator, inputs: Sequence[OperatorInputs]) -> Call:
+    return torch.no_grad()(lambda index: operator(inputs[index % len(inputs)]))
 
-        def forward(index: int) -> Tensor:
-            with torch.no_grad():
-                return call(inputs[index % len(inputs)])
 
-        return forward
-
+def _forward_backward(operator: Operator, inputs: Sequence[OperatorInputs]) -> Call:
     leaves = [
         OperatorInputs(*(t.detach().requires_grad_(t.is_floating_point()) for t in x))
         for x in inputs
     ]
 
-    def forward_backward(index: int) -> Sequence[Tensor | None]:
+    def call(index: int) -> Sequence[Tensor | None]:
         x = leaves[index % len(leaves)]
-        output = call(x)
+        output = operator(x)
         # The output is its own upstream gradient, which saves making one.
         wanted = [t for t in x if t.requires_grad]
         return torch.autograd.grad(output, wanted, output.detach(), allow_unused=True)
 
-    return forward_backward
+    return call
 
 
 def _compulsory_bytes(operator: str, x: OperatorInputs) -> int:
@@ -279,63 +300,49 @@ def _compulsory_bytes(operator: str, x: OperatorInputs) -> int:
     return sum(t.numel() * t.element_size() for t in [*read, x.query])  # output is like query
 
 
-def _device_type(shape: Shape) -> str:
-    return torch.device(shape.device).type
-
-
-def _on_gpu(shape: Shape) -> bool:
-    return _device_type(shape) == 'cuda'
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix('torch.')
 
 
 def tables(shape: Shape, results: Sequence[OperatorResult], copy: float) -> list[Table]:
     """The results for people, one table for each direction; ``copy`` is the device's bandwidth."""
-    height, width = shape.image_size
-    tokens = sum(h * w for h, w in level_sizes(shape.image_size))
-    shown = []
-    for direction in dict.fromkeys(result.direction for result in results):
-        table = Table(
-            f'{direction}, {height}x{width} ({shape.num_queries or tokens} queries, {tokens} '
-            f'tokens), batch {shape.batch_size}, M {shape.num_heads}, D {shape.head_dim}, '
-            f'P {shape.num_points}, {str(shape.dtype).removeprefix("torch.")}, '
-            f'{shape.locations} locations',
-            (
-                *('operator', 'backend', 'median ms', 'mean ms', 'p95 ms'),
-                *('over PyTorch', 'over mmcv standard', 'peak MiB', 'GB/s (of a copy)'),
-            ),
-        )
-        for result in results:
-            if result.direction == direction:
-                table.rows.append(_row(result, copy))
-        shown.append(table)
-    return shown
 
+    def bandwidth(result: OperatorResult) -> str:
+        if result.bandwidth is None:
+            return '-'
+        return f'{result.bandwidth / 1e9:.2f} ({result.bandwidth / copy:.1%})'
 
-def _row(result: OperatorResult, copy: float) -> list[str]:
-    bandwidth = '-'
-    if result.bandwidth is not None:
-        bandwidth = f'{result.bandwidth / 1e9:.2f} ({result.bandwidth / copy:.1%})'
+    title = (
+        f'{size(shape.image_size)} ({shape.num_queries or shape.num_tokens} queries, '
+        f'{shape.num_tokens} tokens), '
+        f'batch {shape.batch_size}, M {shape.num_heads}, D {shape.head_dim}, '
+        f'P {shape.num_points}, {_name(shape.dtype)}, {shape.locations} locations'
+    )
+    columns = {
+        'operator': lambda r: r.operator,
+        'backend': lambda r: r.backend,
+        **timing_columns(lambda r: r.timing),
+        'over PyTorch': lambda r: r.over_reference,
+        'over mmcv standard': lambda r: r.over_mmcv or '-',
+        'peak MiB': lambda r: mebibytes(r.peak_memory),
+        'GB/s (of a copy)': bandwidth,
+    }
     return [
-        result.operator,
-        result.backend,
-        *timing_cells(result.timing),
-        str(result.over_reference),
-        str(result.over_mmcv or '-'),
-        mebibytes(result.peak_memory),
-        bandwidth,
+        Table.of(f'{way}, {title}', [r for r in results if r.direction == way], columns)
+        for way in dict.fromkeys(result.direction for result in results)
     ]
 
 
 def scaling_table(curve: Sequence[dict]) -> Table:
     """One curve of :func:`benchmark_scaling` for people."""
-    names = list(curve[0]['seconds'])
-    axis = curve[0]['axis']
-    table = Table(
-        f'Forward, median ms, by {axis.replace("_", " ")}',
-        (axis.replace('_', ' '), 'tokens', *names),
-    )
-    for point in curve:
-        value = point['value']
-        value = 'x'.join(map(str, value)) if isinstance(value, tuple) else str(value)
-        times = [milliseconds(point['seconds'][name]) for name in names]
-        table.rows.append((value, str(point['tokens']), *times))
-    return table
+    axis = curve[0]['axis'].replace('_', ' ')
+
+    def value(point: dict) -> object:
+        return size(point['value']) if isinstance(point['value'], tuple) else point['value']
+
+    contestants = {
+        name: lambda point, name=name: milliseconds(point['seconds'][name])
+        for name in curve[0]['seconds']
+    }
+    columns = {axis: value, 'tokens': lambda point: point['tokens'], **contestants}
+    return Table.of(f'Forward, median ms, by {axis}', curve, columns)

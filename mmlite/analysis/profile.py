@@ -1,28 +1,32 @@
-"""Where time goes: by kind of operator, and by stage of a detector."""
+"""Where time goes, by torch's profiler: by kind of operator, and by stage of a detector."""
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import profile, record_function
 
-from .complexity import FLOP_RULES, MATRIX_PRODUCTS, SAMPLING_OPS
+from .complexity import deform_attn_modules
+from .latency import Call, measure
 
-KINDS = ('matrix products', 'sampling', 'rest of attention', 'LayerNorm', 'rest')
-_NORMS = {torch.ops.aten.native_layer_norm, torch.ops.aten.native_layer_norm_backward}
-_SAMPLING = {
-    *SAMPLING_OPS,
-    torch.ops.aten.grid_sampler_2d_backward,
-    torch.ops.mmlite.key_aware_deform_attn_backward,
-    torch.ops.mmlite.ms_deform_attn_backward,
+os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler would report that it runs
+
+_ATTENTION, _WHOLE = 'rest of attention', 'whole call'
+_KINDS = {
+    'matrix products': ('aten::linear', 'aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm'),
+    'sampling': ('aten::grid_sampler', 'mmlite::key_aware_deform_attn', 'mmlite::ms_deform_attn'),
+    _ATTENTION: (_ATTENTION,),
+    'LayerNorm': ('aten::layer_norm', 'aten::native_layer_norm'),
 }
+_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names}
+KINDS = (*_KINDS, 'rest')
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class OpProfile:
     Attributes:
         seconds (dict[str, float]): For each of :data:`KINDS`. Sampling is the fused operator, or
             ``grid_sample`` where plain PyTorch runs, whose other operators are then the rest of
-            attention.
+            attention. An operator's time includes what it calls.
         matmul_flops (int): FLOPs of the matrix products.
     """
 
@@ -50,94 +54,32 @@ class OpProfile:
 
 
 def profile_ops(
-    module: nn.Module,
-    call: Callable[[int], object],
-    attention: tuple[type, ...],
-    *,
-    repeats: int = 5,
-    device: torch.device | str = 'cpu',
+    module: nn.Module, call: Call, *, repeats: int = 5, device: torch.device | str = 'cpu'
 ) -> OpProfile:
-    """Time every operator of a call and add the times up by kind.
-
-    Each operator is timed by itself (on CUDA the device is waited for), which adds some
-    microseconds to each; the sum is therefore a little more than the call takes.
+    """Time every operator of a forward pass and add the times up by kind.
 
     Args:
         module (nn.Module): What runs in ``call``.
         call (Callable[[int], object]): Runs it.
-        attention (tuple[type, ...]): Classes of the deformable attention modules.
         repeats (int): Timed runs after one of warm-up; the median of each kind is kept.
         device (torch.device | str): Where it runs.
 
     Returns:
         OpProfile: Seconds by kind.
     """
-    call(0)
+    ranges = {child: _ATTENTION for child in deform_attn_modules(module)}
     runs = []
-    for index in range(repeats):
-        timer = _OpTimer(torch.device(device))
-        with timer.watch(module, attention), timer:
-            call(index)
-        runs.append(timer)
-    return OpProfile(
-        {kind: float(np.median([run.seconds[kind] for run in runs])) for kind in KINDS},
-        runs[0].matmul_flops,
-    )
-
-
-class _OpTimer(TorchDispatchMode):
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.seconds: Counter[str] = Counter()
-        self.matmul_flops = 0
-        self._wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
-        self._depth = 0  # in how many attention modules we are
-
-    @contextmanager
-    def watch(self, module: nn.Module, attention: tuple[type, ...]) -> Iterator[None]:
-        """Follow when an attention module is running."""
-        hooks = []
-        for child in module.modules():
-            if isinstance(child, attention):
-                hooks += [
-                    child.register_forward_pre_hook(lambda *_: self._step(1)),
-                    child.register_forward_hook(lambda *_: self._step(-1)),
-                ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _step(self, by: int) -> None:
-        self._depth += by
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._wait()
-        start = time.perf_counter()
-        out = func(*args, **(kwargs or {}))
-        self._wait()
-        elapsed = time.perf_counter() - start
-        op = func._overloadpacket
-        if op in MATRIX_PRODUCTS:
-            self.matmul_flops += FLOP_RULES[op](args, out)
-            kind = 'matrix products'
-        elif op in _SAMPLING:
-            kind = 'sampling'
-        elif op in _NORMS:
-            kind = 'LayerNorm'
-        else:
-            kind = 'rest of attention' if self._depth else 'rest'
-        self.seconds[kind] += elapsed
-        return out
+    for events in _record(ranges, call, repeats, device):
+        runs.append(dict.fromkeys(KINDS, 0.0))
+        for event in events:
+            runs[-1][_kind(event)] += _seconds(event, device, 'self_')
+    products = [e for e in events if _KIND_OF.get(e.name) == 'matrix products']
+    # torch counts a multiply-add as two.
+    return OpProfile(_medians(runs), sum(event.flops or 0 for event in products) // 2)
 
 
 def profile_stages(
-    model: nn.Module,
-    call: Callable[[int], object],
-    *,
-    repeats: int = 5,
-    device: torch.device | str = 'cpu',
+    model: nn.Module, call: Call, *, repeats: int = 5, device: torch.device | str = 'cpu'
 ) -> dict[str, float]:
     """Time the stages of a detector.
 
@@ -157,59 +99,68 @@ def profile_stages(
     stages['head'] = getattr(model, 'bbox_head', None)
     for index, layer in enumerate(getattr(stages['encoder'], 'layers', ())):
         stages[f'encoder.layers.{index}'] = layer
-    stages = {name: child for name, child in stages.items() if isinstance(child, nn.Module)}
-
-    wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
-    spent: dict[str, float] = {}
-    started: dict[str, float] = {}
-
-    def enter(name: str) -> Callable:
-        def hook(*_: object) -> None:
-            wait()
-            started[name] = time.perf_counter()
-
-        return hook
-
-    def leave(name: str) -> Callable:
-        def hook(*_: object) -> None:
-            wait()
-            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started[name]
-
-        return hook
-
-    hooks = []
-    for name, child in stages.items():
-        hooks += [
-            child.register_forward_pre_hook(enter(name)),
-            child.register_forward_hook(leave(name)),
-        ]
+    ranges = {child: name for name, child in stages.items() if isinstance(child, nn.Module)}
     runs = []
+    for events in _record(ranges, call, repeats, device):
+        seconds = dict.fromkeys([*ranges.values(), _WHOLE], 0.0)
+        for event in events:
+            if event.name in seconds:
+                seconds[event.name] += _seconds(event, device)
+        whole = seconds.pop(_WHOLE)
+        parts = sum(spent for name, spent in seconds.items() if '.' not in name)
+        runs.append({**seconds, 'other': whole - parts})
+    return _medians(runs)
+
+
+def _record(
+    ranges: Mapping[nn.Module, str], call: Call, repeats: int, device: torch.device | str
+) -> Iterator[list[FunctionEvent]]:
+    """The events of each run; what a module in ``ranges`` does lies within one of its name."""
+    open_ranges: list[record_function] = []
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        open_ranges.append(record_function(ranges[module]))
+        open_ranges[-1].__enter__()
+
+    def leave(module: nn.Module, args: tuple, output: object) -> None:
+        open_ranges.pop().__exit__(None, None, None)
+
+    hooks = [module.register_forward_pre_hook(enter) for module in ranges]
+    hooks += [module.register_forward_hook(leave) for module in ranges]
     try:
-        for index in range(repeats + 1):
-            spent = {}
-            start = time.perf_counter()
-            call(index)
-            wait()
-            total = time.perf_counter() - start
-            parts = sum(seconds for name, seconds in spent.items() if '.' not in name)
-            runs.append({**spent, 'other': total - parts})
+        call(0)
+        for index in range(repeats):
+            with profile(with_flops=True) as run, record_function(_WHOLE):
+                call(index)
+            # On a GPU the ranges show up a second time, as events of the device.
+            yield [event for event in run.events() if event.device_type == DeviceType.CPU]
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: float(np.median([run[name] for run in runs[1:]])) for name in runs[1]}
+
+
+def _kind(event: FunctionEvent | None) -> str:
+    """That of the innermost operator or range around an event which has one."""
+    while event is not None:
+        if event.name in _KIND_OF:
+            return _KIND_OF[event.name]
+        event = event.cpu_parent
+    return 'rest'
+
+
+def _seconds(event: FunctionEvent, device: torch.device | str, prefix: str = '') -> float:
+    clock = 'cpu'
+    if torch.device(device).type == 'cuda':
+        clock = 'device' if hasattr(event, 'device_time_total') else 'cuda'  # before torch 2.4
+    return getattr(event, f'{prefix}{clock}_time_total') / 1e6
+
+
+def _medians(runs: list[Mapping[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
 def matmul_peak(device: torch.device | str = 'cpu', dtype: torch.dtype = torch.float32) -> float:
     """FLOPs a second (multiply-adds counted as one) of the best of some large matrix products."""
     size = 2048 if torch.device(device).type == 'cpu' else 8192
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float('inf')
-    for _ in range(10):
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        a @ b
-        if a.is_cuda:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return size**3 / best
+    return size**3 / min(measure({'': lambda index: a @ b}, device=device)[''].seconds)

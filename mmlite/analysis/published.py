@@ -7,14 +7,15 @@ show them beside ours and label them as published.
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 # Tables of the paper; published.csv holds their rows.
 PRESETS = ('paper-table3', 'paper-table4')
 
 
-class Published(NamedTuple):
+@dataclass(frozen=True)
+class Published:
     """One row of a published table.
 
     Attributes:
@@ -41,18 +42,14 @@ class Published(NamedTuple):
     params: float
 
 
-class Peer(NamedTuple):
-    """A published result of other work that the paper compares with.
-
-    Attributes:
-        model (str): Its name.
-        ap (float): AP.
-        encoder_gflops (float): GFLOPs of its encoder.
-    """
-
-    model: str
-    ap: float
-    encoder_gflops: float
+# Other work that the paper compares with: name -> GFLOPs of the encoder, AP.
+OTHER_WORK = {
+    'Sparse DETR, rho 0.1': (24, 45.3),
+    'Sparse DETR, rho 0.2': (32, 45.6),
+    'Sparse DETR, rho 0.3': (40, 46.0),
+    'Sparse DETR, rho 0.5': (54, 46.3),
+    'Efficient DETR': (79, 44.2),
+}
 
 
 def preset(name: str) -> list[list[Published]]:
@@ -72,12 +69,3 @@ def preset(name: str) -> list[list[Published]]:
                 texts = {field: row.pop(field) for field in ('model', 'backbone', 'config')}
                 group.append(Published(**texts, **{k: float(v) for k, v in row.items()}))
     return list(groups.values())
-
-
-PEERS: tuple[Peer, ...] = (
-    Peer('Sparse DETR, rho 0.1', 45.3, 24),
-    Peer('Sparse DETR, rho 0.2', 45.6, 32),
-    Peer('Sparse DETR, rho 0.3', 46.0, 40),
-    Peer('Sparse DETR, rho 0.5', 46.3, 54),
-    Peer('Efficient DETR', 44.2, 79),
-)

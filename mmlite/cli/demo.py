@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import sys
 import time
 import warnings
@@ -12,20 +11,11 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from ..integrations import require
+from .shared import print_table, progress, write_json
 
 CONFIG = 'small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
-METRICS = {
-    'AP': 'coco/bbox_mAP',
-    'AP50': 'coco/bbox_mAP_50',
-    'AP75': 'coco/bbox_mAP_75',
-    'APs': 'coco/bbox_mAP_s',
-    'APm': 'coco/bbox_mAP_m',
-    'APl': 'coco/bbox_mAP_l',
-}
 SHOWN_IMAGES = 6
 SHOWN_SCORE = 0.3
 
@@ -54,6 +44,8 @@ def demo(out: Path, epochs: int | None, train_images: int, val_images: int, seed
       mmlite demo --epochs 2 --out /tmp/demo
     """
     require()
+    from ..analysis.accuracy import METRICS
+
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the progress
     console = Console(file=sys.stdout)  # not what _quiet() puts in its place
     start = time.monotonic()
@@ -69,14 +61,19 @@ def demo(out: Path, epochs: int | None, train_images: int, val_images: int, seed
     picture = _draw_predictions(runner, out / 'predictions.png')
 
     results = {
-        **{name: metrics[key] for name, key in METRICS.items()},
+        **{name: metrics[f'coco/bbox_{key}'] for name, key in METRICS.items()},
         'encoder_gflops': lite,
         'stock_encoder_gflops': stock,
         'epochs': runner.max_epochs,
         'seconds': round(time.monotonic() - start),
     }
-    (out / 'results.json').write_text(json.dumps(results, indent=2) + '\n')
-    _show(console, results)
+    write_json(out / 'results.json', results)
+    title = f'COCO metrics after {results["epochs"]} epochs, {results["seconds"]} s'
+    print_table(title, list(METRICS), [[f'{100 * results[name]:.1f}' for name in METRICS]])
+    console.print(
+        f'Encoder: {lite:.3f} GFLOPs; the stock encoder of as many layers needs {stock:.3f} '
+        f'({1 - lite / stock:.0%} saved)'
+    )
     console.print(f'Ground truth and predictions: {picture}', soft_wrap=True)
     console.print(f'Checkpoint, config and results: {out}', soft_wrap=True)
 
@@ -91,23 +88,12 @@ def _make_writable(out: Path) -> None:
         ) from error
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn('{task.fields[note]}'),
-        console=console,
-    )
-
-
 def _draw_data(console: Console, root: Path, splits: dict[str, int], seed: int) -> None:
     from ..datasets import generate_shapes
 
-    with _progress(console) as progress:
-        task = progress.add_task('Drawing images', total=sum(splits.values()), note='')
-        generate_shapes(root, splits, seed=seed, progress=lambda: progress.advance(task))
+    with progress(console) as start:
+        step = start('Drawing images', sum(splits.values()))
+        generate_shapes(root, splits, seed=seed, progress=step)
 
 
 def _build(out: Path, epochs: int | None, seed: int):
@@ -138,81 +124,54 @@ def _build(out: Path, epochs: int | None, seed: int):
 def _train(console: Console, runner) -> None:
     from mmengine.hooks import Hook
 
-    with _progress(console) as progress, _quiet():
+    with progress(console) as start, _quiet():
 
         class ShowProgress(Hook):
             def before_train(self, runner) -> None:
-                self.task = progress.add_task('Training', total=runner.max_iters, note='')
+                self.step = start('Training', runner.max_iters)
 
             def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-                loss = runner.message_hub.get_scalar('train/loss').mean(20)
-                progress.update(self.task, advance=1, note=f'loss {loss:.2f}')
+                self.step(f'loss {runner.message_hub.get_scalar("train/loss").mean(20):.2f}')
 
         runner.register_hook(ShowProgress(), priority='VERY_LOW')
         runner.train()
 
 
-def _encoder_gflops(cfg) -> tuple[float, float]:
+def _encoder_gflops(cfg) -> list[float]:
     """GFLOPs of the Lite encoder and of the stock encoder with the same number of layers."""
-    import copy
-
     from mmdet.registry import MODELS
 
     from ..analysis.complexity import count_detector
+    from ..checkpoints import stock_config
 
-    lite = cfg.model
-    stock = copy.deepcopy(lite)
-    stock.type = 'DINO'
-    stock.encoder.pop('schedule')
-    stock.decoder.pop('key_aware')
-    return tuple(
+    stock = stock_config(cfg.model)
+    return [
         count_detector(MODELS.build(model), cfg.image_size).stage_flops['encoder'] / 1e9
-        for model in (lite, stock)
-    )
+        for model in (cfg.model, stock)
+    ]
 
 
 def _draw_predictions(runner, path: Path) -> Path:
     """Draw a few held-out images with their objects above and what was detected below."""
     import cv2
-    from matplotlib.figure import Figure
 
-    from ..analysis.pictures import show_boxes
+    from ..analysis.pictures import draw_boxes, draw_panels
 
     samples = []
     for batch in runner.val_dataloader:
         samples += runner.model.val_step(batch)
         if len(samples) >= SHOWN_IMAGES:
             break
-    samples = samples[:SHOWN_IMAGES]
     classes = runner.val_dataloader.dataset.metainfo['classes']
-    figure = Figure(figsize=(3 * len(samples), 6.4), layout='tight')
-    axes = figure.subplots(2, len(samples), squeeze=False)
-    for column, sample in enumerate(samples):
+    above, below = [], []
+    for sample in samples[:SHOWN_IMAGES]:
         image = cv2.imread(sample.img_path)[..., ::-1]
-        detected = sample.pred_instances
-        detected = detected[detected.scores > SHOWN_SCORE]
-        for axis, instances in zip(axes[:, column], (sample.gt_instances, detected)):
-            texts = [classes[label] for label in instances.labels.tolist()]
-            if 'scores' in instances:
-                texts = [f'{t} {s:.2f}' for t, s in zip(texts, instances.scores.tolist())]
-            show_boxes(axis, image, instances.bboxes.tolist(), texts, classes)
-    axes[0, 0].set_title('ground truth', loc='left')
-    axes[1, 0].set_title(f'predictions with a score above {SHOWN_SCORE}', loc='left')
-    figure.savefig(path, dpi=100)
+        found = sample.pred_instances
+        found = found[found.scores > SHOWN_SCORE]
+        above.append(('ground truth', draw_boxes(image, sample.gt_instances, classes)))
+        below.append((f'score above {SHOWN_SCORE}', draw_boxes(image, found, classes)))
+    draw_panels([above, below], panel_width=3.0).savefig(path, dpi=100)
     return path
-
-
-def _show(console: Console, results: dict) -> None:
-    table = Table(
-        *METRICS, title=f'COCO metrics after {results["epochs"]} epochs, {results["seconds"]} s'
-    )
-    table.add_row(*(f'{100 * results[name]:.1f}' for name in METRICS))
-    console.print(table)
-    lite, stock = results['encoder_gflops'], results['stock_encoder_gflops']
-    console.print(
-        f'Encoder: {lite:.3f} GFLOPs; the stock encoder of as many layers needs {stock:.3f} '
-        f'({1 - lite / stock:.0%} saved)'
-    )
 
 
 @contextlib.contextmanager

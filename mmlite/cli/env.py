@@ -7,8 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import click
-from rich.console import Console
-from rich.table import Table
+
+from .shared import print_table
 
 # Where two distributions provide the same import, the first one found is shown.
 _PACKAGES = {
@@ -36,21 +36,13 @@ def env(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report, indent=2))
         return
-    console = Console()
-    versions = Table('package', 'version', title='Versions')
-    for name, text in report['versions'].items():
-        versions.add_row(name, text)
-    console.print(versions)
-    machine = Table('device', 'detail', title='Machine')
-    for name, text in report['machine'].items():
-        machine.add_row(name, text)
-    console.print(machine)
-    operators = Table('backend', 'runs', 'detail', title='Backends of mmlite.ops')
-    for backend in report['backends']:
-        operators.add_row(
-            backend['name'], 'yes' if backend['available'] else 'no', backend['detail']
-        )
-    console.print(operators)
+    print_table('Versions', ('package', 'version'), report['versions'].items())
+    print_table('Machine', ('device', 'detail'), report['machine'].items())
+    backends = [
+        (backend['name'], 'yes' if backend['available'] else 'no', backend['detail'])
+        for backend in report['backends']
+    ]
+    print_table('Backends of mmlite.ops', ('backend', 'runs', 'detail'), backends)
 
 
 def collect() -> dict:
@@ -72,9 +64,20 @@ def collect() -> dict:
             'cpu': f'{platform.machine()}, {torch.get_num_threads()} threads, '
             f'{torch.backends.cpu.get_cpu_capability()}',
             **(gpus or {'cuda': 'none'}),
+            **_tools(),
         },
         'backends': [status._asdict() for status in backends()],
     }
+
+
+def _tools() -> dict[str, str]:
+    """Compilers and libraries, as far as mmengine is there to collect them."""
+    try:
+        from mmengine.utils.dl_utils import collect_env
+    except ImportError:
+        return {}
+    found = collect_env()
+    return {name: found[name] for name in ('GCC', 'CUDA_HOME', 'NVCC', 'OpenCV') if name in found}
 
 
 def _version(distributions: tuple[str, ...]) -> str:

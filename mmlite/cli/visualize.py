@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import click
 
-from .benchmark import check_device, progress
+from .shared import (
+    FILE,
+    HELP,
+    PATH,
+    Point,
+    check_device,
+    device_option,
+    json_option,
+    progress,
+    write_json,
+)
 
 _IMAGES = ('.jpg', '.jpeg', '.png', '.bmp')
 
 
-@click.group(context_settings={'help_option_names': ['-h', '--help']})
+@click.group(context_settings=HELP)
 def visualize() -> None:
     """Draw sampling points, detections, and how attention is spread over the levels.
 
@@ -29,32 +40,22 @@ def visualize() -> None:
     warnings.filterwarnings('ignore')  # those of the stack about itself
 
 
-def _point(ctx, param, value):
-    if value is None:
-        return None
-    try:
-        x, y = map(float, value.split(','))
-    except ValueError as error:
-        raise click.BadParameter('write x,y in pixels, for example 320,240') from error
-    return x, y
-
-
 out_option = click.option(
     '--out',
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=FILE,
     help='PNG file to write; the page gets the same name. Default: named after the command.',
 )
-device_option = click.option('--device', default='cpu', show_default=True)
-image_argument = click.argument('image', type=click.Path(path_type=Path))
+image_argument = click.argument('image', type=PATH)
+against_option = click.option(
+    '--against', multiple=True, metavar='CONFIG', help='A detector to draw, too.'
+)
 
 
 @visualize.command()
 @click.argument('config')
 @image_argument
-@click.option('--against', multiple=True, metavar='CONFIG', help='A detector to draw below.')
-@click.option(
-    '--point', callback=_point, metavar='X,Y', help='Query: a place. Default: the centre.'
-)
+@against_option
+@click.option('--point', type=Point(), help='Query: a place. Default: the centre.')
 @click.option('--object', 'rank', type=click.IntRange(0), help='Query: a detection, 0 the surest.')
 @click.option('--layer', type=int, default=-1, show_default=True, help='Negative from the last.')
 @click.option('--level', type=int, help='Of the token at the point, 0 the largest map.')
@@ -71,41 +72,36 @@ def attention(config, image, against, point, rank, layer, level, device, out) ->
       mmlite visualize attention lite.py,lite.pth photo.jpg --point 320,240 --layer 1
       mmlite visualize attention lite.py,lite.pth photo.jpg --object 0
     """
-    from ..analysis import pictures
+    from ..analysis.attention import attention_at_point, attention_of_object
+    from ..analysis.pictures import draw_attention
 
     if point is not None and rank is not None:
         raise ValueError('give a --point or an --object, not both')
     check_device(device)
     pixels = _read(image)
-    if point is None:
-        point = (pixels.shape[1] / 2, pixels.shape[0] / 2)
-    sights = []
+    point = point or (pixels.shape[1] / 2, pixels.shape[0] / 2)
+    seen = []
     with progress() as start:
-        references = (config, *against)
-        step = start('looking', len(references))
-        for reference in references:
-            model, name = _detector(reference, device)
-            run = pictures.run_on(model, str(image))
+        step = start('looking', 1 + len(against))
+        for model, name, run in _detectors((config, *against), device):
+            options = {'name': name, 'layer': layer}
             if rank is None:
-                sight = pictures.look_at_point(
-                    model, run, point, name=name, layer=layer, level=level
-                )
+                one = attention_at_point(model, run(image), point, level=level, **options)
             else:
-                sight = pictures.look_at_object(model, run, rank, name=name, layer=layer)
-            sights.append(sight)
+                one = attention_of_object(model, run(image), rank, **options)
+            seen.append(one)
             step()
-    figure = pictures.draw_attention(pixels, sights)
-    caption = f'Sampling points of {", ".join(s.name for s in sights)} on {image.name}'
-    _write(figure, caption, out or Path('attention.png'))
+    caption = f'Sampling points of {", ".join(one.name for one in seen)} on {image.name}'
+    _write(draw_attention(pixels, seen), caption, out or Path('attention.png'))
 
 
 @visualize.command()
 @click.argument('config')
 @image_argument
-@click.option('--against', multiple=True, metavar='CONFIG', help='A detector to draw beside.')
+@against_option
 @click.option(
     '--annotations',
-    type=click.Path(path_type=Path),
+    type=PATH,
     help='COCO annotations, to draw what is there beside what was found.',
 )
 @click.option('--score', type=click.FloatRange(0, 1), default=0.3, show_default=True)
@@ -119,37 +115,30 @@ def detections(config, image, against, annotations, score, device, out) -> None:
       mmlite visualize detections lite.py,lite.pth photo.jpg
       mmlite visualize detections lite.py,lite.pth val/1.jpg --annotations val.json --score 0.5
     """
-    from ..analysis import pictures
+    from ..analysis.pictures import draw_boxes, draw_panels
 
     check_device(device)
     pixels = _read(image)
     panels = []
     if annotations is not None:
-        panels.append(('ground truth', *_ground_truth(annotations, image)))
+        panels.append(('ground truth', draw_boxes(pixels, *_ground_truth(annotations, image))))
     with progress() as start:
-        references = (config, *against)
-        step = start('detecting', len(references))
-        for reference in references:
-            model, name = _detector(reference, device)
-            found = pictures.run_on(model, str(image))().pred_instances
+        step = start('detecting', 1 + len(against))
+        for model, name, run in _detectors((config, *against), device):
+            found = run(image)().pred_instances
             found = found[found.scores >= score]
-            texts = [
-                f'{pictures.label_text(model, int(label))} {sureness:.2f}'
-                for label, sureness in zip(found.labels, found.scores)
-            ]
-            boxes = [tuple(box) for box in found.bboxes.tolist()]
-            panels.append((f'{name}, score at least {score:g}', boxes, texts))
+            drawn = draw_boxes(pixels, found, model.dataset_meta['classes'])
+            panels.append((f'{name}, score at least {score:g}', drawn))
             step()
-    figure = pictures.draw_detections(pixels, panels)
-    _write(figure, f'Detections on {image.name}', out or Path('detections.png'))
+    _write(draw_panels([panels]), f'Detections on {image.name}', out or Path('detections.png'))
 
 
 @visualize.command()
 @click.argument('config')
-@click.argument('images', type=click.Path(path_type=Path))
-@click.option('--against', multiple=True, metavar='CONFIG', help='A detector to draw below.')
+@click.argument('images', type=PATH)
+@against_option
 @click.option('--max-images', type=click.IntRange(1), default=50, show_default=True)
-@click.option('--json', 'json_path', type=click.Path(dir_okay=False, path_type=Path))
+@json_option
 @device_option
 @out_option
 def levels(config, images, against, max_images, json_path, device, out) -> None:
@@ -163,47 +152,51 @@ def levels(config, images, against, max_images, json_path, device, out) -> None:
       mmlite visualize levels lite.py,lite.pth val/ --against stock.py,stock.pth
       mmlite visualize levels lite.py,lite.pth val/ --max-images 200 --json levels.json
     """
-    from ..analysis import pictures
+    import torch
+
+    from ..analysis.attention import level_masses
+    from ..analysis.pictures import draw_level_masses
 
     check_device(device)
     if not images.is_dir():
         raise FileNotFoundError(f'image folder {images} does not exist')
-    paths = sorted(str(p) for p in images.iterdir() if p.suffix.lower() in _IMAGES)[:max_images]
+    paths = sorted(p for p in images.iterdir() if p.suffix.lower() in _IMAGES)[:max_images]
     if not paths:
         raise ValueError(f'{images} holds no images ({", ".join(_IMAGES)})')
-    masses = []
+    masses = {}
     with progress() as start:
-        for reference in (config, *against):
-            model, name = _detector(reference, device)
+        for model, name, run in _detectors((config, *against), device):
             step = start(name, len(paths))
-            masses.append((name, pictures.mean_level_masses(model, paths, step)))
-    figure = pictures.draw_level_masses(masses)
+            seen = []
+            for path in paths:
+                seen.append(level_masses(model, run(path)))
+                step()
+            masses[name] = torch.stack(seen).mean(0)
     caption = f'Attention of the encoder by level, mean over {len(paths)} images of {images.name}'
-    _write(figure, caption, out or Path('levels.png'))
-    if json_path:
-        content = {'images': len(paths), 'masses': {n: _plain(m) for n, m in masses}}
-        json_path.write_text(json.dumps(content, indent=2) + '\n')
+    _write(draw_level_masses(masses.items()), caption, out or Path('levels.png'))
+    plain = {  # null for what a layer does not update
+        name: [[[None if v != v else round(v, 4) for v in row] for row in layer] for layer in mass]
+        for name, mass in ((name, mass.tolist()) for name, mass in masses.items())
+    }
+    write_json(json_path, {'images': len(paths), 'masses': plain})
 
 
-def _plain(masses) -> list:
-    """Nested lists; null for what a layer does not update."""
-    return [
-        [[None if v != v else round(v, 4) for v in row] for row in layer]
-        for layer in masses.tolist()
-    ]
+def _detectors(references: tuple[str, ...], device: str):
+    """Model, name, and what makes a function that runs it on an image, of each detector."""
+    from mmdet.apis import inference_detector
 
+    from ..analysis.attention import deformable_attentions
+    from ..analysis.models import DetectorSpec, build_detector, load_config
 
-def _detector(reference: str, device: str):
-    from ..analysis import pictures
-    from ..analysis.compare import Subject
-    from ..analysis.models import build_detector, load_config
-
-    config_name, _, checkpoint = reference.partition(',')
-    config = load_config(config_name)
-    model = build_detector(config, checkpoint or None, device)
-    pictures.prepare(model, config)
-    name = Subject(config_name).name
-    return model, name if checkpoint else f'{name} (random weights)'
+    for reference in references:
+        spec = DetectorSpec.parse(reference)
+        model = build_detector(load_config(spec.config), spec.checkpoint, device)
+        if not any(name.startswith('encoder.') for name in deformable_attentions(model)):
+            raise ValueError(
+                f'{type(model).__name__} has no encoder with deformable attention to look into'
+            )
+        name = spec.name if spec.checkpoint else f'{spec.name} (random weights)'
+        yield model, name, lambda path, model=model: partial(inference_detector, model, str(path))
 
 
 def _read(image: Path):
@@ -217,7 +210,11 @@ def _read(image: Path):
     return pixels[..., ::-1]
 
 
-def _ground_truth(annotations: Path, image: Path) -> tuple[list, list[str]]:
+def _ground_truth(annotations: Path, image: Path):
+    """The objects of an image and the names of all classes."""
+    import torch
+    from mmengine.structures import InstanceData
+
     from ..analysis.accuracy import Dataset
 
     Dataset(annotations, image.parent).check()
@@ -225,17 +222,19 @@ def _ground_truth(annotations: Path, image: Path) -> tuple[list, list[str]]:
     ids = [i['id'] for i in content['images'] if Path(i['file_name']).name == image.name]
     if not ids:
         raise ValueError(f'{annotations} does not list {image.name}')
-    names = {category['id']: category['name'] for category in content['categories']}
+    categories = [category['id'] for category in content['categories']]
     objects = [a for a in content['annotations'] if a['image_id'] == ids[0]]
-    boxes = [(x, y, x + w, y + h) for x, y, w, h in (a['bbox'] for a in objects)]
-    return boxes, [names[a['category_id']] for a in objects]
+    boxes = torch.tensor([a['bbox'] for a in objects], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = torch.tensor([categories.index(a['category_id']) for a in objects], dtype=torch.int64)
+    names = [category['name'] for category in content['categories']]
+    return InstanceData(bboxes=boxes, labels=labels), names
 
 
 def _write(figure, caption: str, path: Path) -> None:
-    from ..analysis import pictures
+    from ..analysis.pictures import png_and_page
 
-    picture = pictures.png(figure)
-    page = path.with_suffix('.html')
+    picture, page = png_and_page(figure, caption)
     path.write_bytes(picture)
-    page.write_text(pictures.page(caption, [(caption, picture)]))
-    click.echo(f'{path} and {page} written')
+    path.with_suffix('.html').write_text(page)
+    click.echo(f'{path} and {path.with_suffix(".html")} written')

@@ -20,7 +20,7 @@ model = dict(
     neck=dict(in_channels=[128, 256, 512]),
     encoder=dict(num_layers=2, schedule='H3L1-(2+1)x1'),
     decoder=dict(num_layers=1),
-    bbox_head=dict(num_classes=5),
+    bbox_head=dict(num_classes=4),
     test_cfg=dict(max_per_img=10),
 )
 pipeline = [

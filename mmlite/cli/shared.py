@@ -1,0 +1,110 @@
+"""What several subcommands share: options, progress bars, tables, files."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+PATH = click.Path(path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+HELP = {'help_option_names': ['-h', '--help']}
+
+device_option = click.option(
+    '--device', default='cpu', show_default=True, help='cpu, cuda or cuda:1.'
+)
+threads_option = click.option(
+    '--threads', type=click.IntRange(1), help='CPU threads. Default: all cores.'
+)
+json_option = click.option('--json', 'json_path', type=FILE, help='Write the results here, too.')
+
+
+class ImageSize(click.ParamType):
+    """Height and width, written 800x1333."""
+
+    name = 'HxW'
+
+    def convert(self, value, param, ctx) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r'(\d+)x(\d+)', value)
+        if match is None or '0' in match.groups():
+            self.fail(f'{value!r} is not a size; write height x width, for example 800x1333')
+        return int(match[1]), int(match[2])
+
+
+class Point(click.ParamType):
+    """A place in an image, written 320,240."""
+
+    name = 'X,Y'
+
+    def convert(self, value, param, ctx) -> tuple[float, float]:
+        try:
+            x, y = map(float, value.split(','))
+        except ValueError:
+            self.fail('write x,y in pixels, for example 320,240')
+        return x, y
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there before any work is done."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+        if torch.device(device).type == 'cuda':
+            torch.cuda.set_device(device)  # events and Triton's launches belong to the current one
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition('\n')[0]
+        raise ValueError(f'device {device!r} cannot be used here: {reason}') from error
+
+
+@contextmanager
+def progress(console: Console | None = None) -> Iterator[Callable[[str, int], Callable[..., None]]]:
+    """A progress bar, by default on stderr and gone in the end.
+
+    Give a text and a number of steps, get what to call after each; it takes a note to show.
+    """
+    columns = (
+        *(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn()),
+        *(TimeRemainingColumn(), TextColumn('{task.fields[note]}')),
+    )
+    transient = console is None
+    with Progress(*columns, console=console or Console(stderr=True), transient=transient) as bar:
+
+        def start(text: str, total: int) -> Callable[..., None]:
+            task = bar.add_task(text, total=total, note='')
+            return lambda note='': bar.update(task, advance=1, note=note)
+
+        yield start
+
+
+def console() -> Console:
+    """Stdout, wide enough for tables where it is no terminal."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150, highlight=False)
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], justify: str = 'left'
+) -> None:
+    """Print a table; ``justify`` says where the cells of all columns but the first stand."""
+    shown = RichTable(title=title, title_justify='left')
+    for index, column in enumerate(columns):
+        shown.add_column(column, justify=justify if index else 'left', no_wrap=not index)
+    for row in rows:
+        shown.add_row(*row)
+    console().print(shown)
+
+
+def write_json(path: Path | None, content: dict) -> None:
+    """Write a report for programs, where one is wanted."""
+    if path:
+        path.write_text(json.dumps(content, indent=2) + '\n')

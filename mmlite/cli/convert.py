@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from argparse import Namespace
 from collections import Counter
 from dataclasses import asdict
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
-from rich.table import Table
+
+from .shared import PATH, console, json_option, print_table, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -20,13 +19,17 @@ if TYPE_CHECKING:
 
     from ..checkpoints import Conversion
 
-FAMILIES = ('deformable-detr', 'h-deformable-detr', 'dino', 'lite-dino')
-
 
 @click.command()
-@click.argument('source', type=click.Path(path_type=Path))
-@click.argument('target', type=click.Path(path_type=Path))
-@click.option('--model', type=click.Choice(FAMILIES), help='Refuse any other model in the file.')
+@click.argument('source', type=PATH)
+@click.argument('target', type=PATH)
+@click.option(
+    '--model',
+    'family',
+    metavar='FAMILY',
+    help='Refuse any other model in the file than this one: deformable-detr, h-deformable-detr, '
+    'dino or lite-dino.',
+)
 @click.option('--schedule', help="A Lite model's schedule, for example 'H3L1-(2+1)x3'.")
 @click.option(
     '--classes',
@@ -42,21 +45,21 @@ FAMILIES = ('deformable-detr', 'h-deformable-detr', 'dino', 'lite-dino')
 @click.option(
     '--from-stock',
     'lite_config',
-    type=click.Path(path_type=Path),
+    type=PATH,
     help='Start the Lite detector of this config from a stock detector.',
 )
 @click.option(
     '--image',
     'images',
-    type=click.Path(path_type=Path),
+    type=PATH,
     multiple=True,
     help='Image to fit and compare on with --from-stock; may be given several times.',
 )
-@click.option('--json', 'json_path', type=click.Path(path_type=Path), help='Write the report here.')
+@json_option
 def convert(
     source: Path,
     target: Path,
-    model: str | None,
+    family: str | None,
     schedule: str | None,
     classes: str,
     num_queries: int | None,
@@ -83,50 +86,64 @@ def convert(
       mmlite convert dino_r50.pth start.pth --from-stock my_lite_dino.py --image street.jpg
     """
     if lite_config or images:
-        if to_official or model or ema or num_queries:
+        if to_official or family or ema or num_queries:
             raise ValueError('--from-stock takes --schedule and --image alone of the other options')
-        _from_stock(source, target, lite_config, schedule, images, json_path)
-        return
-    from ..checkpoints import (
-        check_conversion,
-        from_official,
-        load_checkpoint,
-        official_config,
-        unpack,
-    )
-    from ..checkpoints import to_official as convert_back
-
-    _refuse_target(target, source)
-    checkpoint = load_checkpoint(source, allow=[Namespace])
-    coco = classes == 'coco'
-    if to_official:
-        if schedule or ema:
-            raise ValueError('--to-official takes neither --schedule nor --ema; leave them out')
-        state, _ = unpack(checkpoint)
-        kept = checkpoint.get('official', {}) if isinstance(checkpoint, dict) else {}
-        conversion = convert_back(state, model, coco, kept.get('left'))
-        content = dict(model=conversion.state_dict)
-        if conversion.schedule:
-            # Under the names of the authors' own run arguments.
-            high, blocks = conversion.schedule.num_high_levels, conversion.schedule.num_blocks
-            content['args'] = Namespace(enc_scale=high, num_expansion=blocks)
-        config = None
+        report = _from_stock(source, target, lite_config, schedule, images)
     else:
-        conversion = from_official(checkpoint, model, schedule, coco, ema)
-        _, args = unpack(checkpoint, ema)
-        config = official_config(conversion, args, num_queries)
-        check_conversion(conversion, config)
-        content = dict(
-            meta=_meta(conversion.state_dict),
-            state_dict=conversion.state_dict,
-            # What MMDetection has no place for; it makes the way back exact.
-            official=dict(family=conversion.layout.family, left=conversion.left),
-        )
-    written = _save(content, config, target)
-    report = summarise(conversion, source, written)
-    _print(report)
-    if json_path:
-        json_path.write_text(json.dumps(report, indent=2) + '\n')
+        _refuse_target(target, source)
+        if to_official and (schedule or ema):
+            raise ValueError('--to-official takes neither --schedule nor --ema; leave them out')
+        convert_file = _to_official if to_official else _from_official
+        report = convert_file(source, target, family, schedule, classes == 'coco', ema, num_queries)
+        _print(report)
+    write_json(json_path, report)
+
+
+def _from_official(
+    source: Path,
+    target: Path,
+    family: str | None,
+    schedule: str | None,
+    coco: bool,
+    ema: bool,
+    num_queries: int | None,
+) -> dict:
+    import torch
+
+    from .. import checkpoints
+
+    checkpoint = checkpoints.load_checkpoint(source, allow=[Namespace])
+    conversion = checkpoints.from_official(checkpoint, family, schedule, coco, ema)
+    _, args = checkpoints.unpack(checkpoint, ema)
+    config = checkpoints.official_config(conversion, args, num_queries)
+    checkpoints.check_conversion(conversion, config)
+    content = dict(
+        meta=_meta(conversion.state_dict),
+        state_dict=conversion.state_dict,
+        # What MMDetection has no place for; it makes the way back exact.
+        official=dict(family=conversion.layout.family, left=conversion.left),
+    )
+    torch.save(content, target)
+    target.with_suffix('.py').write_text(config)
+    return _report(conversion, source, [target, target.with_suffix('.py')])
+
+
+def _to_official(source: Path, target: Path, family: str | None, _schedule, coco: bool, *_) -> dict:
+    import torch
+
+    from .. import checkpoints
+
+    checkpoint = checkpoints.load_checkpoint(source, allow=[Namespace])
+    state, _ = checkpoints.unpack(checkpoint)
+    kept = checkpoint.get('official', {}) if isinstance(checkpoint, dict) else {}
+    conversion = checkpoints.to_official(state, family, coco, kept.get('left'))
+    content = dict(model=conversion.state_dict)
+    if conversion.schedule:
+        # Under the names of the authors' own run arguments.
+        high, blocks = conversion.schedule.num_high_levels, conversion.schedule.num_blocks
+        content['args'] = Namespace(enc_scale=high, num_expansion=blocks)
+    torch.save(content, target)
+    return _report(conversion, source, [target])
 
 
 def _from_stock(
@@ -135,8 +152,7 @@ def _from_stock(
     lite_config: Path | None,
     schedule: str | None,
     images: tuple[Path, ...],
-    json_path: Path | None,
-) -> None:
+) -> dict:
     import torch
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
@@ -161,13 +177,11 @@ def _from_stock(
     model_config = copy.deepcopy(config.model)
     model = MODELS.build(config.model)
     model.init_weights()
-    with Console().status('Fitting what is new to the stock detector'):
+    with console().status('Fitting what is new to the stock detector'):
         report = warm_start(model, model_config, state, _load_images(model, config, images))
     torch.save(dict(meta={}, state_dict=model.state_dict()), target)
     click.echo(f'{report}\nWrote {target}')
-    if json_path:
-        content = dict(source=str(source), written=[str(target)], **asdict(report))
-        json_path.write_text(json.dumps(content, indent=2) + '\n')
+    return dict(source=str(source), written=[str(target)], **asdict(report))
 
 
 def _load_images(model: torch.nn.Module, config: Config, images: tuple[Path, ...]) -> dict:
@@ -181,7 +195,7 @@ def _load_images(model: torch.nn.Module, config: Config, images: tuple[Path, ...
     return model.data_preprocessor(batch, False)
 
 
-def summarise(conversion: Conversion, source: Path, written: list[Path]) -> dict:
+def _report(conversion: Conversion, source: Path, written: list[Path]) -> dict:
     """What became of the entries of the file, as printed and as written with ``--json``."""
     layout = conversion.layout
     return dict(
@@ -197,24 +211,20 @@ def summarise(conversion: Conversion, source: Path, written: list[Path]) -> dict
 
 
 def _print(report: dict) -> None:
-    from ..checkpoints.official import FAMILIES as TITLES
+    from ..checkpoints.official import FAMILIES
 
-    console = Console()
-    title = TITLES[report['model']]
-    if report['schedule']:
-        title += f' {report["schedule"]}'
-    table = Table('part', 'entries', title=f'{title}: mapped')
-    for part, count in Counter(_part(name) for name in report['mapped'].values()).items():
-        table.add_row(part, str(count))
-    table.add_row('all', str(len(report['mapped'])), style='bold')
-    console.print(table)
+    parts = Counter(map(_part, report['mapped'].values()))
+    rows = [(part, str(count)) for part, count in parts.items()]
+    title = f'{FAMILIES[report["model"]]} {report["schedule"] or ""}'.strip()
+    print_table(
+        f'{title}: mapped', ('part', 'entries'), [*rows, ('all', str(len(report['mapped'])))]
+    )
     for heading, entries in (('left', report['left']), ('filled in', report['filled'])):
         if entries:
-            table = Table('entries', 'why', title=heading)
-            for reason, count in Counter(map(_kind, entries.values())).items():
-                table.add_row(str(count), reason)
-            console.print(table)
-    console.print(f'Wrote {" and ".join(report["written"])}', highlight=False)
+            reasons = Counter(map(_kind, entries.values())).items()
+            rows = [(str(count), reason) for reason, count in reasons]
+            print_table(heading, ('entries', 'why'), rows)
+    click.echo(f'Wrote {" and ".join(report["written"])}')
 
 
 def _part(name: str) -> str:
@@ -241,14 +251,3 @@ def _refuse_target(target: Path, source: Path) -> None:
         raise ValueError(f'{target} is the source; give another name for the converted file')
     if not target.parent.is_dir():
         raise FileNotFoundError(f'{target.parent} does not exist; create the folder first')
-
-
-def _save(content: dict, config: str | None, target: Path) -> list[Path]:
-    import torch
-
-    torch.save(content, target)
-    if config is None:
-        return [target]
-    config_path = target.with_suffix('.py')
-    config_path.write_text(config)
-    return [target, config_path]

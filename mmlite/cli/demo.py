@@ -72,7 +72,8 @@ def demo(out: Path, epochs: int | None, train_images: int, val_images: int, seed
     print_table(title, list(METRICS), [[f'{100 * results[name]:.1f}' for name in METRICS]])
     console.print(
         f'Encoder: {lite:.3f} GFLOPs; the stock encoder of as many layers needs {stock:.3f} '
-        f'({1 - lite / stock:.0%} saved)'
+        f'({1 - lite / stock:.0%} saved)',
+        soft_wrap=True,
     )
     console.print(f'Ground truth and predictions: {picture}', soft_wrap=True)
     console.print(f'Checkpoint, config and results: {out}', soft_wrap=True)

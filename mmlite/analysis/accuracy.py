@@ -23,15 +23,10 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images and annotations in COCO's format.
+    """Images and annotations in COCO's format."""
 
-    Attributes:
-        annotations (Path): The JSON file.
-        images (Path): Folder of the images.
-    """
-
-    annotations: Path
-    images: Path
+    annotations: Path  # the JSON file
+    images: Path  # folder
 
     def check(self) -> None:
         """Refuse what cannot be evaluated on.
@@ -57,13 +52,7 @@ class Dataset:
 def evaluate(
     config: Config, checkpoint: str, dataset: Dataset, device: str = 'cpu'
 ) -> dict[str, float]:
-    """Test a detector as ``mim test`` does.
-
-    Args:
-        config (Config): The detector's config; its test pipeline and classes are used.
-        checkpoint (str): Its weights.
-        dataset (Dataset): What to test on, in place of the config's.
-        device (str): ``cpu`` or a CUDA device.
+    """Test a detector as ``mim test`` does, on ``dataset`` in place of the config's.
 
     Returns:
         dict[str, float]: MMDetection's names of :data:`METRICS`, in percent; -100 where there are

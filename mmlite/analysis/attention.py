@@ -217,23 +217,14 @@ def level_masses(
 
 @dataclass(frozen=True)
 class QueryAttention:
-    """What one query of a detector attends to, and where it is in the image.
+    """What one query of a detector attends to, and where it is in the image."""
 
-    Attributes:
-        name (str): The detector.
-        where (str): Which attention, in words.
-        attention (AttentionMap): Of the query.
-        scale (tuple[float, float]): Pixels of the image for a normalised location of 1, (x, y).
-        point (tuple[float, float] | None): The query's place in the image.
-        box (tuple[float, float, float, float] | None): The detected object, (x1, y1, x2, y2).
-    """
-
-    name: str
-    where: str
-    attention: AttentionMap
-    scale: tuple[float, float]
-    point: tuple[float, float] | None = None
-    box: tuple[float, float, float, float] | None = None
+    name: str  # of the detector
+    where: str  # which attention, in words
+    attention: AttentionMap  # of the query
+    scale: tuple[float, float]  # pixels of the image for a normalised location of 1, (x, y)
+    point: tuple[float, float] | None = None  # the query's place in the image
+    box: tuple[float, float, float, float] | None = None  # the detected object, (x1, y1, x2, y2)
 
 
 def attention_at_point(
@@ -248,16 +239,12 @@ def attention_at_point(
     """What the encoder's token at a point attends to.
 
     Args:
-        model (nn.Module): A detector with a deformable encoder.
+        model (nn.Module): A detector with a deformable encoder, called ``name``.
         run (Callable[[], object]): Runs it on the image.
         point (tuple[float, float]): (x, y) in pixels of the image.
-        name (str): What to call the detector.
         layer (int): Encoder layer, negative from the last.
         level (int, optional): Level of the token, 0 the largest map; by default the largest that
             the layer updates.
-
-    Returns:
-        QueryAttention: Of that token.
 
     Raises:
         ValueError: The point is outside the image, there is no such layer or level, or the layer
@@ -310,14 +297,10 @@ def attention_of_object(
     """What the decoder's query of a detected object attends to.
 
     Args:
-        model (nn.Module): A detector, as ``build_detector`` makes it.
+        model (nn.Module): A detector, as ``build_detector`` makes it, called ``name``.
         run (Callable[[], DetDataSample]): Runs it on the image.
         rank (int): 0 for the object with the highest score.
-        name (str): What to call the detector.
         layer (int): Decoder layer, negative from the last.
-
-    Returns:
-        QueryAttention: Of that query.
 
     Raises:
         ValueError: There is no such layer or object.

@@ -22,34 +22,19 @@ from .setting import Setting
 
 @dataclass
 class Result:
-    """What one detector costs.
-
-    Attributes:
-        detector (DetectorSpec): Which.
-        complexity (Complexity): Counts at the image size.
-        flops_by_size (dict[str, int]): Image size -> FLOPs.
-        latency (dict[int, Timing]): Batch size -> seconds a batch, from images on the device to
-            boxes.
-        faster (dict[int, Ratio]): Batch size -> how many times faster than the baseline.
-        memory (dict[int, int | None]): Batch size -> peak bytes beyond weights and images.
-        stages (dict[str, float]): Seconds of each stage and encoder layer, first batch size.
-        training (Timing | None): Seconds of forward, losses and backward.
-        training_faster (Ratio | None): How many times faster than the baseline's.
-        training_memory (int | None): Peak bytes beyond weights and images, gradients included.
-        accuracy (dict[str, float] | None): COCO's metrics in percent.
-    """
+    """What one detector costs, by batch size where it depends on that; memory in bytes."""
 
     detector: DetectorSpec
-    complexity: Complexity
+    complexity: Complexity  # at the setting's image size
     flops_by_size: dict[str, int]
-    latency: dict[int, Timing] = field(default_factory=dict)
-    faster: dict[int, Ratio] = field(default_factory=dict)
-    memory: dict[int, int | None] = field(default_factory=dict)
-    stages: dict[str, float] = field(default_factory=dict)
-    training: Timing | None = None
+    latency: dict[int, Timing] = field(default_factory=dict)  # images on the device to boxes
+    faster: dict[int, Ratio] = field(default_factory=dict)  # than the baseline
+    memory: dict[int, int | None] = field(default_factory=dict)  # beyond weights and images
+    stages: dict[str, float] = field(default_factory=dict)  # seconds, first batch size
+    training: Timing | None = None  # forward, losses and backward
     training_faster: Ratio | None = None
-    training_memory: int | None = None
-    accuracy: dict[str, float] | None = None
+    training_memory: int | None = None  # gradients included
+    accuracy: dict[str, float] | None = None  # COCO's metrics in percent
 
     @property
     def name(self) -> str:
@@ -74,14 +59,11 @@ def compare(
 
     Args:
         detectors (Sequence[DetectorSpec]): The baseline, then its variants.
-        setting (Setting): How.
+        setting (Setting): What they are measured on.
         dataset (Dataset, optional): Where to measure the accuracy of those with a checkpoint.
         sizes (Sequence[tuple[int, int]]): Image sizes to count FLOPs at, beside the setting's;
             those too small for a detector's queries are left out.
         start (Start): Shows progress.
-
-    Returns:
-        list[Result]: One for each detector, in order.
 
     Raises:
         FileNotFoundError: A config, checkpoint or annotation file is missing.

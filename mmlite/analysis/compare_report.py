@@ -48,7 +48,7 @@ def report(groups: Groups, setting: Setting, with_page: bool) -> Report:
         }
     return Report(
         settings=asdict(setting),
-        results=[result.as_json() for result in results],
+        results=results,
         tables=_tables(groups, setting),
         notes=notes,
         page=page,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -13,40 +13,14 @@ from torch import nn
 from ..layers import FusedDeformableAttention, LiteEncoder
 from .complexity import count_flops, count_parameters
 from .inputs import encoder_inputs, level_sizes
-from .latency import Call, Ratio, Timing, speedup
+from .latency import Call, speedup
 from .memory import peak_memory
-from .profile import OpProfile, matmul_peak, profile_ops
+from .profile import KINDS, OpProfile, matmul_peak, profile_ops
 from .report import Report, Start, Table, giga, mebibytes, milliseconds, size, timing_columns
 from .setting import Setting
 
 STOCK, STOCK_FUSED = 'stock (mmcv)', 'stock (ms_deform_attn)'
-PASSES = ('inference', 'training step')
 EMBED_DIMS = 256
-
-
-@dataclass(frozen=True)
-class EncoderResult:
-    """One encoder in one direction.
-
-    Attributes:
-        name (str): What it is.
-        direction (str): ``inference`` or ``training step`` (forward and backward).
-        flops (int): FLOPs of a forward pass.
-        params (int): Parameters.
-        timing (Timing): Seconds.
-        over_stock (Ratio): How many times faster than the stock encoder with mmcv's operator.
-        over_fused_stock (Ratio): How many times faster than the stock encoder with ours.
-        peak_memory (int | None): Bytes beyond parameters and inputs.
-    """
-
-    name: str
-    direction: str
-    flops: int
-    params: int
-    timing: Timing
-    over_stock: Ratio
-    over_fused_stock: Ratio
-    peak_memory: int | None
 
 
 def report(
@@ -68,52 +42,44 @@ def report(
     inputs = encoder_inputs(
         level_sizes(setting.image_size), EMBED_DIMS, setting.batch_size, device=setting.device
     )
-    flops = {
-        name: count_flops(encoder.eval(), **inputs).total for name, encoder in encoders.items()
+    costs = {
+        name: {
+            'flops': count_flops(encoder.eval(), **inputs).total,
+            'params': count_parameters(encoder),
+        }
+        for name, encoder in encoders.items()
     }
     results = []
-    for direction, make in zip(PASSES, (_inference, _training_step)[: 1 + setting.training]):
+    for direction, make in list(PASSES.items())[: 1 + setting.training]:
         calls = {name: make(encoder, inputs, setting) for name, encoder in encoders.items()}
-        timings = setting.measure(calls, start, 'encoders')
+        timings = setting.measure(calls, start, direction)
         for name, timing in timings.items():
             results.append(
-                EncoderResult(
-                    name,
-                    direction,
-                    flops[name],
-                    count_parameters(encoders[name]),
-                    timing,
-                    over_stock=speedup(timings[STOCK], timing),
-                    over_fused_stock=speedup(timings[STOCK_FUSED], timing),
-                    peak_memory=peak_memory(partial(calls[name], 0), setting.device),
-                )
+                {
+                    **{'name': name, 'direction': direction, **costs[name], 'timing': timing},
+                    'over_stock': speedup(timings[STOCK], timing),
+                    'over_fused_stock': speedup(timings[STOCK_FUSED], timing),
+                    'peak_memory': peak_memory(partial(calls[name], 0), setting.device),
+                }
             )
             encoders[name].zero_grad(set_to_none=True)
-    settings = {
-        **asdict(setting),
-        'batch_size': setting.batch_size,
-        'embed_dims': EMBED_DIMS,
-        'ffn_channels': ffn_channels,
-    }
-    found = Report(
-        settings, [asdict(result) for result in results], _tables(setting, ffn_channels, results)
-    )
+    shape = {'batch_size': setting.batch_size, 'embed_dims': EMBED_DIMS}
+    settings = {**asdict(setting), **shape, 'ffn_channels': ffn_channels}
+    found = Report(settings, results, _tables(setting, ffn_channels, results))
     if profile:
+        repeats = (setting.rounds + 1) // 2
         profiles = {
             name: profile_ops(
                 encoder,
                 _inference(encoder, inputs, setting),
-                repeats=(setting.rounds + 1) // 2,
+                repeats=repeats,
                 device=setting.device,
             )
             for name, encoder in encoders.items()
         }
         peak = matmul_peak(setting.device, getattr(torch, setting.dtype))
         found.tables.append(_profile_table(profiles, peak))
-        found.further = {
-            'profile': {name: asdict(profile) for name, profile in profiles.items()},
-            'matmul_peak': peak,
-        }
+        found.further = {'profile': profiles, 'matmul_peak': peak}
     return found
 
 
@@ -124,13 +90,10 @@ def build_encoders(
 
     All have six layers and are randomly initialised.
     """
+    shape = {'embed_dims': EMBED_DIMS}
     layer_cfg = {
-        'self_attn_cfg': {
-            **{'embed_dims': EMBED_DIMS, 'num_levels': 4, 'dropout': 0.0, 'batch_first': True}
-        },
-        'ffn_cfg': {
-            **{'embed_dims': EMBED_DIMS, 'feedforward_channels': ffn_channels, 'ffn_drop': 0.0}
-        },
+        'self_attn_cfg': {**shape, 'num_levels': 4, 'dropout': 0.0, 'batch_first': True},
+        'ffn_cfg': {**shape, 'feedforward_channels': ffn_channels, 'ffn_drop': 0.0},
     }
     encoders = {
         name: DeformableDetrTransformerEncoder(num_layers=6, layer_cfg=layer_cfg)
@@ -169,46 +132,50 @@ def _training_step(encoder: nn.Module, inputs: dict, setting: Setting) -> Call:
     return call
 
 
-def _tables(setting: Setting, ffn: int, results: Sequence[EncoderResult]) -> list[Table]:
+PASSES = {'inference': _inference, 'training step': _training_step}
+
+
+def _tables(setting: Setting, ffn_channels: int, results: Sequence[dict]) -> list[Table]:
+    """One for each direction."""
     tokens = sum(h * w for h, w in level_sizes(setting.image_size))
+    what = (
+        f'{size(setting.image_size)} ({tokens} tokens), batch {setting.batch_size}, '
+        f'{EMBED_DIMS} channels, FFN {ffn_channels}, {setting.dtype}'
+    )
     columns = {
-        'encoder': lambda r: r.name,
-        'params M': lambda r: f'{r.params / 1e6:.2f}',
-        'GFLOPs': lambda r: giga(r.flops),
-        **timing_columns(lambda r: r.timing),
-        'over stock': lambda r: r.over_stock,
-        'over stock, our op': lambda r: r.over_fused_stock,
-        'FLOPs saved': lambda r: f'{results[0].flops / r.flops:.2f}x',
-        'peak MiB': lambda r: mebibytes(r.peak_memory),
+        'encoder': lambda r: r['name'],
+        'params M': lambda r: f'{r["params"] / 1e6:.2f}',
+        'GFLOPs': lambda r: giga(r['flops']),
+        **timing_columns(lambda r: r['timing']),
+        'over stock': lambda r: r['over_stock'],
+        'over stock, our op': lambda r: r['over_fused_stock'],
+        'FLOPs saved': lambda r: f'{results[0]["flops"] / r["flops"]:.2f}x',
+        'peak MiB': lambda r: mebibytes(r['peak_memory']),
     }
     return [
-        Table.of(
-            f'Encoder, {way}, {size(setting.image_size)} ({tokens} tokens), batch '
-            f'{setting.batch_size}, {EMBED_DIMS} channels, FFN {ffn}, {setting.dtype}',
-            [result for result in results if result.direction == way],
-            columns,
-        )
-        for way in dict.fromkeys(result.direction for result in results)
+        Table.of(f'Encoder, {direction}, {what}', rows, columns)
+        for direction in PASSES
+        if (rows := [r for r in results if r['direction'] == direction])
     ]
 
 
 def _profile_table(profiles: dict[str, OpProfile], peak: float) -> Table:
     """Where the time goes, and how near the matrix products are to their own peak."""
 
-    def share(kind: str):
-        return lambda p: f'{milliseconds(p[1].seconds[kind])} ({p[1].share(kind):.0%})'
+    def part(kind: str) -> Callable[[str], str]:
+        return lambda name: (
+            f'{milliseconds(profiles[name].seconds[kind])} ({profiles[name].share(kind):.0%})'
+        )
 
-    def reach(profile: tuple[str, OpProfile]) -> str:
-        rate = profile[1].matmul_rate
+    def reach(name: str) -> str:
+        rate = profiles[name].matmul_rate
         return f'{giga(rate)} GFLOP/s ({rate / peak:.0%})'
 
-    return Table.of(
-        f'Inference, ms by kind of operator (a large matrix product: {giga(peak)} GFLOP/s)',
-        profiles.items(),
-        {
-            'encoder': lambda p: p[0],
-            **{kind: share(kind) for kind in next(iter(profiles.values())).seconds},
-            'sum': lambda p: milliseconds(sum(p[1].seconds.values())),
-            'matrix products reach': reach,
-        },
-    )
+    columns = {
+        'encoder': str,
+        **{kind: part(kind) for kind in KINDS},
+        'sum': lambda name: milliseconds(sum(profiles[name].seconds.values())),
+        'matrix products reach': reach,
+    }
+    title = f'Inference, ms by kind of operator (a large matrix product: {giga(peak)} GFLOP/s)'
+    return Table.of(title, profiles, columns)

@@ -48,14 +48,9 @@ class EfficiencyHook(Hook):
         if not is_main_process():
             return
         cost = count_detector(_detector(runner), self.image_size)
-        scalars = {
-            'efficiency/gflops': cost.flops / 1e9,
-            'efficiency/params_m': cost.params / 1e6,
-            **{
-                f'efficiency/gflops_{stage}': flops / 1e9
-                for stage, flops in cost.stage_flops.items()
-            },
-        }
+        gflops = {f'gflops_{stage}': flops / 1e9 for stage, flops in cost.stage_flops.items()}
+        scalars = {'gflops': cost.flops / 1e9, 'params_m': cost.params / 1e6, **gflops}
+        scalars = {f'efficiency/{name}': value for name, value in scalars.items()}
         runner.visualizer.add_scalars(scalars, step=0)
         path = Path(runner.work_dir) / 'efficiency.json'
         path.write_text(json.dumps(asdict(cost), indent=2) + '\n')

@@ -18,35 +18,19 @@ STRIDES = (8, 16, 32, 64)
 def level_sizes(
     image_size: tuple[int, int], strides: Sequence[int] = STRIDES
 ) -> list[tuple[int, int]]:
-    """(h, w) of every level of the pyramid of an image, largest map first.
-
-    Args:
-        image_size (tuple[int, int]): Height and width in pixels.
-        strides (Sequence[int]): Pixels between neighbouring tokens, one number a level.
-
-    Returns:
-        list[tuple[int, int]]: Each level halves the one before it, rounded up.
-    """
+    """(h, w) of every level of the pyramid of an image, (height, width), largest map first."""
     height, width = image_size
     return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
 
 
 class OperatorInputs(NamedTuple):
-    """Arguments of the two operators.
+    """Arguments of the two operators."""
 
-    Attributes:
-        query (Tensor): shape (B, Q, M, D).
-        value (Tensor): shape (B, S, M, D).
-        spatial_shapes (Tensor): int64, shape (L, 2).
-        sampling_locations (Tensor): float32, shape (B, Q, M, L, P, 2).
-        attention_weights (Tensor): Sum to 1 over levels and points, shape (B, Q, M, L, P).
-    """
-
-    query: Tensor
-    value: Tensor
-    spatial_shapes: Tensor
-    sampling_locations: Tensor
-    attention_weights: Tensor
+    query: Tensor  # (B, Q, M, D)
+    value: Tensor  # (B, S, M, D)
+    spatial_shapes: Tensor  # int64, (L, 2)
+    sampling_locations: Tensor  # float32, (B, Q, M, L, P, 2)
+    attention_weights: Tensor  # sum to 1 over levels and points, (B, Q, M, L, P)
 
 
 def operator_inputs(
@@ -62,21 +46,14 @@ def operator_inputs(
     device: torch.device | str = 'cpu',
     seed: int = 0,
 ) -> OperatorInputs:
-    """What an encoder layer hands to the operators.
+    """What an encoder layer over levels of these (h, w) hands to the operators.
 
     Args:
-        sizes (Sequence[tuple[int, int]]): (h, w) of every level.
-        batch_size (int): Images, B.
         num_queries (int, optional): A random choice of so many tokens asks; by default all.
-        num_heads (int): M.
-        head_dim (int): D.
-        num_points (int): P.
         locations (str): ``'grid'``: around the query's own place, along the directions of the
             initial offsets, with a pixel of noise, as in a model. ``'uniform'``: anywhere, which
             is the worst case for caches.
         dtype (torch.dtype): Of query, value and weights.
-        device (torch.device | str): Where the tensors live.
-        seed (int): Seed of all that is random.
 
     Returns:
         OperatorInputs: Leaf tensors that do not require gradients.
@@ -132,16 +109,7 @@ def encoder_inputs(
 ) -> dict[str, Tensor | None]:
     """Keyword arguments of mmdet's ``DeformableDetrTransformerEncoder.forward``, nothing padded.
 
-    Args:
-        sizes (Sequence[tuple[int, int]]): (h, w) of every level.
-        embed_dims (int): Channels, C.
-        batch_size (int): Images, B.
-        seed (int): Seed of the random features.
-        device (torch.device | str): Where the tensors live.
-
-    Returns:
-        dict[str, Tensor | None]: ``query`` and ``query_pos`` of shape (B, S, C) and unit scale,
-        ``key_padding_mask`` None, and the level tables.
+    Levels have the given (h, w); features, (batch, tokens, embed_dims), are of unit scale.
     """
     shapes = torch.tensor(sizes, dtype=torch.int64)
     tokens = shapes.prod(-1)
@@ -168,16 +136,8 @@ def image_batch(
 ) -> tuple[Tensor, list[DetDataSample]]:
     """Normalised images with random boxes, as a detector of mmdet takes them.
 
-    Args:
-        batch_size (int): Images, B.
-        image_size (tuple[int, int]): Height and width in pixels.
-        num_classes (int): Labels are drawn from 0 .. num_classes - 1.
-        num_boxes (int): Ground-truth boxes of every image (COCO has 7 on average).
-        seed (int): Seed of pixels, boxes and labels.
-        device (torch.device | str): Where the tensors live.
-
-    Returns:
-        tuple[Tensor, list[DetDataSample]]: images (B, 3, H, W) of unit scale, and B samples.
+    Images are of unit scale, (batch, 3, height, width); each has ``num_boxes`` ground-truth boxes
+    (COCO has 7 on average) with labels from 0 to ``num_classes - 1``.
     """
     # Here, so that the operators can be measured where only torch is installed.
     from mmdet.structures import DetDataSample
@@ -193,15 +153,9 @@ def image_batch(
         corners = torch.rand(num_boxes, 2, generator=generator) * (1 - sizes)
         boxes = torch.cat([corners, corners + sizes], dim=1) * scale
         labels = torch.randint(num_classes, (num_boxes,), generator=generator)
-        sample = DetDataSample(
-            metainfo={
-                'img_shape': image_size,
-                'ori_shape': image_size,
-                'pad_shape': image_size,
-                'batch_input_shape': image_size,
-                'scale_factor': (1.0, 1.0),
-            }
-        )
+        names = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
+        meta = dict.fromkeys(names, image_size)
+        sample = DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0)})
         sample.gt_instances = InstanceData(bboxes=boxes.to(device), labels=labels.to(device))
         samples.append(sample)
     return images.to(device), samples

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,14 +27,9 @@ Name = TypeVar('Name', bound=Hashable)
 
 @dataclass
 class Timing:
-    """Seconds of one call.
+    """Seconds of one call."""
 
-    Attributes:
-        seconds (tuple[float, ...]): One figure a round, in their order.
-        median, mean, p95 (float): What they come to.
-    """
-
-    seconds: tuple[float, ...]
+    seconds: tuple[float, ...]  # one figure a round, in their order
     median: float = field(init=False)
     mean: float = field(init=False)
     p95: float = field(init=False)
@@ -45,13 +41,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster: median over the pairs of rounds, and its quartiles.
-
-    Attributes:
-        median (float): Half of the pairs gave more, half less.
-        low (float): A quarter of the pairs gave less.
-        high (float): A quarter of the pairs gave more.
-    """
+    """How many times faster: median over the pairs of rounds, and its quartiles."""
 
     median: float
     low: float
@@ -116,15 +106,7 @@ def measurements(contestants: int, rounds: int) -> int:
 
 
 def speedup(baseline: Timing, variant: Timing) -> Ratio:
-    """How many times faster ``variant`` is than ``baseline``, both from one :func:`measure`.
-
-    Args:
-        baseline (Timing): What the variant is compared with.
-        variant (Timing): Above 1 if it is the faster one.
-
-    Returns:
-        Ratio: Median and quartiles over the pairs of rounds.
-    """
+    """How many times faster ``variant`` is than ``baseline``, both from one :func:`measure`."""
     pairs = [np.reshape(timing.seconds, (-1, 2)).sum(1) for timing in (baseline, variant)]
     low, median, high = np.percentile(pairs[0] / pairs[1], [25, 50, 75])
     return Ratio(float(median), float(low), float(high))
@@ -178,8 +160,5 @@ def describe_machine(device: torch.device | str = 'cpu') -> dict[str, str]:
 
 def _cpu_name() -> str:
     cpuinfo = Path('/proc/cpuinfo')
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith('model name'):
-                return line.partition(':')[2].strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r'model name\s*: (.*)', cpuinfo.read_text() if cpuinfo.exists() else '')
+    return found[1] if found else platform.processor() or platform.machine()

@@ -20,13 +20,8 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = 'cpu') 
     process, which also sees the scratch memory of kernels; it is exact to a few hundred KiB, and
     what was allocated but never touched does not count.
 
-    Args:
-        call (Callable[[], object]): What to run, once. Run it before, too: what a first call
-            sets up for good would count.
-        device (torch.device | str): Where the memory is.
-
-    Returns:
-        int | None: Bytes; None on a CPU whose operating system does not tell (other than Linux).
+    Run it before, too: what a first call sets up for good would count. None on a CPU whose
+    operating system does not tell (other than Linux).
     """
     device = torch.device(device)
     if device.type == 'cuda':

@@ -24,17 +24,11 @@ _PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class DetectorSpec:
-    """Names a detector to look at.
+    """Names a detector to look at."""
 
-    Attributes:
-        config (str): As for :func:`load_config`.
-        checkpoint (str | None): Its weights; random ones otherwise.
-        published (Published | None): What a paper reports for it.
-    """
-
-    config: str
-    checkpoint: str | None = None
-    published: Published | None = None
+    config: str  # as for load_config
+    checkpoint: str | None = None  # random weights otherwise
+    published: Published | None = None  # what a paper reports for it
 
     @classmethod
     def parse(cls, text: str) -> DetectorSpec:
@@ -129,13 +123,10 @@ def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:
     missing = wanted.keys() - state.keys()
     unknown = state.keys() - wanted.keys()
     reshaped = {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}
+    found = {'missing': missing, 'unknown to the model': unknown, 'of another shape': reshaped}
     problems = [
         f'{len(names)} {problem} (such as {min(names)})'
-        for names, problem in (
-            (missing, 'missing'),
-            (unknown, 'unknown to the model'),
-            (reshaped, 'of another shape'),
-        )
+        for problem, names in found.items()
         if names
     ]
     if problems:
@@ -149,12 +140,12 @@ def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:
 def _without_pretraining(config):
     """The config with everything gone that would fetch weights from somewhere."""
     if isinstance(config, dict):
-        kept = {}
-        for name, value in config.items():
-            is_fetched = isinstance(value, dict) and value.get('type') == 'Pretrained'
-            if not is_fetched and name != 'pretrained':
-                kept[name] = _without_pretraining(value)
-        return ConfigDict(kept)
+        return ConfigDict(
+            (name, _without_pretraining(value))
+            for name, value in config.items()
+            if name != 'pretrained'
+            and not (isinstance(value, dict) and value.get('type') == 'Pretrained')
+        )
     if isinstance(config, (list, tuple)):
         return type(config)(_without_pretraining(value) for value in config)
     return config

@@ -51,27 +51,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class OperatorResult:
-    """One operator on one backend.
+    """One operator on one backend."""
 
-    Attributes:
-        operator (str): ``ms_deform_attn`` or ``key_aware_deform_attn``.
-        backend (str): ``mmcv``, ``reference``, ``cpu`` or ``triton``.
-        direction (str): ``forward`` or ``forward+backward``.
-        timing (Timing): Seconds of a call.
-        over_reference (Ratio): How many times faster than the same operator in plain PyTorch.
-        over_mmcv (Ratio | None): How many times faster than mmcv's ``ms_deform_attn``.
-        peak_memory (int | None): Bytes beyond the inputs.
-        bandwidth (float | None): Forward: every input read once and the output written once,
-            over the time, in bytes a second.
-    """
-
-    operator: str
-    backend: str
-    direction: str
+    operator: str  # ms_deform_attn or key_aware_deform_attn
+    backend: str  # mmcv, reference, cpu or triton
+    direction: str  # of PASSES
     timing: Timing
-    over_reference: Ratio
-    over_mmcv: Ratio | None
-    peak_memory: int | None
+    over_reference: Ratio  # how many times faster than the same operator in plain PyTorch
+    over_mmcv: Ratio | None  # how many times faster than mmcv's ms_deform_attn
+    peak_memory: int | None  # bytes beyond the inputs
+    # Forward: every input read once and the output written once, in bytes a second.
     bandwidth: float | None
 
 
@@ -91,7 +80,7 @@ def report(
             curves.append(benchmark_scaling(shape, axis, values, rounds=rounds, on_step=step))
     return Report(
         settings={**asdict(shape), 'dtype': _name(shape.dtype), 'rounds': rounds},
-        results=[asdict(result) for result in results],
+        results=results,
         tables=[*tables(shape, results, copy), *map(scaling_table, curves)],
         notes=[f'Not measured: {name}: {reason}.' for name, reason in left_out.items()],
         further={

@@ -24,14 +24,9 @@ _MARK = '#00e5ff'
 
 
 def draw_attention(image: np.ndarray, seen: Sequence[QueryAttention]) -> Figure:
-    """Sampling points on every level, coloured by weight, a row for each detector.
+    """Sampling points over RGB pixels, (H, W, 3), coloured by weight.
 
-    Args:
-        image (np.ndarray): RGB pixels, shape (H, W, 3).
-        seen (Sequence[QueryAttention]): What each detector attends to.
-
-    Returns:
-        Figure: One column for each level and one for all of them.
+    A row for each detector, a column for each level and one for all of them.
     """
     levels = max(len(one.attention.spatial_shapes) for one in seen)
     height = 3.0 * image.shape[0] / image.shape[1] + 0.6
@@ -95,12 +90,7 @@ def draw_boxes(image: np.ndarray, instances: InstanceData, names: Sequence[str])
 def draw_panels(
     rows: Sequence[Sequence[tuple[str, np.ndarray]]], panel_width: float = 5.0
 ) -> Figure:
-    """Images of one size in a grid.
-
-    Args:
-        rows (Sequence[Sequence[tuple[str, np.ndarray]]]): Title and pixels, (H, W, 3), of each.
-        panel_width (float): In inches.
-    """
+    """Images of one size in a grid: rows of titles and pixels, (H, W, 3); width in inches."""
     height, width = rows[0][0][1].shape[:2]
     size = (panel_width * len(rows[0]), len(rows) * (panel_width * height / width + 0.4))
     figure = Figure(figsize=size, layout='constrained')
@@ -113,14 +103,10 @@ def draw_panels(
 
 
 def draw_level_masses(masses: Sequence[tuple[str, Tensor]]) -> Figure:
-    """Heat maps of where the encoder's attention goes.
+    """Heat maps of where the encoders' attention goes: a row a detector, a panel a layer.
 
-    Args:
-        masses (Sequence[tuple[str, Tensor]]): Name of a detector and, averaged over a data set,
-            what :func:`~mmlite.analysis.attention.level_masses` returns.
-
-    Returns:
-        Figure: A row for each detector, a panel for each encoder layer.
+    ``masses`` holds the name of each detector and, averaged over a data set, what
+    :func:`~mmlite.analysis.attention.level_masses` returns.
     """
     layers = max(len(mass) for _, mass in masses)
     figure = Figure(figsize=(1.9 * layers + 1, 2.3 * len(masses) + 0.4), layout='constrained')

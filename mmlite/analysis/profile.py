@@ -33,15 +33,12 @@ KINDS = (*_KINDS, 'rest')
 class OpProfile:
     """Time of a call by kind of operator.
 
-    Attributes:
-        seconds (dict[str, float]): For each of :data:`KINDS`. Sampling is the fused operator, or
-            ``grid_sample`` where plain PyTorch runs, whose other operators are then the rest of
-            attention. An operator's time includes what it calls.
-        matmul_flops (int): FLOPs of the matrix products.
+    Sampling is the fused operator, or ``grid_sample`` where plain PyTorch runs, whose other
+    operators are then the rest of attention. An operator's time includes what it calls.
     """
 
-    seconds: dict[str, float]
-    matmul_flops: int
+    seconds: dict[str, float]  # for each of KINDS
+    matmul_flops: int  # of the matrix products
 
     @property
     def matmul_rate(self) -> float:
@@ -56,16 +53,9 @@ class OpProfile:
 def profile_ops(
     module: nn.Module, call: Call, *, repeats: int = 5, device: torch.device | str = 'cpu'
 ) -> OpProfile:
-    """Time every operator of a forward pass and add the times up by kind.
+    """Time the operators of ``call``, a forward pass of ``module``, and add them up by kind.
 
-    Args:
-        module (nn.Module): What runs in ``call``.
-        call (Callable[[int], object]): Runs it.
-        repeats (int): Timed runs after one of warm-up; the median of each kind is kept.
-        device (torch.device | str): Where it runs.
-
-    Returns:
-        OpProfile: Seconds by kind.
+    Of ``repeats`` runs, after one of warm-up, the median of each kind is kept.
     """
     ranges = {child: _ATTENTION for child in deform_attn_modules(module)}
     runs = []
@@ -81,13 +71,7 @@ def profile_ops(
 def profile_stages(
     model: nn.Module, call: Call, *, repeats: int = 5, device: torch.device | str = 'cpu'
 ) -> dict[str, float]:
-    """Time the stages of a detector.
-
-    Args:
-        model (nn.Module): A detector of mmdet.
-        call (Callable[[int], object]): Runs it once.
-        repeats (int): Timed runs after one of warm-up; the median of each stage is kept.
-        device (torch.device | str): Where it runs.
+    """Time the stages of a detector that ``call`` runs; medians as in :func:`profile_ops`.
 
     Returns:
         dict[str, float]: Seconds of ``backbone``, ``neck``, ``encoder``, ``encoder.layers.<i>``

@@ -16,30 +16,20 @@ PRESETS = ('paper-table3', 'paper-table4')
 
 @dataclass(frozen=True)
 class Published:
-    """One row of a published table.
+    """One row of a published table."""
 
-    Attributes:
-        model (str): The paper's name for it.
-        backbone (str): ``R50`` or ``Swin-T``.
-        config (str): The config that builds this model.
-        ap, ap50, ap75, ap_small, ap_medium, ap_large (float): COCO's metrics.
-        gflops (float): Of the whole detector.
-        encoder_gflops (float): Of its encoder.
-        params (float): In millions.
-    """
-
-    model: str
-    backbone: str
-    config: str
-    ap: float
+    model: str  # the paper's name for it
+    backbone: str  # R50 or Swin-T
+    config: str  # what builds this model
+    ap: float  # COCO's metrics, in percent
     ap50: float
     ap75: float
     ap_small: float
     ap_medium: float
     ap_large: float
-    gflops: float
+    gflops: float  # of the whole detector
     encoder_gflops: float
-    params: float
+    params: float  # in millions
 
 
 # Other work that the paper compares with: name -> GFLOPs of the encoder, AP.
@@ -53,14 +43,7 @@ OTHER_WORK = {
 
 
 def preset(name: str) -> list[list[Published]]:
-    """The rows of a published table.
-
-    Args:
-        name (str): One of :data:`PRESETS`.
-
-    Returns:
-        list[list[Published]]: Groups; the first row of each is the baseline of the others.
-    """
+    """The rows of one of :data:`PRESETS` in groups, each with its baseline first."""
     groups: dict[str, list[Published]] = {}
     with Path(__file__).with_suffix('.csv').open(newline='') as file:
         for row in csv.DictReader(file):

@@ -18,13 +18,7 @@ Columns = Mapping[str, Callable[[Any], object]]
 
 @dataclass
 class Table:
-    """A table of texts.
-
-    Attributes:
-        title (str): What it shows.
-        columns (Sequence[str]): Heads of the columns; the first names the row.
-        rows (list[Sequence[str]]): Cells.
-    """
+    """A table of texts, whose first column names the row."""
 
     title: str
     columns: Sequence[str]
@@ -45,27 +39,16 @@ class Table:
 
 @dataclass
 class Report:
-    """What a benchmark found.
+    """What a benchmark found."""
 
-    Attributes:
-        settings (dict): What was run, for programs.
-        results (list[dict]): Every measurement, for programs.
-        tables (list[Table]): The same for people.
-        notes (list[str]): Sentences that belong below the tables.
-        further (dict): What else programs get.
-        page (dict | None): Content of the page beside the tables: ``headline`` and ``figures``.
-        machine (dict[str, str]): What it ran on.
-        command (str): What repeats it.
-    """
-
-    settings: dict
-    results: list[dict]
-    tables: list[Table]
-    notes: list[str] = field(default_factory=list)
-    further: dict = field(default_factory=dict)
-    page: dict | None = None
-    machine: dict[str, str] = field(default_factory=dict)
-    command: str = ''
+    settings: dict  # what was run, for programs
+    results: Sequence  # every measurement, for programs: dictionaries or dataclasses
+    tables: list[Table]  # the same for people
+    notes: list[str] = field(default_factory=list)  # sentences for below the tables
+    further: dict = field(default_factory=dict)  # what else programs get
+    page: dict | None = None  # what the page shows beside the tables
+    machine: dict[str, str] = field(default_factory=dict)  # what it ran on
+    command: str = ''  # what repeats it
 
     @property
     def machine_line(self) -> str:

@@ -13,25 +13,15 @@ from .report import Start
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run, where, and how often.
+    """What is run, where, and how often."""
 
-    Attributes:
-        image_size (tuple[int, int]): Height and width in pixels.
-        batch_sizes (tuple[int, ...]): Numbers of images.
-        dtype (str): ``float32``, or what autocast runs in.
-        device (str): Where to run.
-        rounds (int): Measurements of each contestant; 0 to count only and measure nothing.
-        warmup (int): Calls before.
-        training (bool): Also measure a training step, at the first batch size.
-    """
-
-    image_size: tuple[int, int] = (800, 1333)
+    image_size: tuple[int, int] = (800, 1333)  # height and width in pixels
     batch_sizes: tuple[int, ...] = (1,)
-    dtype: str = 'float32'
+    dtype: str = 'float32'  # or what autocast runs in
     device: str = 'cpu'
-    rounds: int = 10
-    warmup: int = 2
-    training: bool = False
+    rounds: int = 10  # measurements of each contestant; 0 to count only
+    warmup: int = 2  # calls before
+    training: bool = False  # also measure a training step, at the first batch size
 
     @property
     def batch_size(self) -> int:

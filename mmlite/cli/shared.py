@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -105,6 +106,10 @@ def print_table(
 
 
 def write_json(path: Path | None, content: dict) -> None:
-    """Write a report for programs, where one is wanted."""
+    """Write a report for programs, where one is wanted; dataclasses become dictionaries."""
+
+    def plain(value: object) -> dict:
+        return value.as_json() if hasattr(value, 'as_json') else asdict(value)
+
     if path:
-        path.write_text(json.dumps(content, indent=2) + '\n')
+        path.write_text(json.dumps(content, indent=2, default=plain) + '\n')

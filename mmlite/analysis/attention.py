@@ -7,7 +7,7 @@ that are to be seen, whichever backend has run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,6 +17,7 @@ from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
 from ..layers import level_sizes
+from ..nn import StepTokens
 from ..nn.attention import DeformableAttention, SamplingAttention
 from .complexity import called_with
 
@@ -148,23 +149,20 @@ def deformable_attentions(model: nn.Module) -> list[str]:
     ]
 
 
-def first_token(model: nn.Module, layer: int, num_queries: int, num_tokens: int) -> int:
-    """Index of the token that is the first query of an encoder layer.
+def query_tokens(model: nn.Module, layer: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Which tokens are the queries of an encoder layer, int64, shape (Q,).
 
-    A Lite layer may have the low-level tokens (the first) or the high-level ones (the last) as
-    queries only.
-
-    Args:
-        model (nn.Module): The detector.
-        layer (int): Which encoder layer.
-        num_queries (int): How many queries the layer had.
-        num_tokens (int): How many tokens there are.
-
-    Returns:
-        int: 0 unless the layer leaves the low-level tokens out.
+    All of them, but in a Lite encoder, whose layers may update the low- or high-level ones alone.
+    ``sizes`` holds the (h, w) of every level.
     """
-    step = getattr(model.encoder.layers[layer], 'step', None)
-    return 0 if step is None or step.updates_low else num_tokens - num_queries
+    encoder = model.encoder
+    step = getattr(encoder.layers[layer], 'step', None)
+    if step is None:
+        return torch.arange(sum(height * width for height, width in sizes))
+    low_levels = encoder.low_levels
+    if low_levels is None:
+        low_levels = encoder.schedule.low_levels(sizes)
+    return StepTokens(step, sizes, low_levels).indices()
 
 
 def level_masses(
@@ -182,36 +180,32 @@ def level_masses(
         layer, level of the query, level of the sampled points. NaN where a layer has no queries
         of that level.
     """
-    layers = [f'encoder.layers.{i}.self_attn' for i in range(len(model.encoder.layers))]
-
-    def counts() -> list[int]:
-        return encoder['spatial_shapes'].prod(-1).tolist()
+    levels: dict[int, Tensor] = {}  # layer -> level of each chosen query
 
     def choose(layer: int) -> Choose:
         def chosen(num_queries: int) -> Tensor:
-            picks, start = [], -first_token(model, layer, num_queries, sum(counts()))
-            for count in counts():
-                index = torch.linspace(0, count - 1, min(count, tokens_per_level)).long()
-                picks.append(index + start)
-                start += count
+            sizes = level_sizes(call['spatial_shapes'])
+            level_of = _level_of(sizes)[query_tokens(model, layer, sizes)]
+            picks = []
+            for level in range(len(sizes)):
+                own = (level_of == level).nonzero().flatten()
+                few = torch.linspace(0, len(own) - 1, min(len(own), tokens_per_level))
+                picks.append(own[few.long()])
             picks = torch.cat(picks)
-            return picks[(picks >= 0) & (picks < num_queries)]
+            levels[layer] = level_of[picks]
+            return picks
 
         return chosen
 
-    choices = {name: choose(index) for index, name in enumerate(layers)}
-    with called_with(model.encoder) as encoder, record_attention(model, choices) as maps:
+    names = [f'encoder.layers.{layer}.self_attn' for layer in range(len(model.encoder.layers))]
+    choices = {name: choose(layer) for layer, name in enumerate(names)}
+    with called_with(model.encoder) as call, record_attention(model, choices) as maps:
         run()
-    level_of = torch.repeat_interleave(torch.tensor(counts()))
-    levels = len(counts())
-    masses = torch.full((len(layers), levels, levels), float('nan'))
-    for index, name in enumerate(layers):
-        seen = maps[name]
-        tokens = seen.queries + first_token(model, index, seen.num_queries, len(level_of))
-        for level in range(levels):
-            own = level_of[tokens] == level
-            if own.any():
-                masses[index, level] = seen.level_mass()[own].mean(0)
+    num_levels = len(call['spatial_shapes'])
+    masses = torch.full((len(names), num_levels, num_levels), float('nan'))
+    for layer, name in enumerate(names):
+        for level in levels[layer].unique():
+            masses[layer, level] = maps[name].level_mass()[levels[layer] == level].mean(0)
     return masses
 
 
@@ -251,38 +245,37 @@ def attention_at_point(
             does not update that level.
     """
     layer = _layer(model.encoder, layer)
-    chosen_level = level
 
     def choose(num_queries: int) -> Tensor:
-        nonlocal chosen_level
-        shapes = encoder['spatial_shapes'].tolist()
-        sizes = [h * w for h, w in shapes]
-        first = first_token(model, layer, num_queries, sum(sizes))
+        nonlocal level
+        sizes = level_sizes(encoder['spatial_shapes'])
+        tokens = query_tokens(model, layer, sizes)
         if level is None:
-            chosen_level = next(i for i in range(len(sizes)) if sum(sizes[:i]) >= first)
-        if not 0 <= chosen_level < len(shapes):
-            raise ValueError(f'level must be between 0 and {len(shapes) - 1}; got {level}')
+            level = int(_level_of(sizes)[tokens].bincount().argmax())
+        if not 0 <= level < len(sizes):
+            raise ValueError(f'level must be between 0 and {len(sizes) - 1}; got {level}')
         image_height, image_width = call['data_samples'][0].ori_shape[:2]
         if not (0 <= point[0] < image_width and 0 <= point[1] < image_height):
             raise ValueError(
                 f'point {point} is outside the image of {image_width}x{image_height} pixels '
                 '(width x height)'
             )
-        height, width = shapes[chosen_level]
+        height, width = sizes[level]
         x, y = (p / s for p, s in zip(point, _scale(call)))
-        token = sum(sizes[:chosen_level]) + int(y * height) * width + int(x * width)
-        if not first <= token < first + num_queries:
+        before = sum(h * w for h, w in sizes[:level])
+        found = (tokens == before + int(y * height) * width + int(x * width)).nonzero()[:, 0]
+        if not len(found):
             raise ValueError(
                 f'encoder layer {layer} does not update level {level}; choose another layer or '
                 'level'
             )
-        return torch.tensor([token - first])
+        return found
 
     attention = f'encoder.layers.{layer}.self_attn'
     recording = record_attention(model, {attention: choose})
     with called_with(model) as call, called_with(model.encoder) as encoder, recording as maps:
         run()
-    where = f'encoder layer {layer + 1}, token of level {chosen_level + 1}'
+    where = f'encoder layer {layer + 1}, token of level {level + 1}'
     return QueryAttention(name, where, maps[attention], _scale(call), point=point)
 
 
@@ -331,6 +324,11 @@ def attention_of_object(
     label = classes[label] if label < len(classes) else f'class {label}'
     where = f'decoder layer {layer + 1}, {label} {found.scores[rank]:.2f}'
     return QueryAttention(name, where, one, _scale(call), box=tuple(found.bboxes[rank].tolist()))
+
+
+def _level_of(sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """The level of every token, int64."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor([h * w for h, w in sizes]))
 
 
 def _layer(part: nn.Module, layer: int) -> int:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from .. import ops  # noqa: F401  (defines torch.ops.mmlite)
-from ..layers import KeyAwareDeformableAttention
+from ..nn.attention import KeyAwareDeformableAttention, SamplingAttention
 
 STAGES = ('backbone', 'neck', 'encoder', 'decoder', 'head', 'other')
 
@@ -235,8 +235,9 @@ class _FlopCounter(TorchDispatchMode):
 
 
 def deform_attn_modules(module: nn.Module) -> list[nn.Module]:
-    """The deformable attentions, standard and key-aware, in a module."""
-    return [child for child in module.modules() if isinstance(child, MultiScaleDeformableAttention)]
+    """The deformable attentions in a module: mmcv's and ours, standard and key-aware."""
+    kinds = (MultiScaleDeformableAttention, SamplingAttention)
+    return [child for child in module.modules() if isinstance(child, kinds)]
 
 
 def _zeros_like_result(func, args: tuple, kwargs: dict):

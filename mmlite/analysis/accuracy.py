@@ -79,5 +79,7 @@ def evaluate(
     config.log_level = 'ERROR'
     with tempfile.TemporaryDirectory() as work_dir:
         config.work_dir = work_dir
+        # Of its own: mmengine hands an instance with a known name on to later runners.
+        config.visualizer = {'type': 'Visualizer', 'name': work_dir}
         metrics = Runner.from_cfg(config).test()
     return {name: 100 * metrics[f'coco/bbox_{name}'] for name in METRICS.values()}

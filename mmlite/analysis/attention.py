@@ -30,21 +30,13 @@ _PARAMETERS = (
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """What some queries of one image attend to.
+    """What some queries of one image attend to."""
 
-    Attributes:
-        queries (Tensor): Their indices among the queries of the module, int64, shape (Q,).
-        num_queries (int): How many queries the module had.
-        locations (Tensor): Normalised (x, y), float32, shape (Q, M, L, P, 2).
-        weights (Tensor): Sum to 1 over levels and points, float32, shape (Q, M, L, P).
-        spatial_shapes (list[tuple[int, int]]): (h, w) of every level.
-    """
-
-    queries: Tensor
-    num_queries: int
-    locations: Tensor
-    weights: Tensor
-    spatial_shapes: list[tuple[int, int]]
+    queries: Tensor  # their indices among the queries of the module, int64, shape (Q,)
+    num_queries: int  # how many queries the module had
+    locations: Tensor  # normalised (x, y), float32, shape (Q, M, L, P, 2)
+    weights: Tensor  # sum to 1 over levels and points, float32, shape (Q, M, L, P)
+    spatial_shapes: list[tuple[int, int]]  # (h, w) of every level
 
     def level_mass(self) -> Tensor:
         """Share of the attention that goes to each level, mean over heads, shape (Q, L)."""
@@ -59,14 +51,8 @@ def attention_map(
 ) -> AttentionMap:
     """Compute locations and weights of chosen queries from what the module was called with.
 
-    Args:
-        module (MultiScaleDeformableAttention): mmcv's module or one of ours.
-        args (tuple): Positional arguments of its call.
-        kwargs (Mapping): Keyword arguments of its call.
-        choose (Callable[[int], Tensor]): Number of queries -> indices of those wanted.
-
-    Returns:
-        AttentionMap: Of the first image of the batch, on the CPU.
+    ``args`` and ``kwargs`` are those of the call, ``choose`` gives the indices of the queries for
+    their number. The map is of the first image of the batch, on the CPU.
     """
     call = {**dict(zip(_PARAMETERS, args)), **kwargs}
     query = call['query']
@@ -170,10 +156,8 @@ def level_masses(
 ) -> Tensor:
     """How the attention of the encoder is spread over the levels, on one image.
 
-    Args:
-        model (nn.Module): A detector with a deformable encoder.
-        run (Callable[[], object]): Runs it on the image.
-        tokens_per_level (int): Queries looked at on each level, evenly spread.
+    ``run`` runs the detector on it. Of each level ``tokens_per_level`` queries are looked at,
+    evenly spread.
 
     Returns:
         Tensor: Share of the attention, mean over queries and heads, shape (layers, L, L): encoder

@@ -44,9 +44,6 @@ def deform_attn_flops(
         points (int): Points of one head of one query over all levels, L*P.
         head_dim (int): Channels of a head, D.
         key_aware (bool): Key-aware or standard deformable attention.
-
-    Returns:
-        int: FLOPs.
     """
     channels = queries * heads * points * head_dim
     return (4 + 4 + 1 + 1) * channels if key_aware else 4 * channels
@@ -54,13 +51,9 @@ def deform_attn_flops(
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs of one call, by the module that spent them.
+    """FLOPs of one call, by the module that spent them."""
 
-    Attributes:
-        by_module (dict[str, int]): Dotted module name -> what it spent itself, submodules
-            apart. ``''`` is the called module.
-    """
-
+    # Dotted module name -> what it spent itself, submodules apart. '' is the called module.
     by_module: dict[str, int]
 
     @property
@@ -78,25 +71,15 @@ class FlopCount:
 
 @dataclass(frozen=True)
 class Complexity:
-    """What a detector costs on one image size.
+    """What a detector costs on one image size."""
 
-    Attributes:
-        image_size (tuple[int, int]): Height and width in pixels.
-        flops (int): FLOPs of the network, post-processing apart.
-        params (int): Number of parameters.
-        stage_flops (dict[str, int]): FLOPs of each of :data:`STAGES`.
-        stage_params (dict[str, int]): Parameters of each of :data:`STAGES`.
-        encoder_layer_flops (list[int]): FLOPs of each encoder layer.
-        level_tokens (list[int]): Tokens of each level of the encoder, largest map first.
-    """
-
-    image_size: tuple[int, int]
-    flops: int
+    image_size: tuple[int, int]  # height and width in pixels
+    flops: int  # of the network, post-processing apart
     params: int
-    stage_flops: dict[str, int]
+    stage_flops: dict[str, int]  # of each of STAGES
     stage_params: dict[str, int]
     encoder_layer_flops: list[int]
-    level_tokens: list[int]
+    level_tokens: list[int]  # of each level of the encoder, in its order
 
 
 def count_flops(module: nn.Module, *args, compute: bool = False, **kwargs) -> FlopCount:
@@ -107,11 +90,6 @@ def count_flops(module: nn.Module, *args, compute: bool = False, **kwargs) -> Fl
         compute (bool): Whether to really run what is counted. By default products,
             convolutions and samples yield zeros of the right shape, which makes counting a
             detector a matter of a second or two.
-        *args: Positional arguments of the call.
-        **kwargs: Keyword arguments of the call.
-
-    Returns:
-        FlopCount: FLOPs by module.
     """
     counter = _FlopCounter(compute)
     with torch.no_grad(), counter.watch(module), counter:
@@ -126,8 +104,6 @@ def count_detector(model: nn.Module, image_size: tuple[int, int]) -> Complexity:
         model (nn.Module): A detector of mmdet; it is run in eval mode and left as it was.
         image_size (tuple[int, int]): Height and width of the input in pixels.
 
-    Returns:
-        Complexity: FLOPs and parameters, whole and by stage.
     """
     from .inputs import image_batch
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from ..nn import directional_grid, encoder_reference_points
+
 if TYPE_CHECKING:
     from mmdet.structures import DetDataSample
 
@@ -28,7 +30,8 @@ class OperatorInputs(NamedTuple):
 
     query: Tensor  # (B, Q, M, D)
     value: Tensor  # (B, S, M, D)
-    spatial_shapes: Tensor  # int64, (L, 2)
+    level_sizes: Sequence[tuple[int, int]]  # (h, w) of every level
+    spatial_shapes: Tensor  # the same for mmcv's operator, int64, (L, 2)
     sampling_locations: Tensor  # float32, (B, Q, M, L, P, 2)
     attention_weights: Tensor  # sum to 1 over levels and points, (B, Q, M, L, P)
 
@@ -71,14 +74,11 @@ def operator_inputs(
     if locations == 'uniform':
         points = torch.rand(*size, 2, generator=generator)
     elif locations == 'grid':
-        centres = torch.cat([_centres(height, width) for height, width in sizes])
         chosen = torch.randperm(tokens, generator=generator)[:num_queries].sort().values
-        angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
-        directions = torch.stack([angles.cos(), angles.sin()], -1)
-        directions = directions / directions.abs().amax(-1, keepdim=True)
-        pixels = directions[:, None] * torch.arange(1, num_points + 1)[:, None]  # (M, P, 2)
-        pixels = pixels[:, None] + torch.randn(*size, 2, generator=generator)
-        points = centres[chosen][:, None, None, None] + pixels / shapes.flip(-1)[:, None]
+        centres = encoder_reference_points(sizes)[:, chosen, None, :, None]
+        pixels = directional_grid(num_heads, num_points)[:, None]  # (M, 1, P, 2)
+        pixels = pixels + torch.randn(*size, 2, generator=generator)
+        points = centres + pixels / shapes.flip(-1)[:, None]
     else:
         raise ValueError(f"locations must be 'grid' or 'uniform'; got {locations!r}")
     query = torch.randn(batch_size, num_queries, num_heads, head_dim, generator=generator)
@@ -87,16 +87,11 @@ def operator_inputs(
     return OperatorInputs(
         query.to(device, dtype),
         value.to(device, dtype),
+        sizes,
         shapes.to(device),
         points.to(device),
         weights.to(device, dtype),
     )
-
-
-def _centres(height: int, width: int) -> Tensor:
-    """Normalised (x, y) of the pixels of a map, row by row, shape (height * width, 2)."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
-    return torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1).flatten(0, 1)
 
 
 def encoder_inputs(

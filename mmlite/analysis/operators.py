@@ -229,15 +229,13 @@ def _calls(inputs: OperatorInputs, device: str) -> tuple[dict, dict[str, str]]:
 
 def _standard(backend: str, x: OperatorInputs) -> Tensor:
     with ops.use_backend(backend):
-        return ops.ms_deform_attn(
-            x.value, x.spatial_shapes, x.sampling_locations, x.attention_weights
-        )
+        return ops.ms_deform_attn(x.value, x.level_sizes, x.sampling_locations, x.attention_weights)
 
 
 def _key_aware(backend: str, x: OperatorInputs) -> Tensor:
     with ops.use_backend(backend):
         return ops.key_aware_deform_attn(
-            x.query, x.value, x.value, x.spatial_shapes, x.sampling_locations
+            x.query, x.value, x.value, x.level_sizes, x.sampling_locations
         )
 
 
@@ -268,16 +266,13 @@ def _forward(operator: Operator, inputs: Sequence[OperatorInputs]) -> Call:
 
 
 def _forward_backward(operator: Operator, inputs: Sequence[OperatorInputs]) -> Call:
-    leaves = [
-        OperatorInputs(*(t.detach().requires_grad_(t.is_floating_point()) for t in x))
-        for x in inputs
-    ]
-
     def call(index: int) -> Sequence[Tensor | None]:
-        x = leaves[index % len(leaves)]
-        output = operator(x)
+        x = inputs[index % len(inputs)]
+        names = ('query', 'value', 'sampling_locations', 'attention_weights')
+        leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
+        output = operator(x._replace(**leaves))
         # The output is its own upstream gradient, which saves making one.
-        wanted = [t for t in x if t.requires_grad]
+        wanted = list(leaves.values())
         return torch.autograd.grad(output, wanted, output.detach(), allow_unused=True)
 
     return call

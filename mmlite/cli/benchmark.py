@@ -15,25 +15,22 @@ from collections.abc import Callable
 
 import click
 
+from . import shared
 from .shared import (
-    FILE,
-    HELP,
-    PATH,
     ImageSize,
-    check_device,
-    console,
+    count_option,
     device_option,
+    file_option,
+    flag,
     json_option,
-    print_table,
-    progress,
-    threads_option,
-    write_json,
+    option,
+    path_option,
 )
 
 DTYPES = click.Choice(['float32', 'bfloat16', 'float16'])
 
 
-@click.group(context_settings=HELP)
+@click.group(context_settings=shared.HELP)
 def benchmark() -> None:
     """Measure operators, encoders or detectors against each other, paired, in one run.
 
@@ -59,19 +56,16 @@ def kind(several_batch_sizes: bool = False, dtype_help: str = 'Other than float3
     batch_size = {'default': 1}
     if several_batch_sizes:
         batch_size = {'default': [1], 'multiple': True, 'help': 'Give it more than once for more.'}
-    shown = functools.partial(click.option, show_default=True)
     options = (
-        shown('--image-size', type=ImageSize(), default='800x1333'),
-        shown('--batch-size', type=click.IntRange(1), **batch_size),
-        shown('--dtype', type=DTYPES, default='float32', help=dtype_help),
+        option('--image-size', type=ImageSize(), default='800x1333'),
+        count_option('--batch-size', **batch_size),
+        option('--dtype', type=DTYPES, default='float32', help=dtype_help),
         device_option,
-        threads_option,
-        shown(
-            '--rounds', type=click.IntRange(1), default=10, help='Measurements of each contestant.'
-        ),
-        shown('--warmup', type=click.IntRange(1), default=2),
+        count_option('--threads', help='CPU threads. Default: all cores.'),
+        count_option('--rounds', default=10, help='Measurements of each contestant.'),
+        count_option('--warmup', default=2),
         json_option,
-        click.option('--markdown', 'markdown_path', type=FILE),
+        file_option('--markdown', 'markdown_path'),
     )
 
     def decorate(function: Callable) -> click.Command:
@@ -79,45 +73,44 @@ def kind(several_batch_sizes: bool = False, dtype_help: str = 'Other than float3
         def run(device, threads, json_path, markdown_path, **own) -> None:
             from ..analysis.latency import describe_machine, num_threads
 
-            check_device(device)
-            with num_threads(threads), progress() as start:
+            shared.check_device(device)
+            with num_threads(threads), shared.progress() as start:
                 machine = describe_machine(device)
                 report = function(device=device, start=start, **own)
             report.machine = machine
             report.command = shlex.join(['mmlite', *sys.argv[1:]])
-            console().print(report.machine_line)
+            shared.console().print(report.machine_line)
             for table in report.tables:
-                print_table(table.title, table.columns, table.rows, justify='right')
+                shared.print_table(table.title, table.columns, table.rows, justify='right')
             for note in report.notes:
-                console().print(note)
-            write_json(json_path, report.as_json())
+                shared.console().print(note)
+            shared.write_json(json_path, report.as_json())
             if markdown_path:
                 markdown_path.write_text(report.markdown())
             if report.page:
                 own['html_path'].write_text(report.html())
 
-        for option in reversed(options):
-            run = option(run)
+        for add in reversed(options):
+            run = add(run)
         return benchmark.command(name=function.__name__)(run)
 
     return decorate
 
 
 @kind(dtype_help='Of features and weights.')
-@click.option('--queries', type=click.IntRange(1), help='Number of queries. Default: all tokens.')
-@click.option('--heads', type=click.IntRange(1), default=8, show_default=True)
-@click.option('--head-dim', type=click.IntRange(1), default=32, show_default=True)
-@click.option('--points', type=click.IntRange(1), default=4, show_default=True)
-@click.option(
+@count_option('--queries', 'num_queries', help='Number of queries. Default: all tokens.')
+@count_option('--heads', 'num_heads', default=8)
+@count_option('--head-dim', default=32)
+@count_option('--points', 'num_points', default=4)
+@option(
     '--locations',
     type=click.Choice(['grid', 'uniform']),
     default='grid',
-    show_default=True,
     help='Sampling locations around each query as in a model, or anywhere.',
 )
-@click.option('--forward-only', is_flag=True, help='Leave out the backward pass.')
-@click.option('--scaling', is_flag=True, help='Also vary image size, queries and threads.')
-def ops(*, queries, heads, points, dtype, forward_only, scaling, rounds, warmup, start, **shape):
+@flag('--forward-only', help='Leave out the backward pass.')
+@flag('--scaling', help='Also vary image size, queries and threads.')
+def ops(*, dtype, forward_only, scaling, rounds, warmup, start, **shape):
     """Measure every backend of the operators against plain PyTorch and mmcv's operator.
 
     Ratios are medians over pairs of rounds, with their quartiles. Memory is the peak beyond the
@@ -133,34 +126,21 @@ def ops(*, queries, heads, points, dtype, forward_only, scaling, rounds, warmup,
 
     from ..analysis.operators import PASSES, Shape, report
 
-    shape = Shape(
-        num_queries=queries,
-        num_heads=heads,
-        num_points=points,
-        dtype=getattr(torch, dtype),
-        **shape,
-    )
+    shape = Shape(dtype=getattr(torch, dtype), **shape)
     return report(shape, PASSES[: 1 if forward_only else 2], rounds, warmup, scaling, start)
 
 
 @kind()
-@click.option(
+@option(
     '--schedule',
     'schedules',
     multiple=True,
     default=['H3L1-(2+1)x3'],
-    show_default=True,
     help='A Lite schedule of six layers over four levels; give it more than once for more.',
 )
-@click.option(
-    '--ffn',
-    type=click.IntRange(1),
-    default=2048,
-    show_default=True,
-    help='Hidden size: 2048 in DINO, 1024 in Deformable DETR.',
-)
-@click.option('--train', is_flag=True, help='Also measure a training step.')
-@click.option('--profile', is_flag=True, help='Also show where the time goes.')
+@count_option('--ffn', default=2048, help='2048 in DINO, 1024 in Deformable DETR.')
+@flag('--train', help='Also measure a training step.')
+@flag('--profile', help='Also show where the time goes.')
 def encoder(*, schedules, ffn, batch_size, train, profile, start, **setting):
     """Measure MMDetection's encoder, the same on our operator, and Lite schedules.
 
@@ -182,25 +162,23 @@ def encoder(*, schedules, ffn, batch_size, train, profile, start, **setting):
 
 @kind(several_batch_sizes=True)
 @click.argument('configs', nargs=-1, metavar='BASELINE VARIANT...')
-@click.option(
+@option(
     '--preset',
     type=click.Choice(['paper-table3', 'paper-table4']),
     help='Instead of configs: every row of a table of the Lite DETR paper, with what it reports.',
 )
-@click.option('--train', is_flag=True, help='Also measure a training step.')
-@click.option('--count-only', is_flag=True, help='Count parameters and FLOPs, time nothing.')
-@click.option(
+@flag('--train', help='Also measure a training step.')
+@flag('--count-only', help='Count parameters and FLOPs, time nothing.')
+@path_option(
     '--annotations',
-    type=PATH,
     help='COCO annotations to measure AP on, for configs given with a checkpoint.',
 )
-@click.option('--images', type=PATH, help='Folder of their images.')
-@click.option('--html', 'html_path', type=FILE, help='Write a page with plots here.')
+@path_option('--images', help='Folder of their images.')
+@file_option('--html', 'html_path', help='Write a page with plots here.')
 def compare(
     *,
     configs,
     preset,
-    image_size,
     batch_size,
     rounds,
     train,
@@ -241,16 +219,11 @@ def compare(
             [DetectorSpec(row.config, published=row) for row in group]
             for group in published.preset(preset)
         ]
-    setting = Setting(
-        image_size=image_size,
-        batch_sizes=batch_size,
-        rounds=0 if count_only else rounds,
-        training=train,
-        **setting,
-    )
+    rounds = 0 if count_only else rounds
+    setting = Setting(batch_sizes=batch_size, rounds=rounds, training=train, **setting)
     dataset = Dataset(annotations, images) if annotations else None
     # Only the page plots cost against image size.
-    height, width = image_size
+    height, width = setting.image_size
     sizes = [(height * s // 4, width * s // 4) for s in (2, 3, 5) if html_path]
     results = [compare_detectors(group, setting, dataset, sizes, start) for group in groups]
     return compare_report.report(results, setting, with_page=bool(html_path))

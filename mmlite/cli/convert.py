@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .shared import PATH, console, json_option, print_table, write_json
+from .shared import PATH, console, flag, json_option, path_option, print_table, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -40,35 +40,21 @@ if TYPE_CHECKING:
     'the rows of the class layers as they are.',
 )
 @click.option('--num-queries', type=int, help='Queries at inference, if the file does not say.')
-@click.option('--ema', is_flag=True, help='Take the averaged weights of the file.')
-@click.option('--to-official', is_flag=True, help="The way back: to the authors' layout.")
-@click.option(
+@flag('--ema', help='Take the averaged weights of the file.')
+@flag('--to-official', help="The way back: to the authors' layout.")
+@path_option(
     '--from-stock',
     'lite_config',
-    type=PATH,
     help='Start the Lite detector of this config from a stock detector.',
 )
-@click.option(
+@path_option(
     '--image',
     'images',
-    type=PATH,
     multiple=True,
     help='Image to fit and compare on with --from-stock; may be given several times.',
 )
 @json_option
-def convert(
-    source: Path,
-    target: Path,
-    family: str | None,
-    schedule: str | None,
-    classes: str,
-    num_queries: int | None,
-    ema: bool,
-    to_official: bool,
-    lite_config: Path | None,
-    images: tuple[Path, ...],
-    json_path: Path | None,
-) -> None:
+def convert(source, target, to_official, lite_config, images, json_path, **options) -> None:
     """Convert a checkpoint of the original authors to MMDetection or back, or start from stock.
 
     SOURCE is a file of Deformable DETR, H-Deformable-DETR, DINO or Lite-DINO as their authors
@@ -86,34 +72,25 @@ def convert(
       mmlite convert dino_r50.pth start.pth --from-stock my_lite_dino.py --image street.jpg
     """
     if lite_config or images:
-        if to_official or family or ema or num_queries:
+        if to_official or options['family'] or options['ema'] or options['num_queries']:
             raise ValueError('--from-stock takes --schedule and --image alone of the other options')
-        report = _from_stock(source, target, lite_config, schedule, images)
+        report = _from_stock(source, target, lite_config, options['schedule'], images)
     else:
         _refuse_target(target, source)
-        if to_official and (schedule or ema):
+        if to_official and (options['schedule'] or options['ema']):
             raise ValueError('--to-official takes neither --schedule nor --ema; leave them out')
-        convert_file = _to_official if to_official else _from_official
-        report = convert_file(source, target, family, schedule, classes == 'coco', ema, num_queries)
+        report = (_to_official if to_official else _from_official)(source, target, **options)
         _print(report)
     write_json(json_path, report)
 
 
-def _from_official(
-    source: Path,
-    target: Path,
-    family: str | None,
-    schedule: str | None,
-    coco: bool,
-    ema: bool,
-    num_queries: int | None,
-) -> dict:
+def _from_official(source, target, family, schedule, classes, ema, num_queries) -> dict:
     import torch
 
     from .. import checkpoints
 
     checkpoint = checkpoints.load_checkpoint(source, allow=[Namespace])
-    conversion = checkpoints.from_official(checkpoint, family, schedule, coco, ema)
+    conversion = checkpoints.from_official(checkpoint, family, schedule, classes == 'coco', ema)
     _, args = checkpoints.unpack(checkpoint, ema)
     config = checkpoints.official_config(conversion, args, num_queries)
     checkpoints.check_conversion(conversion, config)
@@ -128,7 +105,7 @@ def _from_official(
     return _report(conversion, source, [target, target.with_suffix('.py')])
 
 
-def _to_official(source: Path, target: Path, family: str | None, _schedule, coco: bool, *_) -> dict:
+def _to_official(source, target, family, classes, **_) -> dict:
     import torch
 
     from .. import checkpoints
@@ -136,7 +113,7 @@ def _to_official(source: Path, target: Path, family: str | None, _schedule, coco
     checkpoint = checkpoints.load_checkpoint(source, allow=[Namespace])
     state, _ = checkpoints.unpack(checkpoint)
     kept = checkpoint.get('official', {}) if isinstance(checkpoint, dict) else {}
-    conversion = checkpoints.to_official(state, family, coco, kept.get('left'))
+    conversion = checkpoints.to_official(state, family, classes == 'coco', kept.get('left'))
     content = dict(model=conversion.state_dict)
     if conversion.schedule:
         # Under the names of the authors' own run arguments.

@@ -13,7 +13,7 @@ import click
 from rich.console import Console
 
 from ..integrations import require
-from .shared import print_table, progress, write_json
+from .shared import count_option, option, print_table, progress, write_json
 
 CONFIG = 'small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
 SHOWN_IMAGES = 6
@@ -21,17 +21,16 @@ SHOWN_SCORE = 0.3
 
 
 @click.command()
-@click.option(
+@option(
     '--out',
     type=click.Path(file_okay=False, path_type=Path),
     default='work_dirs/demo',
-    show_default=True,
     help='Folder for the data, the checkpoint, the results and the picture.',
 )
-@click.option('--epochs', type=click.IntRange(1), help='Default: as in the config.')
-@click.option('--train-images', type=click.IntRange(8), default=600, show_default=True)
-@click.option('--val-images', type=click.IntRange(1), default=100, show_default=True)
-@click.option('--seed', type=click.IntRange(0), default=0, show_default=True)
+@count_option('--epochs', help='Default: as in the config.')
+@option('--train-images', type=click.IntRange(8), default=600)
+@count_option('--val-images', default=100)
+@option('--seed', type=click.IntRange(0), default=0)
 def demo(out: Path, epochs: int | None, train_images: int, val_images: int, seed: int) -> None:
     """Train and evaluate a small Lite-DINO on shapes that are drawn for it.
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import click
@@ -19,13 +20,13 @@ PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 HELP = {'help_option_names': ['-h', '--help']}
 
-device_option = click.option(
-    '--device', default='cpu', show_default=True, help='cpu, cuda or cuda:1.'
-)
-threads_option = click.option(
-    '--threads', type=click.IntRange(1), help='CPU threads. Default: all cores.'
-)
-json_option = click.option('--json', 'json_path', type=FILE, help='Write the results here, too.')
+option = partial(click.option, show_default=True)
+count_option = partial(option, type=click.IntRange(1))
+path_option = partial(option, type=PATH)
+file_option = partial(option, type=FILE)
+flag = partial(click.option, is_flag=True)
+device_option = option('--device', default='cpu', help='cpu, cuda or cuda:1.')
+json_option = file_option('--json', 'json_path', help='Write the results here, too.')
 
 
 class ImageSize(click.ParamType):

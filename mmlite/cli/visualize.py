@@ -10,13 +10,16 @@ from pathlib import Path
 import click
 
 from .shared import (
-    FILE,
     HELP,
     PATH,
     Point,
     check_device,
+    count_option,
     device_option,
+    file_option,
     json_option,
+    option,
+    path_option,
     progress,
     write_json,
 )
@@ -40,13 +43,12 @@ def visualize() -> None:
     warnings.filterwarnings('ignore')  # those of the stack about itself
 
 
-out_option = click.option(
+out_option = file_option(
     '--out',
-    type=FILE,
     help='PNG file to write; the page gets the same name. Default: named after the command.',
 )
 image_argument = click.argument('image', type=PATH)
-against_option = click.option(
+against_option = option(
     '--against', multiple=True, metavar='CONFIG', help='A detector to draw, too.'
 )
 
@@ -57,7 +59,7 @@ against_option = click.option(
 @against_option
 @click.option('--point', type=Point(), help='Query: a place. Default: the centre.')
 @click.option('--object', 'rank', type=click.IntRange(0), help='Query: a detection, 0 the surest.')
-@click.option('--layer', type=int, default=-1, show_default=True, help='Negative from the last.')
+@option('--layer', type=int, default=-1, help='Negative from the last.')
 @click.option('--level', type=int, help='Of the token at the point, 0 the largest map.')
 @device_option
 @out_option
@@ -99,12 +101,11 @@ def attention(config, image, against, point, rank, layer, level, device, out) ->
 @click.argument('config')
 @image_argument
 @against_option
-@click.option(
+@path_option(
     '--annotations',
-    type=PATH,
     help='COCO annotations, to draw what is there beside what was found.',
 )
-@click.option('--score', type=click.FloatRange(0, 1), default=0.3, show_default=True)
+@option('--score', type=click.FloatRange(0, 1), default=0.3)
 @device_option
 @out_option
 def detections(config, image, against, annotations, score, device, out) -> None:
@@ -137,7 +138,7 @@ def detections(config, image, against, annotations, score, device, out) -> None:
 @click.argument('config')
 @click.argument('images', type=PATH)
 @against_option
-@click.option('--max-images', type=click.IntRange(1), default=50, show_default=True)
+@count_option('--max-images', default=50)
 @json_option
 @device_option
 @out_option

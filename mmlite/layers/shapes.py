@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -36,4 +37,6 @@ def remember_level_sizes(spatial_shapes: Tensor, sizes: Sequence[tuple[int, int]
         spatial_shapes (Tensor): shape (num_levels, 2); must not be written to afterwards.
         sizes (Sequence[tuple[int, int]]): The same as Python ints.
     """
+    if torch.jit.is_tracing():  # where sizes are tensors, which no operator takes
+        sizes = [(int(height), int(width)) for height, width in sizes]
     spatial_shapes._level_sizes = tuple(sizes)

@@ -238,7 +238,7 @@ def test_detector(detector):
     assert detector.training
 
 
-def test_lite_config_in_get_flops():
+def test_lite_config_in_get_flops(detector):
     """mmdet's tool builds the model from the config and traces it; ours gives the same figure."""
     from functools import partial
 

@@ -237,61 +237,62 @@ def _plot(draw: Callable[..., None], *arguments) -> str:
 
 
 def _accuracy_against_cost(axes: Axes, groups: Groups) -> None:
-    labels, legend = [], {}
+    points, legend = [], {}
     for result, is_baseline in ((r, r is group[0]) for group in groups for r in group):
         published = result.detector.published
         if published:
-            x, y = published.encoder_gflops, published.ap
-            axes.plot(x, y, 's' if is_baseline else 'o', color=_PUBLISHED)
-            labels.append((published.model.removeprefix('Lite '), x, y))
             legend['published (blue: squares baselines, dots Lite)'] = True
+            name = published.model.removeprefix('Lite ')
+            style = {'marker': 's' if is_baseline else 'o', 'color': _PUBLISHED}
+            points.append((name, published.encoder_gflops, published.ap, style))
         if result.accuracy:
-            x, y = result.complexity.stage_flops['encoder'] / 1e9, result.accuracy['mAP']
-            axes.plot(x, y, '*', color=_VARIANT, markersize=10)
-            labels.append((_short(result), x, y))
             legend['stars measured here'] = True
-    if any(text == 'Deformable DETR' for text, _, _ in labels):
-        axes.plot(*zip(*OTHER_WORK.values()), 'x', color='#999999')
-        for name in ('Sparse DETR, rho 0.1', 'Efficient DETR'):
-            labels.append((name.partition(',')[0], *OTHER_WORK[name]))
+            x, y = result.complexity.stage_flops['encoder'] / 1e9, result.accuracy['mAP']
+            style = {'marker': '*', 'color': _VARIANT, 'markersize': 10}
+            points.append((_short(result), x, y, style))
+    if any(name == 'Deformable DETR' for name, *_ in points):
+        for name, (x, y) in OTHER_WORK.items():
+            shown = name.partition(',')[0] if name.endswith(('0.1', 'DETR')) else ''
+            points.append((shown, x, y, {'marker': 'x', 'color': '#999999'}))
     axes.set_title('; '.join(legend), fontsize=8, color='#555555')
-    axes.set_xlabel('encoder GFLOPs')
-    axes.set_ylabel('AP')
-    axes.set_xlim(0, 1.35 * axes.get_xlim()[1])
     axes.margins(y=0.1)
-    _label(axes, labels)
+    _scatter(axes, points, 'encoder GFLOPs', 'AP')
 
 
 def _latency_against_cost(axes: Axes, group: Sequence[Result], batch_size: int) -> None:
-    labels = []
+    points = []
     for result in group:
         x, y = result.complexity.flops / 1e9, 1000 * result.latency[batch_size].median
         mark, color = ('s', _BASELINE) if result is group[0] else ('o', _VARIANT)
-        axes.plot(x, y, mark, color=color)
-        labels.append((_short(result), x, y))
-    axes.set_xlabel('GFLOPs')
-    axes.set_ylabel(f'median ms, batch {batch_size}')
-    axes.set_xlim(0, 1.5 * axes.get_xlim()[1])
-    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-    _label(axes, labels)
+        points.append((_short(result), x, y, {'marker': mark, 'color': color}))
+    axes.set_ylim(0, 1.1 * max(y for _, _, y, _ in points))
+    _scatter(axes, points, 'GFLOPs', f'median ms, batch {batch_size}')
 
 
-def _label(axes: Axes, labels: list[tuple[str, float, float]]) -> None:
-    """Name points, from the lowest up, each name high enough to clear the one below it."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+def _scatter(
+    axes: Axes, points: list[tuple[str, float, float, dict]], x_label: str, y_label: str
+) -> None:
+    """Points with names, from the lowest up, each high enough to clear the one below it."""
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    for _, x, y, style in points:
+        axes.plot(x, y, **style)
+    axes.set_xlim(0, 1.4 * axes.get_xlim()[1])
+    (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.set_autoscale_on(False)
     below = -1.0
-    for text, x, y in sorted(labels, key=lambda label: label[2]):
-        below = max((y - bottom) / (top - bottom), below + 0.055)
-        axes.annotate(
-            text,
-            (x, y),
-            xytext=(x + 0.03 * (right - left), below),
-            textcoords=('data', 'axes fraction'),
-            fontsize=7,
-            va='center',
-            arrowprops={'arrowstyle': '-', 'lw': 0.4, 'color': '#999999', 'shrinkA': 0},
-        )
+    for name, x, y, _ in sorted(points, key=lambda point: point[2]):
+        if name:
+            below = max((y - bottom) / (top - bottom), below + 0.055)
+            axes.annotate(
+                name,
+                (x, y),
+                xytext=(x + 0.03 * right, below),
+                textcoords=('data', 'axes fraction'),
+                fontsize=7,
+                va='center',
+                arrowprops={'arrowstyle': '-', 'lw': 0.4, 'color': '#999999', 'shrinkA': 0},
+            )
 
 
 def _bars(axes: Axes, results: Sequence[Result], values: list[list[float]], label: str) -> None:

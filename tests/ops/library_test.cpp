@@ -37,17 +37,17 @@ struct Library {
       printf("%s cannot be loaded\n", path);
       exit(1);
     }
-    interface = reinterpret_cast<Ask>(MMLITE_FIND("mmlite_interface"));
+    version = reinterpret_cast<Ask>(MMLITE_FIND("mmlite_interface"));
     best_isa = reinterpret_cast<Ask>(MMLITE_FIND("mmlite_best_isa"));
     forward = reinterpret_cast<Run>(MMLITE_FIND("mmlite_forward"));
     backward = reinterpret_cast<Run>(MMLITE_FIND("mmlite_backward"));
-    if (!interface || !best_isa || !forward || !backward || interface() != kInterface) {
+    if (!version || !best_isa || !forward || !backward || version() != kInterface) {
       printf("%s has another interface\n", path);
       exit(1);
     }
   }
 
-  Ask interface, best_isa;
+  Ask version, best_isa;
   Run forward, backward;
 };
 

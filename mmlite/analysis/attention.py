@@ -216,13 +216,8 @@ def attention_at_point(
 ) -> QueryAttention:
     """What the encoder's token at a point attends to.
 
-    Args:
-        model (nn.Module): A detector with a deformable encoder, called ``name``.
-        run (Callable[[], object]): Runs it on the image.
-        point (tuple[float, float]): (x, y) in pixels of the image.
-        layer (int): Encoder layer, negative from the last.
-        level (int, optional): Level of the token, 0 the largest map; by default the largest that
-            the layer updates.
+    ``run`` runs the detector on the image; ``point`` is (x, y) in its pixels; ``layer`` counts from
+    the last where negative; ``level``, an index, is by default the largest that the layer updates.
 
     Raises:
         ValueError: The point is outside the image, there is no such layer or level, or the layer
@@ -273,11 +268,8 @@ def attention_of_object(
 ) -> QueryAttention:
     """What the decoder's query of a detected object attends to.
 
-    Args:
-        model (nn.Module): A detector, as ``build_detector`` makes it, called ``name``.
-        run (Callable[[], DetDataSample]): Runs it on the image.
-        rank (int): 0 for the object with the highest score.
-        layer (int): Decoder layer, negative from the last.
+    ``run`` runs the detector, one of ``build_detector``, on the image; ``rank`` is 0 for the object
+    with the highest score; ``layer`` counts from the last where negative.
 
     Raises:
         ValueError: There is no such layer or object.

@@ -109,8 +109,7 @@ def benchmark_operators(
         start (Callable): Called with the number of steps ahead; returns what to call after each.
 
     Returns:
-        tuple[list[OperatorResult], dict[str, str]]: The results, and for what was left out the
-        reason.
+        tuple[list[OperatorResult], dict[str, str]]: The results, and why others were left out.
     """
     # Rotating inputs: a GPU would otherwise find the last call's in its cache.
     inputs = [shape.inputs(seed) for seed in range(4 if shape.device_type == 'cuda' else 1)]
@@ -153,14 +152,7 @@ def benchmark_scaling(
     rounds: int = 10,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[dict]:
-    """How the time of a forward pass grows with one quantity.
-
-    Args:
-        shape (Shape): What stays the same.
-        axis (str): ``image_size``, ``num_queries`` or ``threads``.
-        values (Sequence): The values of that quantity.
-        rounds (int): Measurements of each contestant at each value.
-        on_step (Callable[[], None]): Called after each value.
+    """How the time of a forward pass grows with ``image_size``, ``num_queries`` or ``threads``.
 
     Returns:
         list[dict]: One entry a value: ``axis``, ``value``, ``tokens`` and the median ``seconds``

@@ -74,16 +74,20 @@ def draw_boxes(image: np.ndarray, instances: InstanceData, names: Sequence[str])
         names (Sequence[str]): Names of the classes; one that is missing shows as its number.
 
     Returns:
-        np.ndarray: RGB pixels, shape (H, W, 3).
+        np.ndarray: RGB pixels, shape (H, W, 3); small images are enlarged.
     """
     instances = instances.clone()
+    # The visualizer's lines and letters have a size in pixels, which would hide a small image.
+    factor = max(1, 480 // max(image.shape))
+    image = image.repeat(factor, 0).repeat(factor, 1)
+    instances.bboxes = factor * instances.bboxes
     instances.label_names = [
         names[label] if label < len(names) else f'class {label}' for label in instances.labels
     ]
     visualizer = DetLocalVisualizer()
     # As ground truth, of which it draws everything.
     sample = DetDataSample(gt_instances=instances)
-    visualizer.add_datasample('', np.ascontiguousarray(image), sample, draw_pred=False)
+    visualizer.add_datasample('', image, sample, draw_pred=False)
     return visualizer.get_image()
 
 

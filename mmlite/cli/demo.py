@@ -102,21 +102,16 @@ def _build(out: Path, epochs: int | None, seed: int):
     from mmengine.runner import Runner
 
     cfg = Config.fromfile(Path(__file__).parents[1] / '.mim' / 'configs' / CONFIG)
-    cfg.work_dir = str(out)
-    cfg.log_level = 'ERROR'
-    cfg.randomness = {'seed': seed}
-    if epochs is not None:
-        cfg.train_cfg.max_epochs = epochs
-        cfg.param_scheduler[-1].T_max = epochs
-    epochs = cfg.train_cfg.max_epochs
+    epochs = epochs or cfg.train_cfg.max_epochs
+    cfg.train_cfg.max_epochs = cfg.param_scheduler[-1].T_max = epochs
     cfg.train_cfg.val_interval = epochs + 1  # evaluated once, after training
     cfg.default_hooks.checkpoint.interval = epochs
-    data_root = str(out / 'data')
-    annotations = str(out / 'data' / 'annotations' / 'instances_val.json')
+    cfg.merge_from_dict({'work_dir': str(out), 'log_level': 'ERROR', 'randomness': {'seed': seed}})
     for split in ('train', 'val', 'test'):
-        cfg[f'{split}_dataloader'].dataset.data_root = data_root
+        cfg[f'{split}_dataloader'].dataset.data_root = str(out / 'data')
     for split in ('val', 'test'):
-        cfg[f'{split}_evaluator'].ann_file = annotations
+        annotations = out / 'data' / 'annotations' / 'instances_val.json'
+        cfg[f'{split}_evaluator'].ann_file = str(annotations)
     with _quiet():
         return Runner.from_cfg(cfg)
 

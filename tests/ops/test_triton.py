@@ -181,39 +181,10 @@ def test_wide_indices(deterministic, monkeypatch):
     check(Case('key apart', PYRAMID[2:], queries=3, heads=2, dim=8, device=DEVICE))
 
 
-@pytest.mark.parametrize('points, dim', [(1, 8), (4, 32), (8, 64), (64, 64)])
-def test_configurations_are_few_and_sound(points, dim):
-    configs = tuning.candidates(points, dim)
-    assert len(set(configs)) == len(configs) and len(configs) <= 6
-    for config in configs:
-        assert config.block_q >= 1 and config.block_q & (config.block_q - 1) == 0
-
-
 @pytest.mark.parametrize('config', tuning.candidates(4, 32)[1:])
 def test_every_configuration_is_right(config, monkeypatch):
     monkeypatch.setattr(backend, 'candidates', lambda points, dim: [config])
     check(Case('shared key', PYRAMID[2:], 1, 5, 2, 8, device=DEVICE))
-
-
-def test_tuning_takes_the_fastest_once(monkeypatch):
-    configs = [tuning.Config(2**i, 4) for i in range(3)]
-    times = dict(zip(configs, (3.0, 1.0, 2.0)))
-    timed = []
-
-    def do_bench(run, **_):
-        timed.append(run())
-        return times[timed[-1]]
-
-    monkeypatch.setattr(tuning, '_tuned', {})
-    monkeypatch.setattr(tuning, '_may_time', lambda: False)
-    assert tuning.tuned(lambda config: config, 'key', configs) == configs[0]
-    monkeypatch.setattr(tuning, '_may_time', lambda: True)
-    monkeypatch.setattr('triton.testing.do_bench', do_bench)
-    assert tuning.tuned(lambda config: config, 'key', configs) == configs[1]
-    assert tuning.tuned(lambda config: config, 'key', configs) == configs[1]
-    assert timed == configs
-    torch.use_deterministic_algorithms(True)
-    assert tuning.tuned(lambda config: config, 'key', configs) == configs[0]
 
 
 @pytest.mark.parametrize(
@@ -298,10 +269,10 @@ def test_compile_fullgraph(variant):
 @on_device
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('autotune', ['0', '1'])
-def test_cuda_graph(variant, autotune, monkeypatch):
+def test_cuda_graph(variant, autotune, monkeypatch, tmp_path):
     """Forward and backward, tuned before the capture or never, replay on new inputs."""
     monkeypatch.setenv('MMLITE_AUTOTUNE', autotune)
-    monkeypatch.setattr(tuning, '_tuned', {})
+    monkeypatch.setattr(backend, 'TUNER', tuning.Tuner(tmp_path))
     case = Case(variant, device=DEVICE)
     run(case)
     graph = torch.cuda.CUDAGraph()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import library
-from .tuning import Config, Result, candidates, tuned
+from .tuning import TUNER, Config, Result, by_rule, candidates, maker, work_class
 
 _MINIMUM_TRITON = (3, 0)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -189,9 +189,9 @@ class _Problem(NamedTuple):
         )
 
     def tuning_key(self) -> tuple[int, ...]:
-        """Sizes that a configuration may depend on; the amount of work to a power of two."""
+        """Sizes that a configuration may depend on; the amount of work only roughly."""
         pairs = self.batch * self.queries * self.heads
-        return self.levels, self.points, self.dim, pairs.bit_length()
+        return self.levels, self.points, self.dim, work_class(pairs)
 
 
 def _power_of_two(number: int) -> int:
@@ -334,9 +334,13 @@ def _run_tuned(
     """``run`` on the device of the tensors, with the configuration that suits it."""
     some = next(tensor for tensor in tensors if tensor is not None)
     dtypes = (None if tensor is None else tensor.dtype for tensor in tensors)
+    key = ' '.join(map(str, (name, *dtypes, *problem.tuning_key())))
+    configs = candidates(*problem.padded)
+    if not some.is_cuda:  # Triton's interpreter
+        return TUNER.run(run, key, configs, None)
     with torch.cuda.device_of(some):
-        key = (name, some.device, *dtypes, *problem.tuning_key())
-        return tuned(run, key, candidates(*problem.padded))
+        configs = by_rule(configs, name, torch.cuda.get_device_capability())
+        return TUNER.run(run, key, configs, maker(some.get_device()))
 
 
 def _empty_like(tensor: Tensor | None) -> Tensor | None:

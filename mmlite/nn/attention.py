@@ -212,7 +212,14 @@ class DeformableAttention(SamplingAttention):
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
 
-    def attend(self, query, value, key_padding_mask, reference_points, spatial_shapes):
+    def attend(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: LevelSizes,
+    ) -> Tensor:
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
         return ops.ms_deform_attn(
             self.project(self.value_proj, value, key_padding_mask),
@@ -221,7 +228,14 @@ class DeformableAttention(SamplingAttention):
             weights.unflatten(-1, (self.num_levels, self.num_points)),
         )
 
-    def logits(self, query, value, key_padding_mask, reference_points, spatial_shapes):
+    def logits(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: LevelSizes,
+    ) -> Tensor:
         return self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
 
 
@@ -271,7 +285,14 @@ class KeyAwareDeformableAttention(SamplingAttention):
         if self.key_proj is not None:
             _init_projection(self.key_proj)
 
-    def attend(self, query, value, key_padding_mask, reference_points, spatial_shapes):
+    def attend(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: LevelSizes,
+    ) -> Tensor:
         projected_value = self.project(self.value_proj, value, key_padding_mask)
         key = projected_value
         if self.key_proj is not None:
@@ -284,7 +305,14 @@ class KeyAwareDeformableAttention(SamplingAttention):
             self.locate(query, reference_points, spatial_shapes),
         )
 
-    def logits(self, query, value, key_padding_mask, reference_points, spatial_shapes):
+    def logits(
+        self,
+        query: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: LevelSizes,
+    ) -> Tensor:
         projection = self.value_proj if self.key_proj is None else self.key_proj
         key = self.project(projection, value, key_padding_mask)
         sampled = sample(key, spatial_shapes, self.locate(query, reference_points, spatial_shapes))

@@ -326,4 +326,8 @@ def _through(modules: Sequence[nn.Module], tokens: Tensor) -> Tensor:
 
 
 def _is_tracing() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return _is_compiling() or torch.jit.is_tracing()
+
+
+# torch 2.1 has it elsewhere.
+_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling

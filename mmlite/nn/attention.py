@@ -33,6 +33,8 @@ class SamplingAttention(nn.Module):
         ValueError: ``embed_dims`` is no multiple of ``num_heads``.
     """
 
+    attention_weights: nn.Linear | None
+
     def __init__(
         self,
         embed_dims: int,
@@ -192,6 +194,8 @@ class DeformableAttention(SamplingAttention):
     Raises:
         ValueError: ``embed_dims`` is no multiple of ``num_heads``.
     """
+
+    attention_weights: nn.Linear
 
     def __init__(
         self,

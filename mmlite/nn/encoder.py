@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import DeformableAttention, KeyAwareDeformableAttention
+from .attention import DeformableAttention, KeyAwareDeformableAttention, SamplingAttention
 from .geometry import LevelSizes, encoder_reference_points
 from .schedule import EncoderSchedule, EncoderStep
 from .tokens import StepTokens
@@ -50,8 +50,7 @@ class LiteEncoderLayer(nn.Module):
 
     Args:
         step (EncoderStep): Which tokens the layer updates.
-        self_attn (nn.Module): The attention, called as
-            :class:`~mmlite.nn.KeyAwareDeformableAttention` is; adds its input to its output.
+        self_attn (SamplingAttention): The attention; adds its input to its output.
         make_ffn (Callable[[int | None], nn.Module]): Makes an FFN of so many hidden channels, or
             of the usual number for None; adds its input to its output.
         make_norm (Callable[[], nn.Module]): Makes a norm.
@@ -62,7 +61,7 @@ class LiteEncoderLayer(nn.Module):
     def __init__(
         self,
         step: EncoderStep,
-        self_attn: nn.Module,
+        self_attn: SamplingAttention,
         make_ffn: Callable[[int | None], nn.Module],
         make_norm: Callable[[], nn.Module],
         small_ffn: bool = True,
@@ -72,7 +71,7 @@ class LiteEncoderLayer(nn.Module):
         self.step = step
         self.chunk_size = chunk_size
         self.self_attn = self_attn
-        self.embed_dims = self_attn.embed_dims
+        self.embed_dims: int = self_attn.embed_dims
         self.norms = nn.ModuleList([make_norm()])
         self.has_small_ffn = step.updates_low and small_ffn
         if step.updates_high or not self.has_small_ffn:
@@ -283,8 +282,8 @@ class LiteEncoder(nn.Module):
             low_levels = self.schedule.low_levels(level_sizes)
         reference_points = encoder_reference_points(level_sizes, valid_ratios, device=tokens.device)
         memory = tokens
-        for index, layer in enumerate(self.layers):
-            step_tokens = StepTokens(layer.step, level_sizes, low_levels)
+        for index, (step, layer) in enumerate(zip(self.steps, self.layers)):
+            step_tokens = StepTokens(step, level_sizes, low_levels)
             if before_layer is not None:
                 memory = before_layer(index, memory, step_tokens)
             arguments = (

@@ -36,7 +36,7 @@ def encoder_reference_points(
     """
     if valid_ratios is not None:
         device = valid_ratios.device
-    points = []
+    maps: list[Tensor] = []
     for level, (height, width) in enumerate(level_sizes):
         y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
         x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
@@ -44,8 +44,8 @@ def encoder_reference_points(
         centres = torch.stack([x, y], -1).flatten(0, 1).unsqueeze(0)  # (1, h * w, 2)
         if valid_ratios is not None:
             centres = centres / valid_ratios.narrow(1, level, 1)
-        points.append(centres)
-    points = torch.cat(points, 1).unsqueeze(2)
+        maps.append(centres)
+    points = torch.cat(maps, 1).unsqueeze(2)
     if valid_ratios is None:
         return points.expand(-1, -1, len(level_sizes), -1)
     return points * valid_ratios.unsqueeze(1)

@@ -16,7 +16,7 @@ _PACKAGES = {
     'torch': ('torch',),
     'triton': ('triton',),
     'mmengine': ('mmengine', 'onedl-mmengine'),
-    'mmcv': ('mmcv', 'onedl-mmcv'),
+    'mmcv': ('mmcv', 'mmcv-lite', 'onedl-mmcv'),
     'mmdet': ('mmdet', 'onedl-mmdetection'),
     'pycocotools': ('pycocotools',),
 }

@@ -10,11 +10,11 @@ from typing import Any
 
 from .imports import when_imported
 
-# Import name -> the distributions that provide it and the versions of each that fit: the
-# OpenMMLab packages first, then their maintained continuation.
+# Import name -> the distributions that provide it and the versions of each that fit: what to
+# install of OpenMMLab's packages first, their maintained continuation last.
 _STACK = {
     'mmengine': {'mmengine': '>=0.10,<1', 'onedl-mmengine': '>=0.10,<1'},
-    'mmcv': {'mmcv': '>=2.0.0,<2.2', 'onedl-mmcv': '>=2.3,<3'},
+    'mmcv': {'mmcv-lite': '>=2.0.0,<2.2', 'mmcv': '>=2.0.0,<2.2', 'onedl-mmcv': '>=2.3,<3'},
     'mmdet': {'mmdet': '>=3.3,<3.4', 'onedl-mmdetection': '>=3.5,<3.6'},
 }
 
@@ -122,12 +122,14 @@ def _fits(found: str, bounds: str) -> bool:
 
 
 def _advice(problems: list[str]) -> str:
-    families = zip(*(bounds.items() for bounds in _STACK.values()))
     openmmlab, continuation = (
-        ' '.join(f"'{name}{bounds}'" for name, bounds in family) for family in families
+        ' '.join(
+            f"'{name}{bounds}'" for name, bounds in (list(d.items())[i] for d in _STACK.values())
+        )
+        for i in (0, -1)
     )
     return (
-        f'mmlite does not fit the installed MMDetection ({", ".join(problems)}): install either '
-        f"OpenMMLab's packages (mim install {openmmlab}) or their maintained continuation "
-        f'(pip install {continuation})'
+        f'mmlite does not fit the installed MMDetection ({", ".join(problems)}): uninstall what '
+        f"does not fit, then install either OpenMMLab's packages (pip install {openmmlab}) or "
+        f'their maintained continuation (pip install {continuation})'
     )

@@ -32,7 +32,10 @@ def installed(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize('distributions', [FITTING, CONTINUATION])
+LITE = {'mmengine': '0.10.7', 'mmcv-lite': '2.1.0', 'mmdet': '3.3.0'}
+
+
+@pytest.mark.parametrize('distributions', [FITTING, LITE, CONTINUATION])
 def test_accepts_both_families(installed, distributions):
     installed(distributions)
     openmmlab.require()
@@ -49,7 +52,7 @@ def test_a_version_that_does_not_fit(installed, monkeypatch, name, found):
         openmmlab.require()
     text = str(raised.value)
     assert f'{name} is {found}' in text
-    assert f"'mmcv{openmmlab._STACK['mmcv']['mmcv']}'" in text
+    assert f"'mmcv-lite{openmmlab._STACK['mmcv']['mmcv-lite']}'" in text
     assert "'onedl-mmdetection>=3.5,<3.6'" in text
     assert '\n' not in text
     with pytest.warns(UserWarning) as warned:
@@ -95,7 +98,7 @@ HEAVY = (
 )
 
 
-@pytest.mark.parametrize('name', ['mmlite', 'mmlite.integrations', 'mmlite.ops'])
+@pytest.mark.parametrize('name', ['mmlite', 'mmlite.integrations', 'mmlite.nn', 'mmlite.ops'])
 @pytest.mark.parametrize('fits', [True, False])
 def test_import_loads_nothing_of_the_stack(request, name, fits):
     path = '' if fits else request.getfixturevalue('unfit')
@@ -141,7 +144,7 @@ def test_a_config_for_a_stack_that_does_not_fit_ends_in_the_advice(unfit):
     stock, advice = output.splitlines()[-2:]
     assert stock == "mmdet.models.detectors.dino ['mmdet.models']"
     assert 'mmdet is 3.0.0' in advice
-    assert 'mim install' in advice
+    assert 'pip install' in advice
 
 
 @pytest.mark.parametrize('first', ['import mmlite', 'import mmengine.runner', 'import mmdet.apis'])

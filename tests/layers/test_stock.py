@@ -1,4 +1,4 @@
-"""Stock MMDetection models on the fused CPU kernel."""
+"""Stock MMDetection models on the fused kernels."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from mmlite import layers
+from mmlite import layers, ops
 
 register_all_modules()
 
@@ -98,6 +99,36 @@ def test_subclasses_keep_what_they_do():
 
     model = nn.ModuleList([Other(32, 4, 2), layers.KeyAwareDeformableAttention(32, 4, 2)])
     assert layers.fuse_attention(model) == 0
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_cuda_takes_our_operator(monkeypatch, dtype):
+    """On tensors that pretend: no device is needed up to the operator."""
+    attention = MultiScaleDeformableAttention(32, 4, 2, batch_first=True)
+    layers.fuse_attention(attention)
+    taken = []
+
+    def operator(value, spatial_shapes, locations, weights):
+        taken.append((value.device.type, value.dtype, spatial_shapes))
+        return value.new_empty(*locations.shape[:2], 32)
+
+    monkeypatch.setattr(ops, 'ms_deform_attn', operator)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(*shape: int, dtype: torch.dtype = dtype) -> FakeTensor:
+        return FakeTensor(mode, torch.empty(shape, device='meta', dtype=dtype), 'cuda')
+
+    with torch.no_grad(), mode:
+        for module in attention.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                module._parameters[name] = fake(*parameter.shape)
+        attention(
+            fake(2, 9, 32),
+            value=fake(2, 41, 32),
+            reference_points=fake(2, 9, 2, 2, dtype=torch.float32),
+            spatial_shapes=((5, 7), (3, 2)),
+        )
+    assert taken == [('cuda', dtype, ((5, 7), (3, 2)))]
 
 
 def test_other_devices_keep_mmcvs_kernel(monkeypatch):

@@ -1,0 +1,98 @@
+"""mmcv's CUDA operator as a backend, with an operator on the CPU in its place."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from operator_cases import Case
+
+from mmlite.ops import mmcv as backend
+from mmlite.ops import reference
+
+MODULE = 'mmcv.ops.multi_scale_deform_attn'
+
+
+class Function:
+    """Stands for mmcv's, and notes what it gets."""
+
+    calls: ClassVar[list] = []
+
+    @classmethod
+    def apply(cls, value, shapes, starts, locations, weights, im2col_step):
+        tensors = (value, locations, weights)
+        cls.calls.append((tensors, starts.tolist(), im2col_step))
+        assert len({tensor.dtype for tensor in tensors}) == 1
+        assert all(tensor.is_contiguous() for tensor in tensors)
+        return reference.ms_deform_attn(value, shapes.tolist(), locations, weights)
+
+
+@pytest.fixture
+def mmcv(monkeypatch):
+    Function.calls = []
+    extension = SimpleNamespace(get_compiling_cuda_version=lambda: '11.8')
+    module = SimpleNamespace(ext_module=extension, MultiScaleDeformableAttnFunction=Function)
+    monkeypatch.setitem(sys.modules, MODULE, module)
+    return module
+
+
+def on_gpu(dtype=torch.float32):
+    return SimpleNamespace(is_cuda=True, dtype=dtype, device='cuda:0')
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_computes_the_same(mmcv, dtype):
+    case = Case('standard', dtype=dtype)
+    names = ('value', 'locations', 'weights')
+    results = []
+    for function in (backend.ms_deform_attn, reference.ms_deform_attn):
+        inputs = [case.inputs[name].clone().requires_grad_() for name in names]
+        value, locations, weights = inputs
+        output = function(
+            value.transpose(0, 1).contiguous().transpose(0, 1),
+            case.spatial_shapes,
+            locations,
+            weights,
+        )
+        assert output.dtype == dtype
+        grads = torch.autograd.grad(output, inputs, case.grad_output)
+        results.append({'output': output.detach(), **dict(zip(names, grads))})
+    case.compare(*results, 1e-6, 1e-6)
+    ((tensors, starts, im2col_step),) = Function.calls
+    assert tensors[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert starts == [0, 63, 83, 89] and im2col_step == 2
+
+
+def test_nothing_to_do(mmcv):
+    case = Case('standard', queries=0)
+    value, locations, weights = (case.inputs[name] for name in ('value', 'locations', 'weights'))
+    assert backend.ms_deform_attn(value, case.spatial_shapes, locations, weights).shape[1] == 0
+    assert not Function.calls
+
+
+def test_says_why_not(mmcv, monkeypatch):
+    assert backend.why_not(on_gpu(), 4) == backend.why_not(on_gpu(torch.bfloat16), 9) == ''
+    assert backend.why_not(torch.zeros(1), 4) == 'it runs on CUDA, and value is on cpu'
+    assert 'torch.int8' in backend.why_not(on_gpu(torch.int8), 4)
+    monkeypatch.setattr(torch, 'are_deterministic_algorithms_enabled', lambda: True)
+    assert 'not deterministic' in backend.why_not(on_gpu(), 4)
+    with torch.no_grad():
+        assert backend.why_not(on_gpu(), 4) == ''
+
+
+@pytest.mark.parametrize('version', [lambda: 'not available', None])
+def test_an_mmcv_without_cuda(mmcv, version):
+    mmcv.ext_module = SimpleNamespace()
+    if version:
+        mmcv.ext_module.get_compiling_cuda_version = version
+    assert backend.status() == (False, 'this mmcv is built without CUDA')
+    assert backend.why_not(on_gpu(), 4) == 'this mmcv is built without CUDA'
+
+
+def test_mmcv_is_not_imported_for_it(monkeypatch):
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    assert backend.status() == (False, 'mmcv.ops is not imported')
+    assert MODULE not in sys.modules

@@ -5,6 +5,7 @@ that everything compiles, exports and can be captured. :mod:`mmlite.layers` is i
 """
 
 from .attention import DeformableAttention, KeyAwareDeformableAttention, directional_grid
+from .capture import GraphReplay
 from .encoder import FFN, LiteEncoder, LiteEncoderLayer
 from .geometry import encoder_reference_points, sampling_locations
 from .schedule import EncoderSchedule, EncoderStep
@@ -15,6 +16,7 @@ __all__ = [
     'DeformableAttention',
     'EncoderSchedule',
     'EncoderStep',
+    'GraphReplay',
     'KeyAwareDeformableAttention',
     'LiteEncoder',
     'LiteEncoderLayer',

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import DeformableAttention, KeyAwareDeformableAttention, SamplingAttention
+from .capture import GraphReplay, is_tracing
 from .geometry import LevelSizes, encoder_reference_points
 from .schedule import EncoderSchedule, EncoderStep
 from .tokens import StepTokens
@@ -213,6 +214,19 @@ class LiteEncoder(nn.Module):
         # Weights fit several schedules (H3L1 and H2L2 have the same names and shapes) and are right
         # for one, so they carry it. As a buffer it is in every checkpoint, whoever writes it.
         self.register_buffer('schedule_code', schedule.encode(update))
+        self._replay: GraphReplay | None = None
+
+    def replay_graphs(self, enabled: bool = True, max_graphs: int = 8) -> None:
+        """Run inference on a GPU as CUDA graphs, one for every size of the maps.
+
+        A size is captured when it comes for the second time. Training, ``before_layer``, and all
+        else that a graph cannot hold run as ever; see :class:`GraphReplay`.
+
+        Args:
+            enabled (bool): Whether to do so; False lets go of the graphs and their memory.
+            max_graphs (int): Sizes to hold graphs of.
+        """
+        self._replay = GraphReplay(self._encode, self, max_graphs) if enabled else None
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -277,6 +291,18 @@ class LiteEncoder(nn.Module):
                 f'{len(level_sizes)} of sizes {list(level_sizes)} ({num_tokens} tokens) and '
                 f'{tokens.shape[1]} tokens'
             )
+        encode = self._encode if self._replay is None else self._replay
+        return encode(tokens, pos, level_sizes, padding_mask, valid_ratios, before_layer)
+
+    def _encode(
+        self,
+        tokens: Tensor,
+        pos: Tensor | None,
+        level_sizes: LevelSizes,
+        padding_mask: Tensor | None,
+        valid_ratios: Tensor | None,
+        before_layer: BeforeLayer | None,
+    ) -> Tensor:
         low_levels = self.low_levels
         if low_levels is None:
             low_levels = self.schedule.low_levels(level_sizes)
@@ -313,7 +339,7 @@ def in_chunks(modules: Sequence[nn.Module], tokens: Tensor, size: int | None) ->
     Returns:
         Tensor: The shape of ``tokens``.
     """
-    if size is None or tokens.device.type != 'cpu' or _is_tracing() or tokens.shape[1] <= size:
+    if size is None or tokens.device.type != 'cpu' or is_tracing() or tokens.shape[1] <= size:
         return _through(modules, tokens)
     return torch.cat([_through(modules, chunk) for chunk in tokens.split(size, 1)], 1)
 
@@ -322,11 +348,3 @@ def _through(modules: Sequence[nn.Module], tokens: Tensor) -> Tensor:
     for module in modules:
         tokens = module(tokens)
     return tokens
-
-
-def _is_tracing() -> bool:
-    return _is_compiling() or torch.jit.is_tracing()
-
-
-# torch 2.1 has it elsewhere.
-_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling

@@ -176,18 +176,19 @@ def _choose(value: Tensor, levels: int, fused_op, reference_op):
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to the autocast dtype, as a matrix product would be; float64 stays as it is."""
-    dtype = _autocast_dtype(tensors[0].device.type)
+    dtype = autocast_dtype(tensors[0].device.type)
     if dtype is None:
         return tensors
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on such a device, or None where it is off."""
     if device_type == 'meta':
         return None
     if hasattr(torch, 'get_autocast_dtype'):  # torch 2.4
         enabled = torch.is_autocast_enabled(device_type)
-        return torch.get_autocast_dtype(device_type) if enabled else None
+        return torch.getautocast_dtype(device_type) if enabled else None
     if device_type == 'cuda':
         return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
     return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None

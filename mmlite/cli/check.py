@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..integrations import require
+from .shared import console, count_option, json_option, print_table, progress, write_json
 
 if TYPE_CHECKING:
     from ..datasets.check import DataSummary, Finding
@@ -24,18 +22,8 @@ SHOWN_PLACES = 3
 
 @click.command()
 @click.argument('config')
-@click.option(
-    '--workers',
-    type=click.IntRange(1),
-    default=os.cpu_count(),
-    help='Processes that decode images. Default: as many as there are cores.',
-)
-@click.option(
-    '--json',
-    'json_path',
-    type=click.Path(dir_okay=False, path_type=Path),
-    help='Write the report here, with every place of every finding.',
-)
+@count_option('--workers', default=os.cpu_count(), help='Processes that decode images.')
+@json_option
 @click.pass_context
 def check(ctx: click.Context, config: str, workers: int, json_path: Path | None) -> None:
     """Read every image and annotation of the data sets that CONFIG names, then build its model.
@@ -56,25 +44,12 @@ def check(ctx: click.Context, config: str, workers: int, json_path: Path | None)
     from ..analysis.models import build_detector, load_config
     from ..datasets.check import Findings, check_data, check_model
 
-    console = Console()
     cfg = load_config(config)
     findings = Findings()
-    with Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    ) as progress:
-        task = progress.add_task('Reading annotations', total=None)
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, description='Decoding images', completed=done, total=total)
-
-        summaries = check_data(cfg, findings, workers, advance)
+    with progress() as start:
+        summaries = check_data(cfg, findings, workers, start)
     try:
-        with console.status('Building the model'):
-            model = build_detector(cfg)
+        model = build_detector(cfg)
     except ValueError as error:
         findings.add('model', 'model', error)
     else:
@@ -82,50 +57,55 @@ def check(ctx: click.Context, config: str, workers: int, json_path: Path | None)
 
     found = findings.sorted()
     problems = sum(finding.is_problem for finding in found)
-    _show(console, summaries, found)
-    if json_path:
-        report = {
-            'config': config,
-            'data': [asdict(summary) for summary in summaries],
-            'findings': [
-                {**asdict(f), 'problem': f.is_problem, 'count': len(f.places)} for f in found
-            ],
-            'problems': problems,
-        }
-        json_path.write_text(json.dumps(report, indent=2) + '\n')
+    _show(summaries, found)
+    report = {
+        'config': config,
+        'data': summaries,
+        'findings': [{**asdict(f), 'problem': f.is_problem, 'count': len(f.places)} for f in found],
+        'problems': problems,
+    }
+    write_json(json_path, report)
     if problems:
-        console.print(f'{problems} kinds of problems' if problems > 1 else '1 kind of problem')
+        click.echo(f'{problems} kinds of problems' if problems > 1 else '1 kind of problem')
         ctx.exit(1)
-    console.print('No problems found')
+    click.echo('No problems found')
 
 
-def _show(console: Console, summaries: list[DataSummary], found: list[Finding]) -> None:
-    if summaries:
-        data = Table('data', 'images', 'objects', 'at most in one image')
-        data.add_column('annotation file', overflow='fold')
-        for summary in summaries:
-            numbers = (summary.images, summary.objects, summary.most_objects)
-            data.add_row(summary.name, *map(str, numbers), escape(summary.annotation_file))
-        console.print(data)
+def _show(summaries: list[DataSummary], found: list[Finding]) -> None:
+    data = _table('Data', 'data', 'images', 'objects', 'at most in one image', 'annotation file')
     for summary in summaries:
-        columns = ('class', 'images', 'objects', 'small', 'medium', 'large')
-        classes = Table(*columns, title=f'Classes of {summary.name}')
-        for count in summary.classes:
-            name, *numbers = (getattr(count, c if c != 'class' else 'name') for c in columns)
-            classes.add_row(escape(name), *map(str, numbers))
-        console.print(classes)
+        numbers = (summary.images, summary.objects, summary.most_objects)
+        data.add_row(summary.name, *map(str, numbers), escape(summary.annotation_file))
+    if summaries:
+        console().print(data)
+    for summary in summaries:
+        print_table(
+            f'Classes of {summary.name}',
+            ['class', 'images', 'objects', 'small', 'medium', 'large'],
+            [
+                [escape(c.name), *map(str, (c.images, c.objects, c.small, c.medium, c.large))]
+                for c in summary.classes
+            ],
+            justify='right',
+        )
+    findings = _table('Findings', 'data', 'finding', 'count', 'where', show_lines=True)
+    for finding in found:
+        places = finding.places[:SHOWN_PLACES]
+        if len(finding.places) > SHOWN_PLACES:
+            places.append(f'and {len(finding.places) - SHOWN_PLACES} more')
+        color = 'red' if finding.is_problem else 'yellow'
+        findings.add_row(
+            finding.data,
+            f'[{color}]{finding.kind}[/]\n{finding.meaning}',
+            str(len(finding.places)),
+            escape('\n'.join(places)),
+        )
     if found:
-        findings = Table('data', 'finding', 'count', title='Findings', show_lines=True)
-        findings.add_column('where', overflow='fold')
-        for finding in found:
-            places = [escape(place) for place in finding.places[:SHOWN_PLACES]]
-            if len(finding.places) > SHOWN_PLACES:
-                places.append(f'and {len(finding.places) - SHOWN_PLACES} more')
-            findings.add_row(
-                finding.data,
-                f'[{"red" if finding.is_problem else "yellow"}]{finding.kind}[/]\n'
-                f'[dim]{finding.meaning}[/]',
-                str(len(finding.places)),
-                '\n'.join(places),
-            )
-        console.print(findings)
+        console().print(findings)
+
+
+def _table(title: str, *columns: str, **options: bool) -> Table:
+    """A table whose last column shows long paths whole."""
+    table = Table(*columns[:-1], title=title, title_justify='left', **options)
+    table.add_column(columns[-1], overflow='fold')
+    return table

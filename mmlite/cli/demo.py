@@ -124,12 +124,28 @@ def _train(console: Console, runner) -> None:
         class ShowProgress(Hook):
             def before_train(self, runner) -> None:
                 self.step = start('Training', runner.max_iters)
+                self.started = time.monotonic()
 
             def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-                self.step(f'loss {runner.message_hub.get_scalar("train/loss").mean(20):.2f}')
+                self.step(f'loss {_loss(runner):.2f}')
+
+            def after_train_epoch(self, runner) -> None:
+                if not console.is_terminal:  # where there is no bar to look at
+                    done = runner.epoch + 1
+                    left = (time.monotonic() - self.started) / done * (runner.max_epochs - done)
+                    console.print(
+                        f'Epoch {done} of {runner.max_epochs}: loss {_loss(runner):.2f}, '
+                        f'{left // 60:.0f} min {left % 60:.0f} s left'
+                    )
+                    console.file.flush()
 
         runner.register_hook(ShowProgress(), priority='VERY_LOW')
         runner.train()
+
+
+def _loss(runner) -> float:
+    """Mean over the last 20 iterations."""
+    return runner.message_hub.get_scalar('train/loss').mean(20)
 
 
 def _encoder_gflops(cfg) -> list[float]:

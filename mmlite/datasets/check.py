@@ -140,7 +140,7 @@ def check_data(
     config: Config,
     findings: Findings,
     workers: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[str, int], Callable[[], None]] = lambda text, total: lambda: None,
 ) -> list[DataSummary]:
     """Read every annotation and decode every image of the data sets that a config names.
 
@@ -149,7 +149,8 @@ def check_data(
             evaluators are followed, through wrappers such as ``RepeatDataset`` too.
         findings (Findings): Gets what is found.
         workers (int): Processes that decode.
-        progress (Callable): Called with the number of images decoded and to decode.
+        progress (Callable): Called with a text and the number of images; what it returns is
+            called after each.
 
     Returns:
         list[DataSummary]: What the data sets hold that could be read.
@@ -165,11 +166,11 @@ def check_data(
         with _problem_of(findings, data.name, 'data set'):
             checked.append((data, summary, _check_annotations(data, summary, findings)))
     images = [image for _, _, of_data in checked for image in of_data]
-    decoded = decode_images([image.file for image in images], workers)
-    for done, (image, found) in enumerate(zip(images, decoded), 1):
+    step = progress('Decoding images', len(images))
+    for image, found in zip(images, decode_images([image.file for image in images], workers)):
         for kind, place in _image_problems(image, found):
             findings.add(image.data, kind, place)
-        progress(done, len(images))
+        step()
     for image in images:
         if num_queries is not None and image.objects > num_queries:
             place = f'{image.file.path} ({image.objects} objects, {num_queries} queries)'

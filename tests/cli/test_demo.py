@@ -15,16 +15,23 @@ def run(*arguments):
 
 def test_trains_evaluates_and_draws(tmp_path):
     out = tmp_path / 'demo'
-    sizes = ('--epochs', 1, '--train-images', 8, '--val-images', 2)
+    sizes = ('--epochs', 2, '--train-images', 8, '--val-images', 2)
     result = run('--out', out, *sizes)
     assert result.exit_code == 0, result.output
     results = json.loads((out / 'results.json').read_text())
     assert all(0 <= results[name] <= 1 for name in ('AP', 'AP50'))
     assert 0 < results['encoder_gflops'] < results['stock_encoder_gflops']
-    for text in ('APs', 'GFLOPs', 'predictions.png'):
+    for text in (
+        'Epoch 1 of 2: loss ',
+        'Epoch 2 of 2: loss ',
+        ' s left',
+        'APs',
+        'GFLOPs',
+        'predictions.png',
+    ):
         assert text in result.output
     assert (out / 'predictions.png').read_bytes().startswith(b'\x89PNG')
-    assert load_checkpoint(out / 'epoch_1.pth')['meta']['epoch'] == 1
+    assert load_checkpoint(out / 'epoch_2.pth')['meta']['epoch'] == 2
 
 
 @pytest.mark.parametrize('place', ['file', 'file/below'])

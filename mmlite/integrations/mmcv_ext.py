@@ -55,7 +55,9 @@ def get_compiler_version() -> str:
     return 'none: mmlite stands in for the compiled operators'
 
 
-get_compiling_cuda_version = get_compiler_version
+def get_compiling_cuda_version() -> str:
+    """What an mmcv says that is compiled without CUDA; our operators must not call it for one."""
+    return 'not available'
 
 
 def ms_deform_attn_forward(

@@ -199,6 +199,19 @@ def test_other_operators_raise_when_they_are_called():
         _ = mmcv_ext.__no_such_thing__
 
 
+def test_is_no_backend_of_our_own_operators():
+    """It calls them: one that calls it back would never return."""
+    output = run(
+        f'{STAND_IN}import mmcv.ops, mmcv._ext\n'
+        'from mmlite.ops import mmcv as backend\n'
+        'print(mmcv._ext.__file__, backend.status(), sep="\\n")\n'
+    )
+    assert output.splitlines()[-2:] == [
+        mmcv_ext.__file__,
+        "(False, 'this mmcv is built without CUDA')",
+    ]
+
+
 @pytest.fixture
 def site(tmp_path):
     """A folder with the .pth file as it is installed, and an mmcv without compiled operators."""

@@ -2,6 +2,8 @@
 # step makes the second run quick.
 
 PYTHON ?= $(firstword $(foreach v,3.11 3.12,$(shell command -v python$(v))) python3)
+# lite: MMCV's wheel without compiled operators, with mmlite in their place. compiled: its own.
+MMCV ?= lite
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint requirements/constraints.txt
@@ -13,7 +15,7 @@ say = @printf '\n==> %s\n' "$(1)"
 help:
 	@echo 'make demo         set up, then train and evaluate a small Lite-DINO (options: ARGS="--epochs 5")'
 	@echo 'make test         set up, then run the tests (options: ARGS="-k schedule")'
-	@echo 'make setup        only set up $(VENV) (another interpreter: PYTHON=python3.12)'
+	@echo 'make setup        only set up $(VENV) (options: PYTHON=python3.12 MMCV=compiled)'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make docs         build the documentation in site/'
 	@echo 'make wheels       build the wheels of every system in wheelhouse/ (one: ARGS=linux-x86_64)'
@@ -80,21 +82,31 @@ $(VENV)/.torch: $(VENV)/.venv requirements/constraints.txt
 	@$(PIP) torch
 	@touch $@
 
-# openmim asks for setuptools 60 (through openxlab) but runs with later ones; mmcv builds with
-# nothing from 80 on. So 79 goes in after openmim, and pip's remark on it can be ignored.
+# openmim asks for setuptools 60 (through openxlab) but runs with later ones; what imports
+# pkg_resources finds it up to 79. So 79 goes in after openmim, and pip's remark on it can be ignored.
 $(VENV)/.stack: $(VENV)/.torch requirements/dev.txt
 	$(call say,3/5 MMDetection with mim and the tools)
 	@$(PIP) --requirement requirements/dev.txt
 	@$(BIN)/python -m pip install --disable-pip-version-check 'setuptools==79.0.1'
 	@touch $@
 
-$(VENV)/.mmcv: $(VENV)/.stack
-	$(call say,4/5 MMCV with its operators (compiled here unless pip finds a wheel: about 8 minutes on 2 cores))
-	@MMCV_WITH_OPS=1 $(PIP) --no-build-isolation --progress-bar on mmcv
-	@$(BIN)/python -c 'import mmcv.ops'
+# Both install the package mmcv, so one has to go before the other comes.
+$(VENV)/.mmcv-lite: $(VENV)/.stack
+	$(call say,4/5 MMCV without compiled operators: mmlite stands in for them)
+	@$(BIN)/python -m pip uninstall --quiet --yes mmcv
+	@$(PIP) mmcv-lite
+	@rm -f $(VENV)/.mmcv-compiled
 	@touch $@
 
-$(VENV)/.mmlite: $(VENV)/.mmcv pyproject.toml $(wildcard CMakeLists.txt mmlite/ops/csrc/*)
+$(VENV)/.mmcv-compiled: $(VENV)/.stack
+	$(call say,4/5 MMCV with its operators (compiled here unless pip finds a wheel: 8 minutes on 2 quiet cores))
+	@$(BIN)/python -m pip uninstall --quiet --yes mmcv-lite
+	@MMCV_WITH_OPS=1 $(PIP) --no-build-isolation --progress-bar on mmcv
+	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("mmcv._ext").origin.endswith(".so"))'
+	@rm -f $(VENV)/.mmcv-lite
+	@touch $@
+
+$(VENV)/.mmlite: $(VENV)/.mmcv-$(MMCV) pyproject.toml $(wildcard CMakeLists.txt mmlite/ops/csrc/*)
 	$(call say,5/5 mmlite with its CPU kernels (compiled here: about a minute))
 	@$(PIP) --quiet --no-build-isolation --editable .
 	@touch $@

@@ -99,6 +99,11 @@ def test_train_resume_and_test(folder):
     assert 'coco/bbox_mAP_50' in json.loads(metrics.read_text())
 
 
+def test_search_lists_the_configs(folder):
+    listed = mim('search', 'mmlite-detr', '--valid-config', cwd=folder)
+    assert 'lite-dino-4scale_r50_h3l1-2p1x3_8xb2-12e_coco' in listed
+
+
 def test_two_processes_end_with_the_same_weights(folder):
     (folder / 'data_parallel.py').write_text(DATA_PARALLEL)
     (folder / 'save_each_rank.py').write_text(SAVE_EACH_RANK)

@@ -23,8 +23,8 @@ from ...nn import LiteEncoder
 
 LevelSizes = Sequence[tuple[int, int]]
 
-# The first version whose attention is told the level sizes as Python ints.
-OLDEST = Version('5.0')
+# The oldest version that was tried with success: earlier ones name and call things differently.
+OLDEST = Version('5.18')
 
 
 def fuse_attention(model: nn.Module) -> int:
@@ -124,7 +124,7 @@ def _fused_class(stock: type[nn.Module]) -> type[nn.Module] | None:
     """
     if not stock.__module__.startswith('transformers.') or issubclass(stock, _Fused):
         return None
-    names = getattr(stock.forward, '__code__', _fused_class.__wrapped__.__code__).co_names
+    names = getattr(getattr(stock.forward, '__code__', None), 'co_names', ())
     if 'value_spatial_shapes_list' in inspect.signature(stock.forward).parameters:
         # A module without parameters that only samples: Deformable DETR, RT-DETR, ...
         changed = {'forward': _forward_sampler}

@@ -53,7 +53,8 @@ def _mask2former() -> nn.Module:
     return hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(backbone_config=backbone))
 
 
-# Name on the command line -> in words, builder, schedule, where the encoder is.
+# Name on the command line -> in words, builder, schedule, where the encoder is; of Mask2Former the
+# pixel decoder, which is the encoder and a few convolutions.
 MODELS: dict[str, tuple[str, Callable[[], nn.Module], str, str]] = {
     'deformable-detr': (
         'Deformable DETR, ResNet-50',
@@ -71,7 +72,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module], str, str]] = {
         'Mask2Former, ResNet-50',
         _mask2former,
         'H2L1-(2+1)x3',
-        'model.pixel_level_module.decoder.encoder',
+        'model.pixel_level_module.decoder',
     ),
 }
 
@@ -95,8 +96,8 @@ def main(
 ) -> None:
     """Time each MODEL in its three variants, in turns, after one call that is not counted.
 
-    Prints the fastest of the calls, of the whole model and of its encoder, and the encoder's
-    multiply-adds in matrix products (sampling is not counted).
+    Prints the fastest of the calls, of the whole model and of its encoder (Mask2Former: its pixel
+    decoder), and the latter's multiply-adds in matrix products (sampling is not counted).
 
     Example: python -m mmlite.integrations.transformers.benchmark mask2former --repeat 3
     """
@@ -218,7 +219,7 @@ def _inputs(model: nn.Module, size: tuple[int, int], device: str) -> dict[str, T
 def _table(rows: list[dict]) -> str:
     """Markdown, each model's times relative to its stock variant."""
     lines = [
-        '| model | variant | model, ms | encoder, ms | encoder, G multiply-adds |',
+        '| model | variant | model, ms | encoder or pixel decoder, ms | G multiply-adds of it |',
         '|---|---|---|---|---|',
     ]
     stock = {}

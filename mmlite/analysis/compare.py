@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from .inputs import image_batch
 from .latency import Call, Ratio, Timing, speedup
 from .memory import peak_memory
 from .models import DetectorSpec, build_detector, load_config
+from .modes import EAGER, in_mode, label, why_not
 from .profile import profile_stages
 from .report import Start, size
 from .setting import Setting
@@ -27,6 +29,7 @@ class Result:
     detector: DetectorSpec
     complexity: Complexity  # at the setting's image size
     flops_by_size: dict[str, int]
+    mode: str = EAGER  # of the encoder
     latency: dict[int, Timing] = field(default_factory=dict)  # images on the device to boxes
     faster: dict[int, Ratio] = field(default_factory=dict)  # than the baseline
     memory: dict[int, int | None] = field(default_factory=dict)  # beyond weights and images
@@ -38,7 +41,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        return self.detector.name
+        return label(self.detector.name, self.mode)
 
     def as_json(self) -> dict:
         content = asdict(self)
@@ -52,6 +55,7 @@ def compare(
     dataset: Dataset | None = None,
     sizes: Sequence[tuple[int, int]] = (),
     start: Start = lambda text, total: lambda: None,
+    modes: Sequence[str] = (EAGER,),
 ) -> list[Result]:
     """Compare detectors with the first of them, the baseline.
 
@@ -64,6 +68,9 @@ def compare(
         sizes (Sequence[tuple[int, int]]): Image sizes to count FLOPs at, beside the setting's;
             those too small for a detector's queries are left out.
         start (Start): Shows progress.
+        modes (Sequence[str]): How the encoders run, of :data:`~mmlite.analysis.modes.MODES`.
+            Every detector is measured in each that its encoder can run in, the baseline eagerly
+            in any case. Accuracy is measured once.
 
     Raises:
         FileNotFoundError: A config, checkpoint or annotation file is missing.
@@ -95,6 +102,7 @@ def compare(
         results.append(Result(detector, counts[setting.image_size], flops))
 
     if setting.rounds:
+        results, models = _in_modes(results, models, modes, setting.device)
         for batch_size in setting.batch_sizes:
             _measure_inference(results, models, batch_size, setting, start)
         if setting.training:
@@ -103,11 +111,33 @@ def compare(
         tested = [i for i, detector in enumerate(detectors) if detector.checkpoint]
         step = start('evaluating', len(tested))
         for i in tested:
-            results[i].accuracy = evaluate(
-                configs[i], detectors[i].checkpoint, dataset, setting.device
-            )
+            accuracy = evaluate(configs[i], detectors[i].checkpoint, dataset, setting.device)
+            for result in results:
+                if result.detector is detectors[i]:
+                    result.accuracy = accuracy
             step()
     return results
+
+
+def _in_modes(
+    results: list[Result], models: list[nn.Module], modes: Sequence[str], device: str
+) -> tuple[list[Result], list[nn.Module]]:
+    """Results and models of all modes; the baseline as it stands comes first."""
+    all_results, all_models = [], []
+    for index, (result, model) in enumerate(zip(results, models)):
+        encoder = getattr(model, 'encoder', None)
+        for mode in dict.fromkeys(modes if index else [EAGER, *modes]):
+            if mode != EAGER and (encoder is None or why_not(encoder, mode, device)):
+                continue
+            variant = model
+            if mode != EAGER:
+                variant = copy.deepcopy(model)
+                variant.encoder = in_mode(variant.encoder, mode)
+            all_results.append(
+                Result(result.detector, result.complexity, result.flops_by_size, mode)
+            )
+            all_models.append(variant)
+    return all_results, all_models
 
 
 def _count(detector: DetectorSpec, model: nn.Module, image_size: tuple[int, int]) -> Complexity:

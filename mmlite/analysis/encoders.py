@@ -10,11 +10,12 @@ import torch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from torch import nn
 
-from ..layers import FusedDeformableAttention, LiteEncoder
+from ..layers import LiteEncoder, fuse_attention
 from .complexity import count_flops, count_parameters
 from .inputs import encoder_inputs, level_sizes
 from .latency import Call, speedup
 from .memory import peak_memory
+from .modes import EAGER, GRAPH, in_mode, label, why_not
 from .profile import KINDS, OpProfile, matmul_peak, profile_ops
 from .report import Report, Start, Table, giga, mebibytes, milliseconds, size, timing_columns
 from .setting import Setting
@@ -24,7 +25,12 @@ EMBED_DIMS = 256
 
 
 def report(
-    setting: Setting, schedules: Sequence[str], ffn_channels: int, profile: bool, start: Start
+    setting: Setting,
+    schedules: Sequence[str],
+    ffn_channels: int,
+    profile: bool,
+    start: Start,
+    modes: Sequence[str] = (EAGER,),
 ) -> Report:
     """All that ``mmlite benchmark encoder`` measures.
 
@@ -34,6 +40,8 @@ def report(
         ffn_channels (int): Hidden size of the FFN: 2048 in DINO, 1024 in Deformable DETR.
         profile (bool): Also say where the time of inference goes.
         start (Start): Shows progress.
+        modes (Sequence[str]): Of :data:`~mmlite.analysis.modes.MODES`. The stock encoder always
+            runs eagerly too, being what all is compared with.
 
     Raises:
         ValueError: A schedule is malformed or does not make six layers over four levels.
@@ -49,23 +57,33 @@ def report(
         }
         for name, encoder in encoders.items()
     }
+    contestants, notes = _in_modes(encoders, modes, setting.device)
     results = []
     for direction, make in list(PASSES.items())[: 1 + setting.training]:
-        calls = {name: make(encoder, inputs, setting) for name, encoder in encoders.items()}
+        calls = {
+            label(name, mode): make(encoder, inputs, setting)
+            for (name, mode), encoder in contestants.items()
+            if not (mode == GRAPH and make is _training_step)
+        }
         timings = setting.measure(calls, start, direction)
-        for name, timing in timings.items():
+        for (name, mode), encoder in contestants.items():
+            title = label(name, mode)
+            if title not in timings:
+                continue
+            timing = timings[title]
             results.append(
                 {
-                    **{'name': name, 'direction': direction, **costs[name], 'timing': timing},
+                    **{'name': title, 'mode': mode, 'direction': direction},
+                    **{**costs[name], 'timing': timing},
                     'over_stock': speedup(timings[STOCK], timing),
                     'over_fused_stock': speedup(timings[STOCK_FUSED], timing),
-                    'peak_memory': peak_memory(partial(calls[name], 0), setting.device),
+                    'peak_memory': peak_memory(partial(calls[title], 0), setting.device),
                 }
             )
-            encoders[name].zero_grad(set_to_none=True)
+            encoder.zero_grad(set_to_none=True)
     shape = {'batch_size': setting.batch_size, 'embed_dims': EMBED_DIMS}
-    settings = {**asdict(setting), **shape, 'ffn_channels': ffn_channels}
-    found = Report(settings, results, _tables(setting, ffn_channels, results))
+    settings = {**asdict(setting), **shape, 'ffn_channels': ffn_channels, 'modes': modes}
+    found = Report(settings, results, _tables(setting, ffn_channels, results), notes)
     if profile:
         repeats = (setting.rounds + 1) // 2
         profiles = {
@@ -99,15 +117,29 @@ def build_encoders(
         name: DeformableDetrTransformerEncoder(num_layers=6, layer_cfg=layer_cfg)
         for name in (STOCK, STOCK_FUSED)
     }
-    for layer in encoders[STOCK_FUSED].layers:
-        # Not layers.stock.fuse_attention, which leaves GPUs to mmcv.
-        layer.self_attn = FusedDeformableAttention(**layer_cfg['self_attn_cfg'])
+    fuse_attention(encoders[STOCK_FUSED])
     for schedule in schedules:
         for key_aware, what in ((True, ''), (False, ', no KDA')):
             encoders[f'Lite {schedule}{what}'] = LiteEncoder(
                 schedule, num_layers=6, layer_cfg=layer_cfg, key_aware=key_aware
             )
     return {name: encoder.to(device) for name, encoder in encoders.items()}
+
+
+def _in_modes(
+    encoders: dict[str, nn.Module], modes: Sequence[str], device: str
+) -> tuple[dict[tuple[str, str], nn.Module], list[str]]:
+    """(name, mode) -> encoder, and why some are not there."""
+    contestants, notes = {}, []
+    for name, encoder in encoders.items():
+        is_baseline = name in (STOCK, STOCK_FUSED)
+        for mode in dict.fromkeys([EAGER, *modes] if is_baseline else modes):
+            reason = why_not(encoder, mode, device)
+            if reason:
+                notes.append(f'Not measured: {label(name, mode)}: {reason}.')
+            else:
+                contestants[name, mode] = in_mode(encoder, mode)
+    return contestants, notes
 
 
 def _inference(encoder: nn.Module, inputs: dict, setting: Setting) -> Call:

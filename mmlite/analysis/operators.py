@@ -1,4 +1,4 @@
-"""The operators of deformable attention, every backend against PyTorch and mmcv."""
+"""The operators of deformable attention, every backend against PyTorch and other packages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from .. import ops
 from .inputs import OperatorInputs, level_sizes, operator_inputs
 from .latency import Call, Ratio, Timing, measure, measurements, num_threads, speedup
 from .memory import peak_memory
+from .peers import PEERS, Operator
 from .report import Report, Start, Table, mebibytes, milliseconds, size, timing_columns
 
 STANDARD, KEY_AWARE = 'ms_deform_attn', 'key_aware_deform_attn'
 PASSES = ('forward', 'forward+backward')
 _FUSED = {'cpu': 'cpu', 'cuda': 'triton'}
-
-Operator = Callable[[OperatorInputs], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class OperatorResult:
     """One operator on one backend."""
 
     operator: str  # ms_deform_attn or key_aware_deform_attn
-    backend: str  # mmcv, reference, cpu or triton
+    backend: str  # reference, cpu, triton, or one of PEERS
     direction: str  # of PASSES
     timing: Timing
     over_reference: Ratio  # how many times faster than the same operator in plain PyTorch
@@ -203,12 +202,13 @@ def copy_bandwidth(device: str, num_bytes: int = 2**28) -> float:
 def _calls(inputs: OperatorInputs, device: str) -> tuple[dict, dict[str, str]]:
     """(operator, backend) -> function of :class:`OperatorInputs`, and what is not there."""
     calls, left_out = {}, {}
-    try:
-        mmcv = _mmcv_operator(device)
-        mmcv(inputs)
-        calls[STANDARD, 'mmcv'] = mmcv
-    except (ImportError, RuntimeError, AttributeError) as error:
-        left_out[f'{STANDARD} (mmcv)'] = str(error).partition('\n')[0]
+    for name, make in PEERS.items():
+        try:
+            peer = make(device)
+            peer(inputs)
+            calls[STANDARD, name] = peer
+        except Exception as error:  # another package may fail in any way
+            left_out[f'{STANDARD} ({name})'] = str(error).partition('\n')[0]
     wanted = ('reference', _FUSED[torch.device(device).type])
     for operator, call in ((STANDARD, _standard), (KEY_AWARE, _key_aware)):
         for status in ops.backends():
@@ -229,28 +229,6 @@ def _key_aware(backend: str, x: OperatorInputs) -> Tensor:
         return ops.key_aware_deform_attn(
             x.query, x.value, x.value, x.level_sizes, x.sampling_locations
         )
-
-
-def _mmcv_operator(device: str) -> Operator:
-    from mmcv.ops import multi_scale_deform_attn as mmcv
-
-    def on_cuda(x: OperatorInputs) -> Tensor:
-        tokens = x.spatial_shapes.prod(-1)
-        return mmcv.MultiScaleDeformableAttnFunction.apply(
-            x.value,
-            x.spatial_shapes,
-            tokens.cumsum(0) - tokens,
-            x.sampling_locations.to(x.value.dtype),
-            x.attention_weights,
-            64,
-        )
-
-    def on_cpu(x: OperatorInputs) -> Tensor:
-        return mmcv.multi_scale_deformable_attn_pytorch(
-            x.value, x.spatial_shapes, x.sampling_locations.to(x.value.dtype), x.attention_weights
-        )
-
-    return on_cuda if torch.device(device).type == 'cuda' else on_cpu
 
 
 def _forward(operator: Operator, inputs: Sequence[OperatorInputs]) -> Call:

@@ -29,6 +29,16 @@ from .shared import (
 
 DTYPES = click.Choice(['float32', 'bfloat16', 'float16'])
 
+modes_option = option(
+    '--mode',
+    'modes',
+    type=click.Choice(['eager', 'compiled', 'graph']),
+    multiple=True,
+    default=['eager'],
+    help='How the encoder runs: as it stands, through torch.compile, or, for inference on a GPU, '
+    'as a CUDA graph. Give it more than once for more.',
+)
+
 
 @click.group(context_settings=shared.HELP)
 def benchmark() -> None:
@@ -113,8 +123,9 @@ def kind(several_batch_sizes: bool = False, dtype_help: str = 'Other than float3
 def ops(*, dtype, forward_only, scaling, rounds, warmup, start, **shape):
     """Measure every backend of the operators against plain PyTorch and mmcv's operator.
 
-    Ratios are medians over pairs of rounds, with their quartiles. Memory is the peak beyond the
-    inputs. Bandwidth counts every input once and the output once.
+    So are deformops and Hugging Face's kernel, where they are installed. Ratios are medians over
+    pairs of rounds, with their quartiles. Memory is the peak beyond the inputs. Bandwidth counts
+    every input once and the output once.
 
     \b
     Example:
@@ -138,18 +149,21 @@ def ops(*, dtype, forward_only, scaling, rounds, warmup, start, **shape):
     default=['H3L1-(2+1)x3'],
     help='A Lite schedule of six layers over four levels; give it more than once for more.',
 )
+@modes_option
 @count_option('--ffn', default=2048, help='2048 in DINO, 1024 in Deformable DETR.')
 @flag('--train', help='Also measure a training step.')
 @flag('--profile', help='Also show where the time goes.')
-def encoder(*, schedules, ffn, batch_size, train, profile, start, **setting):
+def encoder(*, schedules, modes, ffn, batch_size, train, profile, start, **setting):
     """Measure MMDetection's encoder, the same on our operator, and Lite schedules.
 
     All have six layers over four levels and random weights. A training step is a forward and a
-    backward pass; memory is the peak beyond parameters and inputs.
+    backward pass; memory is the peak beyond parameters and inputs. What a mode cannot run is left
+    out of it, and named below the table.
 
     \b
     Example:
       mmlite benchmark encoder
+      mmlite benchmark encoder --device cuda --mode eager --mode compiled --mode graph
       mmlite benchmark encoder --train --profile --json encoder.json
       mmlite benchmark encoder --schedule 'H2L2-(2+1)x3' --schedule 'H3L1-(6+1)x1' --ffn 1024
     """
@@ -157,7 +171,7 @@ def encoder(*, schedules, ffn, batch_size, train, profile, start, **setting):
     from ..analysis.setting import Setting
 
     setting = Setting(batch_sizes=(batch_size,), training=train, **setting)
-    return report(setting, schedules, ffn, profile, start)
+    return report(setting, schedules, ffn, profile, start, modes)
 
 
 @kind(several_batch_sizes=True)
@@ -167,6 +181,7 @@ def encoder(*, schedules, ffn, batch_size, train, profile, start, **setting):
     type=click.Choice(['paper-table3', 'paper-table4']),
     help='Instead of configs: every row of a table of the Lite DETR paper, with what it reports.',
 )
+@modes_option
 @flag('--train', help='Also measure a training step.')
 @flag('--count-only', help='Count parameters and FLOPs, time nothing.')
 @path_option(
@@ -179,6 +194,7 @@ def compare(
     *,
     configs,
     preset,
+    modes,
     batch_size,
     rounds,
     train,
@@ -225,5 +241,5 @@ def compare(
     # Only the page plots cost against image size.
     height, width = setting.image_size
     sizes = [(height * s // 4, width * s // 4) for s in (2, 3, 5) if html_path]
-    results = [compare_detectors(group, setting, dataset, sizes, start) for group in groups]
+    results = [compare_detectors(group, setting, dataset, sizes, start, modes) for group in groups]
     return compare_report.report(results, setting, with_page=bool(html_path))

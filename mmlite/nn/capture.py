@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class GraphReplay:
         self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()  # None: seen once
         self._failed: set[Hashable] = set()
         self._weights: tuple[int, ...] = ()
-        self._pool = None
+        self._pool: Any = None
 
     def __getstate__(self) -> dict:
         """Copies and pickles hold no graphs."""
@@ -161,12 +161,12 @@ def _is_capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _new_pool() -> object:
+def _new_pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
 def _capture(
-    function: Callable[[], Tensor], device: torch.device, pool: object
+    function: Callable[[], Tensor], device: torch.device, pool: Any
 ) -> tuple[Callable[[], None], Tensor]:
     """Capture a call; returns how to replay it, and where it then writes its output."""
     dtype = autocast_dtype('cuda')

@@ -25,7 +25,7 @@ from mmengine.logging import HistoryBuffer
 try:
     from numpy._core import multiarray
 except ImportError:  # NumPy < 1.26
-    from numpy.core import multiarray
+    from numpy.core import multiarray  # type: ignore[no-redef]
 
 # From this version on, torch's own safe loading can be told about further types by name.
 _TORCH_KNOWS_SAFE_GLOBALS = torch.__version__ >= (2, 6)

@@ -84,16 +84,16 @@ class GraphReplay:
             self._make_room()
             return self.function(*args)
         self._graphs.move_to_end(key)
-        if self._graphs[key] is None:
+        graph = self._graphs[key]
+        if graph is None:
             try:
-                self._graphs[key] = self._capture(args)
+                graph = self._graphs[key] = self._capture(args)
             except RuntimeError as error:
                 del self._graphs[key]
                 self._failed.add(key)
                 reason = str(error).partition('\n')[0]
                 warnings.warn(f'runs without a CUDA graph: {reason}', stacklevel=2)
                 return self.function(*args)
-        graph = self._graphs[key]
         with torch.no_grad():
             for held, given in zip(graph.inputs, tensors):
                 held.copy_(given)

@@ -188,7 +188,7 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
         return None
     if hasattr(torch, 'get_autocast_dtype'):  # torch 2.4
         enabled = torch.is_autocast_enabled(device_type)
-        return torch.getautocast_dtype(device_type) if enabled else None
+        return torch.get_autocast_dtype(device_type) if enabled else None
     if device_type == 'cuda':
         return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
     return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None

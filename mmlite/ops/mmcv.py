@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +64,8 @@ def ms_deform_attn(
     return output.to(value.dtype)
 
 
-def _module() -> ModuleType | None:
+def _module() -> Any:
+    """mmcv's module, or None where nobody has imported it."""
     return sys.modules.get('mmcv.ops.multi_scale_deform_attn')
 
 

@@ -142,7 +142,7 @@ class Tuner:
                     known[key] = _time(launch, configs)
                     _write(self.path(maker), {key: known[key]})
         config = known.get(key)
-        return config if config in configs else configs[0]
+        return config if config is not None and config in configs else configs[0]
 
     def path(self, maker: str) -> Path:
         """The file of the timings made by ``maker``."""

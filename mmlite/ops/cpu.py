@@ -8,8 +8,10 @@ PyTorch formulation takes over. ``docs/kernels-cpu.md`` explains the kernels.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,12 +20,23 @@ from torch import Tensor
 
 from . import library
 
-_INTERFACE = 1  # kInterface of csrc/problem.h
+_INTERFACE = 2  # kInterface of csrc/problem.h
 _MAX_HEAD_DIM = 256
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_OPERATORS = {'standard': 0, 'key aware': 1, 'key aware, shared': 2}
+_GRADS = {
+    'grad_query': 1,
+    'grad_key': 2,
+    'grad_value': 4,
+    'grad_locations': 8,
+    'grad_weights': 16,
+}
 _ISAS = {'baseline': 0, 'avx2': 1, 'avx512': 2}
 _SUFFIX = {'darwin': 'dylib', 'win32': 'dll'}.get(sys.platform, 'so')
-_LIBRARY_PATH = Path(__file__).with_name(f'libmmlite_cpu.{_SUFFIX}')
+# Another build of the kernels, a sanitized one for instance, can be named in the environment.
+_LIBRARY_PATH = Path(
+    os.environ.get('MMLITE_CPU_LIBRARY') or Path(__file__).with_name(f'libmmlite_cpu.{_SUFFIX}')
+)
 
 
 class _Rows(ctypes.Structure):
@@ -47,7 +60,8 @@ class _Problem(ctypes.Structure):
         *((name, _Rows) for name in ('query', 'key', 'value', 'locations', 'weights', 'output')),
         *((name, _Rows) for name in ('grad_output', 'grad_query', 'grad_key', 'grad_value')),
         *((name, _Rows) for name in ('grad_locations', 'grad_weights')),
-        *((name, ctypes.c_int32) for name in ('dtype', 'point_dtype', 'isa', 'threads')),
+        *((name, ctypes.c_int32) for name in ('op', 'dtype', 'point_dtype', 'grads')),
+        *((name, ctypes.c_int32) for name in ('isa', 'threads')),
     ]
 
 
@@ -88,14 +102,22 @@ def _openmp_of_torch() -> int | None:
 
 
 _kernels, _why_not = _load()
-_isa = _kernels.mmlite_best_isa() if _kernels else _ISAS['baseline']
+
+
+class _Choice(threading.local):
+    """The instruction set that a thread has chosen."""
+
+    isa: int = _kernels.mmlite_best_isa() if _kernels else _ISAS['baseline']
+
+
+_choice = _Choice()
 
 
 def status() -> tuple[bool, str]:
     """Whether the kernels run here, and what runs or why not."""
     if _kernels is None:
         return False, _why_not
-    name = next(name for name, code in _ISAS.items() if code == _isa)
+    name = next(name for name, code in _ISAS.items() if code == _choice.isa)
     return True, f'{name} kernels on {torch.get_num_threads()} threads'
 
 
@@ -107,8 +129,8 @@ def why_not(value: Tensor, levels: int) -> str:
         return f'it runs on the CPU, and value is on {value.device}'
     if value.dtype not in _DTYPES:
         return f'it has no kernels for {value.dtype}'
-    if value.shape[-1] > _MAX_HEAD_DIM:
-        return f'it serves heads of up to {_MAX_HEAD_DIM} numbers, and these have {value.shape[-1]}'
+    if value.dim() == 4 and value.shape[3] > _MAX_HEAD_DIM:
+        return f'it serves heads of up to {_MAX_HEAD_DIM} numbers, and these have {value.shape[3]}'
     return ''
 
 
@@ -131,22 +153,24 @@ def use_isa(name: str) -> Iterator[None]:
     Raises:
         ValueError: This machine has no such instruction set.
     """
-    global _isa
     if name not in isas():
         raise ValueError(f'isa must be one of {", ".join(isas())} here; got {name!r}')
-    previous, _isa = _isa, _ISAS[name]
+    previous, _choice.isa = _choice.isa, _ISAS[name]
     try:
         yield
     finally:
-        _isa = previous
+        _choice.isa = previous
 
 
 def _rows(tensor: Tensor) -> _Rows:
-    return _Rows(tensor.data_ptr(), *tensor.stride()[:3])
+    batch, row, head, *_ = tensor.stride()
+    return _Rows(tensor.data_ptr(), batch, row, head)
 
 
 def _packed(tensor: Tensor) -> Tensor:
     """A copy where the kernels could not step through all but the first three dimensions."""
+    if tensor.is_contiguous():
+        return tensor
     expected = 1
     for size, stride in zip(reversed(tensor.shape[3:]), reversed(tensor.stride()[3:])):
         if stride != expected:
@@ -157,127 +181,126 @@ def _packed(tensor: Tensor) -> Tensor:
 
 def _points(locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dtype, the wider of the two."""
+    if locations.dtype == weights.dtype:
+        return _packed(locations), _packed(weights)
     dtype = torch.promote_types(locations.dtype, weights.dtype)
     return _packed(locations.to(dtype)), _packed(weights.to(dtype))
 
 
 def _problem(
-    value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, **rows: Tensor
+    operator: str, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, **rows: Tensor
 ) -> _Problem:
-    """Describe a call. The problem does not keep the tensors alive: the caller does."""
-    batch, tokens, heads, dim = value.shape
-    problem = _Problem(
-        batch=batch,
-        tokens=tokens,
-        queries=locations.shape[1],
-        heads=heads,
-        dim=dim,
-        levels=locations.shape[3],
-        points=locations.shape[4],
-        spatial_shapes=(ctypes.c_int64 * len(spatial_shapes))(*spatial_shapes),
-        value=_rows(value),
-        locations=_rows(locations),
-        dtype=_DTYPES[value.dtype],
-        point_dtype=_DTYPES[locations.dtype],
-        isa=_isa,
-        threads=torch.get_num_threads(),
-    )
+    """Describe a call. The problem does not keep the tensors alive: the caller does.
+
+    The gradients among ``rows`` are those that the backward pass computes.
+    """
+    _, queries, _, levels, points, _ = locations.shape
+    problem = _Problem(*value.shape[:2], queries, *value.shape[2:], levels, points)
+    problem.spatial_shapes = (ctypes.c_int64 * len(spatial_shapes))(*spatial_shapes)
+    problem.value = _rows(value)
+    problem.locations = _rows(locations)
+    problem.op = _OPERATORS[operator]
+    problem.dtype = _DTYPES[value.dtype]
+    problem.point_dtype = _DTYPES[locations.dtype]
+    problem.isa = _choice.isa
+    problem.threads = torch.get_num_threads()
     for name, tensor in rows.items():
         setattr(problem, name, _rows(tensor))
+        problem.grads |= _GRADS.get(name, 0)
     return problem
 
 
-def _run(function: ctypes._CFuncPtr, problem: _Problem, spatial_shapes: Sequence[int]) -> None:
+def _run(function: ctypes._CFuncPtr, problem: _Problem) -> None:
     status = function(problem)
-    if status == 1:
-        raise ValueError(
-            f'spatial_shapes {list(spatial_shapes)} does not stand for the '
-            f'{problem.tokens} tokens of value'
-        )
-    if status == 2:
+    if status == 3:
         raise ValueError(
             f'value has too many tokens for the CPU kernels: {problem.tokens} of {problem.dim} '
             "numbers a head; use_backend('reference') takes them"
         )
-    if status:
+    if status == 4:
         raise MemoryError('no memory for the scratch space of deformable attention')
+    if status:
+        raise RuntimeError('the CPU kernels refuse a call that does not fit together')
+
+
+def _refuse_wide_heads(value: Tensor) -> None:
+    if value.shape[3] > _MAX_HEAD_DIM:
+        raise ValueError(
+            f'the CPU kernels serve heads of up to {_MAX_HEAD_DIM} numbers, and these have '
+            f"{value.shape[3]}; use_backend('reference') takes them"
+        )
 
 
 def _key_aware_deform_attn(query, key, value, spatial_shapes, sampling_locations):
+    _refuse_wide_heads(value)
     query, value, locations = _packed(query), _packed(value), _packed(sampling_locations)
-    batch, queries, heads, dim = query.shape
-    output = query.new_empty(batch, queries, heads, dim)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
     rows = {'query': query, 'output': output}
+    operator = 'key aware, shared'
     if key is not None:
         rows['key'] = _packed(key)
-    problem = _problem(value, spatial_shapes, locations, **rows)
-    _run(_kernels.mmlite_forward, problem, spatial_shapes)
-    return output.view(batch, queries, heads * dim)
+        operator = 'key aware'
+    _run(_kernels.mmlite_forward, _problem(operator, value, spatial_shapes, locations, **rows))
+    return output.flatten(2)
 
 
 def _ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
+    _refuse_wide_heads(value)
     value = _packed(value)
     locations, weights = _points(sampling_locations, attention_weights)
-    batch, queries, heads = locations.shape[:3]
-    output = value.new_empty(batch, queries, heads, value.shape[3])
-    problem = _problem(value, spatial_shapes, locations, weights=weights, output=output)
-    _run(_kernels.mmlite_forward, problem, spatial_shapes)
-    return output.view(batch, queries, heads * value.shape[3])
+    output = value.new_empty(*locations.shape[:3], value.shape[3])
+    rows = {'weights': weights, 'output': output}
+    _run(_kernels.mmlite_forward, _problem('standard', value, spatial_shapes, locations, **rows))
+    return output.flatten(2)
 
 
 def _key_aware_deform_attn_backward(
-    grad_output, query, key, value, spatial_shapes, sampling_locations
+    grad_output, query, key, value, spatial_shapes, sampling_locations, output_mask
 ):
-    wide = _backward_dtype(value)
-    locations = _packed(sampling_locations)
-    rows = {
-        'query': _packed(query.to(wide)),
-        'grad_output': _packed(grad_output.to(wide).reshape(query.shape)),
-        'grad_query': query.new_empty(query.shape, dtype=wide),
-        'grad_value': value.new_empty(value.shape, dtype=wide),
-        'grad_locations': locations.new_empty(locations.shape, dtype=wide),
-    }
+    _refuse_wide_heads(value)
+    query, value, locations = _packed(query), _packed(value), _packed(sampling_locations)
+    rows = {'query': query, 'grad_output': _packed(grad_output.reshape(query.shape))}
+    operator = 'key aware, shared'
     if key is not None:
-        rows['key'] = _packed(key.to(wide))
-        rows['grad_key'] = key.new_empty(key.shape, dtype=wide)
-    value = _packed(value.to(wide))
-    problem = _problem(value, spatial_shapes, locations, **rows)
-    _run(_kernels.mmlite_backward, problem, spatial_shapes)
-    return (
-        rows['grad_query'].to(query.dtype),
-        query.new_empty(0) if key is None else rows['grad_key'].to(query.dtype),
-        rows['grad_value'].to(query.dtype),
-        rows['grad_locations'].to(sampling_locations.dtype),
-    )
+        rows['key'] = key = _packed(key)
+        operator = 'key aware'
+    inputs = {'query': query, 'key': key, 'value': value, 'locations': locations}
+    grads = _empty_grads(inputs, output_mask)
+    if grads:
+        problem = _problem(operator, value, spatial_shapes, locations, **rows, **grads)
+        _run(_kernels.mmlite_backward, problem)
+    return tuple(grads.get(f'grad_{name}', value.new_empty(0)) for name in inputs)
 
 
 def _ms_deform_attn_backward(
-    grad_output, value, spatial_shapes, sampling_locations, attention_weights
+    grad_output, value, spatial_shapes, sampling_locations, attention_weights, output_mask
 ):
-    dtype, wide = value.dtype, _backward_dtype(value)
+    _refuse_wide_heads(value)
+    value = _packed(value)
     locations, weights = _points(sampling_locations, attention_weights)
-    batch, queries, heads = locations.shape[:3]
-    grad_output = grad_output.to(wide).reshape(batch, queries, heads, value.shape[3])
-    rows = {
-        'weights': weights,
-        'grad_output': _packed(grad_output),
-        'grad_value': value.new_empty(value.shape, dtype=wide),
-        'grad_locations': locations.new_empty(locations.shape, dtype=wide),
-        'grad_weights': locations.new_empty(attention_weights.shape, dtype=wide),
-    }
-    value = _packed(value.to(wide))
-    problem = _problem(value, spatial_shapes, locations, **rows)
-    _run(_kernels.mmlite_backward, problem, spatial_shapes)
-    return (
-        rows['grad_value'].to(dtype),
-        rows['grad_locations'].to(sampling_locations.dtype),
-        rows['grad_weights'].to(attention_weights.dtype),
+    shape = (*locations.shape[:3], value.shape[3])
+    rows = {'weights': weights, 'grad_output': _packed(grad_output.reshape(shape))}
+    inputs = {'value': value, 'locations': locations, 'weights': weights}
+    grads = _empty_grads(inputs, output_mask)
+    if grads:
+        problem = _problem('standard', value, spatial_shapes, locations, **rows, **grads)
+        _run(_kernels.mmlite_backward, problem)
+    dtypes = (value.dtype, sampling_locations.dtype, attention_weights.dtype)
+    return tuple(
+        grads.get(f'grad_{name}', value.new_empty(0)).to(dtype)
+        for name, dtype in zip(inputs, dtypes)
     )
 
 
-def _backward_dtype(tensor: Tensor) -> torch.dtype:
-    """Gradients of half-precision tensors are summed in float32 and rounded once."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _empty_grads(
+    inputs: Mapping[str, Tensor | None], output_mask: Sequence[bool]
+) -> dict[str, Tensor]:
+    """Room for the gradients that are wanted."""
+    return {
+        f'grad_{name}': tensor.new_empty(tensor.shape)
+        for (name, tensor), wanted in zip(inputs.items(), output_mask)
+        if wanted and tensor is not None
+    }
 
 
 if _kernels is not None:

@@ -1,4 +1,4 @@
-"""The public operators: argument checks, autocast, and the choice of a backend.
+"""The public operators: level sizes, autocast, and the choice of a backend.
 
 Three backends compute the same functions:
 
@@ -10,11 +10,13 @@ triton    CUDA                     fused Triton kernels (:mod:`mmlite.ops.triton
 reference every device             plain PyTorch (:mod:`mmlite.ops.reference`), always there
 ========= ======================== =====================================================
 
-The fused ones are ``torch.library`` operators (:mod:`mmlite.ops.library`).
+The fused ones are ``torch.library`` operators (:mod:`mmlite.ops.library`). Whichever runs, its
+arguments are checked where it runs (:mod:`mmlite.ops.checks`).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -22,11 +24,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cpu, library, reference, triton
+from . import checks, cpu, library, reference, triton
 
 _FUSED = {'cpu': cpu, 'triton': triton}
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_forced_backend: str | None = None
+
+
+class _Choice(threading.local):
+    """The backend that a thread has forced. (Dynamo does not trace context variables.)"""
+
+    backend: str | None = None
+
+
+_choice = _Choice()
 
 
 class BackendStatus(NamedTuple):
@@ -57,7 +66,7 @@ def backends() -> list[BackendStatus]:
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend for every operator call inside the ``with`` block.
 
-    The choice holds for the whole process, other threads included.
+    The choice holds for the calling thread alone.
 
     Args:
         name (str): ``'cpu'``, ``'triton'`` or ``'reference'``.
@@ -66,17 +75,16 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: No backend has that name.
         RuntimeError: The backend cannot run here; the message says why.
     """
-    global _forced_backend
     status = {backend.name: backend for backend in backends()}
     if name not in status:
         raise ValueError(f'backend must be one of {", ".join(status)}; got {name!r}')
     if not status[name].available:
         raise RuntimeError(f'the {name} backend cannot run here: {status[name].detail}')
-    previous, _forced_backend = _forced_backend, name
+    previous, _choice.backend = _choice.backend, name
     try:
         yield
     finally:
-        _forced_backend = previous
+        _choice.backend = previous
 
 
 def key_aware_deform_attn(
@@ -112,18 +120,12 @@ def key_aware_deform_attn(
     """
     key_is_value = key is value
     query, key, value = _autocast(query, key, value)
-    _check_value(value, sampling_locations)
-    batch, queries, heads = sampling_locations.shape[:3]
-    _check_shape('query', query, (batch, queries, heads, value.shape[-1]))
-    _check_same('query', query, 'value', value)
-    if not key_is_value:
-        _check_shape('key', key, tuple(value.shape))
-        _check_same('key', key, 'value', value)
-    spatial_shapes = _check_spatial_shapes(spatial_shapes, value, sampling_locations)
-    op = _choose(
-        value, len(spatial_shapes), library.key_aware_deform_attn, reference.key_aware_deform_attn
-    )
-    return op(query, None if key_is_value else key, value, spatial_shapes, sampling_locations)
+    key = None if key_is_value else key
+    sizes = _flat(spatial_shapes)
+    if _takes_reference(value, len(sizes) // 2):
+        checks.key_aware_deform_attn(query, key, value, sizes, sampling_locations)
+        return reference.key_aware_deform_attn(query, key, value, _pairs(sizes), sampling_locations)
+    return library.key_aware_deform_attn(query, key, value, sizes, sampling_locations)
 
 
 def ms_deform_attn(
@@ -150,28 +152,57 @@ def ms_deform_attn(
         ValueError: Shapes, dtypes or devices do not fit each other.
     """
     (value,) = _autocast(value)
-    _check_value(value, sampling_locations)
-    _check_shape('attention_weights', attention_weights, tuple(sampling_locations.shape[:-1]))
-    _check_float32_or_same('attention_weights', attention_weights, value)
-    spatial_shapes = _check_spatial_shapes(spatial_shapes, value, sampling_locations)
-    op = _choose(value, len(spatial_shapes), library.ms_deform_attn, reference.ms_deform_attn)
-    return op(value, spatial_shapes, sampling_locations, attention_weights)
+    sizes = _flat(spatial_shapes)
+    if _takes_reference(value, len(sizes) // 2):
+        checks.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
+        return reference.ms_deform_attn(value, _pairs(sizes), sampling_locations, attention_weights)
+    return library.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
 
 
-def _choose(value: Tensor, levels: int, fused_op, reference_op):
-    """The forced backend, or the fused one of the device where it is there."""
-    name = _forced_backend
-    if name is None:
-        fits = (name for name, module in _FUSED.items() if not module.why_not(value, levels))
-        name = next(fits, 'reference')
+def _takes_reference(value: Tensor, levels: int) -> bool:
+    """Whether the reference runs: where it is forced, or no fused backend takes the call."""
+    name = _choice.backend
     if name == 'reference':
-        return reference_op
+        return True
+    if name is None:
+        if value.is_meta:  # the registered operators know their shapes
+            return False
+        return all(module.why_not(value, levels) for module in _FUSED.values())
     reason = _FUSED[name].why_not(value, levels)
     if reason:
         raise ValueError(
             f'the {name} backend was asked for, but does not serve this call: {reason}'
         )
-    return fused_op
+    return False
+
+
+def _flat(spatial_shapes: Sequence[tuple[int, int]] | Tensor) -> list[int]:
+    """Level sizes as the registered operators take them: h0, w0, h1, w1, ..."""
+    if isinstance(spatial_shapes, Tensor):
+        spatial_shapes = _read(spatial_shapes)
+    sizes = []
+    for shape in spatial_shapes:
+        if len(shape) != 2:
+            raise ValueError(f'spatial_shapes must be pairs (h, w); got {shape} among them')
+        sizes += shape
+    return sizes
+
+
+def _pairs(sizes: list[int]) -> list[tuple[int, int]]:
+    return list(zip(sizes[::2], sizes[1::2]))
+
+
+def _read(spatial_shapes: Tensor) -> list[list[int]]:
+    """The one place where level sizes are read out of a tensor."""
+    if spatial_shapes.is_floating_point():
+        raise ValueError(f'spatial_shapes must hold integers; got {spatial_shapes.dtype}')
+    if spatial_shapes.dim() != 2:
+        raise ValueError(
+            f'spatial_shapes must have shape (L, 2); got {tuple(spatial_shapes.shape)}'
+        )
+    if spatial_shapes.is_meta:
+        raise ValueError('spatial_shapes is a meta tensor without values: pass pairs of ints')
+    return spatial_shapes.tolist()
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -192,84 +223,3 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     if device_type == 'cuda':
         return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
     return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else None
-
-
-def _check_value(value: Tensor, sampling_locations: Tensor) -> None:
-    if value.dim() != 4:
-        raise ValueError(f'value must be (B, S, M, D); got shape {tuple(value.shape)}')
-    if value.dtype not in _FLOAT_DTYPES:
-        raise ValueError(f'value must be a floating-point tensor; got {value.dtype}')
-    if sampling_locations.dim() != 6 or sampling_locations.shape[-1] != 2:
-        raise ValueError(
-            'sampling_locations must be (B, Q, M, L, P, 2); '
-            f'got shape {tuple(sampling_locations.shape)}'
-        )
-    if 0 in sampling_locations.shape[3:5]:
-        raise ValueError(
-            'sampling_locations must have a level and a point at least; '
-            f'got shape {tuple(sampling_locations.shape)}'
-        )
-    batch, _, heads, _ = value.shape
-    if sampling_locations.shape[0] != batch or sampling_locations.shape[2] != heads:
-        raise ValueError(
-            f'sampling_locations has batch {sampling_locations.shape[0]} and '
-            f'{sampling_locations.shape[2]} heads, but value has batch {batch} and {heads} heads'
-        )
-    _check_float32_or_same('sampling_locations', sampling_locations, value)
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f'{name} must have shape {shape}; got {tuple(tensor.shape)}')
-
-
-def _check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.dtype != other.dtype or tensor.device != other.device:
-        raise ValueError(
-            f'{name} is {tensor.dtype} on {tensor.device}, '
-            f'but {other_name} is {other.dtype} on {other.device}'
-        )
-
-
-def _check_float32_or_same(name: str, tensor: Tensor, value: Tensor) -> None:
-    if tensor.device != value.device:
-        raise ValueError(f'{name} is on {tensor.device}, but value is on {value.device}')
-    allowed = {value.dtype} if value.dtype == torch.float64 else {torch.float32, value.dtype}
-    if tensor.dtype not in allowed:
-        raise ValueError(
-            f'{name} must be {" or ".join(sorted(map(str, allowed)))}; got {tensor.dtype}'
-        )
-
-
-def _check_spatial_shapes(
-    spatial_shapes: Sequence[tuple[int, int]] | Tensor, value: Tensor, sampling_locations: Tensor
-) -> list[tuple[int, int]]:
-    """Check the level sizes and return them as pairs of ints."""
-    if isinstance(spatial_shapes, Tensor):
-        spatial_shapes = _read(spatial_shapes)
-    shapes = [tuple(shape) for shape in spatial_shapes]
-    levels = sampling_locations.shape[3]
-    if len(shapes) != levels or any(len(shape) != 2 for shape in shapes):
-        raise ValueError(
-            f'spatial_shapes must be {levels} pairs (h, w), as sampling_locations has {levels} '
-            f'levels; got {shapes}'
-        )
-    tokens = sum(height * width for height, width in shapes)
-    if tokens != value.shape[1] or any(size < 1 for shape in shapes for size in shape):
-        raise ValueError(
-            f'spatial_shapes {shapes} stands for {tokens} tokens, but value has {value.shape[1]}'
-        )
-    return shapes
-
-
-def _read(spatial_shapes: Tensor) -> list:
-    """The one place where level sizes are read out of a tensor."""
-    if spatial_shapes.is_floating_point():
-        raise ValueError(f'spatial_shapes must hold integers; got {spatial_shapes.dtype}')
-    if spatial_shapes.dim() != 2:
-        raise ValueError(
-            f'spatial_shapes must have shape (L, 2); got {tuple(spatial_shapes.shape)}'
-        )
-    if spatial_shapes.is_meta:
-        raise ValueError('spatial_shapes is a meta tensor without values: pass pairs of ints')
-    return spatial_shapes.tolist()

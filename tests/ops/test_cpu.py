@@ -137,15 +137,48 @@ def test_rows_not_sampled_are_not_read(variant):
     case.compare(actual, expected, 1e-5, 1e-4)
 
 
-def test_borders_and_pixel_centres():
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_borders_and_pixel_centres(variant, dtype):
     """Locations exactly on pixel centres, on the borders, and one step beyond them."""
-    case = Case('shared key', ((4, 8),), 1, 12 * 20, 1, 16, 1)
-    y, x = torch.meshgrid(torch.arange(-4, 8) / 8, torch.arange(-4, 16) / 16, indexing='ij')
-    case.inputs['locations'] = torch.stack([x, y], -1).view(1, -1, 1, 1, 1, 2) * 1.0
-    with ops.use_backend('cpu'):
-        actual = case.call(case.inputs)
-    with ops.use_backend('reference'):
-        torch.testing.assert_close(actual, case.call(case.inputs), rtol=1e-5, atol=1e-5)
+    case = operator_cases.border_case(variant, dtype)
+    case.compare(case.run('cpu'), case.run('reference'), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('odd', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('points', [4, 20])
+def test_features_that_are_not_finite(variant, odd, points):
+    """As in the reference: on borders, with weights of zero, in every gradient."""
+    for case in operator_cases.infinite_cases(variant, odd, points):
+        case.compare_bits_of_nonsense(case.run('cpu'), case.run('reference'))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_only_the_gradients_asked_for(variant):
+    case = Case(variant, queries=70)
+    expected = case.run('cpu')
+    for name in case.inputs:
+        inputs = {n: t.clone().requires_grad_(n == name) for n, t in case.inputs.items()}
+        (grad,) = torch.autograd.grad(case.call(inputs), inputs[name], case.grad_output)
+        torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('dim', [8, 24, 32, 64])
+@pytest.mark.parametrize(('batch', 'heads', 'points'), [(1, 1, 4), (2, 3, 3), (1, 2, 20)])
+def test_backward_has_the_same_bits_in_blocks(variant, dim, batch, heads, points):
+    """Few heads for many threads: the gradients are summed in blocks, in the same order."""
+    case = Case(variant, queries=131, batch=batch, heads=heads, dim=dim, points=points)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = case.run('cpu')
+        torch.set_num_threads(16)
+        for name, tensor in case.run('cpu').items():
+            assert torch.equal(tensor, expected[name]), name
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize('variant', ['shared key', 'key apart'])
@@ -170,7 +203,7 @@ def test_same_bits_on_any_number_of_threads(variant, dtype):
     threads = torch.get_num_threads()
     try:
         results = []
-        for count in (1, 2, 5, 1):
+        for count in (1, 2, 3, 7, 16):
             torch.set_num_threads(count)
             results.append(case.run('cpu'))
     finally:
@@ -196,7 +229,8 @@ def test_opcheck(variant):
     torch.library.opcheck(op.default, args)
     backward = getattr(torch.ops.mmlite, op.__name__ + '_backward').default
     detached = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
-    torch.library.opcheck(backward, (case.grad_output, *detached))
+    mask = [True] * (3 if variant == 'standard' else 4)
+    torch.library.opcheck(backward, (case.grad_output, *detached, mask))
 
 
 @pytest.mark.skipif(
@@ -232,9 +266,45 @@ def test_operator_refuses_shapes_that_do_not_fit():
                 inputs['query'],
                 None,
                 inputs['value'],
-                wrong,
+                [size for shape in wrong for size in shape],
                 inputs['locations'][:, :, :, : len(wrong)],
             )
+
+
+def test_interface_refuses_what_does_not_fit():
+    """The library itself looks at what it is handed, whoever hands it over."""
+    case = Case('key apart', batch=1)
+    value, query, key = (case.inputs[name] for name in ('value', 'query', 'key'))
+    locations, output = case.inputs['locations'], torch.empty_like(query)
+
+    def status(**changes) -> int:
+        rows = {'query': query, 'key': key, 'output': output}
+        problem = cpu._problem('key aware', value, case.flat_shapes, locations, **rows)
+        for name, change in changes.items():
+            setattr(problem, name, change)
+        return cpu._kernels.mmlite_forward(problem)
+
+    assert status() == 0
+    nothing = cpu._Rows(None, 0, 0, 0)
+    for name in ('query', 'key', 'value', 'locations', 'output'):
+        assert status(**{name: nothing}) == 1, name
+    for name, wrong in {
+        'op': (-1, 3),
+        'dtype': (-1, 3, 4),
+        'point_dtype': (1, 2, 3, 7),
+        'isa': (-1, 3),
+        'threads': (0, -1),
+        'dim': (0, 257, -5),
+        'levels': (0, 2**40),
+        'points': (0, 2**40),
+        'heads': (0, -1),
+        'batch': (-1,),
+        'queries': (-1,),
+    }.items():
+        for change in wrong:
+            assert status(**{name: change}) == 1, (name, change)
+    assert status(tokens=value.shape[1] + 1) == 2
+    assert cpu._kernels.mmlite_forward(None) == cpu._kernels.mmlite_backward(None) == 1
 
 
 def test_no_queries():
@@ -242,23 +312,23 @@ def test_no_queries():
     assert case.run('cpu')['output'].shape == (2, 0, 96)
 
 
-def test_concurrent_calls():
+def test_concurrent_calls(isa):
     cases = [Case(variant, queries=100, seed=seed) for seed in range(3) for variant in VARIANTS]
     expected = [case.run('cpu') for case in cases]
     failures = []
 
     def repeat(case: Case, wanted: dict[str, Tensor]) -> None:
-        for _ in range(5):
-            for name, tensor in case.run('cpu').items():
-                if not torch.equal(tensor, wanted[name]):
-                    failures.append(name)
+        with cpu.use_isa(isa):  # the choice is the thread's own
+            for _ in range(5):
+                for name, tensor in case.run('cpu').items():
+                    if not torch.equal(tensor, wanted[name]):
+                        failures.append(name)
 
     threads = [threading.Thread(target=repeat, args=pair) for pair in zip(cases, expected)]
-    with ops.use_backend('cpu'):  # around them all: the choice is the process's
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert not failures
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -229,3 +234,135 @@ def test_forced_backend_refuses_what_it_does_not_serve():
     with ops.use_backend('cpu'), pytest.raises(ValueError, match=r'cpu backend .* these have 300'):
         ops.ms_deform_attn(value, [(1, 1)], locations, weights)
     assert ops.ms_deform_attn(value, [(1, 1)], locations, weights).shape == (1, 1, 300)
+
+
+def test_backend_is_forced_for_the_thread_alone():
+    seen = []
+
+    def look() -> None:
+        seen.append(functional._choice.backend)
+        with ops.use_backend('reference'):
+            started.set()
+            ended.wait(10)
+
+    started, ended = threading.Event(), threading.Event()
+    thread = threading.Thread(target=look)
+    with ops.use_backend('reference'):
+        thread.start()
+        started.wait(10)
+    # The other thread is still inside its own block.
+    assert functional._choice.backend is None
+    ended.set()
+    thread.join()
+    assert seen == [None] and functional._choice.backend is None
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason='dynamo of torch 2.6 and later')
+def test_compiled_graph_follows_the_forced_backend():
+    torch.compiler.reset()
+    arguments = msda_arguments()
+    arguments['spatial_shapes'] = SHAPES
+    compiled = torch.compile(ops.ms_deform_attn, fullgraph=True, backend='eager')
+    expected = ops.ms_deform_attn(**arguments)
+    torch.testing.assert_close(compiled(**arguments), expected)
+    with ops.use_backend('reference'):
+        assert torch.equal(compiled(**arguments), ops.ms_deform_attn(**arguments))
+    torch.testing.assert_close(compiled(**arguments), expected)
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_meta_tensors(shared):
+    arguments = {
+        name: tensor.to('meta')
+        for name, tensor in kda_arguments().items()
+        if name != 'spatial_shapes'
+    }
+    if shared:
+        arguments['key'] = arguments['value']
+    arguments = {name: tensor.requires_grad_() for name, tensor in arguments.items()}
+    output = ops.key_aware_deform_attn(**arguments, spatial_shapes=SHAPES)
+    assert output.is_meta and output.shape == (B, Q, M * D)
+    output.sum().backward()
+    assert all(tensor.grad.shape == tensor.shape for tensor in arguments.values())
+    with pytest.raises(ValueError, match='spatial_shapes'):
+        ops.key_aware_deform_attn(**arguments, spatial_shapes=[(3, 4)])
+
+
+@pytest.fixture(params=['shared', 'apart', 'standard'])
+def function(request):
+    """An operator as a function of its tensors, and the tensors."""
+    arguments = msda_arguments() if request.param == 'standard' else kda_arguments()
+    del arguments['spatial_shapes']
+    if request.param == 'shared':
+        del arguments['key']
+    names = list(arguments)
+
+    def call(*tensors):
+        given = dict(zip(names, tensors))
+        if request.param == 'standard':
+            return ops.ms_deform_attn(**given, spatial_shapes=SHAPES)
+        return ops.key_aware_deform_attn(**{'key': given['value'], **given}, spatial_shapes=SHAPES)
+
+    return call, list(arguments.values())
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'reference'])
+def test_functional_transforms(function, backend):
+    """torch.func.grad, vmap, and one inside the other."""
+    if backend == 'cpu' and not cpu.status()[0]:
+        pytest.skip(cpu.status()[1])
+    call, tensors = function
+    indices = tuple(range(len(tensors)))
+    batches = [torch.stack([tensor, tensor.flip(0)]) for tensor in tensors]
+
+    def loss(*args):
+        return call(*args).square().sum()
+
+    with ops.use_backend(backend):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+        for mine, wanted in zip(torch.func.grad(loss, indices)(*tensors), expected):
+            torch.testing.assert_close(mine, wanted)
+        one_by_one = [call(*(batch[i] for batch in batches)) for i in range(2)]
+        torch.testing.assert_close(torch.func.vmap(call)(*batches), torch.stack(one_by_one))
+        # Only the first is mapped over, and along another dimension.
+        moved = [batches[0].movedim(0, 2), *tensors[1:]]
+        in_dims = (2, *(None for _ in tensors[1:]))
+        torch.testing.assert_close(
+            torch.func.vmap(call, in_dims)(*moved),
+            torch.stack([call(batches[0][i], *tensors[1:]) for i in range(2)]),
+        )
+        per_sample = torch.func.vmap(torch.func.grad(loss, indices))(*batches)
+        for i in range(2):
+            single = torch.func.grad(loss, indices)(*(batch[i] for batch in batches))
+            for mine, wanted in zip(per_sample, single):
+                torch.testing.assert_close(mine[i], wanted)
+
+
+def test_second_derivatives_and_forward_mode_are_refused(function):
+    if not cpu.status()[0]:
+        pytest.skip(cpu.status()[1])
+    call, tensors = function
+
+    def gradient(first):
+        return torch.func.grad(lambda t: call(t, *tensors[1:]).square().sum())(first).sum()
+
+    with pytest.raises(RuntimeError, match='cannot be differentiated twice'):
+        torch.func.grad(gradient)(tensors[0])
+    with pytest.raises(NotImplementedError, match='jvp'):
+        torch.func.jvp(lambda t: call(t, *tensors[1:]), (tensors[0],), (tensors[0],))
+
+
+def test_ops_load_torch_alone():
+    """The operators can be lifted out: nothing of the mm stack is loaded with them."""
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+sys.path.insert(0, PATH)
+import ops
+loaded = {name.split('.')[0] for name in set(sys.modules) - before}
+foreign = loaded - set(sys.stdlib_module_names) - {'ops', 'torch', 'triton'}
+assert not foreign & {'mmcv', 'mmdet', 'mmengine', 'cv2', 'mmlite'}, foreign
+""".replace('PATH', repr(str(Path(functional.__file__).parents[1])))
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=120)

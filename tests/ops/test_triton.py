@@ -126,13 +126,29 @@ def test_rows_not_sampled_are_not_read(variant):
     case.compare(run(case), expected, 1e-5, 1e-4)
 
 
-def test_borders_and_pixel_centres():
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_borders_and_pixel_centres(variant):
     """Locations exactly on pixel centres, on the borders, and one step beyond them."""
-    case = Case('shared key', ((4, 8),), 1, 1, 1, 8, 12 * 20, device=DEVICE)
-    y, x = torch.meshgrid(torch.arange(-4, 8) / 8, torch.arange(-4, 16) / 16, indexing='ij')
-    locations = torch.stack([x, y], -1).view(1, 1, 1, 1, -1, 2)
-    case.inputs['locations'] = locations.to(DEVICE)
-    check(case)
+    check(operator_cases.border_case(variant, torch.float32, DEVICE))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('odd', [float('nan'), float('inf'), -float('inf')])
+def test_features_that_are_not_finite(variant, odd):
+    for case in operator_cases.infinite_cases(variant, odd, 4, DEVICE):
+        case.compare_bits_of_nonsense(run(case), case.run('reference'))
+
+
+@DETERMINISTIC
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_only_the_gradients_asked_for(variant, deterministic):
+    case = Case(variant, PYRAMID[2:], queries=3, heads=2, dim=8, device=DEVICE)
+    expected = run(case)
+    for index, name in enumerate(expected):
+        if index and expected[name].numel():
+            grads = case.run_module(backend, only=name)
+            assert grads[name].numel() and sum(bool(grad.numel()) for grad in grads.values()) == 2
+            case.compare({name: grads[name]}, {name: expected[name]}, 1e-6, 1e-6)
 
 
 @pytest.mark.parametrize('variant', ['shared key', 'key apart'])

@@ -11,6 +11,8 @@
 #ifndef MMLITE_BACKWARD_H
 #define MMLITE_BACKWARD_H
 
+#include <algorithm>
+
 #include "sampling.h"
 
 namespace MMLITE_ISA {
@@ -44,12 +46,23 @@ inline int64_t backward_scratch_bytes(const Problem& p) {
          (sizeof(BackwardChunk<double>) + kChunk * padded_dim(p.dim) * sizeof(double));
 }
 
-template <class C, int kVectors, bool kKeyAware, bool kShared>
+// The gradient of a sampled value, and that of the key as well where the value is its own key.
+template <class C, int32_t kOp>
+MMLITE_INLINE typename Simd<C>::V value_share(const typename Simd<C>::V& grad, C attention,
+                                              const typename Simd<C>::V& query, C key_factor) {
+  if constexpr (kOp == kKeyAwareShared) return grad * attention + query * key_factor;
+  return grad * attention;
+}
+
+// All gradients of one head of one query. `kSlopes`: those of the locations too.
+template <class C, int kVectors, int32_t kOp, bool kSlopes>
 MMLITE_INLINE void backward_head(
-    const Problem& p, const Table<C>& table, const Slice& slice, const GradSlice& grads, int64_t q,
-    C scale, BackwardChunk<C>* chunks, C* samples) {
+    const Problem& p, const Table<C>& table, const Slice& slice, const GradSlice& grads,
+    const Coefficients& coefficients, int64_t q, C scale, BackwardChunk<C>* chunks, C* samples) {
   typedef typename Simd<C>::V V;
   constexpr int kWidth = Simd<C>::kWidth;
+  constexpr bool kHasQuery = kOp != kStandard, kShared = kOp == kKeyAwareShared;
+  constexpr bool kOwnKey = kOp == kKeyAware;
   typedef Row<C, kVectors> R;
   const R row(p.dim);
   const int num_points = static_cast<int>(p.levels * p.points);
@@ -66,11 +79,11 @@ MMLITE_INLINE void backward_head(
       b * p.weights.batch_stride + q * p.weights.row_stride + m * p.weights.head_stride;
 
   V query[R::kCapacity], grad[R::kCapacity];
-  const C* const grad_row = row_of<const C>(p.grad_output, b, q, m);
-  for (int v = 0; v < row.vectors; ++v) grad[v] = row.get(grad_row, v);
-  if (kKeyAware) {
-    const C* const query_row = row_of<const C>(p.query, b, q, m);
-    for (int v = 0; v < row.vectors; ++v) query[v] = row.get(query_row, v);
+  get_row(p, p.grad_output, slice, q, row, 0, row.vectors, grad);
+  V nothing = {};  // as in the forward pass
+  if (kHasQuery) {
+    get_row(p, p.query, slice, q, row, 0, row.vectors, query);
+    for (int v = 0; v < row.vectors; ++v) nothing += query[v] * C(0);
   }
 
   for (int n = 0; n < num_chunks; ++n) {
@@ -81,13 +94,15 @@ MMLITE_INLINE void backward_head(
     locate<C, true>(points_of<C>(p.locations.data, p.point_dtype, location + 2 * first,
                                  2 * chunk.count, C(NAN), 2 * kChunk, buffer),
                     table, first, &chunk.at, &chunk.cell);
-    if (!kKeyAware) {
+    if (!kHasQuery) {
       const C* const weights = points_of<C>(p.weights.data, p.point_dtype, weight_offset + first,
                                             chunk.count, C(0), kChunk, buffer);
       memcpy(chunk.attention, weights, sizeof(chunk.attention));
     }
+    // The gradient of the value alone needs no sample.
+    if (!kHasQuery && !(p.grads & (kGradLocations | kGradWeights))) continue;
 
-    constexpr int kUsed = kKeyAware ? kNumProducts : kQueryKey;
+    constexpr int kUsed = kHasQuery ? kNumProducts : kQueryKey;
     V fours[kUsed][kChunk / 4];
     for (int group = 0; group < kChunk; group += 4) {
       V parts[4][kUsed];
@@ -96,48 +111,64 @@ MMLITE_INLINE void backward_head(
         const int i = group + j;
         V* const part = parts[j];
         for (int k = 0; k < kUsed; ++k) part[k] = V{};
-        if (!chunk.at.inside[i]) continue;
+        if (!chunk.at.inside[i]) {
+          if (kHasQuery) part[kQueryKey] = nothing;
+          continue;
+        }
         const C x = chunk.cell.x[i], y = chunk.cell.y[i];
+        const C west = 1 - x, north = 1 - y;
         C* const sample_row = samples + (first + i) * sample_size;
         // The key comes second, where it is another tensor.
-        for (int source = 0; source < (kKeyAware && !kShared ? 2 : 1); ++source) {
+        for (int source = 0; source < (kOwnKey ? 2 : 1); ++source) {
           const C* const base = source == 0 ? value : key;
           const C* const row0 = chunk.cell.corner_inside[0][i] ? base + chunk.at.offset[0][i] : zeros;
           const C* const row1 = chunk.cell.corner_inside[1][i] ? base + chunk.at.offset[1][i] : zeros;
           const C* const row2 = chunk.cell.corner_inside[2][i] ? base + chunk.at.offset[2][i] : zeros;
           const C* const row3 = chunk.cell.corner_inside[3][i] ? base + chunk.at.offset[3][i] : zeros;
           for (int v = 0; v < row.vectors; ++v) {
-            const V corner0 = row.get(row0, v), corner2 = row.get(row2, v);
-            const V step0 = row.get(row1, v) - corner0, step1 = row.get(row3, v) - corner2;
-            const V line0 = corner0 + step0 * x, line1 = corner2 + step1 * x;
-            const V slope_x = step0 + (step1 - step0) * y, slope_y = line1 - line0;
-            const V sample = line0 + slope_y * y;
+            // Weighted sums rather than steps from corner to corner: one infinite feature makes
+            // the sample infinite, not NaN.
+            const V corner0 = row.get(row0, v), corner1 = row.get(row1, v);
+            const V corner2 = row.get(row2, v), corner3 = row.get(row3, v);
+            const V line0 = corner0 * west + corner1 * x, line1 = corner2 * west + corner3 * x;
+            const V sample = line0 * north + line1 * y;
+            V slope_x, slope_y;
+            if (kSlopes) {
+              slope_x = (corner1 - corner0) * north + (corner3 - corner2) * y;
+              slope_y = line1 - line0;
+            }
             if (source == 0) {
               part[kGradValue] += grad[v] * sample;
-              part[kGradSlopeX] += grad[v] * slope_x;
-              part[kGradSlopeY] += grad[v] * slope_y;
+              if (kSlopes) {
+                part[kGradSlopeX] += grad[v] * slope_x;
+                part[kGradSlopeY] += grad[v] * slope_y;
+              }
             }
-            if (kKeyAware && (kShared || source == 1)) {
+            if (kHasQuery && (kShared || source == 1)) {
               part[kQueryKey] += query[v] * sample;
-              part[kQuerySlopeX] += query[v] * slope_x;
-              part[kQuerySlopeY] += query[v] * slope_y;
+              if (kSlopes) {
+                part[kQuerySlopeX] += query[v] * slope_x;
+                part[kQuerySlopeY] += query[v] * slope_y;
+              }
               store(sample_row + v * kWidth, sample);
             }
           }
         }
       }
       for (int k = 0; k < kUsed; ++k) {
+        if (!kSlopes && k != kGradValue && k != kQueryKey) continue;
         fours[k][group / 4] = sum_four<C>(parts[0][k], parts[1][k], parts[2][k], parts[3][k]);
       }
     }
     for (int k = 0; k < kUsed; ++k) {
+      if (!kSlopes && k != kGradValue && k != kQueryKey) continue;
       for (int i = 0; i < kChunk / kWidth; ++i) {
         store(chunk.product[k] + i * kWidth, join_fours<C>(fours[k] + i * (kWidth / 4)));
       }
     }
   }
 
-  if (kKeyAware) {
+  if (kHasQuery) {
     C peak = -C(INFINITY);
     for (int n = 0; n < num_chunks; ++n) {
       for (int i = 0; i < chunks[n].count; ++i) {
@@ -174,95 +205,210 @@ MMLITE_INLINE void backward_head(
     }
   }
 
+  if (kSlopes) {
+    with_type<C>(p.point_dtype, [&](auto* type) {
+      auto* const to = row_of<std::remove_pointer_t<decltype(type)>>(p.grad_locations, b, q, m);
+      for (int n = 0; n < num_chunks; ++n) {
+        const BackwardChunk<C>& chunk = chunks[n];
+        for (int i = 0; i < chunk.count; ++i) {
+          C along_x = chunk.attention[i] * chunk.product[kGradSlopeX][i];
+          C along_y = chunk.attention[i] * chunk.product[kGradSlopeY][i];
+          if (kHasQuery) {
+            along_x += chunk.grad_key[i] * chunk.product[kQuerySlopeX][i];
+            along_y += chunk.grad_key[i] * chunk.product[kQuerySlopeY][i];
+          }
+          const int point = n * kChunk + i;
+          const bool inside = chunk.at.inside[i];
+          narrow(inside ? along_x * table.width[point] : C(0), to + 2 * point);
+          narrow(inside ? along_y * table.height[point] : C(0), to + 2 * point + 1);
+        }
+      }
+    });
+  }
+  if (!kHasQuery && (p.grads & kGradWeights)) {
+    with_type<C>(p.point_dtype, [&](auto* type) {
+      auto* const to = row_of<std::remove_pointer_t<decltype(type)>>(p.grad_weights, b, q, m);
+      for (int i = 0; i < num_points; ++i) {
+        narrow(chunks[i / kChunk].product[kGradValue][i % kChunk], to + i);
+      }
+    });
+  }
+  if (kHasQuery && (p.grads & kGradQuery)) {
+    V grad_query[R::kCapacity];
+    for (int v = 0; v < row.vectors; ++v) grad_query[v] = V{};
+    for (int i = 0; i < num_points; ++i) {
+      const C factor = chunks[i / kChunk].grad_key[i % kChunk];
+      if (chunks[i / kChunk].at.inside[i % kChunk]) {
+        const C* const sample = samples + i * sample_size;
+        for (int v = 0; v < row.vectors; ++v) grad_query[v] += load(sample + v * kWidth) * factor;
+      } else {  // a sample of zeros, which NaN outlives
+        for (int v = 0; v < row.vectors; ++v) grad_query[v] += factor * C(0);
+      }
+    }
+    put_row(p, p.grad_query, slice, q, row, grad_query);
+  }
+
   C* const grad_value = static_cast<C*>(grads.value);
   C* const grad_key = static_cast<C*>(grads.key);
-  C* const grad_locations = row_of<C>(p.grad_locations, b, q, m);
-  V grad_query[R::kCapacity];
-  for (int v = 0; v < row.vectors; ++v) grad_query[v] = V{};
-
-  for (int n = 0; n < num_chunks; ++n) {
-    const BackwardChunk<C>& chunk = chunks[n];
-    const int first = n * kChunk;
-    if (!kKeyAware) {
-      C* const grad_weights = row_of<C>(p.grad_weights, b, q, m) + first;
-      memcpy(grad_weights, chunk.product[kGradValue], chunk.count * sizeof(C));
-    }
-    for (int i = 0; i < chunk.count; ++i) {
-      C along_x = chunk.attention[i] * chunk.product[kGradSlopeX][i];
-      C along_y = chunk.attention[i] * chunk.product[kGradSlopeY][i];
-      if (kKeyAware) {
-        along_x += chunk.grad_key[i] * chunk.product[kQuerySlopeX][i];
-        along_y += chunk.grad_key[i] * chunk.product[kQuerySlopeY][i];
-      }
-      const bool inside = chunk.at.inside[i];
-      grad_locations[2 * (first + i)] = inside ? along_x * table.width[first + i] : 0;
-      grad_locations[2 * (first + i) + 1] = inside ? along_y * table.height[first + i] : 0;
-    }
-    for (int i = 0; i < chunk.count; ++i) {
-      if (!chunk.at.inside[i]) continue;
-      const C attention = chunk.attention[i];
-      const C key_factor = kKeyAware ? chunk.grad_key[i] : C(0);
-      const C* const sample_row = samples + (first + i) * sample_size;
-      V value_share[R::kCapacity], key_share[R::kCapacity];
+  if (grad_value || grad_key) {
+    for (int i = 0; i < num_points; ++i) {
+      const BackwardChunk<C>& chunk = chunks[i / kChunk];
+      const int lane = i % kChunk;
+      if (!chunk.at.inside[lane]) continue;
+      const C attention = chunk.attention[lane];
+      const C key_factor = kHasQuery ? chunk.grad_key[lane] : C(0);
+      V share[R::kCapacity], key_share[R::kCapacity];
       for (int v = 0; v < row.vectors; ++v) {
-        value_share[v] = grad[v] * attention;
-        if (kKeyAware) {
-          grad_query[v] += load(sample_row + v * kWidth) * key_factor;
-          if (kShared) {
-            value_share[v] += query[v] * key_factor;
-          } else {
-            key_share[v] = query[v] * key_factor;
-          }
-        }
+        share[v] = value_share<C, kOp>(grad[v], attention, query[v], key_factor);
+        if (kOwnKey) key_share[v] = query[v] * key_factor;
       }
       for (int c = 0; c < 4; ++c) {
-        if (!chunk.cell.corner_inside[c][i]) continue;
-        const C weight = chunk.at.weight[c][i];
-        C* const to = grad_value + chunk.at.offset[c][i];
-        for (int v = 0; v < row.vectors; ++v) {
-          row.put(to, v, row.get(to, v) + value_share[v] * weight);
-        }
-        if (kKeyAware && !kShared) {
-          C* const key_to = grad_key + chunk.at.offset[c][i];
+        if (!chunk.cell.corner_inside[c][lane]) continue;
+        const C weight = chunk.at.weight[c][lane];
+        if (!kOwnKey || grad_value) {
+          C* const to = grad_value + chunk.at.offset[c][lane];
           for (int v = 0; v < row.vectors; ++v) {
-            row.put(key_to, v, row.get(key_to, v) + key_share[v] * weight);
+            row.put(to, v, row.get(to, v) + share[v] * weight);
+          }
+        }
+        if (kOwnKey && grad_key) {
+          C* const to = grad_key + chunk.at.offset[c][lane];
+          for (int v = 0; v < row.vectors; ++v) {
+            row.put(to, v, row.get(to, v) + key_share[v] * weight);
           }
         }
       }
     }
-  }
-  if (kKeyAware) {
-    C* const to = row_of<C>(p.grad_query, b, q, m);
-    for (int v = 0; v < row.vectors; ++v) row.put(to, v, grad_query[v]);
+  } else if (kHasQuery && coefficients.data) {
+    C* const to = static_cast<C*>(coefficients.data) + q * Coefficients::per_query(p);
+    for (int n = 0; n < num_chunks; ++n) {
+      memcpy(to + n * kChunk, chunks[n].attention, chunks[n].count * sizeof(C));
+      memcpy(to + num_points + n * kChunk, chunks[n].grad_key, chunks[n].count * sizeof(C));
+    }
   }
 }
 
-// All queries of one head, in their order: no other task adds to its gradients.
-template <class C, int kVectors>
-void backward_slice(const Problem& p, const Table<C>& table, const Slice& slice,
-                    const GradSlice& grads, void* scratch) {
+template <class C, int kVectors, bool kSlopes>
+void backward_rows(const Problem& p, const Table<C>& table, const Slice& slice,
+                   const GradSlice& grads, const Coefficients& coefficients, int64_t q_begin,
+                   int64_t q_end, void* scratch) {
   BackwardChunk<C>* const chunks = static_cast<BackwardChunk<C>*>(scratch);
-  const int64_t num_chunks = (p.levels * p.points + kChunk - 1) / kChunk;
-  C* const samples = reinterpret_cast<C*>(chunks + num_chunks);
-  const C scale = C(1) / static_cast<C>(::sqrt(static_cast<double>(p.dim)));
   const int64_t num_points = p.levels * p.points;
-  const int64_t point_size = p.point_dtype == kFloat64 ? 8 : p.point_dtype == kFloat32 ? 4 : 2;
+  C* const samples = reinterpret_cast<C*>(chunks + (num_points + kChunk - 1) / kChunk);
+  const C scale = C(1) / static_cast<C>(::sqrt(static_cast<double>(p.dim)));
+  const int64_t size = bytes_of(p.dtype), point_size = bytes_of(p.point_dtype);
+  for (int64_t q = q_begin; q < q_end; ++q) {
+    const int64_t next = q + kAhead < q_end ? q + kAhead : q;
+    prefetch_row(p.grad_output, slice, next, p.dim, size);
+    prefetch_row(p.locations, slice, next, 2 * num_points, point_size);
+    if (kSlopes) prefetch_row(p.grad_locations, slice, next, 2 * num_points, point_size);
+    if (p.op == kStandard) {
+      prefetch_row(p.weights, slice, next, num_points, point_size);
+      if (p.grads & kGradWeights) {
+        prefetch_row(p.grad_weights, slice, next, num_points, point_size);
+      }
+    } else {
+      prefetch_row(p.query, slice, next, p.dim, size);
+      if (p.grads & kGradQuery) prefetch_row(p.grad_query, slice, next, p.dim, size);
+    }
+    switch (p.op) {
+      case kStandard:
+        backward_head<C, kVectors, kStandard, kSlopes>(
+            p, table, slice, grads, coefficients, q, scale, chunks, samples);
+        break;
+      case kKeyAware:
+        backward_head<C, kVectors, kKeyAware, kSlopes>(
+            p, table, slice, grads, coefficients, q, scale, chunks, samples);
+        break;
+      case kKeyAwareShared:
+        backward_head<C, kVectors, kKeyAwareShared, kSlopes>(
+            p, table, slice, grads, coefficients, q, scale, chunks, samples);
+        break;
+    }
+  }
+}
+
+// One level's points of all queries of a head, in the order of the queries: row by row the same
+// sums in the same order as `backward_head` forms them, for the channels of one block.
+template <class C, int32_t kOp>
+void scatter_share(const Problem& p, const Table<C>& table, const Slice& slice,
+                   const Coefficients& coefficients, const Share& share, C* grads) {
+  typedef typename Simd<C>::V V;
+  constexpr int kWidth = Simd<C>::kWidth;
+  const Row<C, 0> row(p.dim);
+  const int v_begin = share.first_channel / kWidth;
+  const int v_end = std::min(v_begin + kBlockDim / kWidth, row.vectors);
+  const int points = static_cast<int>(p.points);
+  const int64_t first_point = share.level * p.points, num_points = p.levels * p.points;
+  V grad[kBlockDim / kWidth] = {}, query[kBlockDim / kWidth] = {};
+
+  Chunk<C> at;
+  Cell<C> cell;
+  int64_t located = 0;  // the query and the point that the next chunk begins with
+  int located_point = 0, lane = kChunk;
   for (int64_t q = 0; q < p.queries; ++q) {
     const int64_t next = q + kAhead < p.queries ? q + kAhead : q;
-    prefetch_row(p.query, slice, next, p.dim, sizeof(C));
-    prefetch_row(p.grad_output, slice, next, p.dim, sizeof(C));
-    prefetch_row(p.grad_query, slice, next, p.dim, sizeof(C));
-    prefetch_row(p.locations, slice, next, 2 * num_points, point_size);
-    prefetch_row(p.weights, slice, next, num_points, point_size);
-    prefetch_row(p.grad_locations, slice, next, 2 * num_points, sizeof(C));
-    prefetch_row(p.grad_weights, slice, next, num_points, sizeof(C));
-    if (!p.query.data) {
-      backward_head<C, kVectors, false, false>(
-          p, table, slice, grads, q, scale, chunks, samples);
-    } else if (!p.key.data) {
-      backward_head<C, kVectors, true, true>(p, table, slice, grads, q, scale, chunks, samples);
-    } else {
-      backward_head<C, kVectors, true, false>(p, table, slice, grads, q, scale, chunks, samples);
+    prefetch_row(p.grad_output, slice, next, p.dim, bytes_of(p.dtype));
+    if (kOp != kStandard) prefetch_row(p.query, slice, next, p.dim, bytes_of(p.dtype));
+    if (kOp != kKeyAware || !share.of_key) {
+      get_row(p, p.grad_output, slice, q, row, v_begin, v_end, grad);
+    }
+    if (kOp != kStandard) get_row(p, p.query, slice, q, row, v_begin, v_end, query);
+    const C *attention = nullptr, *key_factor = nullptr;
+    alignas(64) C buffer[2 * kChunk];
+    if (kOp != kStandard) {
+      attention = static_cast<const C*>(coefficients.data) + q * Coefficients::per_query(p) +
+                  first_point;
+      key_factor = attention + num_points;
+    }
+    for (int i = 0; i < points; ++i, ++lane) {
+      if (lane == kChunk) {
+        alignas(64) C xy[2 * kChunk];
+        for (int k = 0; k < kChunk; ++k) {
+          if (located == p.queries) {
+            xy[2 * k] = xy[2 * k + 1] = C(NAN);
+            continue;
+          }
+          const int64_t offset = slice.batch * p.locations.batch_stride +
+                                 located * p.locations.row_stride +
+                                 slice.head * p.locations.head_stride +
+                                 2 * (first_point + located_point);
+          with_type<C>(p.point_dtype, [&](auto* type) {
+            const auto* const from =
+                static_cast<std::remove_pointer_t<decltype(type)>*>(p.locations.data) + offset;
+            xy[2 * k] = widen(from[0]), xy[2 * k + 1] = widen(from[1]);
+          });
+          if (++located_point == points) located_point = 0, ++located;
+        }
+        locate<C, true>(xy, table, share.level * kChunk, &at, &cell);
+        lane = 0;
+      }
+      if (kOp == kStandard && i % kChunk == 0) {
+        const int count = std::min(points - i, kChunk);
+        const int64_t offset = slice.batch * p.weights.batch_stride + q * p.weights.row_stride +
+                               slice.head * p.weights.head_stride + first_point + i;
+        attention = points_of<C>(
+            p.weights.data, p.point_dtype, offset, count, C(0), count, buffer);
+      }
+      if (!at.inside[lane]) continue;
+      const C weight_of_point = attention[kOp == kStandard ? i % kChunk : i];
+      V sum[kBlockDim / kWidth] = {};
+      for (int v = 0; v < v_end - v_begin; ++v) {
+        if (kOp == kKeyAware && share.of_key) {
+          sum[v] = query[v] * key_factor[i];
+        } else {
+          sum[v] = value_share<C, kOp>(
+              grad[v], weight_of_point, query[v], kOp == kStandard ? C(0) : key_factor[i]);
+        }
+      }
+      for (int c = 0; c < 4; ++c) {
+        if (!cell.corner_inside[c][lane]) continue;
+        const C weight = at.weight[c][lane];
+        C* const to = grads + at.offset[c][lane];
+        for (int v = v_begin; v < v_end; ++v) {
+          row.put(to, v, row.get(to, v) + sum[v - v_begin] * weight);
+        }
+      }
     }
   }
 }

@@ -73,12 +73,15 @@ MMLITE_INLINE void key_aware_head(
   const int num_points = static_cast<int>(p.levels * p.points);
 
   V query[R::kCapacity], total[R::kCapacity];
-  const T* const query_row = row_of<const T>(p.query, slice.batch, q, slice.head);
+  get_row(p, p.query, slice, q, row, 0, row.vectors, query);
+  V nothing = {};  // the product with a sample of zeros: zero, or NaN for an infinite query
   for (int v = 0; v < row.vectors; ++v) {
-    query[v] = row.get(query_row, v) * scale;
+    query[v] *= scale;
+    nothing += query[v] * C(0);
     total[v] = V{};
   }
   C reference = 0;
+  bool has_reference = false;
   V weight_sums = {};
 
   for (int first = 0; first < num_points; first += kChunk) {
@@ -94,8 +97,9 @@ MMLITE_INLINE void key_aware_head(
       V products[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        products[j] = V{};
+        products[j] = nothing;
         if (chunk.inside[i + j]) {
+          products[j] = V{};
           const Corners<C, T> corners(slice.key, chunk, i + j);
           for (int v = 0; v < row.vectors; ++v) {
             const V sample = blend(row, corners, v);
@@ -120,14 +124,19 @@ MMLITE_INLINE void key_aware_head(
       if (count < kChunk) fill_behind<C>(count, -C(INFINITY), logits);
       V top = logits[0];
       for (int i = 1; i < kChunk / kWidth; ++i) top = larger(top, logits[i]);
-      const C old_reference = reference;
-      reference = largest<C>(top);
-      if (first != 0) {
-        if (old_reference > reference) reference = old_reference;
-        const C rescale = exp2(broadcast<C>(old_reference - reference))[0];
-        weight_sums *= rescale;
-        for (int v = 0; v < row.vectors; ++v) total[v] *= rescale;
+      const C peak = largest<C>(top);
+      // Where all logits are minus infinity, the reference is left to the points to come.
+      if (peak != -C(INFINITY) && !(has_reference && peak <= reference)) {
+        if (has_reference) {
+          const C rescale = exp2(broadcast<C>(reference - peak))[0];
+          weight_sums *= rescale;
+          for (int v = 0; v < row.vectors; ++v) total[v] *= rescale;
+        }
+        reference = peak;
+        has_reference = true;
       }
+    } else {
+      has_reference = true;
     }
     for (int i = 0; i < kChunk / kWidth; ++i) logits[i] = exp2(logits[i] - reference);
     if (count < kChunk) fill_behind<C>(count, C(0), logits);
@@ -157,9 +166,9 @@ MMLITE_INLINE void key_aware_head(
     }
   }
 
-  T* const output = row_of<T>(p.output, slice.batch, q, slice.head);
   const C normaliser = 1 / sum<C>(weight_sums);
-  for (int v = 0; v < row.vectors; ++v) row.put(output, v, total[v] * normaliser);
+  for (int v = 0; v < row.vectors; ++v) total[v] *= normaliser;
+  put_row(p, p.output, slice, q, row, total);
 }
 
 // Standard attention of one head of one query: the given weights times the bilinear ones.
@@ -189,21 +198,25 @@ MMLITE_INLINE void standard_head(
       for (int v = 0; v < row.vectors; ++v) total[v] += blend(row, corners, v);
     }
   }
-  T* const output = row_of<T>(p.output, slice.batch, q, slice.head);
-  for (int v = 0; v < row.vectors; ++v) row.put(output, v, total[v]);
+  put_row(p, p.output, slice, q, row, total);
 }
 
+// T is the type of the slice's rows.
 template <class T, class C, int kVectors>
 void forward_rows(const Problem& p, const Table<C>& table, const Slice& slice, int64_t q_begin,
                   int64_t q_end) {
   const C scale = C(1.4426950408889634) / static_cast<C>(::sqrt(static_cast<double>(p.dim)));
   for (int64_t q = q_begin; q < q_end; ++q) {
-    if (!p.query.data) {
-      standard_head<T, C, kVectors>(p, table, slice, q);
-    } else if (!p.key.data) {
-      key_aware_head<T, C, kVectors, true>(p, table, slice, q, scale);
-    } else {
-      key_aware_head<T, C, kVectors, false>(p, table, slice, q, scale);
+    switch (p.op) {
+      case kStandard:
+        standard_head<T, C, kVectors>(p, table, slice, q);
+        break;
+      case kKeyAware:
+        key_aware_head<T, C, kVectors, false>(p, table, slice, q, scale);
+        break;
+      case kKeyAwareShared:
+        key_aware_head<T, C, kVectors, true>(p, table, slice, q, scale);
+        break;
     }
   }
 }

@@ -2,6 +2,8 @@
 #ifndef MMLITE_SAMPLING_H
 #define MMLITE_SAMPLING_H
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -11,8 +13,10 @@ template <class C>
 using Table = PointTable<C, typename Simd<C>::Int>;
 
 // Where sixteen points fall. Corners are ordered (x0, y0), (x1, y0), (x0, y1), (x1, y1). A corner
-// outside the map has weight zero and the row of a neighbour inside; a point with no corner
-// inside has `inside` zero and must not be read at all.
+// outside the map has the row of its neighbour inside. In the forward pass the two then share the
+// neighbour's weight, so that each is a fair part of it (with a weight of zero an infinite feature
+// would become NaN); in the backward pass, which skips such corners, it has weight zero. A point
+// with no corner inside has `inside` zero and must not be read at all.
 template <class C>
 struct Chunk {
   typedef typename Simd<C>::Int Int;
@@ -44,7 +48,7 @@ MMLITE_INLINE void locate(
     V x = even<C>(pair0, pair1) * width - C(0.5);
     V y = odd<C>(pair0, pair1) * height - C(0.5);
     // False for NaN as well; what is left fits an integer.
-    const I inside = (x > -one) & (x < width) & (y > -one) & (y < height);
+    const I inside = (x >= -one) & (x < width) & (y >= -one) & (y < height);
     x = keep<C>(inside, x);
     y = keep<C>(inside, y);
     I x0 = __builtin_convertvector(x, I), y0 = __builtin_convertvector(y, I);
@@ -54,8 +58,13 @@ MMLITE_INLINE void locate(
 
     const I has_x0 = (x >= zero) & inside, has_x1 = (x < width - one) & inside;
     const I has_y0 = (y >= zero) & inside, has_y1 = (y < height - one) & inside;
-    const V wx0 = keep<C>(has_x0, one - fx), wx1 = keep<C>(has_x1, fx);
-    const V wy0 = keep<C>(has_y0, one - fy), wy1 = keep<C>(has_y1, fy);
+    V wx0 = keep<C>(has_x0, one - fx), wx1 = keep<C>(has_x1, fx);
+    V wy0 = keep<C>(has_y0, one - fy), wy1 = keep<C>(has_y1, fy);
+    if (!kWithCell) {
+      const V half_x = (wx0 + wx1) * C(0.5), half_y = (wy0 + wy1) * C(0.5);
+      wx0 = choose<C>(has_x0 & has_x1, wx0, half_x), wx1 = choose<C>(has_x0 & has_x1, wx1, half_x);
+      wy0 = choose<C>(has_y0 & has_y1, wy0, half_y), wy1 = choose<C>(has_y0 & has_y1, wy1, half_y);
+    }
     put(chunk->weight[0] + i, wx0 * wy0);
     put(chunk->weight[1] + i, wx1 * wy0);
     put(chunk->weight[2] + i, wx0 * wy1);
@@ -131,9 +140,6 @@ struct Row {
 
   template <class T>
   MMLITE_INLINE void put(T* to, int v, V x) const {
-    store_head<C>(to + v * kWidth, x, kVectors || v < full ? kWidth : rest);
-  }
-  MMLITE_INLINE void put(C* to, int v, V x) const {
     if (kVectors || v < full) {
       store(to + v * kWidth, x);
     } else {
@@ -146,6 +152,47 @@ template <class T>
 MMLITE_INLINE T* row_of(const Rows& rows, int64_t batch, int64_t row, int64_t head) {
   return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride +
          head * rows.head_stride;
+}
+
+// Calls `body` with a null pointer of the type that `dtype` stands for; the compute type is C.
+template <class C, class Body>
+MMLITE_INLINE void with_type(int32_t dtype, const Body& body) {
+  if constexpr (sizeof(C) == 8) {
+    body(static_cast<C*>(nullptr));
+  } else if (dtype == kFloat32) {
+    body(static_cast<float*>(nullptr));
+  } else if (dtype == kBfloat16) {
+    body(static_cast<bfloat16*>(nullptr));
+  } else {
+    body(static_cast<float16*>(nullptr));
+  }
+}
+
+// Vectors `begin` up to `end` of a row of the problem's dtype.
+template <class C, int kVectors>
+MMLITE_INLINE void get_row(const Problem& p, const Rows& rows, const Slice& slice, int64_t q,
+                           const Row<C, kVectors>& row, int begin, int end,
+                           typename Simd<C>::V* to) {
+  with_type<C>(p.dtype, [&](auto* type) {
+    const auto* const from = row_of<std::remove_pointer_t<decltype(type)>>(
+        rows, slice.batch, q, slice.head);
+    for (int v = begin; v < end; ++v) to[v - begin] = row.get(from, v);
+  });
+}
+
+// Writes a whole row, rounded to the problem's dtype.
+template <class C, int kVectors>
+MMLITE_INLINE void put_row(const Problem& p, const Rows& rows, const Slice& slice, int64_t q,
+                           const Row<C, kVectors>& row, const typename Simd<C>::V* from) {
+  with_type<C>(p.dtype, [&](auto* type) {
+    auto* const to = row_of<std::remove_pointer_t<decltype(type)>>(
+        rows, slice.batch, q, slice.head);
+    for (int v = 0; v < row.vectors; ++v) row.put(to, v, from[v]);
+  });
+}
+
+inline int64_t bytes_of(int32_t dtype) {
+  return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2;
 }
 
 // Asks for what query `q` will read or write of a tensor, `count` elements of the given size. The

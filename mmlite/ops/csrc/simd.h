@@ -138,6 +138,11 @@ MMLITE_INLINE Simd<float>::V load(const float16* from) {
   return (Simd<float>::V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));
 #elif defined(__AVX2__) && defined(__F16C__)
   return (Simd<float>::V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__aarch64__)
+  typedef __fp16 Half __attribute__((vector_size(MMLITE_VECTOR_BYTES / 2)));
+  Half half;
+  memcpy(&half, from, sizeof(half));
+  return __builtin_convertvector(half, Simd<float>::V);
 #else
   Simd<float>::V v;
   for (int i = 0; i < Simd<float>::kWidth; ++i) v[i] = widen(from[i]);
@@ -165,6 +170,31 @@ MMLITE_INLINE void store(C* to, typename Simd<C>::V v) {
   memcpy(to, &v, sizeof(v));
 }
 
+MMLITE_INLINE void store(bfloat16* to, Simd<float>::V v) {
+  typedef uint16_t Half __attribute__((vector_size(MMLITE_VECTOR_BYTES / 2)));
+  typedef uint32_t Wide __attribute__((vector_size(MMLITE_VECTOR_BYTES)));
+  const Wide bits = bit_cast<Wide>(v);
+  const Wide rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+  const Wide nan = bit_cast<Wide>(v != v);
+  const Wide chosen = ((bits | 0x400000) & nan) | (rounded & ~nan);
+  const Half half = __builtin_convertvector(chosen >> 16, Half);
+  memcpy(to, &half, sizeof(half));
+}
+
+MMLITE_INLINE void store(float16* to, Simd<float>::V v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)to, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, 0));
+#elif defined(__AVX2__) && defined(__F16C__)
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, 0));
+#elif defined(__aarch64__)
+  typedef __fp16 Half __attribute__((vector_size(MMLITE_VECTOR_BYTES / 2)));
+  const Half half = __builtin_convertvector(v, Half);
+  memcpy(to, &half, sizeof(half));
+#else
+  for (int i = 0; i < Simd<float>::kWidth; ++i) narrow(v[i], to + i);
+#endif
+}
+
 template <class C, class T>
 MMLITE_INLINE void store_head(T* to, typename Simd<C>::V v, int n) {
   for (int i = 0; i < n; ++i) narrow(v[i], to + i);
@@ -185,6 +215,15 @@ MMLITE_INLINE typename Simd<C>::V keep(typename Simd<C>::I mask, typename Simd<C
   typedef typename Simd<C>::V V;
   typedef typename Simd<C>::I I;
   return bit_cast<V>(bit_cast<I>(v) & mask);
+}
+
+// Lanes of `v` where the mask is set, of `other` elsewhere.
+template <class C>
+MMLITE_INLINE typename Simd<C>::V choose(
+    typename Simd<C>::I mask, typename Simd<C>::V v, typename Simd<C>::V other) {
+  typedef typename Simd<C>::V V;
+  typedef typename Simd<C>::I I;
+  return bit_cast<V>((bit_cast<I>(v) & mask) | (bit_cast<I>(other) & ~mask));
 }
 
 // The larger of two, lane by lane; the second operand where one is not a number.
@@ -296,16 +335,19 @@ MMLITE_INLINE bool any(typename Simd<C>::I mask) {
 #elif defined(__AVX2__)
   if constexpr (Simd<C>::kWidth == 8) return _mm256_movemask_ps((__m256)mask) != 0;
 #endif
-  typename Simd<C>::Int lanes = 0;
-  for (int i = 0; i < Simd<C>::kWidth; ++i) lanes |= mask[i];
-  return lanes != 0;
+  uint64_t words[sizeof(mask) / 8], found = 0;
+  memcpy(words, &mask, sizeof(mask));
+  for (uint64_t word : words) found |= word;
+  return found != 0;
 }
 
 // 2^x to one unit in the last place, for x below 128: round to an integer, a Taylor series for
-// the rest, and the integer into the exponent. Below -126 it gives 2^-126; NaN stays NaN.
+// the rest, and the integer into the exponent. Where float32 has subnormals it gives 2^-126, and
+// zero where it has no number at all: zero times infinity must be NaN. NaN stays NaN.
 MMLITE_INLINE Simd<float>::V exp2(Simd<float>::V x) {
   typedef Simd<float>::V V;
   typedef Simd<float>::I I;
+  const I representable = ~(x < -150.0f);
   x = larger(broadcast(-126.0f), x);
   const V shifter = broadcast(12582912.0f);  // 1.5 * 2^23: the sum's low bits are the integer
   const V shifted = x + shifter;
@@ -314,7 +356,7 @@ MMLITE_INLINE Simd<float>::V exp2(Simd<float>::V x) {
   const V high = 9.6181291e-3f + rest * 1.3333558e-3f + square * 1.5403530e-4f;
   const V series = low + square * (middle + square * high);
   const I exponent = (bit_cast<I>(shifted) - 0x4b400000 + 127) << 23;
-  return series * bit_cast<V>(exponent);
+  return keep<float>(representable, series * bit_cast<V>(exponent));
 }
 
 MMLITE_INLINE Simd<double>::V exp2(Simd<double>::V x) {

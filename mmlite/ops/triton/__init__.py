@@ -83,17 +83,22 @@ def key_aware_deform_attn_backward(
     value: Tensor,
     spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, key, value and sampling_locations.
+    """The gradients of query, key, value and sampling_locations, empty where not wanted.
 
     The key's is empty where ``key`` is ``None``.
     """
-    grad_query, grad_key, grad_value, grad_locations, _ = _backward(
-        grad_output, query, key, value, spatial_shapes, sampling_locations, None
-    )
-    if grad_key is None:
-        grad_key = value.new_empty(0)
-    return grad_query, grad_key, grad_value, grad_locations
+    return _backward(
+        grad_output,
+        query,
+        key,
+        value,
+        spatial_shapes,
+        sampling_locations,
+        None,
+        (*output_mask, False),
+    )[:4]
 
 
 def ms_deform_attn(
@@ -112,12 +117,19 @@ def ms_deform_attn_backward(
     spatial_shapes: Sequence[int],
     sampling_locations: Tensor,
     attention_weights: Tensor,
+    output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of value, sampling_locations and attention_weights."""
-    _, _, grad_value, grad_locations, grad_weights = _backward(
-        grad_output, None, None, value, spatial_shapes, sampling_locations, attention_weights
-    )
-    return grad_value, grad_locations, grad_weights
+    """The gradients of value, sampling_locations and attention_weights, empty where not wanted."""
+    return _backward(
+        grad_output,
+        None,
+        None,
+        value,
+        spatial_shapes,
+        sampling_locations,
+        attention_weights,
+        (False, False, *output_mask),
+    )[2:]
 
 
 for _operator in (
@@ -222,31 +234,39 @@ def _forward(query, key, value, spatial_shapes, sampling_locations, attention_we
 
 
 def _backward(
-    grad_output, query, key, value, spatial_shapes, sampling_locations, attention_weights
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]:
+    grad_output,
+    query,
+    key,
+    value,
+    spatial_shapes,
+    sampling_locations,
+    attention_weights,
+    output_mask,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Both backwards: the gradients of query, key, value, sampling_locations, attention_weights.
 
-    None where there is no such input.
+    Empty where there is no such input, or where its gradient is not wanted.
     """
     from . import kernels
 
-    tensors = (query, key, value, sampling_locations, attention_weights)
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    inputs = (query, key, value, sampling_locations, attention_weights)
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in inputs]
     grad_output = grad_output.contiguous()
     problem = _Problem.of(value, spatial_shapes, sampling_locations)
     ordered = torch.are_deterministic_algorithms_enabled()
+    wanted = [tensor if is_wanted else None for tensor, is_wanted in zip(inputs, output_mask)]
+    wants_features = wanted[1] is not None or wanted[2] is not None
 
     def run(config: Config):
-        grad_query = _empty_like(query)
-        grad_locations = _empty_like(sampling_locations)
-        grad_weights = _empty_like(attention_weights)
-        if ordered:
+        grad_query, grad_locations, grad_weights = (_empty_like(wanted[i]) for i in (0, 3, 4))
+        summands = (None,) * 4
+        if ordered and wants_features:
+            # The sum covers both: which of them is wanted hardly matters beside the sort.
             grad_key, grad_value = _empty_like(key), _empty_like(value)
             summands = _empty_summands(problem, value.device)
         else:  # atomics add up in float32 whatever the dtype
-            grad_key, grad_value = _float32_zeros_like(key), _float32_zeros_like(value)
-            summands = (None,) * 4
-        if grad_locations.numel():
+            grad_key, grad_value = (_float32_zeros_like(wanted[i]) for i in (1, 2))
+        if sampling_locations.numel():
             kernels.backward[problem.grid(config)](
                 grad_output,
                 *tensors,
@@ -260,15 +280,22 @@ def _backward(
                 KEY_AWARE=query is not None,
                 KEY_IS_VALUE=key is None,
                 ORDERED=ordered,
+                GRAD_QUERY=grad_query is not None,
+                GRAD_KEY=grad_key is not None,
+                GRAD_VALUE=grad_value is not None,
+                GRAD_LOCATIONS=grad_locations is not None,
+                GRAD_WEIGHTS=grad_weights is not None,
                 **problem.arguments(config),
             )
-        if ordered:
+        if ordered and wants_features:
             _sum_in_order(problem, grad_output, tensors[0], summands, grad_key, grad_value)
-        if grad_key is not None:
-            grad_key = grad_key.to(key.dtype)
-        return grad_query, grad_key, grad_value.to(value.dtype), grad_locations, grad_weights
+        grads = (grad_query, grad_key, grad_value, grad_locations, grad_weights)
+        return tuple(
+            value.new_empty(0) if tensor is None else grad.to(tensor.dtype)
+            for grad, tensor in zip(grads, wanted)
+        )
 
-    return _run_tuned('backward', run, problem, tensors)
+    return _run_tuned('backward', run, problem, [*tensors, *wanted])
 
 
 def _empty_summands(problem: _Problem, device: torch.device) -> tuple[Tensor, ...]:

@@ -36,6 +36,12 @@ def _block(num_queries, num_heads, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def _finite_below(maximum):
+    """What logits are taken relative to: zero as long as all of them are minus infinity."""
+    return tl.where(maximum == float('-inf'), 0.0, maximum)
+
+
+@triton.jit
 def _of_level(level, L: tl.constexpr, s0, s1, s2, s3, s4, s5, s6, s7):
     """The size of a level: sizes are arguments of the kernel, so that no tensor holds them."""
     size = tl.where(level == 1, s1, s0)
@@ -109,18 +115,21 @@ def _sample(rows, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se,
 
 @triton.jit
 def _slopes(rows, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se, is_channel):
-    """As :func:`_sample`, and the slopes of the samples per pixel to the east and to the south."""
+    """As :func:`_sample`, and the slopes of the samples per pixel to the east and to the south.
+
+    Weighted sums rather than steps from pixel to pixel: one infinite feature makes the sample
+    infinite, not NaN.
+    """
     nw = _pixel(rows, token, stride, in_nw, is_channel)
     ne = _pixel(rows, token + 1, stride, in_ne, is_channel)
     sw = _pixel(rows, token + width, stride, in_sw, is_channel)
     se = _pixel(rows, token + width + 1, stride, in_se, is_channel)
     east = east[:, :, None]
     south = south[:, :, None]
-    north_slope = ne - nw
-    south_slope = se - sw
-    north = nw + east * north_slope
-    slope_y = sw + east * south_slope - north
-    return north + south * slope_y, north_slope + south * (south_slope - north_slope), slope_y
+    north_row = (1 - east) * nw + east * ne
+    south_row = (1 - east) * sw + east * se
+    sample = (1 - south) * north_row + south * south_row
+    return sample, (1 - south) * (ne - nw) + south * (se - sw), south_row - north_row
 
 
 @triton.jit(do_not_specialize=_SIZES + _LEVEL_SIZES)
@@ -220,8 +229,9 @@ def forward(
                 logits = tl.sum(q * sampled_key, axis=2)
             logits = tl.where(point < P, logits, float('-inf'))
             new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
-            correction = tl.exp2(maximum - new_maximum)
-            weights = tl.exp2(logits - new_maximum[None, :])
+            base = _finite_below(new_maximum)
+            correction = tl.exp2(maximum - base)
+            weights = tl.exp2(logits - base[None, :])
             total = total * correction + tl.sum(weights, axis=0)
             result *= correction[:, None]
             maximum = new_maximum
@@ -276,6 +286,11 @@ def backward(
     KEY_AWARE: tl.constexpr,
     KEY_IS_VALUE: tl.constexpr,
     ORDERED: tl.constexpr,
+    GRAD_QUERY: tl.constexpr,
+    GRAD_KEY: tl.constexpr,
+    GRAD_VALUE: tl.constexpr,
+    GRAD_LOCATIONS: tl.constexpr,
+    GRAD_WEIGHTS: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
@@ -357,13 +372,15 @@ def backward(
             logits = tl.sum(q * sampled, axis=2) * (scale * LOG2_E)
             logits = tl.where(point < P, logits, float('-inf'))
             new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
-            correction = tl.exp2(maximum - new_maximum)
-            weights = tl.exp2(logits - new_maximum[None, :])
+            base = _finite_below(new_maximum)
+            correction = tl.exp2(maximum - base)
+            weights = tl.exp2(logits - base[None, :])
             total = total * correction + tl.sum(weights, axis=0)
             mean = mean * correction + tl.sum(weights * g_v, axis=0)
             maximum = new_maximum
             start += height * width
         mean /= total
+        base = _finite_below(maximum)
         result = tl.zeros([BLOCK_Q, DIM], dtype=tl.float32)
 
     start = 0
@@ -397,61 +414,67 @@ def backward(
                 )
             logits = tl.sum(q * k, axis=2) * (scale * LOG2_E)
             logits = tl.where(point < P, logits, float('-inf'))
-            weights = tl.exp2(logits - maximum[None, :]) / total[None, :]
+            weights = tl.exp2(logits - base[None, :]) / total[None, :]
             c = scale * weights * (g_v - mean[None, :])
             result += tl.sum(c[:, :, None] * k, axis=0)
         else:
             weights = tl.load(attention_weights + location, mask=exists, other=0.0).to(tl.float32)
-            grad_weight = g_v.to(grad_weights.dtype.element_ty)
-            tl.store(grad_weights + location, grad_weight, mask=exists)
+            if GRAD_WEIGHTS:
+                grad_weight = g_v.to(grad_weights.dtype.element_ty)
+                tl.store(grad_weights + location, grad_weight, mask=exists)
 
         grad_v = weights[:, :, None] * g
         if KEY_AWARE:
             grad_k = c[:, :, None] * q
             if KEY_IS_VALUE:
                 grad_v += grad_k
-        grad_x = grad_v * v_x
-        grad_y = grad_v * v_y
-        if KEY_AWARE and not KEY_IS_VALUE:
-            grad_x += grad_k * k_x
-            grad_y += grad_k * k_y
-        grad_x = tl.sum(grad_x, axis=2) * width
-        grad_y = tl.sum(grad_y, axis=2) * height
-        target = grad_locations + 2 * location
-        tl.store(target, grad_x.to(grad_locations.dtype.element_ty), mask=exists)
-        tl.store(target + 1, grad_y.to(grad_locations.dtype.element_ty), mask=exists)
+        if GRAD_LOCATIONS:
+            grad_x = grad_v * v_x
+            grad_y = grad_v * v_y
+            if KEY_AWARE and not KEY_IS_VALUE:
+                grad_x += grad_k * k_x
+                grad_y += grad_k * k_y
+            # A point outside has no slope, whatever else there is of it.
+            inside = in_nw | in_ne | in_sw | in_se
+            grad_x = tl.where(inside, tl.sum(grad_x, axis=2) * width, 0.0)
+            grad_y = tl.where(inside, tl.sum(grad_y, axis=2) * height, 0.0)
+            target = grad_locations + 2 * location
+            tl.store(target, grad_x.to(grad_locations.dtype.element_ty), mask=exists)
+            tl.store(target + 1, grad_y.to(grad_locations.dtype.element_ty), mask=exists)
 
-        if ORDERED:
-            tl.store(value_coefficients + location, weights, mask=exists)
-            if KEY_AWARE:
-                tl.store(query_coefficients + location, c, mask=exists)
-            first_row = (batch * num_heads + head) * num_tokens
-        west = 1 - east
-        north = 1 - south
-        for i in range(4):
-            is_east = i % 2 == 1
-            is_south = i // 2 == 1
-            pixel = token + i % 2 + tl.where(is_south, width, 0)
-            in_map = tl.where(
-                is_south, tl.where(is_east, in_se, in_sw), tl.where(is_east, in_ne, in_nw)
-            )
-            bilinear = tl.where(is_east, east, west) * tl.where(is_south, south, north)
+        if GRAD_VALUE or GRAD_KEY:
             if ORDERED:
-                row = tl.where(in_map, first_row + pixel, num_rows)
-                row = row.to(pixel_rows.dtype.element_ty)
-                tl.store(pixel_rows + 4 * location + i, row, mask=exists)
-                tl.store(pixel_weights + 4 * location + i, bilinear, mask=exists)
-            else:
-                offset = image + (pixel * stride)[:, :, None]
-                mask = in_map[:, :, None] & is_channel[None, None, :]
-                add = bilinear[:, :, None] * grad_v
-                tl.atomic_add(grad_value + offset, add, mask=mask, sem='relaxed')
-                if KEY_AWARE and not KEY_IS_VALUE:
-                    add = bilinear[:, :, None] * grad_k
-                    tl.atomic_add(grad_key + offset, add, mask=mask, sem='relaxed')
+                tl.store(value_coefficients + location, weights, mask=exists)
+                if KEY_AWARE:
+                    tl.store(query_coefficients + location, c, mask=exists)
+                first_row = (batch * num_heads + head) * num_tokens
+            west = 1 - east
+            north = 1 - south
+            for i in range(4):
+                is_east = i % 2 == 1
+                is_south = i // 2 == 1
+                pixel = token + i % 2 + tl.where(is_south, width, 0)
+                in_map = tl.where(
+                    is_south, tl.where(is_east, in_se, in_sw), tl.where(is_east, in_ne, in_nw)
+                )
+                bilinear = tl.where(is_east, east, west) * tl.where(is_south, south, north)
+                if ORDERED:
+                    row = tl.where(in_map, first_row + pixel, num_rows)
+                    row = row.to(pixel_rows.dtype.element_ty)
+                    tl.store(pixel_rows + 4 * location + i, row, mask=exists)
+                    tl.store(pixel_weights + 4 * location + i, bilinear, mask=exists)
+                else:
+                    offset = image + (pixel * stride)[:, :, None]
+                    mask = in_map[:, :, None] & is_channel[None, None, :]
+                    if GRAD_VALUE:
+                        add = bilinear[:, :, None] * grad_v
+                        tl.atomic_add(grad_value + offset, add, mask=mask, sem='relaxed')
+                    if GRAD_KEY:
+                        add = bilinear[:, :, None] * grad_k
+                        tl.atomic_add(grad_key + offset, add, mask=mask, sem='relaxed')
         start += height * width
         location += P
-    if KEY_AWARE:
+    if GRAD_QUERY:
         tl.store(grad_query + vector, result.to(grad_query.dtype.element_ty), mask=vector_mask)
 
 

@@ -136,11 +136,13 @@ def border_case(variant: str, dtype: torch.dtype, device: str = 'cpu') -> Case:
     return case
 
 
-def infinite_cases(variant: str, odd: float, points: int, device: str = 'cpu') -> Iterator[Case]:
+def infinite_cases(
+    variant: str, odd: float, points: int, queries: int = 60, device: str = 'cpu'
+) -> Iterator[Case]:
     """One feature that is not finite, in a corner, on an edge, and in the middle of a map."""
     for row, column in ((0, 0), (0, 3), (3, 7), (2, 4)):
         for name in ('value',) if variant == 'standard' else ('value', 'key', 'query'):
-            case = Case(variant, ((4, 8), (2, 2)), 1, 60, 1, 8, points, seed=3, device=device)
+            case = Case(variant, ((4, 8), (2, 2)), 1, queries, 1, 8, points, seed=3, device=device)
             if name not in case.inputs:
                 continue
             locations = case.inputs['locations']

@@ -135,7 +135,8 @@ def test_borders_and_pixel_centres(variant):
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('odd', [float('nan'), float('inf'), -float('inf')])
 def test_features_that_are_not_finite(variant, odd):
-    for case in operator_cases.infinite_cases(variant, odd, 4, DEVICE):
+    cases = list(operator_cases.infinite_cases(variant, odd, 2, queries=16, device=DEVICE))
+    for case in cases[:: len(cases) // 4]:  # the interpreter takes its time
         case.compare_bits_of_nonsense(run(case), case.run('reference'))
 
 

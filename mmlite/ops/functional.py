@@ -28,6 +28,8 @@ from . import checks, cpu, library, reference, triton
 
 _FUSED = {'cpu': cpu, 'triton': triton}
 
+_HAS_CUDA = torch.version.cuda is not None or torch.version.hip is not None
+
 
 class _Choice(threading.local):
     """The backend that a thread has forced. (Dynamo does not trace context variables.)"""
@@ -165,7 +167,9 @@ def _takes_reference(value: Tensor, levels: int) -> bool:
     if name == 'reference':
         return True
     if name is None:
-        if value.is_meta:  # the registered operators know their shapes
+        # The registered operators know their shapes, which is all that tensors without values
+        # need: meta tensors, and CUDA tensors where torch has no CUDA, which are fake.
+        if value.is_meta or (value.is_cuda and not _HAS_CUDA):
             return False
         return all(module.why_not(value, levels) for module in _FUSED.values())
     reason = _FUSED[name].why_not(value, levels)

@@ -106,7 +106,7 @@ $(VENV)/.mmcv-compiled: $(VENV)/.stack
 	@rm -f $(VENV)/.mmcv-lite
 	@touch $@
 
-$(VENV)/.mmlite: $(VENV)/.mmcv-$(MMCV) pyproject.toml $(wildcard CMakeLists.txt mmlite/ops/csrc/*)
+$(VENV)/.mmlite: pyproject.toml $(wildcard CMakeLists.txt mmlite/ops/csrc/*) | $(VENV)/.mmcv-$(MMCV)
 	$(call say,5/5 mmlite with its CPU kernels (compiled here: about a minute))
 	@$(PIP) --quiet --no-build-isolation --editable .
 	@touch $@

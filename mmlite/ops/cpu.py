@@ -11,9 +11,10 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,8 +66,8 @@ class _Problem(ctypes.Structure):
     ]
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or the reason why there is none."""
+def _load() -> tuple[Any, str]:
+    """The library or None, and the reason why there is none."""
     if not _LIBRARY_PATH.exists():
         return None, (
             'the kernels were not compiled at installation; '
@@ -210,7 +211,7 @@ def _problem(
     return problem
 
 
-def _run(function: ctypes._CFuncPtr, problem: _Problem) -> None:
+def _run(function: Callable[[_Problem], int], problem: _Problem) -> None:
     status = function(problem)
     if status == 3:
         raise ValueError(

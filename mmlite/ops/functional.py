@@ -122,12 +122,14 @@ def key_aware_deform_attn(
     """
     key_is_value = key is value
     query, key, value = _autocast(query, key, value)
-    key = None if key_is_value else key
+    own_key = None if key_is_value else key
     sizes = _flat(spatial_shapes)
     if _takes_reference(value, len(sizes) // 2):
-        checks.key_aware_deform_attn(query, key, value, sizes, sampling_locations)
-        return reference.key_aware_deform_attn(query, key, value, _pairs(sizes), sampling_locations)
-    return library.key_aware_deform_attn(query, key, value, sizes, sampling_locations)
+        checks.key_aware_deform_attn(query, own_key, value, sizes, sampling_locations)
+        return reference.key_aware_deform_attn(
+            query, own_key, value, _pairs(sizes), sampling_locations
+        )
+    return library.key_aware_deform_attn(query, own_key, value, sizes, sampling_locations)
 
 
 def ms_deform_attn(
@@ -182,10 +184,9 @@ def _takes_reference(value: Tensor, levels: int) -> bool:
 
 def _flat(spatial_shapes: Sequence[tuple[int, int]] | Tensor) -> list[int]:
     """Level sizes as the registered operators take them: h0, w0, h1, w1, ..."""
-    if isinstance(spatial_shapes, Tensor):
-        spatial_shapes = _read(spatial_shapes)
-    sizes = []
-    for shape in spatial_shapes:
+    shapes = _read(spatial_shapes) if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    sizes: list[int] = []
+    for shape in shapes:
         if len(shape) != 2:
             raise ValueError(f'spatial_shapes must be pairs (h, w); got {shape} among them')
         sizes += shape

@@ -23,8 +23,8 @@ def stock_config(model_config: ConfigDict) -> ConfigDict:
             f'{config.type} is no Lite detector; a warm start needs the config of the Lite model '
             'that is to be trained'
         )
-    line = lite.__mro__
-    config.type = line[line.index(LiteDetectorMixin) + 1].__name__
+    stock = next(cls for cls in lite.__mro__ if not issubclass(cls, LiteDetectorMixin))
+    config.type = stock.__name__
     known = ('num_layers', 'layer_cfg', 'init_cfg')
     config.encoder = {name: value for name, value in config.encoder.items() if name in known}
     config.decoder.pop('key_aware', None)

@@ -7,7 +7,7 @@ from mmdet.models.detectors import DeformableDETR
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from .lite import LiteDetectorMixin
+from .deformable_detr import LiteDeformableDETR
 
 
 @MODELS.register_module()
@@ -167,7 +167,7 @@ class HDeformableDETR(DeformableDETR):
 
 
 @MODELS.register_module()
-class LiteHDeformableDETR(LiteDetectorMixin, HDeformableDETR):
+class LiteHDeformableDETR(HDeformableDETR, LiteDeformableDETR):
     """H-Deformable-DETR with the interleaved encoder.
 
     Arguments are those of :class:`HDeformableDETR` and of :class:`LiteDetectorMixin`.

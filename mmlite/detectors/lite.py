@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from mmdet.models.layers import SinePositionalEncoding
+from torch import Tensor, nn
 
-from ..layers import KeyAwareDeformableAttention, LiteEncoder, remember_level_sizes
-
-# Arguments of the attention that mmcv's standard one does not know.
-_KEY_AWARE_ARGUMENTS = ('proj_key', 'same_loc')
+from ..layers import LiteEncoder, remember_level_sizes
+from .decoder import LiteDecoder
 
 
 class LiteDetectorMixin:
-    """Builds :class:`LiteEncoder` where a detector builds its multi-scale encoder.
+    """Builds a detector of MMDetection around :class:`LiteEncoder`.
 
-    Put before any MMDetection detector with a deformable encoder::
+    Put before a detector with a deformable encoder. A family says which decoder it has, and builds
+    what is left over in the order of MMDetection, which is that of an optimiser's state::
 
         @MODELS.register_module()
         class LiteDINO(LiteDetectorMixin, DINO):
-            ...
+            decoder_class = LiteDINODecoder
+
+            def _init_queries(self):
+                self.query_embedding = nn.Embedding(self.num_queries, self.embed_dims)
+                self._init_memory_trans()
 
     The config's ``encoder`` then takes the arguments of ``LiteEncoder`` beside the stock ones;
     ``schedule`` is the one that has to be given. ``decoder=dict(key_aware=True)`` makes the
@@ -29,30 +34,36 @@ class LiteDetectorMixin:
             predictions than the queries give.
     """
 
-    def _init_layers(self) -> None:
-        encoder, decoder = dict(self.encoder), dict(self.decoder)
-        self._check_config(encoder)
-        key_aware_decoder = decoder.pop('key_aware', False)
-        # The stock detector builds its own layers around one plain encoder layer, which the Lite
-        # encoder then replaces: so nothing here depends on what else a family builds.
-        self.encoder = {
-            'num_layers': 1,
-            'layer_cfg': _standard(encoder['layer_cfg'], 'self_attn_cfg'),
-        }
-        self.decoder = {**decoder, 'layer_cfg': _standard(decoder['layer_cfg'], 'cross_attn_cfg')}
-        super()._init_layers()
-        self.encoder = LiteEncoder(**encoder)
-        if key_aware_decoder:
-            cross_attn_cfg = {**decoder['layer_cfg']['cross_attn_cfg'], 'batch_first': True}
-            for layer in self.decoder.layers:
-                layer.cross_attn = KeyAwareDeformableAttention(**cross_attn_cfg)
+    encoder_class: type[LiteEncoder] = LiteEncoder
+    decoder_class: type[LiteDecoder] = LiteDecoder
 
-    def _check_config(self, encoder: dict) -> None:
-        name = type(self).__name__
-        if 'schedule' not in encoder:
+    def _init_layers(self) -> None:
+        self._check_config()
+        self.positional_encoding = SinePositionalEncoding(**self.positional_encoding)
+        self.encoder = self.encoder_class(**self.encoder)
+        self.decoder = self.decoder_class(**self.decoder)
+        self.embed_dims = self.encoder.embed_dims
+        channels = 2 * self.positional_encoding.num_feats
+        if channels != self.embed_dims:
             raise ValueError(
-                f"{name} needs a schedule in its config: encoder=dict(schedule='H3L1-(2+1)x3')"
+                f'positional_encoding has {channels} channels, the encoder {self.embed_dims}; set '
+                f'positional_encoding=dict(num_feats={self.embed_dims // 2})'
             )
+        self.level_embed = nn.Parameter(torch.empty(self.num_feature_levels, self.embed_dims))
+        self._init_queries()
+
+    def _init_queries(self) -> None:
+        """Build what makes the decoder's queries: what a family has beside the transformer."""
+        raise NotImplementedError
+
+    def _init_memory_trans(self) -> None:
+        """What the memory goes through where queries are chosen from it."""
+        self.memory_trans_fc = nn.Linear(self.embed_dims, self.embed_dims)
+        self.memory_trans_norm = nn.LayerNorm(self.embed_dims)
+
+    def _check_config(self) -> None:
+        name, encoder = type(self).__name__, self.encoder
+        check_schedule(name, encoder)
         num_levels = (encoder['layer_cfg'].get('self_attn_cfg') or {}).get('num_levels', 4)
         if num_levels != self.num_feature_levels:
             raise ValueError(
@@ -86,8 +97,19 @@ class LiteDetectorMixin:
         return super().pre_decoder(memory, *args, **kwargs)
 
 
-def _standard(layer_cfg: dict, attention: str) -> dict:
-    """``layer_cfg`` with only the arguments that mmcv's standard attention knows."""
-    cfg = dict(layer_cfg.get(attention) or {})
-    cfg = {name: value for name, value in cfg.items() if name not in _KEY_AWARE_ARGUMENTS}
-    return {**layer_cfg, attention: cfg}
+def check_schedule(name: str, encoder: dict) -> None:
+    """Check that a Lite model's config says when its encoder updates what.
+
+    Args:
+        name (str): What has the encoder, for the message.
+        encoder (dict): The encoder's config.
+
+    Raises:
+        ValueError: There is no schedule in it.
+    """
+    if 'schedule' not in encoder:
+        num_levels = (encoder['layer_cfg'].get('self_attn_cfg') or {}).get('num_levels', 4)
+        raise ValueError(
+            f'{name} needs a schedule in its config: '
+            f"encoder=dict(schedule='H{num_levels - 1}L1-(2+1)x3')"
+        )

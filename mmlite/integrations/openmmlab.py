@@ -30,7 +30,10 @@ _REGISTERED = {
 }
 
 # What a config asks mmlite for by name, and is refused where the stack does not fit.
-_DETECTORS = ('LiteDINO', 'LiteDeformableDETR', 'LiteHDeformableDETR')
+_DETECTORS = (
+    *('LiteDINO', 'LiteDeformableDETR', 'LiteHDeformableDETR', 'LiteDDQDETR'),
+    *('LiteGroundingDINO', 'LiteMSDeformAttnPixelDecoder'),
+)
 
 
 def register() -> None:

@@ -320,11 +320,14 @@ class LiteEncoder(nn.Module):
                 reference_points,
                 level_sizes,
             )
-            if index < self.num_cp and self.training and torch.is_grad_enabled():
-                memory = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                memory = layer(*arguments)
+            memory = self._run(index, layer, *arguments)
         return memory
+
+    def _run(self, index: int, module: nn.Module, *arguments):
+        """Call what belongs to a layer; in training ``num_cp`` says whether to keep activations."""
+        if index < self.num_cp and self.training and torch.is_grad_enabled():
+            return checkpoint(module, *arguments, use_reentrant=False)
+        return module(*arguments)
 
 
 def in_chunks(modules: Sequence[nn.Module], tokens: Tensor, size: int | None) -> Tensor:

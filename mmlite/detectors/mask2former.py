@@ -1,0 +1,141 @@
+"""Lite Mask2Former: the pixel decoder of its segmentation heads, for every task they serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mmcv.cnn import Conv2d, ConvModule
+from mmdet.models.layers import MSDeformAttnPixelDecoder, SinePositionalEncoding
+from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+from mmengine.model import BaseModule, ModuleList
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..layers import LiteEncoder
+from .lite import check_schedule
+
+
+@MODELS.register_module()
+class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
+    """Pixel decoder of Mask2Former (arXiv 2112.01527) with the interleaved encoder.
+
+    Instance, panoptic and video segmentation share it, so one entry of a config changes all::
+
+        model = dict(panoptic_head=dict(pixel_decoder=dict(
+            type='LiteMSDeformAttnPixelDecoder', encoder=dict(schedule='H2L1-(2+1)x3'))))
+
+    The encoder's maps come smallest first, and stay so; the low-level ones of a schedule are the
+    largest, wherever they are. Parameters have the names of MMDetection's pixel decoder.
+
+    Args:
+        in_channels (Sequence[int]): Channels of the backbone's maps, largest map first.
+        strides (Sequence[int]): Kept for MMDetection's configs; not used.
+        feat_channels (int): Channels of the encoder and the outputs.
+        out_channels (int): Channels of the mask features.
+        num_outs (int): Maps to return.
+        norm_cfg (dict): Config of the convolutions' norm.
+        act_cfg (dict): Config of the output convolutions' activation.
+        encoder (dict): Arguments of :class:`LiteEncoder`; ``num_levels`` of its ``self_attn_cfg``
+            says how many maps it takes, the smallest.
+        positional_encoding (dict): Arguments of ``SinePositionalEncoding``.
+        init_cfg (dict, optional): Initialisation config of mmengine.
+
+    Raises:
+        ValueError: The schedule is missing or does not fit, or there are fewer maps than levels.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int] = (256, 512, 1024, 2048),
+        strides: Sequence[int] = (4, 8, 16, 32),
+        feat_channels: int = 256,
+        out_channels: int = 256,
+        num_outs: int = 3,
+        norm_cfg: ConfigDict | dict | None = {'type': 'GN', 'num_groups': 32},  # noqa: B006
+        act_cfg: ConfigDict | dict | None = {'type': 'ReLU'},  # noqa: B006
+        encoder: ConfigDict | dict | None = None,
+        positional_encoding: ConfigDict | dict = {'num_feats': 128, 'normalize': True},  # noqa: B006
+        init_cfg: ConfigDict | dict | None = None,
+    ) -> None:
+        # Not MMDetection's constructor, which builds the stock encoder.
+        BaseModule.__init__(self, init_cfg)
+        name = type(self).__name__
+        check_schedule(name, encoder)
+        levels = encoder['layer_cfg']['self_attn_cfg']['num_levels']
+        if levels > len(in_channels):
+            raise ValueError(
+                f'{name} has an encoder of {levels} levels, but only {len(in_channels)} maps; set '
+                'num_levels of its self_attn_cfg to the number of maps, or less'
+            )
+        self.num_input_levels = len(in_channels)
+        self.num_encoder_levels = levels
+        self.num_outs = num_outs
+        smallest_first = list(reversed(in_channels))
+
+        def convolution(channels: int, kernel_size: int, bias: bool, act: dict | None):
+            return ConvModule(
+                channels,
+                feat_channels,
+                kernel_size,
+                padding=kernel_size // 2,
+                bias=bias,
+                norm_cfg=norm_cfg,
+                act_cfg=act,
+            )
+
+        self.input_convs = ModuleList(
+            convolution(channels, 1, True, None) for channels in smallest_first[:levels]
+        )
+        self.encoder = LiteEncoder(**encoder)
+        self.postional_encoding = SinePositionalEncoding(**positional_encoding)  # mmdet's name
+        self.level_encoding = nn.Embedding(levels, feat_channels)
+        # The larger maps are added as in a feature pyramid.
+        bias = norm_cfg is None
+        self.lateral_convs = ModuleList(
+            convolution(channels, 1, bias, None) for channels in smallest_first[levels:]
+        )
+        self.output_convs = ModuleList(
+            convolution(feat_channels, 3, bias, act_cfg) for _ in smallest_first[levels:]
+        )
+        self.mask_feature = Conv2d(feat_channels, out_channels, kernel_size=1)
+
+    def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Features for the masks and for the decoder.
+
+        Args:
+            feats (Sequence[Tensor]): The backbone's maps, largest first, shape
+                (bs, in_channels[i], h, w) each.
+
+        Returns:
+            tuple[Tensor, list[Tensor]]: Mask features, shape (bs, out_channels, h, w) of the
+            largest map, and ``num_outs`` maps, smallest first, shape (bs, feat_channels, h, w).
+        """
+        smallest_first = list(reversed(feats))
+        tokens, positions, sizes = [], [], []
+        for level, (convolution, feat) in enumerate(zip(self.input_convs, smallest_first)):
+            sizes.append((feat.shape[-2], feat.shape[-1]))
+            # Padding counts as image here, as in MMDetection.
+            padding = feat.new_zeros((feat.shape[0], *sizes[-1]), dtype=torch.bool)
+            position = self.postional_encoding(padding).flatten(2).transpose(1, 2)
+            positions.append(position + self.level_encoding.weight[level])
+            tokens.append(convolution(feat).flatten(2).transpose(1, 2))
+        memory = self.encoder(
+            query=torch.cat(tokens, 1),
+            query_pos=torch.cat(positions, 1),
+            key_padding_mask=None,
+            spatial_shapes=tuple(sizes),
+            level_start_index=None,
+            valid_ratios=None,
+        )
+        maps = [
+            level.transpose(1, 2).unflatten(2, size)
+            for level, size in zip(memory.split([h * w for h, w in sizes], 1), sizes)
+        ]
+        larger = smallest_first[self.num_encoder_levels :]
+        for lateral, output, feat in zip(self.lateral_convs, self.output_convs, larger):
+            feat = lateral(feat)
+            above = F.interpolate(maps[-1], feat.shape[-2:], mode='bilinear', align_corners=False)
+            maps.append(output(feat + above))
+        return self.mask_feature(maps[-1]), maps[: self.num_outs]

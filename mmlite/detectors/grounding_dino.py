@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..layers import KeyAwareDeformableAttention, LiteEncoder
 from ..nn import StepTokens
 from ..nn.encoder import BeforeLayer
+from .bert import adapt_bert
 from .decoder import LiteDINODecoder
 from .lite import LiteDetectorMixin
 
@@ -162,7 +163,7 @@ class LiteGroundingDINO(LiteDetectorMixin, GroundingDINO):
     def _init_queries(self) -> None:
         self.query_embedding = nn.Embedding(self.num_queries, self.embed_dims)
         self._init_memory_trans()
-        self.language_model = MODELS.build(self.language_model_cfg)
+        self.language_model = adapt_bert(MODELS.build(self.language_model_cfg))
         self.text_feat_map = nn.Linear(
             self.language_model.language_backbone.body.language_dim, self.embed_dims
         )

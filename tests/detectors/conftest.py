@@ -37,6 +37,12 @@ SMALL = dict(
 )
 
 
+SWIN = dict(
+    backbone=dict(depths=[1, 1, 1, 1], with_cp=False, init_cfg=None),
+    neck=dict(in_channels=[192, 384, 768]),
+)
+
+
 @pytest.fixture
 def user_config(tmp_path):
     """Write and read a config file as a user would who inherits ``base``."""
@@ -57,7 +63,8 @@ def small_model(user_config):
 
     def build(base: str, **model) -> torch.nn.Module:
         config = user_config(f'mmdet::{base}', model=model)
-        config.merge_from_dict(dict(model=SMALL))
+        is_swin = config.model.backbone.type == 'SwinTransformer'
+        config.merge_from_dict(dict(model={**SMALL, **(SWIN if is_swin else {})}))
         config.merge_from_dict(dict(model=model))
         torch.manual_seed(0)
         model = MODELS.build(config.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 import time
 import warnings
@@ -18,6 +19,9 @@ from .shared import count_option, option, print_table, progress, write_json
 CONFIG = 'small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
 SHOWN_IMAGES = 6
 SHOWN_SCORE = 0.3
+SPINS = (
+    1000  # of an OpenMP thread that waits: microseconds, where libgomp's default is milliseconds
+)
 
 
 @click.command()
@@ -42,6 +46,7 @@ def demo(out: Path, epochs: int | None, train_images: int, val_images: int, seed
       mmlite demo
       mmlite demo --epochs 2 --out /tmp/demo
     """
+    _spin_briefly()
     require()
     from ..analysis.accuracy import METRICS
 
@@ -76,6 +81,16 @@ def demo(out: Path, epochs: int | None, train_images: int, val_images: int, seed
     )
     console.print(f'Ground truth and predictions: {picture}', soft_wrap=True)
     console.print(f'Checkpoint, config and results: {out}', soft_wrap=True)
+
+
+def _spin_briefly() -> None:
+    """Let threads without work sleep soon, which keeps training going beside busy processes.
+
+    libgomp reads the variable when torch is imported, which has to come after this. What the user
+    has chosen stays; docs/cluster.md has the measurement.
+    """
+    if 'OMP_WAIT_POLICY' not in os.environ:
+        os.environ.setdefault('GOMP_SPINCOUNT', str(SPINS))
 
 
 def _make_writable(out: Path) -> None:

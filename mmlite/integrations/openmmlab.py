@@ -26,7 +26,12 @@ _REGISTERED = {
         'mmlite.analysis.complexity',  # what mmdet's get_flops has to know about our operators
     ),
     'DATASETS': ('mmlite.datasets.coco',),
-    'HOOKS': ('mmlite.layers.stock', 'mmlite.checkpoints.hooks', 'mmlite.analysis.hooks'),
+    'HOOKS': (
+        'mmlite.layers.stock',
+        'mmlite.checkpoints.hooks',
+        'mmlite.checkpoints.saving',
+        'mmlite.analysis.hooks',
+    ),
 }
 
 # What a config asks mmlite for by name, and is refused where the stack does not fit.

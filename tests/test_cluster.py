@@ -1,0 +1,133 @@
+"""Training by several processes on CPUs, and the faults that it goes on from."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import Config
+
+from mmlite.checkpoints import load_checkpoint
+from mmlite.datasets import generate_shapes
+
+ROOT = Path(__file__).parents[1]
+SMALL = 'lite-dino-4scale_r18_h3l1-3p1x1_{}2xb4-14e_shapes.py'
+TRAIN = Path(mmdet.__path__[0]) / '.mim/tools/train.py'
+
+HOOKS = """
+import os
+import signal
+from pathlib import Path
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class SaveEachRank(Hook):
+    def after_train(self, runner):
+        torch.save(runner.model.module.state_dict(), f'{runner.work_dir}/rank{runner.rank}.pth')
+
+@HOOKS.register_module()
+class KilledOnce(Hook):
+    '''The second process dies in the middle of the second epoch, without a word.'''
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.rank != 1:
+            return
+        with Path(runner.work_dir, 'iterations').open('a') as file:
+            file.write(f'{runner.iter}\\n')
+        dead = Path(runner.work_dir, 'is_dead')
+        if runner.iter == 2 and not dead.exists():
+            dead.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A working directory with a tiny data set: two iterations an epoch for two processes."""
+    folder = tmp_path_factory.mktemp('cluster')
+    generate_shapes(folder / 'data/shapes', {'train': 8, 'val': 2})
+    (folder / 'faults.py').write_text(HOOKS)
+    return folder
+
+
+def train(folder: Path, name: str, *settings: str, kind: str = '', restarts: int = 0) -> str:
+    """Train a small config with torchrun, as docs/cluster.md says, and give what it printed."""
+    lines = (
+        f'_base_ = {str(ROOT / "configs/small" / SMALL.format(kind))!r}',
+        "custom_imports = dict(imports=['mmlite', 'mmlite.integrations.gloo', 'faults'])",
+        'train_dataloader = dict(batch_size=2)',
+        *settings,
+    )
+    (folder / f'{name}.py').write_text('\n'.join(lines))
+    command = [
+        *(sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'),
+        *(f'--max-restarts={restarts}', TRAIN, f'{name}.py', '--launcher', 'pytorch'),
+        *('--work-dir', name, '--resume'),
+    ]
+    path = os.pathsep.join([str(ROOT), str(folder), os.environ.get('PYTHONPATH', '')])
+    process = subprocess.run(
+        list(map(str, command)),
+        cwd=folder,
+        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, '\n'.join(
+        line for line in process.stdout.splitlines() if 'Error' in line or 'rank' in line
+    )
+    return process.stdout
+
+
+def test_two_processes_end_with_the_same_weights(folder):
+    train(
+        folder,
+        'ddp',
+        'train_cfg = dict(max_epochs=1)',
+        "custom_hooks = [dict(type='SaveEachRank')]",
+    )
+    first, second = (load_checkpoint(folder / 'ddp' / f'rank{rank}.pth') for rank in (0, 1))
+    # The running statistics of BatchNorm are each process's own; what is learned is shared.
+    learned = [name for name in first if 'running_' not in name]
+    assert len(learned) > 100
+    for name in learned:
+        assert torch.equal(first[name], second[name]), name
+    differ = [name for name in first if not torch.equal(first[name], second[name])]
+    assert differ  # they saw different images
+
+
+def test_goes_on_from_the_last_checkpoint_when_a_process_is_killed(folder):
+    printed = train(
+        folder,
+        'killed',
+        'train_cfg = dict(max_epochs=2, val_interval=3)',
+        "custom_hooks = [dict(type='KilledOnce')]",
+        restarts=1,
+    )
+    work_dir = folder / 'killed'
+    assert (work_dir / 'is_dead').exists()
+    assert 'resumed epoch: 1, iter: 2' in printed
+    # The second epoch began twice, the second time with the weights that the first had left.
+    assert (work_dir / 'iterations').read_text().split() == ['0', '1', '2', '2', '3']
+    content = load_checkpoint(work_dir / 'epoch_2.pth')
+    assert content['meta']['iter'] == 4
+    assert len(content['message_hub']['log_scalars']['train/loss'].data[0]) == 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for CPUs')
+def test_fsdp_saves_a_whole_model(folder):
+    on_cpu = "strategy = dict(model_wrapper=dict(device_id='cpu'))"
+    train(folder, 'fsdp', 'train_cfg = dict(max_epochs=1, val_interval=2)', on_cpu, kind='fsdp-')
+    content = load_checkpoint(folder / 'fsdp/epoch_1.pth')
+    assert content['meta']['iter'] == 2
+    config = Config.fromfile(folder / 'fsdp.py', import_custom_modules=False)
+    MODELS.build(config.model).load_state_dict(content['state_dict'])  # strict

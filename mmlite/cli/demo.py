@@ -19,9 +19,7 @@ from .shared import count_option, option, print_table, progress, write_json
 CONFIG = 'small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
 SHOWN_IMAGES = 6
 SHOWN_SCORE = 0.3
-SPINS = (
-    1000  # of an OpenMP thread that waits: microseconds, where libgomp's default is milliseconds
-)
+SPINS = '1000'  # of a waiting OpenMP thread: microseconds, by default milliseconds
 
 
 @click.command()
@@ -90,7 +88,7 @@ def _spin_briefly() -> None:
     has chosen stays; docs/cluster.md has the measurement.
     """
     if 'OMP_WAIT_POLICY' not in os.environ:
-        os.environ.setdefault('GOMP_SPINCOUNT', str(SPINS))
+        os.environ.setdefault('GOMP_SPINCOUNT', SPINS)
 
 
 def _make_writable(out: Path) -> None:

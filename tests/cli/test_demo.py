@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -41,6 +44,21 @@ def test_folder_that_cannot_be_written(tmp_path, place):
     assert result.exit_code != 0
     assert 'choose another folder with --out' in result.output or 'is a file' in result.output
     assert 'Traceback' not in result.output
+
+
+def test_chooses_how_threads_wait_before_torch_is_imported():
+    code = (
+        'import os, sys\n'
+        'from mmlite.cli.demo import _spin_briefly\n'
+        '_spin_briefly()\n'
+        'print(os.environ["GOMP_SPINCOUNT"], "torch" in sys.modules)'
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(('OMP_', 'GOMP_'))}
+    for chosen, spins in (({}, '1000'), ({'GOMP_SPINCOUNT': '7'}, '7')):
+        printed = subprocess.check_output(
+            [sys.executable, '-c', code], env={**environment, **chosen}, text=True
+        )
+        assert printed.split() == [spins, 'False']
 
 
 def test_help_shows_an_example():

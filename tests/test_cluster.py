@@ -89,12 +89,15 @@ def train(folder: Path, name: str, *settings: str, kind: str = '', restarts: int
 
 
 def test_two_processes_end_with_the_same_weights(folder):
-    train(
+    printed = train(
         folder,
         'ddp',
         'train_cfg = dict(max_epochs=1)',
+        'auto_scale_lr = dict(enable=True)',
+        'optim_wrapper = dict(accumulative_counts=2)',
         "custom_hooks = [dict(type='SaveEachRank')]",
     )
+    assert 'Scaling the original LR by 0.5.' in printed  # batches of 2 x 2 where 8 are meant
     first, second = (load_checkpoint(folder / 'ddp' / f'rank{rank}.pth') for rank in (0, 1))
     # The running statistics of BatchNorm are each process's own; what is learned is shared.
     learned = [name for name in first if 'running_' not in name]
@@ -111,7 +114,7 @@ def test_goes_on_from_the_last_checkpoint_when_a_process_is_killed(folder):
         'killed',
         'train_cfg = dict(max_epochs=2, val_interval=3)',
         "custom_hooks = [dict(type='KilledOnce')]",
-        restarts=1,
+        restarts=3,
     )
     work_dir = folder / 'killed'
     assert (work_dir / 'is_dead').exists()

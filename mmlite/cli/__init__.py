@@ -11,6 +11,7 @@ COMMANDS = {
     'demo': 'Train and evaluate a small Lite-DINO on shapes drawn for it.',
     'check': 'Read every image and annotation of a config, and see whether they fit its model.',
     'convert': "Convert the authors' checkpoints to MMDetection and back, or start from stock.",
+    'export': 'Write a detector for ONNX Runtime, OpenVINO or torch.export.',
     'env': 'Show versions, devices and which backend of the operators runs.',
     'benchmark': 'Measure operators, encoders or detectors against each other.',
     'visualize': 'Draw sampling points, detections, and attention over the levels.',

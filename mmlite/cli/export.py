@@ -1,0 +1,160 @@
+"""``mmlite export``: a detector for ONNX Runtime, OpenVINO or torch.export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from ..integrations import require
+
+# What float32 leaves of a box, in parts of the image, and of a score.
+TOLERANCE = 1e-4
+
+
+@click.command()
+@click.argument('config')
+@click.argument('checkpoint', required=False)
+@click.option(
+    '--format',
+    'format_',
+    type=click.Choice(['onnx', 'openvino', 'torch']),
+    default='onnx',
+    show_default=True,
+    help='For ONNX Runtime, for OpenVINO, or a .pt2 file of torch.export.',
+)
+@click.option(
+    '-o',
+    '--output',
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help='The folder to write.',
+)
+@click.option(
+    '--size',
+    nargs=2,
+    type=click.IntRange(1),
+    metavar='H W',
+    help='Fit images into a canvas of this size. By default they may have any.',
+)
+@click.option(
+    '--batch',
+    default='1',
+    show_default=True,
+    metavar='N|any',
+    help='Images at a time.',
+)
+@click.option(
+    '--portable',
+    is_flag=True,
+    help='Use no operators of mmlite: for runtimes that take none, and several times slower.',
+)
+@click.option(
+    '--opset', default=18, show_default=True, help="Version of ONNX's operators, 18 to 21."
+)
+@click.option(
+    '--images',
+    'image_paths',
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help='An image, or a folder of them, to compare with PyTorch on; can be repeated.',
+)
+def export(
+    config: str,
+    checkpoint: str | None,
+    format_: str,
+    output: Path,
+    size: tuple[int, int] | None,
+    batch: str,
+    portable: bool,
+    opset: int,
+    image_paths: tuple[Path, ...],
+) -> None:
+    """Export the detector of CONFIG with the weights of CHECKPOINT, from image to boxes.
+
+    CONFIG is a path, or the name of a packaged config such as mmdet::dino/x.py. Exported are
+    Deformable DETR, DINO and H-Deformable-DETR, stock and Lite. Written are the model,
+    detector.json, which describes it, and report.json: the largest difference from PyTorch and the
+    time of both. Without --images a drawn image is compared. mmlite.export.load(FOLDER) runs the
+    model without torch and MMDetection.
+
+    \b
+    Example:
+      mmlite export my_config.py work_dirs/my/epoch_12.pth -o exported --images data/val
+      mmlite export my_config.py epoch_12.pth --format openvino -o exported
+    """
+    require()
+    from ..analysis.models import build_detector, load_config
+    from ..export.write import REPORT, compare, export_detector
+
+    console = Console()
+    count = _batch(batch)
+    images = _images(image_paths)
+    cfg = load_config(config)
+    model = build_detector(cfg, checkpoint)
+    with console.status('Tracing and writing the model'):
+        detector = export_detector(
+            model, output, format_, cfg, size or None, count, portable, opset
+        )
+    with console.status('Comparing with PyTorch'):
+        report = compare(model, detector, images)
+    (output / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
+
+    times = report['latency_ms']
+    console.print(f'[bold]{escape(str(output))}[/bold]: {detector.description["model"]}')
+    console.print(
+        f'largest difference from PyTorch on {report["images"]} images: '
+        f'{report["boxes"]:.1e} of a side of the image, scores {report["scores"]:.1e}'
+    )
+    console.print(
+        f'one run of {report["batch"]} images: '
+        + ', '.join(f'{name} {time:.0f} ms' for name, time in times.items())
+        + f' on {report["threads"]} threads'
+    )
+    if max(report['boxes'], report['scores']) > TOLERANCE:
+        raise ValueError(
+            f'the exported model differs from PyTorch by more than {TOLERANCE}; '
+            f'see {output / REPORT}'
+        )
+
+
+def _batch(text: str) -> int | None:
+    if text == 'any':
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--batch must be a number of images or 'any'; got {text!r}")
+    return int(text)
+
+
+def _images(paths: tuple[Path, ...]) -> list:
+    """The images of files and folders, or a drawn one."""
+    import cv2
+
+    if not paths:
+        return [_drawn()]
+    kinds = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
+    images = []
+    for path in paths:
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds)
+        for file in files:
+            image = cv2.imread(str(file))
+            if image is None:
+                raise ValueError(f'{file} cannot be read as an image')
+            images.append(image)
+    if not images:
+        raise ValueError(f'there are no images in {", ".join(map(str, paths))}')
+    return images
+
+
+def _drawn():
+    """Soft random colours, (800, 1333, 3)."""
+    import cv2
+    import numpy as np
+
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+    return cv2.resize(coarse, (1333, 800), interpolation=cv2.INTER_CUBIC)

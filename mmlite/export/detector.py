@@ -1,0 +1,310 @@
+"""Exported detectors: loaded and run with NumPy, OpenCV and one inference runtime.
+
+Neither torch nor MMDetection is imported here, except that a ``torch`` export needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from .doors import library
+
+DESCRIPTION = 'detector.json'
+# Counts up whenever what the files of an export mean changes.
+FORMAT_VERSION = 1
+
+
+class Detections(NamedTuple):
+    """What was found in an image, best first.
+
+    Attributes:
+        boxes (np.ndarray): (x1, y1, x2, y2) in pixels of the image, float32, shape (n, 4).
+        scores (np.ndarray): float32, shape (n, ).
+        labels (np.ndarray): Indices into the classes, int64, shape (n, ).
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+
+
+class _Session(Protocol):
+    """A loaded model: inputs in their order to (boxes, scores, labels)."""
+
+    def __call__(self, *inputs: np.ndarray) -> Sequence[np.ndarray]: ...
+
+
+def load(
+    folder: str | os.PathLike, threads: int | None = None, precision: str = 'float32'
+) -> Detector:
+    """Load what ``mmlite export`` wrote.
+
+    Args:
+        folder (str | PathLike): The folder of the export.
+        threads (int, optional): Threads of the runtime; by default its own choice.
+        precision (str): ``'float32'``, or ``'bfloat16'`` (OpenVINO alone, and fast only on
+            processors that have it).
+
+    Returns:
+        Detector: Ready to detect.
+
+    Raises:
+        FileNotFoundError: The folder holds no export, or the operators' library was not built.
+        ImportError: The runtime is not installed.
+        ValueError: The export is of another version, or the runtime does not take it.
+    """
+    folder = Path(folder)
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'{folder} holds no exported detector ({DESCRIPTION} is missing); '
+            'write one with `mmlite export`'
+        )
+    description = json.loads(path.read_text(encoding='utf-8'))
+    if description.get('version') != FORMAT_VERSION:
+        raise ValueError(
+            f'{path} was written by another version of mmlite (format '
+            f'{description.get("version")}, this one reads {FORMAT_VERSION}); export again'
+        )
+    kind = description['format']
+    if precision not in ('float32', 'bfloat16') or (precision, kind) == ('bfloat16', 'onnx'):
+        raise ValueError(
+            f"precision {precision!r} cannot be had from {kind}: 'float32' can, and 'bfloat16' "
+            'from openvino'
+        )
+    model = folder / description['model']
+    opened = _OPEN[kind](model, bool(description['portable']), threads, precision)
+    return Detector(opened, description)
+
+
+class Detector:
+    """A detector that :func:`load` returned.
+
+    Attributes:
+        description (dict): What ``detector.json`` says.
+        classes (list[str]): Names of the labels.
+        session: Runs the model itself: takes float32 images (bs, 3, h, w), in the channel order
+            of OpenCV and with values 0 to 255, and where the model takes padded images their
+            sizes (h, w), int64 (bs, 2); returns boxes in pixels of these images, scores, labels.
+    """
+
+    def __init__(self, session: _Session, description: dict[str, Any]) -> None:
+        self.session = session
+        self.description = description
+        self.classes: list[str] = description['classes']
+
+    def detect(self, image: np.ndarray, score_threshold: float = 0.0) -> Detections:
+        """Find objects in an image.
+
+        Args:
+            image (np.ndarray): As ``cv2.imread`` gives it: BGR, uint8, shape (h, w, 3).
+            score_threshold (float): Leave out what scores less.
+
+        Returns:
+            Detections: In pixels of ``image``.
+
+        Raises:
+            ValueError: This is no image, or one too small for the model.
+        """
+        return self.detect_batch([image], score_threshold)[0]
+
+    def detect_batch(
+        self, images: Sequence[np.ndarray], score_threshold: float = 0.0
+    ) -> list[Detections]:
+        """Find objects in several images, in one run where the model takes several.
+
+        Args:
+            images (Sequence[np.ndarray]): See :meth:`detect`; they may differ in size.
+            score_threshold (float): Leave out what scores less.
+
+        Returns:
+            list[Detections]: One an image, in pixels of the image.
+
+        Raises:
+            ValueError: Something is no image, or too small for the model.
+        """
+        most = self.description['input']['batch']
+        found: list[Detections] = []
+        step = most or len(images)
+        for start in range(0, len(images), max(step, 1)):
+            found += self._run(images[start : start + step], most, score_threshold)
+        return found
+
+    def _run(
+        self, images: Sequence[np.ndarray], batch: int | None, score_threshold: float
+    ) -> list[Detections]:
+        inputs = self.description['input']
+        resized = [self.preprocess(image) for image in images]
+        sizes = [image.shape[1:] for image in resized]
+        height = inputs['height'] or max(h for h, _ in sizes)
+        width = inputs['width'] or max(w for _, w in sizes)
+        # A model of a fixed batch gets its missing images as copies of the first size, black.
+        count = batch or len(resized)
+        canvas = np.zeros((count, 3, height, width), np.float32)
+        for number, image in enumerate(resized):
+            canvas[number, :, : image.shape[1], : image.shape[2]] = image
+        arguments = [canvas]
+        if inputs['padded']:
+            padding = [sizes[0]] * (count - len(sizes))
+            arguments.append(np.array([*sizes, *padding], np.int64))
+        boxes, scores, labels = self.session(*arguments)
+        found = []
+        for number, (image, (h, w)) in enumerate(zip(images, sizes)):
+            scale = np.array([w / image.shape[1], h / image.shape[0]] * 2, np.float32)
+            keep = scores[number] >= score_threshold
+            found.append(
+                Detections(boxes[number][keep] / scale, scores[number][keep], labels[number][keep])
+            )
+        return found
+
+    def preprocess(self, image: np.ndarray) -> np.ndarray:
+        """Resize an image as in the test pipeline of the config.
+
+        Args:
+            image (np.ndarray): See :meth:`detect`.
+
+        Returns:
+            np.ndarray: What the model takes, float32, shape (3, h, w).
+
+        Raises:
+            ValueError: This is no image.
+        """
+        import cv2
+
+        if (
+            not isinstance(image, np.ndarray)
+            or image.ndim != 3
+            or image.shape[2] != 3
+            or image.dtype != np.uint8
+            or 0 in image.shape
+        ):
+            got = getattr(image, 'shape', type(image).__name__)
+            raise ValueError(
+                'an image must be BGR, uint8, of shape (h, w, 3), as cv2.imread gives it '
+                f'(None where it cannot read the file); got {got}'
+            )
+        size = resized_size(image.shape[:2], self.description['preprocessing']['resize'])
+        if size != image.shape[:2]:
+            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+        return np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)
+
+
+def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[int, int]:
+    """The size (h, w) that an image of ``size`` is resized to.
+
+    Args:
+        size (tuple[int, int]): (h, w).
+        resize (dict, optional): ``scale`` and ``keep_ratio`` of MMDetection's ``Resize``, or the
+            ``canvas`` (h, w) that the image has to fit into.
+
+    Returns:
+        tuple[int, int]: (h, w).
+    """
+    if resize is None:
+        return size
+    height, width = size
+    if 'canvas' in resize:
+        factor = min(resize['canvas'][0] / height, resize['canvas'][1] / width)
+    elif resize['keep_ratio']:
+        long_side, short_side = max(resize['scale']), min(resize['scale'])
+        factor = min(long_side / max(size), short_side / min(size))
+    else:
+        return resize['scale'][1], resize['scale'][0]
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+
+
+# ---------------------------------------------------------------- runtimes
+
+
+def _missing(runtime: str, error: ImportError) -> ImportError:
+    return ImportError(f'{runtime} cannot be imported ({error}); install it: pip install {runtime}')
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split())
+
+
+def _open_onnx(model: Path, portable: bool, threads: int | None, precision: str) -> _Session:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise _missing('onnxruntime', error) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # warnings tell of the exporter's unused constants
+    if threads:
+        options.intra_op_num_threads = threads
+    try:
+        if not portable:
+            options.register_custom_ops_library(str(library('onnxruntime')))
+        session = onnxruntime.InferenceSession(
+            str(model), options, providers=['CPUExecutionProvider']
+        )
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # the runtime's errors are of no common class
+        raise ValueError(
+            f'ONNX Runtime {onnxruntime.__version__} does not take {model}: {_one_line(error)}'
+        ) from error
+    names = [argument.name for argument in session.get_inputs()]
+    return lambda *inputs: session.run(None, dict(zip(names, inputs)))
+
+
+def _open_openvino(model: Path, portable: bool, threads: int | None, precision: str) -> _Session:
+    try:
+        import openvino
+    except ImportError as error:
+        raise _missing('openvino', error) from error
+    core = openvino.Core()
+    hints = {
+        'PERFORMANCE_HINT': 'LATENCY',
+        # Its own choice would be bfloat16 wherever the processor is fast at it.
+        'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[precision],
+    }
+    if threads:
+        hints['INFERENCE_NUM_THREADS'] = str(threads)
+    try:
+        if not portable:
+            core.add_extension(str(library('openvino')))
+        compiled = core.compile_model(str(model), 'CPU', hints)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f'OpenVINO {openvino.__version__} does not take {model} (the library of operators is '
+            f'built for one version of it): {_one_line(error)}'
+        ) from error
+    request = compiled.create_infer_request()
+
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        request.infer(list(inputs), share_inputs=True)
+        return [np.array(request.get_output_tensor(index).data) for index in range(3)]
+
+    return run
+
+
+def _open_torch(model: Path, portable: bool, threads: int | None, precision: str) -> _Session:
+    try:
+        import torch
+    except ImportError as error:
+        raise _missing('torch', error) from error
+    if not portable:
+        from .. import ops  # noqa: F401  (the operators register on import)
+    program = torch.export.load(model).module()
+    if threads:
+        torch.set_num_threads(threads)
+
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            outputs = program(*(torch.from_numpy(array) for array in inputs))
+        return [output.numpy() for output in outputs]
+
+    return run
+
+
+_OPEN = {'onnx': _open_onnx, 'openvino': _open_openvino, 'torch': _open_torch}

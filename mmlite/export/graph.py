@@ -1,0 +1,406 @@
+"""A detector of MMDetection as one plain function of its images: what is traced and exported.
+
+MMDetection's own forward reads level sizes out of tensors and goes through Python lists of data
+samples. Here the same modules are called with sizes that are ints all the way (symbolic ones while
+a graph is traced), padding is described by one tensor of image sizes, and nothing is computed that
+the predictions do not need: boxes of the first stage only for the chosen tokens, classes and boxes
+of the last decoder layer alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from mmdet.models.detectors import DINO, DeformableDETR
+from mmdet.models.layers import DeformableDetrTransformerEncoder, inverse_sigmoid
+from torch import Tensor, nn
+
+from ..detectors.h_deformable_detr import HDeformableDETR
+from ..layers import LiteEncoder
+from ..nn.geometry import LevelSizes, encoder_reference_points
+
+_FAMILIES = 'Deformable DETR, DINO and H-Deformable-DETR, stock and Lite'
+# Methods in which a subclass would hide what the functions here do in their place.
+_REPLACED = ('pre_transformer', 'forward_encoder', 'pre_decoder', 'forward_decoder')
+
+
+class Pyramid(NamedTuple):
+    """Flattened feature maps.
+
+    Attributes:
+        tokens (Tensor): shape (bs, num_tokens, embed_dims).
+        pos (Tensor): Their positional embedding, shape (bs or 1, num_tokens, embed_dims).
+        level_sizes (Sequence[tuple[int, int]]): (h, w) of every level.
+        mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
+        valid (Tensor, optional): Valid rows and columns of every level, shape
+            (bs, num_levels, 2), (h, w).
+    """
+
+    tokens: Tensor
+    pos: Tensor
+    level_sizes: LevelSizes
+    mask: Tensor | None
+    valid: Tensor | None
+
+    @property
+    def valid_ratios(self) -> Tensor | None:
+        """Valid part (w, h) of every level, shape (bs, num_levels, 2)."""
+        if self.valid is None:
+            return None
+        sizes = self.valid.new_tensor(1.0).expand(1)  # its device and dtype
+        sides = [sizes * side for size in self.level_sizes for side in size]
+        return (self.valid / torch.cat(sides).unflatten(0, (-1, 2))).flip(-1)
+
+
+class DetectorGraph(nn.Module):
+    """From images to boxes, scores and labels.
+
+    Args:
+        model (nn.Module): A detector of MMDetection or mmlite, in eval mode. Its modules are
+            shared, not copied.
+        normalize (bool): Take pixel values 0 to 255 in the order of the image file (OpenCV's
+            BGR), and do what the data preprocessor does. Otherwise images come preprocessed.
+
+    Raises:
+        ValueError: The detector is none of those that can be exported; the message says which can.
+    """
+
+    def __init__(self, model: nn.Module, normalize: bool = True) -> None:
+        super().__init__()
+        check_detector(model)
+        self.model = model
+        self.normalize = normalize
+        self.num_classes = model.bbox_head.cls_out_channels
+        self.num_predictions = num_predictions(model)
+
+    def forward(
+        self, images: Tensor, image_sizes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Detect objects.
+
+        Args:
+            images (Tensor): float32, shape (bs, 3, h, w), images at the top left of the padding.
+            image_sizes (Tensor, optional): (h, w) of each image without its padding, int64, shape
+                (bs, 2). None where there is no padding.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor]: Boxes (x1, y1, x2, y2) in pixels of ``images``, shape
+            (bs, num_predictions, 4); scores, best first, and labels, int64, both
+            (bs, num_predictions).
+        """
+        height, width = images.shape[-2:]
+        valid = None
+        if image_sizes is not None:
+            valid = (
+                valid_sides(image_sizes[:, 0], height, height),
+                valid_sides(image_sizes[:, 1], width, width),
+            )
+        if self.normalize:
+            images = preprocess(self.model.data_preprocessor, images, valid)
+        pyramid = self.pyramid(images, image_sizes)
+        memory = encode(self.model, pyramid)
+        query, query_pos, reference = select_queries(self.model, memory, pyramid)
+        hidden, reference = decode(self.model, query, query_pos, reference, memory, pyramid)
+        return self.predict(hidden, reference, height, width, image_sizes)
+
+    def pyramid(self, images: Tensor, image_sizes: Tensor | None) -> Pyramid:
+        """Backbone and neck; see :class:`Pyramid`."""
+        model = self.model
+        maps = model.extract_feat(images)
+        level_sizes = [(feat.shape[-2], feat.shape[-1]) for feat in maps]
+        height, width = images.shape[-2:]
+        positions, masks, valid = [], [], []
+        for level, (h, w) in enumerate(level_sizes):
+            rows = columns = None
+            if image_sizes is not None:
+                rows = valid_sides(image_sizes[:, 0], height, h)
+                columns = valid_sides(image_sizes[:, 1], width, w)
+                valid.append(torch.stack([rows.sum(1), columns.sum(1)], -1))
+                masks.append(~(rows.unsqueeze(2) & columns.unsqueeze(1)).flatten(1))
+            pos = sine_encoding(model.positional_encoding, h, w, rows, columns, images)
+            positions.append(pos.flatten(1, 2) + model.level_embed[level])
+        return Pyramid(
+            torch.cat([feat.flatten(2).transpose(1, 2) for feat in maps], 1),
+            torch.cat(positions, 1),
+            level_sizes,
+            torch.cat(masks, 1) if masks else None,
+            torch.stack(valid, 1).float() if valid else None,
+        )
+
+    def predict(
+        self,
+        hidden: Tensor,
+        reference: Tensor,
+        height: int,
+        width: int,
+        image_sizes: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The head's last layer, and the best of its predictions."""
+        head = self.model.bbox_head
+        last = self.model.decoder.num_layers - 1
+        scores = head.cls_branches[last](hidden).sigmoid().flatten(1)
+        scores, index = scores.topk(self.num_predictions, 1)
+        labels = index % self.num_classes
+        chosen = (index // self.num_classes).unsqueeze(-1)
+        # A query may be chosen for several classes; so all boxes, which are few, are computed.
+        boxes = refine(head.reg_branches[last](hidden), inverse_sigmoid(reference))
+        boxes = boxes.gather(1, chosen.expand(-1, -1, 4))
+        centre, size = boxes.split(2, -1)
+        boxes = torch.cat([centre - 0.5 * size, centre + 0.5 * size], -1).clamp(0, 1)
+        if image_sizes is None:
+            full = [boxes.new_full((1,), 1.0 * side) for side in (width, height)]
+            return boxes * torch.cat(full * 2), scores, labels
+        sizes = image_sizes.to(boxes.dtype).flip(-1)
+        return boxes * torch.cat([sizes, sizes], -1).unsqueeze(1), scores, labels
+
+
+def num_predictions(model: nn.Module) -> int:
+    """How many boxes a detector gives an image."""
+    most = model.num_queries * model.bbox_head.cls_out_channels
+    return min((model.bbox_head.test_cfg or {}).get('max_per_img', most), most)
+
+
+def check_detector(model: nn.Module) -> None:
+    """Refuse what :class:`DetectorGraph` would compute wrongly.
+
+    Args:
+        model (nn.Module): Any module.
+
+    Raises:
+        ValueError: It is not a detector of a known family, or scores with a softmax.
+    """
+    name = type(model).__name__
+    if not isinstance(model, DeformableDETR):
+        raise ValueError(f'{name} cannot be exported: that works for {_FAMILIES}')
+    known = (DINO, HDeformableDETR, DeformableDETR)
+    for method in _REPLACED:
+        owner = next(cls for cls in type(model).__mro__ if method in vars(cls))
+        if owner not in known and not owner.__module__.startswith('mmlite.'):
+            raise ValueError(
+                f'{name} has a {method} of its own and cannot be exported: that works for '
+                f'{_FAMILIES}'
+            )
+    if not isinstance(model.encoder, (LiteEncoder, DeformableDetrTransformerEncoder)):
+        raise ValueError(
+            f'the encoder of {name}, {type(model.encoder).__name__}, cannot be exported: that '
+            f'works for {_FAMILIES}'
+        )
+    if not model.bbox_head.loss_cls.use_sigmoid:
+        raise ValueError(f'{name} scores with a softmax; only sigmoid scores can be exported')
+
+
+def preprocess(
+    preprocessor: nn.Module, images: Tensor, valid: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Channel order, mean and deviation; padding becomes zero, as in MMDetection's batches."""
+    if getattr(preprocessor, '_channel_conversion', False):
+        images = images.flip(1)
+    if getattr(preprocessor, '_enable_normalize', False):
+        images = (images - preprocessor.mean) / preprocessor.std
+    if valid is not None:
+        rows, columns = valid
+        inside = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
+        images = images.masked_fill(~inside, float(preprocessor.pad_value))
+    return images
+
+
+def valid_sides(image_side: Tensor, padded_side: int, side: int) -> Tensor:
+    """Which rows (or columns) of a map lie in each image.
+
+    Args:
+        image_side (Tensor): Rows of each image, int64, shape (bs, ).
+        padded_side (int): Rows of the padded batch.
+        side (int): Rows of the map.
+
+    Returns:
+        Tensor: bool, shape (bs, side). A row of the map is the row of the image that
+        nearest-neighbour interpolation takes.
+    """
+    rows = torch.arange(side, device=image_side.device)
+    if side is not padded_side:
+        rows = (rows * padded_side).div(side, rounding_mode='floor')
+    return rows.unsqueeze(0) < image_side.unsqueeze(1)
+
+
+def sine_encoding(
+    encoding: nn.Module,
+    height: int,
+    width: int,
+    rows: Tensor | None,
+    columns: Tensor | None,
+    like: Tensor,
+) -> Tensor:
+    """MMDetection's ``SinePositionalEncoding`` of a map, rows and columns apart.
+
+    On padding, which is never looked at, its values are others.
+
+    Returns:
+        Tensor: shape (bs or 1, height, width, 2 * num_feats).
+    """
+
+    def one_axis(side: int, valid: Tensor | None) -> Tensor:
+        number = torch.arange(1, side + 1, dtype=torch.float32, device=like.device).unsqueeze(0)
+        last: Tensor | float = 1.0 * side
+        if valid is not None:
+            last = valid.sum(1, keepdim=True).float()
+            number = torch.minimum(number, last)
+        if encoding.normalize:
+            number = (number + encoding.offset) / (last + encoding.eps) * encoding.scale
+        return sine_features(number, encoding.num_feats, encoding.temperature)
+
+    y = one_axis(height, rows).unsqueeze(2).expand(-1, -1, width, -1)
+    x = one_axis(width, columns).unsqueeze(1).expand(-1, height, -1, -1)
+    return torch.cat([y, x], -1)
+
+
+def sine_features(numbers: Tensor, num_feats: int, temperature: float = 10000) -> Tensor:
+    """Sines and cosines in turn, (...) -> (..., num_feats)."""
+    exponents = torch.arange(num_feats // 2, dtype=torch.float32, device=numbers.device)
+    angles = numbers.unsqueeze(-1) / temperature ** (2 * exponents / num_feats)
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
+
+
+def encode(model: nn.Module, pyramid: Pyramid) -> Tensor:
+    """The encoder, Lite or stock: the memory, shape (bs, num_tokens, embed_dims)."""
+    encoder = model.encoder
+    tokens, pos, level_sizes, mask, _ = pyramid
+    valid_ratios = pyramid.valid_ratios
+    pos = pos.expand(tokens.shape[0], -1, -1)
+    if isinstance(encoder, LiteEncoder):
+        return super(LiteEncoder, encoder).forward(
+            tokens, pos, level_sizes, padding_mask=mask, valid_ratios=valid_ratios
+        )
+    points = encoder_reference_points(level_sizes, valid_ratios, device=tokens.device)
+    for layer in encoder.layers:
+        tokens = layer(
+            tokens,
+            query_pos=pos,
+            key_padding_mask=mask,
+            reference_points=points,
+            spatial_shapes=level_sizes,
+        )
+    return tokens
+
+
+def select_queries(
+    model: nn.Module, memory: Tensor, pyramid: Pyramid
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """What the decoder starts with.
+
+    Returns:
+        tuple[Tensor, Tensor | None, Tensor]: Queries and their positional embedding (None where
+        the decoder makes it), shape (bs, num_queries, embed_dims), and reference points,
+        normalised, shape (bs, num_queries, 2 or 4).
+    """
+    batch, channels = memory.shape[0], memory.shape[2]
+    if not model.as_two_stage:
+        query_pos, query = model.query_embedding.weight.expand(batch, -1, -1).split(channels, -1)
+        return query, query_pos, model.reference_points_fc(query_pos).sigmoid()
+
+    head = model.bbox_head
+    proposals, usable = token_proposals(pyramid, memory)
+    features = memory.masked_fill(~usable, 0.0)
+    features = model.memory_trans_norm(model.memory_trans_fc(features))
+    logits = head.cls_branches[model.decoder.num_layers](features)
+    # DINO ranks tokens by their best class, the others by the first one alone.
+    ranked_by = logits.amax(-1) if isinstance(model, DINO) else logits.select(-1, 0)
+    chosen = ranked_by.topk(model.num_queries, 1).indices.unsqueeze(-1)
+    # The box branch sees the chosen tokens alone.
+    features = features.gather(1, chosen.expand(-1, -1, channels))
+    proposals = proposals.expand(batch, -1, -1).gather(1, chosen.expand(-1, -1, 4))
+    boxes = head.reg_branches[model.decoder.num_layers](features) + proposals
+    reference = boxes.sigmoid()
+    if isinstance(model, DINO):
+        return model.query_embedding.weight.expand(batch, -1, -1), None, reference
+    if isinstance(model, HDeformableDETR):
+        position = sine_features(reference * (2 * math.pi), channels // 2).flatten(2)
+        position = model.pos_trans_norm(model.pos_trans_fc(position))
+        query = model.query_embedding.weight.narrow(0, 0, model.num_queries)
+        return query.expand(batch, -1, -1), position.narrow(-1, 0, channels), reference
+    position = sine_features(reference * (2 * math.pi), 128).flatten(2)
+    position = model.pos_trans_norm(model.pos_trans_fc(position))
+    query_pos, query = position.split(channels, -1)
+    return query, query_pos, reference
+
+
+def token_proposals(pyramid: Pyramid, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The box that every token proposes (Deformable DETR, appendix A.4).
+
+    Returns:
+        tuple[Tensor, Tensor]: Logits of (cx, cy, w, h), infinite where the token is of no use,
+        shape (bs or 1, num_tokens, 4), and whether it is of use, shape (bs or 1, num_tokens, 1).
+    """
+    proposals = []
+    for level, (height, width) in enumerate(pyramid.level_sizes):
+        y = torch.arange(height, dtype=torch.float32, device=memory.device) + 0.5
+        x = torch.arange(width, dtype=torch.float32, device=memory.device) + 0.5
+        if pyramid.valid is None:
+            y, x = (y / height).unsqueeze(0), (x / width).unsqueeze(0)
+        else:
+            sides = pyramid.valid.select(1, level)
+            y, x = y / sides.narrow(1, 0, 1), x / sides.narrow(1, 1, 1)
+        y = y.unsqueeze(2).expand(-1, -1, width)
+        x = x.unsqueeze(1).expand(-1, height, -1)
+        side = torch.full_like(x, 0.05 * 2.0**level)
+        proposals.append(torch.stack([x, y, side, side], -1).flatten(1, 2))
+    boxes = torch.cat(proposals, 1)
+    usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
+    if pyramid.mask is not None:
+        usable = usable & ~pyramid.mask.unsqueeze(-1)
+    logits = torch.log(boxes / (1 - boxes))
+    return logits.masked_fill(~usable, math.inf), usable
+
+
+def decode(
+    model: nn.Module,
+    query: Tensor,
+    query_pos: Tensor | None,
+    reference: Tensor,
+    memory: Tensor,
+    pyramid: Pyramid,
+) -> tuple[Tensor, Tensor]:
+    """The decoder.
+
+    Returns:
+        tuple[Tensor, Tensor]: Hidden states of the last layer, (bs, num_queries, embed_dims), and
+        the reference points that its boxes refine, (bs, num_queries, 2 or 4).
+    """
+    decoder = model.decoder
+    is_dino = isinstance(model, DINO)
+    ratios = pyramid.valid_ratios
+    num_levels = len(pyramid.level_sizes)
+    for index, layer in enumerate(decoder.layers):
+        points = reference.unsqueeze(2)
+        if ratios is not None:
+            points = points * torch.cat([ratios] * (points.shape[-1] // 2), -1).unsqueeze(1)
+        if is_dino:
+            # MMDetection's order: y, x, w, h.
+            x, y, *size = (points.select(2, 0) * (2 * math.pi)).split(1, -1)
+            if size:
+                size = list(size)
+            features = sine_features(torch.cat([y, x, *size], -1), 128).flatten(2)
+            query_pos = decoder.ref_point_head(features)
+        query = layer(
+            query,
+            query_pos=query_pos,
+            value=memory,
+            key_padding_mask=pyramid.mask,
+            self_attn_mask=None,
+            reference_points=points.expand(-1, -1, num_levels, -1),
+            spatial_shapes=pyramid.level_sizes,
+        )
+        if model.with_box_refine and index < len(decoder.layers) - 1:
+            offset = model.bbox_head.reg_branches[index](query)
+            eps = 1e-3 if is_dino else 1e-5
+            reference = refine(offset, inverse_sigmoid(reference, eps=eps))
+    return (decoder.norm(query) if is_dino else query), reference
+
+
+def refine(offset: Tensor, logits: Tensor) -> Tensor:
+    """Offsets (cx, cy, w, h) added to the logits of a box or of a point: boxes in [0, 1]."""
+    if logits.shape[-1] == 2:
+        centre, size = offset.split(2, -1)
+        return torch.cat([centre + logits, size], -1).sigmoid()
+    return (offset + logits).sigmoid()

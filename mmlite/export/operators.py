@@ -1,0 +1,82 @@
+"""Our operators as ONNX nodes: domain ``mmlite``, version 1.
+
+    KeyAwareDeformAttn(query, value, spatial_shapes, sampling_locations, [key]) -> output
+    MSDeformAttn(value, spatial_shapes, sampling_locations, attention_weights) -> output
+
+Layouts are those of :mod:`mmlite.ops`; ``spatial_shapes`` is an int64 input, h0, w0, h1, w1, ...,
+so that sizes may be dynamic. Without ``key`` the value serves as its own key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+DOMAIN, VERSION = 'mmlite', 1
+_INPUTS = {
+    'KeyAwareDeformAttn': ('query', 'value', 'spatial_shapes', 'sampling_locations', 'key'),
+    'MSDeformAttn': ('value', 'spatial_shapes', 'sampling_locations', 'attention_weights'),
+}
+
+
+@cache
+def _define() -> None:
+    """Tell ``onnx`` of the operators, so that it can build and check models with them."""
+    from onnx.defs import OpSchema, register_schema
+
+    for name, inputs in _INPUTS.items():
+        parameters = [
+            OpSchema.FormalParameter(
+                argument,
+                'tensor(int64)' if argument == 'spatial_shapes' else 'T',
+                param_option=(
+                    OpSchema.FormalParameterOption.Optional
+                    if argument == 'key'
+                    else OpSchema.FormalParameterOption.Single
+                ),
+            )
+            for argument in inputs
+        ]
+        register_schema(
+            OpSchema(
+                name,
+                DOMAIN,
+                VERSION,
+                inputs=parameters,
+                outputs=[OpSchema.FormalParameter('output', 'T')],
+                type_constraints=[
+                    ('T', ['tensor(float)', 'tensor(float16)', 'tensor(bfloat16)'], 'Floats.')
+                ],
+            )
+        )
+
+
+def translation_table() -> dict[Callable, Callable]:
+    """How ``torch.onnx.export`` writes our operators: its ``custom_translation_table``."""
+    from typing import Optional
+
+    from onnxscript import FLOAT, INT64
+    from onnxscript.values import Opset
+
+    _define()
+    nodes = Opset(DOMAIN, VERSION)
+
+    def key_aware_deform_attn(query, key, value, spatial_shapes, sampling_locations):
+        inputs = [query, value, spatial_shapes, sampling_locations]
+        return nodes.KeyAwareDeformAttn(*inputs, *([] if key is None else [key]))
+
+    def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
+        return nodes.MSDeformAttn(value, spatial_shapes, sampling_locations, attention_weights)
+
+    # The exporter reads types from annotations that hold objects: an int64 tensor has it join the
+    # level sizes, symbols and numbers, to one.
+    tensors = {name: FLOAT for inputs in _INPUTS.values() for name in inputs}
+    tensors |= {'spatial_shapes': INT64, 'key': Optional[FLOAT]}
+    table = {}
+    for function in (key_aware_deform_attn, ms_deform_attn):
+        arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+        function.__annotations__ = {name: tensors[name] for name in arguments}
+        table[getattr(torch.ops.mmlite, function.__name__).default] = function
+    return table

@@ -1,0 +1,174 @@
+"""A detector traced by torch.export, and written as ONNX."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import ops
+from ..layers import LiteEncoder, fuse_attention
+from .graph import DetectorGraph
+from .operators import translation_table
+
+OUTPUTS = ('boxes', 'scores', 'labels')
+_OPSETS = range(18, 22)
+# Sizes that a graph of free sizes is traced with: no level of the pyramid is one pixel wide, which
+# would make its size a constant.
+_EXAMPLE_SIZE = (256, 320)
+
+
+@contextmanager
+def exportable(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with its attention on our operators, as it was again behind the ``with`` block."""
+    classes = {module: type(module) for module in model.modules()}
+    training = model.training
+    encoder = model.encoder
+    low_levels = getattr(encoder, 'low_levels', None)
+    model.eval()
+    fuse_attention(model)
+    if isinstance(encoder, LiteEncoder) and low_levels is None:
+        # Comparing the maps' sizes would bind a graph to them; the neck gives the largest first.
+        encoder.low_levels = tuple(range(encoder.schedule.num_low_levels))
+    try:
+        yield model
+    finally:
+        if isinstance(encoder, LiteEncoder):
+            encoder.low_levels = low_levels
+        for module, cls in classes.items():
+            module.__class__ = cls
+        model.train(training)
+
+
+def trace(
+    model: nn.Module,
+    size: tuple[int, int] | None = None,
+    batch: int | None = 1,
+    padded: bool = False,
+    portable: bool = False,
+) -> torch.export.ExportedProgram:
+    """Trace a detector from images to boxes, scores and labels; see :class:`DetectorGraph`.
+
+    Args:
+        model (nn.Module): The detector.
+        size (tuple[int, int], optional): (h, w) of the images; None for any.
+        batch (int, optional): Images at a time; None for any number.
+        padded (bool): Give the graph a second input, the sizes of the images without padding.
+        portable (bool): Use torch's own operators alone, instead of ours.
+
+    Returns:
+        ExportedProgram: Its inputs are those of :class:`DetectorGraph`.
+
+    Raises:
+        ValueError: The detector cannot be exported, or not with images of any size.
+    """
+    height, width = size or _EXAMPLE_SIZE
+    count = batch or 2
+    arguments = [torch.zeros(count, 3, height, width)]
+    any_size = {} if size else dict.fromkeys((2, 3), torch.export.Dim.AUTO)
+    any_batch = {} if batch else {0: torch.export.Dim.AUTO}
+    dynamic = [{**any_batch, **any_size}]
+    if padded:
+        arguments.append(torch.tensor([[height, width]] * count))
+        dynamic.append(any_batch)
+    with (
+        exportable(model),
+        ops.use_backend('reference' if portable else 'cpu'),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter('ignore')
+        graph = DetectorGraph(model).eval()
+        try:
+            program = torch.export.export(
+                graph, tuple(arguments), dynamic_shapes=tuple(dynamic), strict=False
+            )
+        except ValueError:
+            raise
+        except Exception as error:  # what cannot be traced fails in any way
+            reason = str(error).strip().partition('\n')[0]
+            hint = '' if size else '; a fixed size may work'
+            raise ValueError(f'{type(model).__name__} cannot be traced: {reason}{hint}') from error
+    wanted = [(index, axis) for index, axes in enumerate(dynamic) for axis in axes]
+    inputs = [node.meta['val'] for node in program.graph.nodes if node.op == 'placeholder']
+    inputs = inputs[-len(arguments) :]
+    if any(isinstance(inputs[index].shape[axis], int) for index, axis in wanted):
+        raise ValueError(
+            f'{type(model).__name__} cannot be exported for images of any size or number; '
+            'give a fixed size and batch'
+        )
+    return program
+
+
+def check_opset(opset: int) -> None:
+    """Refuse a version of ONNX's operators that the exporter has not.
+
+    Raises:
+        ValueError: There is no such opset.
+    """
+    if opset not in _OPSETS:
+        raise ValueError(
+            f'opset {opset} is not supported; choose {_OPSETS.start} to {_OPSETS.stop - 1}'
+        )
+
+
+def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) -> None:
+    """Write a traced detector as ONNX.
+
+    Args:
+        program (ExportedProgram): What :func:`trace` returned.
+        path (Path): The file.
+        opset (int): Version of ONNX's operators.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing.
+        ValueError: There is no such opset, or the exporter failed.
+    """
+    check_opset(opset)
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"exporting needs {error.name}; install it: pip install 'mmlite-detr[deploy]'"
+        ) from error
+    inputs = ['images', 'image_sizes'][: len(program.graph_signature.user_inputs)]
+    with _quiet():
+        try:
+            written = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=opset,
+                custom_translation_table=translation_table(),
+                input_names=inputs,
+                output_names=list(OUTPUTS),
+            )
+        except Exception as error:
+            reason = str(error).strip().rpartition('\n')[2]
+            raise ValueError(f'the model cannot be written as ONNX: {reason}') from error
+    for value in written.model.graph.inputs:
+        names = ('batch', 'channels', 'height', 'width') if value.name == 'images' else ('batch',)
+        for axis, name in enumerate(names):
+            if not isinstance(value.shape[axis], int):
+                value.shape[axis] = name
+    written.save(str(path))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter prints its progress and warns of what a detector does not use."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,94 @@
+"""The whole detector as one function: MMDetection's numbers, with padding and without."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmlite.export.graph import DetectorGraph
+from mmlite.export.program import exportable
+from mmlite.export.write import Detections, difference, predict
+
+NAMES = [
+    'DINO',
+    'DeformableDETR',
+    'DeformableDETR refining',
+    'DeformableDETR two-stage',
+    'HDeformableDETR',
+    'LiteDINO',
+    'LiteDINO with a key of its own',
+    'LiteDINO with the same locations',
+    'LiteDINO with a key-aware decoder',
+    'LiteDeformableDETR',
+]
+
+
+def batch_of(images: list[np.ndarray]) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Images at the top left of a canvas full of rubbish, and their sizes."""
+    sizes = [image.shape[:2] for image in images]
+    height, width = np.max(sizes, axis=0)
+    canvas = np.full((len(images), 3, height, width), 300.0, np.float32)
+    for number, (h, w) in enumerate(sizes):
+        canvas[number, :, :h, :w] = images[number].transpose(2, 0, 1)
+    return canvas, sizes
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('padded', [False, True])
+def test_the_graph_is_the_detector(name, padded, detector, images):
+    model = detector(name)
+    canvas, sizes = batch_of(images[: 1 + padded])
+    expected = predict(model, canvas, sizes)
+    with exportable(model), torch.inference_mode():
+        outputs = DetectorGraph(model)(
+            torch.from_numpy(canvas), torch.tensor(sizes) if padded else None
+        )
+    for number, found in enumerate(expected):
+        assert np.ptp(found.boxes, 0).min() > 1  # the detector says different things
+        actual = Detections(*(output[number].numpy() for output in outputs))
+        error = difference(found, actual, canvas.shape[-2:])
+        assert max(error) < 1e-5, (name, error)
+
+
+def test_the_model_is_as_it_was(detector):
+    model = detector('LiteDINO').train()
+    before = [type(module) for module in model.modules()]
+    with exportable(model):
+        assert not model.training
+    assert model.training and model.encoder.low_levels is None
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_refuses_what_it_would_compute_wrongly(detector):
+    with pytest.raises(ValueError, match='Linear cannot be exported: that works for Deformable'):
+        DetectorGraph(torch.nn.Linear(1, 1))
+
+    model = detector('DINO')
+
+    class Other(type(model)):
+        def pre_decoder(self, *args, **kwargs):
+            return super().pre_decoder(*args, **kwargs)
+
+    model.__class__ = Other
+    with pytest.raises(ValueError, match='Other has a pre_decoder of its own'):
+        DetectorGraph(model)
+    model = detector('DINO')
+    model.bbox_head.loss_cls.use_sigmoid = False
+    with pytest.raises(ValueError, match='softmax'):
+        DetectorGraph(model)
+
+
+def test_difference():
+    expected = Detections(
+        np.array([[0, 0, 10, 10], [5, 5, 9, 9], [1, 1, 2, 2]], np.float32),
+        np.array([0.9, 0.5, 0.1], np.float32),
+        np.array([0, 1, 0]),
+    )
+    assert difference(expected, expected, (100, 100)) == (0, 0)
+    moved = expected._replace(boxes=expected.boxes + np.float32([[1, 0, 0, 0]]))
+    assert difference(expected, moved, (100, 50)).boxes == pytest.approx(1 / 50)
+    relabelled = expected._replace(labels=np.array([0, 0, 0]))
+    assert difference(expected, relabelled, (100, 100)).boxes == 1
+    swapped = Detections(*(array[[1, 0, 2]] for array in expected))
+    assert difference(expected, swapped, (100, 100)).boxes == 0

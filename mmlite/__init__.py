@@ -4,8 +4,25 @@ Importing it loads nothing but the standard library. What it adds to MMDetection
 :func:`mmlite.integrations.openmmlab.register`.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from .integrations.openmmlab import register
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .export.optimized import Optimized
+
 __version__ = '0.1.0'
+
+
+def optimize(model: nn.Module) -> Optimized:
+    """Make a detector's predictions faster; see :func:`mmlite.export.optimized.optimize`."""
+    from .export.optimized import optimize
+
+    return optimize(model)
+
 
 register()

@@ -21,6 +21,7 @@ _HOMES = {
     'load': 'detector',
     'library': 'doors',
     'export_detector': 'write',
+    'optimize': 'optimized',
 }
 
 __all__ = sorted(_HOMES)

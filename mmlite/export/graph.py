@@ -13,17 +13,28 @@ import math
 from typing import NamedTuple
 
 import torch
-from mmdet.models.detectors import DINO, DeformableDETR
+import torch.nn.functional as F
+from mmdet.models.detectors import DINO, DeformableDETR, DetectionTransformer
 from mmdet.models.layers import DeformableDetrTransformerEncoder, inverse_sigmoid
 from torch import Tensor, nn
 
 from ..detectors.h_deformable_detr import HDeformableDETR
+from ..detectors.lite import LiteDetectorMixin
 from ..layers import LiteEncoder
 from ..nn.geometry import LevelSizes, encoder_reference_points
 
 _FAMILIES = 'Deformable DETR, DINO and H-Deformable-DETR, stock and Lite'
 # Methods in which a subclass would hide what the functions here do in their place.
-_REPLACED = ('pre_transformer', 'forward_encoder', 'pre_decoder', 'forward_decoder')
+_REPLACED = (
+    'predict',
+    'forward_transformer',
+    'pre_transformer',
+    'forward_encoder',
+    'pre_decoder',
+    'forward_decoder',
+)
+# Whose methods of these names are known.
+_KNOWN = (DetectionTransformer, DeformableDETR, DINO, HDeformableDETR, LiteDetectorMixin)
 
 
 class Pyramid(NamedTuple):
@@ -99,53 +110,11 @@ class DetectorGraph(nn.Module):
             )
         if self.normalize:
             images = preprocess(self.model.data_preprocessor, images, valid)
-        pyramid = self.pyramid(images, image_sizes)
-        memory = encode(self.model, pyramid)
-        query, query_pos, reference = select_queries(self.model, memory, pyramid)
-        hidden, reference = decode(self.model, query, query_pos, reference, memory, pyramid)
-        return self.predict(hidden, reference, height, width, image_sizes)
-
-    def pyramid(self, images: Tensor, image_sizes: Tensor | None) -> Pyramid:
-        """Backbone and neck; see :class:`Pyramid`."""
-        model = self.model
-        maps = model.extract_feat(images)
-        level_sizes = [(feat.shape[-2], feat.shape[-1]) for feat in maps]
-        height, width = images.shape[-2:]
-        positions, masks, valid = [], [], []
-        for level, (h, w) in enumerate(level_sizes):
-            rows = columns = None
-            if image_sizes is not None:
-                rows = valid_sides(image_sizes[:, 0], height, h)
-                columns = valid_sides(image_sizes[:, 1], width, w)
-                valid.append(torch.stack([rows.sum(1), columns.sum(1)], -1))
-                masks.append(~(rows.unsqueeze(2) & columns.unsqueeze(1)).flatten(1))
-            pos = sine_encoding(model.positional_encoding, h, w, rows, columns, images)
-            positions.append(pos.flatten(1, 2) + model.level_embed[level])
-        return Pyramid(
-            torch.cat([feat.flatten(2).transpose(1, 2) for feat in maps], 1),
-            torch.cat(positions, 1),
-            level_sizes,
-            torch.cat(masks, 1) if masks else None,
-            torch.stack(valid, 1).float() if valid else None,
-        )
-
-    def predict(
-        self,
-        hidden: Tensor,
-        reference: Tensor,
-        height: int,
-        width: int,
-        image_sizes: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The head's last layer, and the best of its predictions."""
-        head = self.model.bbox_head
-        last = self.model.decoder.num_layers - 1
-        scores = head.cls_branches[last](hidden).sigmoid().flatten(1)
-        scores, index = scores.topk(self.num_predictions, 1)
+        logits, boxes = last_layer(self.model, images, image_sizes)
+        scores, index = logits.sigmoid().flatten(1).topk(self.num_predictions, 1)
         labels = index % self.num_classes
         chosen = (index // self.num_classes).unsqueeze(-1)
         # A query may be chosen for several classes; so all boxes, which are few, are computed.
-        boxes = refine(head.reg_branches[last](hidden), inverse_sigmoid(reference))
         boxes = boxes.gather(1, chosen.expand(-1, -1, 4))
         centre, size = boxes.split(2, -1)
         boxes = torch.cat([centre - 0.5 * size, centre + 0.5 * size], -1).clamp(0, 1)
@@ -154,6 +123,30 @@ class DetectorGraph(nn.Module):
             return boxes * torch.cat(full * 2), scores, labels
         sizes = image_sizes.to(boxes.dtype).flip(-1)
         return boxes * torch.cat([sizes, sizes], -1).unsqueeze(1), scores, labels
+
+
+def last_layer(
+    model: nn.Module, images: Tensor, image_sizes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The detector up to what its last decoder layer says of every query.
+
+    Args:
+        model (nn.Module): A detector that :func:`check_detector` lets pass.
+        images (Tensor): Preprocessed, shape (bs, 3, h, w).
+        image_sizes (Tensor, optional): See :meth:`DetectorGraph.forward`.
+
+    Returns:
+        tuple[Tensor, Tensor]: Logits (bs, num_queries, num_classes) and boxes, cxcywh in [0, 1],
+        (bs, num_queries, 4).
+    """
+    pyramid = make_pyramid(model, images, image_sizes)
+    memory = encode(model, pyramid)
+    query, query_pos, reference = select_queries(model, memory, pyramid)
+    hidden, reference = decode(model, query, query_pos, reference, memory, pyramid)
+    last = model.decoder.num_layers - 1
+    head = model.bbox_head
+    boxes = refine(head.reg_branches[last](hidden), inverse_sigmoid(reference))
+    return head.cls_branches[last](hidden), boxes
 
 
 def num_predictions(model: nn.Module) -> int:
@@ -174,10 +167,9 @@ def check_detector(model: nn.Module) -> None:
     name = type(model).__name__
     if not isinstance(model, DeformableDETR):
         raise ValueError(f'{name} cannot be exported: that works for {_FAMILIES}')
-    known = (DINO, HDeformableDETR, DeformableDETR)
     for method in _REPLACED:
         owner = next(cls for cls in type(model).__mro__ if method in vars(cls))
-        if owner not in known and not owner.__module__.startswith('mmlite.'):
+        if owner not in _KNOWN:
             raise ValueError(
                 f'{name} has a {method} of its own and cannot be exported: that works for '
                 f'{_FAMILIES}'
@@ -189,6 +181,30 @@ def check_detector(model: nn.Module) -> None:
         )
     if not model.bbox_head.loss_cls.use_sigmoid:
         raise ValueError(f'{name} scores with a softmax; only sigmoid scores can be exported')
+
+
+def make_pyramid(model: nn.Module, images: Tensor, image_sizes: Tensor | None) -> Pyramid:
+    """Backbone, neck and positional embedding; arguments as for :func:`last_layer`."""
+    maps = model.extract_feat(images)
+    level_sizes = [(feat.shape[-2], feat.shape[-1]) for feat in maps]
+    height, width = images.shape[-2:]
+    positions, masks, valid = [], [], []
+    for level, (h, w) in enumerate(level_sizes):
+        rows = columns = None
+        if image_sizes is not None:
+            rows = valid_sides(image_sizes[:, 0], height, h)
+            columns = valid_sides(image_sizes[:, 1], width, w)
+            valid.append(torch.stack([rows.sum(1), columns.sum(1)], -1))
+            masks.append(~(rows.unsqueeze(2) & columns.unsqueeze(1)).flatten(1))
+        pos = sine_encoding(model.positional_encoding, h, w, rows, columns, images)
+        positions.append(pos.flatten(1, 2) + model.level_embed[level])
+    return Pyramid(
+        torch.cat([feat.flatten(2).transpose(1, 2) for feat in maps], 1),
+        torch.cat(positions, 1),
+        level_sizes,
+        torch.cat(masks, 1) if masks else None,
+        torch.stack(valid, 1).float() if valid else None,
+    )
 
 
 def preprocess(
@@ -378,24 +394,38 @@ def decode(
         if is_dino:
             # MMDetection's order: y, x, w, h.
             x, y, *size = (points.select(2, 0) * (2 * math.pi)).split(1, -1)
-            if size:
-                size = list(size)
             features = sine_features(torch.cat([y, x, *size], -1), 128).flatten(2)
             query_pos = decoder.ref_point_head(features)
-        query = layer(
+        query = layer.norms[0](self_attend(layer.self_attn, query, query_pos))
+        query = layer.cross_attn(
             query,
-            query_pos=query_pos,
             value=memory,
+            query_pos=query_pos,
             key_padding_mask=pyramid.mask,
-            self_attn_mask=None,
             reference_points=points.expand(-1, -1, num_levels, -1),
             spatial_shapes=pyramid.level_sizes,
         )
+        query = layer.norms[2](layer.ffn(layer.norms[1](query)))
         if model.with_box_refine and index < len(decoder.layers) - 1:
             offset = model.bbox_head.reg_branches[index](query)
             eps = 1e-3 if is_dino else 1e-5
             reference = refine(offset, inverse_sigmoid(reference, eps=eps))
     return (decoder.norm(query) if is_dino else query), reference
+
+
+def self_attend(attention: nn.Module, query: Tensor, query_pos: Tensor) -> Tensor:
+    """mmcv's ``MultiheadAttention`` of queries to each other, without the mean of its weights."""
+    inner = attention.attn
+    channels = inner.embed_dim
+    weight, bias = inner.in_proj_weight, inner.in_proj_bias
+    placed = query + query_pos
+    projected = [
+        F.linear(tokens, weight.narrow(0, start, size), bias.narrow(0, start, size))
+        for tokens, start, size in ((placed, 0, 2 * channels), (query, 2 * channels, channels))
+    ]
+    heads = torch.cat(projected, -1).unflatten(-1, (3, inner.num_heads, -1)).transpose(1, 3)
+    output = F.scaled_dot_product_attention(*heads.unbind(2))
+    return query + inner.out_proj(output.transpose(1, 2).flatten(2))
 
 
 def refine(offset: Tensor, logits: Tensor) -> Tensor:

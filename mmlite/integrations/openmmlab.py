@@ -31,6 +31,7 @@ _REGISTERED = {
         'mmlite.checkpoints.hooks',
         'mmlite.checkpoints.saving',
         'mmlite.analysis.hooks',
+        'mmlite.export.optimized',
     ),
 }
 

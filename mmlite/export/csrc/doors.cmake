@@ -30,7 +30,8 @@ endfunction()
 
 add_door(onnxruntime)
 
-if(NOT OpenVINO_DIR)
+# A wheel gets the extension only where it is asked for: it fits one version of OpenVINO.
+if(NOT OpenVINO_DIR AND (NOT SKBUILD OR SKBUILD_STATE STREQUAL "editable"))
   set(python ${Python_EXECUTABLE} python3 python)
   list(GET python 0 python)
   execute_process(

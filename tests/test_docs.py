@@ -5,17 +5,39 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import cv2
 import pytest
+from click.testing import CliRunner
 
-DOCS = Path(__file__).parents[1] / 'docs'
+from mmlite.cli import main
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / 'docs'
 # Pages whose blocks can run anywhere, each going on where the one before it ended.
 PAGES = ['core.md']
 
 
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r'```python\n(.*?)```', path.read_text(), re.DOTALL)
+
+
 @pytest.mark.parametrize('page', PAGES)
 def test_blocks_run(page):
-    blocks = re.findall(r'```python\n(.*?)```', (DOCS / page).read_text(), re.DOTALL)
+    blocks = python_blocks(DOCS / page)
     assert blocks
     namespace: dict = {}
     for block in blocks:
         exec(block, namespace)
+
+
+def test_first_screen_draws_its_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ('--epochs', '1', '--train-images', '8', '--val-images', '10')
+    result = CliRunner().invoke(main, ['demo', *small])
+    assert result.exit_code == 0, result.output
+    Path('work_dirs/demo/epoch_1.pth').rename('work_dirs/demo/epoch_14.pth')
+
+    block = python_blocks(ROOT / 'README.md')[0]
+    assert len(re.findall(r'^.', block, re.MULTILINE)) == 5
+    exec(block, {})
+    assert cv2.imread('vis/shapes.png').shape == (512, 512, 3)

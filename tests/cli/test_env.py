@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+import json
+
+from click.testing import CliRunner
+
+from mmlite.cli import main
+
+
+def test_says_what_is_there():
+    result = CliRunner().invoke(main, ['env'])
+    assert result.exit_code == 0, result.output
+    for text in ('torch', 'mmdet', 'reference'):
+        assert text in result.output
+    result = CliRunner().invoke(main, ['env', '--json'])
+    assert json.loads(result.output)

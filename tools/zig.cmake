@@ -11,8 +11,6 @@ if(CMAKE_MATCH_2 MATCHES "^macos")
   # CMake insists on them; nothing here uses the first, and zig brings what the second would.
   set(CMAKE_INSTALL_NAME_TOOL true)
   set(CMAKE_OSX_SYSROOT "" CACHE STRING "")
-  # Nothing to rewrite when it is installed.
-  set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)
 elseif(CMAKE_MATCH_2 STREQUAL "windows")
   set(CMAKE_SYSTEM_NAME Windows)
 else()
@@ -20,3 +18,5 @@ else()
 endif()
 set(CMAKE_CXX_COMPILER ${ZIG} c++ -target ${ZIG_TARGET})
 set(CMAKE_SHARED_LINKER_FLAGS_INIT -s)
+# There are no paths to rewrite when it is installed, for which CMake has no tool.
+set(CMAKE_BUILD_WITH_INSTALL_RPATH ON)

@@ -33,6 +33,7 @@ RUN_BY = {
     'mmlite check': ('tests/cli/test_check.py', "'check'"),
     'mmlite convert': ('tests/cli/test_convert.py', "'convert'"),
     'mmlite demo': ('tests/cli/test_demo.py', "'demo'"),
+    'mmlite export': ('tests/export/test_export.py', "'export'"),
     'mmlite env': ('tests/cli/test_env.py', "'env'"),
     'mmlite visualize': ('tests/cli/test_visualize.py', "'visualize'"),
     'mim run': ('tests/analysis/test_complexity.py', 'get_flops'),
@@ -161,6 +162,6 @@ def test_each_is_run_by_something():
             named.add(f'{program} {first}')
         elif program == 'torchrun':
             named.add(program)
-    assert named <= set(RUN_BY)
+    assert named <= set(RUN_BY), 'say in RUN_BY which test runs it'
     for path, words in RUN_BY.values():
         assert words in (ROOT / path).read_text(), path

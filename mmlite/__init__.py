@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from .integrations.openmmlab import register
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
 
     from .export.optimized import Optimized
 
 __version__ = '0.1.0'
 
 
-def optimize(model: nn.Module) -> Optimized:
+def optimize(model: torch.nn.Module) -> Optimized:
     """Make a detector's predictions faster; see :func:`mmlite.export.optimized.optimize`."""
     from .export.optimized import optimize
 

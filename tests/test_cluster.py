@@ -76,7 +76,13 @@ def train(folder: Path, name: str, *settings: str, kind: str = '', restarts: int
     process = subprocess.run(
         list(map(str, command)),
         cwd=folder,
-        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+        env={
+            **os.environ,
+            'PYTHONPATH': path,
+            'OMP_NUM_THREADS': '1',
+            # Or a process that is started again may find the addresses of those that are gone.
+            'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1',
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

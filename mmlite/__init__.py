@@ -6,7 +6,7 @@ Importing it loads nothing but the standard library. What it adds to MMDetection
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .integrations.openmmlab import register
 
@@ -23,6 +23,13 @@ def optimize(model: torch.nn.Module) -> Optimized:
     from .export.optimized import optimize
 
     return optimize(model)
+
+
+def to_lite(model: torch.nn.Module, schedule: str, **options: Any) -> torch.nn.Module:
+    """Make a built stock model Lite; see :func:`mmlite.checkpoints.to_lite.to_lite`."""
+    from .checkpoints.to_lite import to_lite
+
+    return to_lite(model, schedule, **options)
 
 
 register()

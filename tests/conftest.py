@@ -28,3 +28,25 @@ def golden():
             return {k: torch.from_numpy(arrays[k]) for k in arrays.files if k != 'meta'}, meta
 
     return load
+
+
+@pytest.fixture(scope='session')
+def tiny_bert(tmp_path_factory) -> str:
+    """A folder with a BERT of one layer and a vocabulary of twelve words."""
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    folder = tmp_path_factory.mktemp('bert')
+    words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', '?', 'red', 'green', 'blue']
+    words += ['circle', 'square']
+    (folder / 'vocab.txt').write_text('\n'.join(words) + '\n')
+    (folder / 'tokenizer_config.json').write_text(json.dumps({'tokenizer_class': 'BertTokenizer'}))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return str(folder)

@@ -16,6 +16,7 @@ from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
+from ..detectors import encoder_name
 from ..layers import level_sizes
 from ..nn import StepTokens
 from ..nn.attention import DeformableAttention, SamplingAttention
@@ -141,7 +142,7 @@ def query_tokens(model: nn.Module, layer: int, sizes: Sequence[tuple[int, int]])
     All of them, but in a Lite encoder, whose layers may update the low- or high-level ones alone.
     ``sizes`` holds the (h, w) of every level.
     """
-    encoder = model.encoder
+    encoder = _encoder(model)
     step = getattr(encoder.layers[layer], 'step', None)
     if step is None:
         return torch.arange(sum(height * width for height, width in sizes))
@@ -181,9 +182,10 @@ def level_masses(
 
         return chosen
 
-    names = [f'encoder.layers.{layer}.self_attn' for layer in range(len(model.encoder.layers))]
+    layers = f'{encoder_name(model)}.layers'
+    names = [f'{layers}.{layer}.self_attn' for layer in range(len(_encoder(model).layers))]
     choices = {name: choose(layer) for layer, name in enumerate(names)}
-    with called_with(model.encoder) as call, record_attention(model, choices) as maps:
+    with called_with(_encoder(model)) as call, record_attention(model, choices) as maps:
         run()
     num_levels = len(call['spatial_shapes'])
     masses = torch.full((len(names), num_levels, num_levels), float('nan'))
@@ -223,7 +225,7 @@ def attention_at_point(
         ValueError: The point is outside the image, there is no such layer or level, or the layer
             does not update that level.
     """
-    layer = _layer(model.encoder, layer)
+    layer = _layer(_encoder(model), layer)
 
     def choose(num_queries: int) -> Tensor:
         nonlocal level
@@ -250,9 +252,9 @@ def attention_at_point(
             )
         return found
 
-    attention = f'encoder.layers.{layer}.self_attn'
+    attention = f'{encoder_name(model)}.layers.{layer}.self_attn'
     recording = record_attention(model, {attention: choose})
-    with called_with(model) as call, called_with(model.encoder) as encoder, recording as maps:
+    with called_with(model) as call, called_with(_encoder(model)) as encoder, recording as maps:
         run()
     where = f'encoder layer {layer + 1}, token of level {level + 1}'
     return QueryAttention(name, where, maps[attention], _scale(call), point=point)
@@ -274,6 +276,11 @@ def attention_of_object(
     Raises:
         ValueError: There is no such layer or object.
     """
+    if not hasattr(model, 'decoder'):
+        raise ValueError(
+            f'the decoder of {type(model).__name__} has no deformable attention; look at a point, '
+            "which is the encoder's"
+        )
     layer = _layer(model.decoder, layer)
     attention = f'decoder.layers.{layer}.cross_attn'
     logits: list[Tensor] = []
@@ -305,6 +312,10 @@ def attention_of_object(
 def _level_of(sizes: Sequence[tuple[int, int]]) -> Tensor:
     """The level of every token, int64."""
     return torch.arange(len(sizes)).repeat_interleave(torch.tensor([h * w for h, w in sizes]))
+
+
+def _encoder(model: nn.Module) -> nn.Module:
+    return model.get_submodule(encoder_name(model))
 
 
 def _layer(part: nn.Module, layer: int) -> int:

@@ -23,8 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from .. import ops  # noqa: F401  (defines torch.ops.mmlite)
+from ..detectors import encoder_name
+from ..layers import level_sizes
 from ..nn.attention import KeyAwareDeformableAttention, SamplingAttention
 
+_HEADS = ('bbox_head', 'head', 'panoptic_head', 'track_head')
+_HEAD_PARTS = {'pixel_decoder': 'neck', 'transformer_decoder': 'decoder'}
 STAGES = ('backbone', 'neck', 'encoder', 'decoder', 'head', 'other')
 
 
@@ -108,19 +112,25 @@ def count_detector(model: nn.Module, image_size: tuple[int, int]) -> Complexity:
     from .inputs import image_batch
 
     images, samples = image_batch(1, image_size, device=next(model.parameters()).device)
-    encoder = getattr(model, 'encoder', None) or nn.Module()
+    try:
+        encoder_at = encoder_name(model)
+        encoder = model.get_submodule(encoder_at)
+    except ValueError:
+        encoder_at, encoder = 'encoder', nn.Module()
+    # A detector that reads text has no other way to it.
+    mode = 'predict' if hasattr(model, 'language_model') else 'tensor'
     was_training = model.training
     model.eval()
     try:
         with called_with(encoder) as call:
-            count = count_flops(model, images, samples, mode='tensor')
+            count = count_flops(model, images, samples, mode=mode)
     finally:
         model.train(was_training)
     stage_flops, stage_params = (dict.fromkeys(STAGES, 0) for _ in range(2))
     for name, flops in count.by_module.items():
-        stage_flops[stage_of(name)] += flops
+        stage_flops[stage_of(name, encoder_at)] += flops
     for name, parameter in model.named_parameters():
-        stage_params[stage_of(name)] += parameter.numel()
+        stage_params[stage_of(name, encoder_at)] += parameter.numel()
     layers = range(len(getattr(encoder, 'layers', ())))
     return Complexity(
         image_size=image_size,
@@ -128,8 +138,8 @@ def count_detector(model: nn.Module, image_size: tuple[int, int]) -> Complexity:
         params=count_parameters(model),
         stage_flops=stage_flops,
         stage_params=stage_params,
-        encoder_layer_flops=[count.of(f'encoder.layers.{i}') for i in layers],
-        level_tokens=call['spatial_shapes'].prod(-1).tolist() if call else [],
+        encoder_layer_flops=[count.of(f'{encoder_at}.layers.{i}') for i in layers],
+        level_tokens=[h * w for h, w in level_sizes(call['spatial_shapes'])] if call else [],
     )
 
 
@@ -138,11 +148,17 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def stage_of(module_name: str) -> str:
-    """The stage of a detector that a module belongs to, one of :data:`STAGES`."""
-    root = module_name.split('.')[0]
-    if root in ('bbox_head', 'head'):
-        return 'head'
+def stage_of(module_name: str, encoder: str = 'encoder') -> str:
+    """The stage of a detector that a module belongs to, one of :data:`STAGES`.
+
+    ``encoder`` is where the detector keeps its multi-scale encoder. What is around it in
+    Mask2Former's pixel decoder counts as neck.
+    """
+    if f'{module_name}.'.startswith(f'{encoder}.'):
+        return 'encoder'
+    root, _, rest = module_name.partition('.')
+    if root in _HEADS:
+        return _HEAD_PARTS.get(rest.split('.')[0], 'head')
     return root if root in STAGES else 'other'
 
 

@@ -135,6 +135,7 @@ def image_batch(
     (COCO has 7 on average) with labels from 0 to ``num_classes - 1``.
     """
     # Here, so that the operators can be measured where only torch is installed.
+    from mmdet.datasets import CocoDataset
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
 
@@ -150,7 +151,9 @@ def image_batch(
         labels = torch.randint(num_classes, (num_boxes,), generator=generator)
         names = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
         meta = dict.fromkeys(names, image_size)
-        sample = DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0)})
+        # What a detector of open vocabulary looks for.
+        text = {'text': CocoDataset.METAINFO['classes'], 'custom_entities': True}
+        sample = DetDataSample(metainfo={**meta, **text, 'scale_factor': (1.0, 1.0)})
         sample.gt_instances = InstanceData(bboxes=boxes.to(device), labels=labels.to(device))
         samples.append(sample)
     return images.to(device), samples

@@ -119,6 +119,8 @@ def build_detector(
 def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:
     content = load_checkpoint(checkpoint)
     state = content.get('state_dict', content) if isinstance(content, dict) else {}
+    # DDQ in training writes these of its head a second time.
+    state = {k: v for k, v in state.items() if not k.startswith('decoder.aux_reg_branches.')}
     wanted = model.state_dict()
     missing = wanted.keys() - state.keys()
     unknown = state.keys() - wanted.keys()

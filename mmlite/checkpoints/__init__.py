@@ -1,10 +1,11 @@
 """Checkpoints: other people's formats, warm starts, safe loading."""
 
-from .config import stock_config
+from .config import fitting_schedules, lite_change, lite_config, stock_config
 from .encoder import convert_encoder_state
 from .loading import load_checkpoint
 from .official import Conversion, from_official, to_official, unpack
 from .official_config import check_conversion, official_config
+from .to_lite import to_lite
 from .warm_start import WarmStart, warm_start
 
 __all__ = [
@@ -12,10 +13,14 @@ __all__ = [
     'WarmStart',
     'check_conversion',
     'convert_encoder_state',
+    'fitting_schedules',
     'from_official',
+    'lite_change',
+    'lite_config',
     'load_checkpoint',
     'official_config',
     'stock_config',
+    'to_lite',
     'to_official',
     'unpack',
     'warm_start',

@@ -13,6 +13,7 @@ and without gradients, to what the stock detector computes on a few images:
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
+from ..detectors import encoder_name
 from ..layers import KeyAwareDeformableAttention, LiteEncoder, level_sizes
 from ..nn import StepTokens, encoder_reference_points
 from ..ops.reference import sample
@@ -102,7 +104,7 @@ def warm_start(
     stock = MODELS.build(stock_config(model_config))
     unused = _load_stock(stock, stock_state)
     stock.to(data['inputs'].device)
-    copied, new = _copy(model, stock)
+    copied, new = copy_counterparts(model, stock)
     with _evaluating(model), _evaluating(stock):
         expected = _outputs(stock, data)
         before = _agreement(expected, _outputs(model, data))
@@ -137,19 +139,29 @@ def _load_stock(stock: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     return [name for name in state if name not in own]
 
 
-def _copy(model: nn.Module, stock: nn.Module) -> tuple[list[str], list[str]]:
-    """Copy what has a counterpart; returns the names of those entries and of the others."""
+@torch.no_grad()
+def copy_counterparts(model: nn.Module, stock: nn.Module) -> tuple[list[str], list[str]]:
+    """Copy into a Lite model what has a counterpart in its stock model.
+
+    Args:
+        model (nn.Module): The Lite model, changed in place.
+        stock (nn.Module): The stock model.
+
+    Returns:
+        tuple[list[str], list[str]]: The names of the entries copied, and of those that are new.
+    """
     stock_state, copied, new = stock.state_dict(), [], []
-    layers = stock_layers(model.encoder)
+    encoder = encoder_name(model)
+    stock_layer_of = stock_layers(model.get_submodule(encoder))
+    # Grounding DINO has layers of three kinds.
+    of_layer = re.compile(rf'({re.escape(encoder)}\.(?:\w+_)?layers)\.(\d+)\.(.+)')
     for name, value in model.state_dict().items():
-        source = name
-        if name.startswith('encoder.layers.'):
-            index, _, rest = name[len('encoder.layers.') :].partition('.')
-            source = f'encoder.layers.{layers[int(index)]}.{rest}'
+        match = of_layer.fullmatch(name)
+        source = f'{match[1]}.{stock_layer_of[int(match[2])]}.{match[3]}' if match else name
         if source in stock_state and stock_state[source].shape == value.shape:
             value.copy_(stock_state[source])
             copied.append(name)
-        elif name != 'encoder.schedule_code':
+        elif name != f'{encoder}.schedule_code':
             new.append(name)
     return copied, new
 
@@ -171,31 +183,36 @@ def stock_layers(encoder: LiteEncoder) -> list[int]:
 
 
 def _fit_encoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
-    inputs = _encoder_inputs(stock, data)
+    stock_encoder, encoder = _encoder(stock), _encoder(model)
+    inputs = {}  # keyword arguments of the stock encoder
     targets = {}  # of each stock layer, the tokens before its last norm
     hooks = [
         layer.norms[1].register_forward_pre_hook(
             lambda _, args, index=index: targets.__setitem__(index, args[0])
         )
-        for index, layer in enumerate(stock.encoder.layers)
+        for index, layer in enumerate(stock_encoder.layers)
     ]
-    stock.forward_encoder(**inputs)
+    hooks.append(
+        stock_encoder.register_forward_pre_hook(
+            lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True
+        )
+    )
+    _outputs(stock, data)
     for hook in hooks:
         hook.remove()
 
-    encoder = model.encoder
     sizes = level_sizes(inputs['spatial_shapes'])
-    mask = inputs['feat_mask']
+    mask = inputs['key_padding_mask']
     references = encoder_reference_points(sizes, inputs['valid_ratios'])
     stock_layer_of = stock_layers(encoder)
 
     def fit(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
         layer, stock_index = encoder.layers[index], stock_layer_of[index]
-        stock_layer = stock.encoder.layers[stock_index]
+        stock_layer = stock_encoder.layers[stock_index]
         call = dict(
             query=step_tokens.pick(memory),
             value=memory,
-            query_pos=step_tokens.pick(inputs['feat_pos']),
+            query_pos=step_tokens.pick(inputs['query_pos']),
             key_padding_mask=mask,
             reference_points=step_tokens.pick(references),
             spatial_shapes=sizes,
@@ -212,20 +229,14 @@ def _fit_encoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
             _fit_small_ffn(layer, stock_layer, tokens.flatten(0, -2), target.flatten(0, -2))
         return memory
 
-    encoder(
-        query=inputs['feat'],
-        query_pos=inputs['feat_pos'],
-        key_padding_mask=mask,
-        spatial_shapes=sizes,
-        level_start_index=inputs['level_start_index'],
-        valid_ratios=inputs['valid_ratios'],
-        before_layer=fit,
-    )
+    encoder(**inputs, before_layer=fit)
 
 
 def _fit_decoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
     """Fit key-aware cross-attention where the decoder has it, each layer behind fitted ones."""
     hooks = []
+    if not hasattr(model, 'decoder'):  # Mask2Former's attends to masked maps
+        return
     for layer, stock_layer in zip(model.decoder.layers, stock.decoder.layers):
         if not isinstance(layer.cross_attn, KeyAwareDeformableAttention):
             continue
@@ -382,18 +393,20 @@ def _evaluating(model: nn.Module):
         model.train(training)
 
 
-def _encoder_inputs(model: nn.Module, data: dict) -> dict:
-    feats = model.extract_feat(data['inputs'])
-    return model.pre_transformer(feats, data['data_samples'])[0]
+def _encoder(model: nn.Module) -> nn.Module:
+    return model.get_submodule(encoder_name(model))
 
 
 def _outputs(model: nn.Module, data: dict) -> tuple[Tensor, list]:
     """Memory and detections of every image, the boxes in pixels of the network's input."""
     memories = []
-    hook = model.encoder.register_forward_hook(lambda _, args, output: memories.append(output))
+    hook = _encoder(model).register_forward_hook(
+        lambda _, args, output: memories.append(output)  # of Grounding DINO with that of the text
+    )
     results = model.predict(data['inputs'], copy.deepcopy(data['data_samples']), rescale=False)
     hook.remove()
-    return memories[0], [result.pred_instances for result in results]
+    memory = memories[0] if isinstance(memories[0], Tensor) else memories[0][0]
+    return memory, [result.pred_instances for result in results]
 
 
 def _agreement(expected: tuple, actual: tuple) -> Agreement:

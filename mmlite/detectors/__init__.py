@@ -6,7 +6,7 @@ from .dino import LiteDINO
 from .grounding_dino import LiteGroundingDINO
 from .h_deformable_detr import HDeformableDETR, LiteHDeformableDETR
 from .h_deformable_detr_head import HDeformableDETRHead
-from .lite import LiteDetectorMixin
+from .lite import LiteDetectorMixin, encoder_name
 from .mask2former import LiteMSDeformAttnPixelDecoder
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     'LiteGroundingDINO',
     'LiteHDeformableDETR',
     'LiteMSDeformAttnPixelDecoder',
+    'encoder_name',
 ]

@@ -113,3 +113,26 @@ def check_schedule(name: str, encoder: dict) -> None:
             f'{name} needs a schedule in its config: '
             f"encoder=dict(schedule='H{num_levels - 1}L1-(2+1)x3')"
         )
+
+
+# Where models keep their multi-scale encoder.
+_ENCODERS = ('encoder', *(f'{head}_head.pixel_decoder.encoder' for head in ('panoptic', 'track')))
+
+
+def encoder_name(model: nn.Module) -> str:
+    """Where a model of MMDetection, stock or Lite, keeps its multi-scale encoder.
+
+    Args:
+        model (nn.Module): For example a DINO or a Mask2Former.
+
+    Returns:
+        str: The name of the submodule, such as ``panoptic_head.pixel_decoder.encoder``.
+
+    Raises:
+        ValueError: It has none.
+    """
+    names = {name for name, _ in model.named_modules()}
+    for name in _ENCODERS:
+        if f'{name}.layers' in names:
+            return name
+    raise ValueError(f'{type(model).__name__} has no multi-scale encoder')

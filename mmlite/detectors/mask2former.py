@@ -46,6 +46,8 @@ class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
         ValueError: The schedule is missing or does not fit, or there are fewer maps than levels.
     """
 
+    encoder_class = LiteEncoder
+
     def __init__(
         self,
         in_channels: Sequence[int] = (256, 512, 1024, 2048),
@@ -88,7 +90,7 @@ class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
         self.input_convs = ModuleList(
             convolution(channels, 1, True, None) for channels in smallest_first[:levels]
         )
-        self.encoder = LiteEncoder(**encoder)
+        self.encoder = self.encoder_class(**encoder)
         self.postional_encoding = SinePositionalEncoding(**positional_encoding)  # mmdet's name
         self.level_encoding = nn.Embedding(levels, feat_channels)
         # The larger maps are added as in a feature pyramid.

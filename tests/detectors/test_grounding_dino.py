@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -10,8 +9,6 @@ import torch
 from mmdet.testing import demo_mm_inputs
 
 from mmlite.detectors.bert import adapt_bert
-
-transformers = pytest.importorskip('transformers', reason='transformers is not installed')
 
 STOCK = 'grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py'
 MM = 'mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365.py'
@@ -33,32 +30,13 @@ PHRASES = ('red circle', 'green square', 'square', 'blue circle', 'circle')
 EVERY_LEVEL = dict(schedule='H3L1-(1+1)x2', key_aware=False, small_ffn=False)
 
 
-@pytest.fixture(scope='module')
-def bert(tmp_path_factory) -> str:
-    """A folder with a BERT of one layer and a vocabulary of twelve words."""
-    folder = tmp_path_factory.mktemp('bert')
-    (folder / 'vocab.txt').write_text('\n'.join(WORDS) + '\n')
-    (folder / 'tokenizer_config.json').write_text(json.dumps({'tokenizer_class': 'BertTokenizer'}))
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
-def grounding_dino(small_model, bert):
+def grounding_dino(small_model, tiny_bert):
     """A small stock Grounding DINO, or a Lite one where arguments of its encoder are given."""
 
     def build(base: str = STOCK, encoder: dict | None = None, **model) -> torch.nn.Module:
         model.update(
-            language_model=dict(name=bert),
+            language_model=dict(name=tiny_bert),
             encoder=dict(
                 fusion_layer_cfg=dict(dropout=0.0, embed_dim=64, init_values=0.5),
                 text_layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)),

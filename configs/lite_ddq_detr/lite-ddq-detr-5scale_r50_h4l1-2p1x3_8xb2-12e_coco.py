@@ -1,0 +1,3 @@
+_base_ = 'mmdet::ddq/ddq-detr-5scale_r50_8xb2-12e_coco.py'
+custom_imports = dict(imports=['mmlite'])
+model = dict(type='LiteDDQDETR', encoder=dict(schedule='H4L1-(2+1)x3'))

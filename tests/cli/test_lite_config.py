@@ -1,0 +1,47 @@
+"""``mmlite lite-config``: a config by inheritance, or a sentence."""
+
+from __future__ import annotations
+
+from click.testing import CliRunner
+from mmengine.config import Config
+
+from mmlite.cli import main
+
+DINO = 'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py'
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ['lite-config', *map(str, arguments)])
+
+
+def test_writes_a_config_that_inherits_a_file(tmp_path):
+    stock, lite = tmp_path / 'stock.py', tmp_path / 'further/lite.py'
+    lite.parent.mkdir()
+    stock.write_text(f'_base_ = {DINO!r}\nmodel = dict(num_queries=300)\n')
+    done = run(stock, '--schedule', 'h3l1-(3+1)x2', '-o', lite)
+    assert done.exit_code == 0, done.output
+    assert lite.read_text().startswith("_base_ = '../stock.py'\n")
+    model = Config.fromfile(lite).model
+    assert (model.type, model.num_queries) == ('LiteDINO', 300)
+    assert model.encoder.schedule == 'H3L1-(3+1)x2'
+
+
+def test_shows_schedules_with_cost_and_what_is_published():
+    done = run(DINO)
+    assert done.exit_code == 0, done.output
+    (row,) = (line for line in done.output.splitlines() if 'H3L1-(2+1)x3' in line)
+    assert '50.4' in row and '151' in row and '%' in row
+    (stock,) = (line for line in done.output.splitlines() if 'stock' in line)
+    assert '50.7' in stock
+
+
+def test_wrong_use_is_one_sentence(tmp_path):
+    for arguments, message in (
+        (('mmdet::yolox/yolox_s_8xb8-300e_coco.py',), 'YOLOX has no deformable encoder'),
+        ((DINO, '--schedule', 'H2L1-(2+1)x3'), 'is for 3 feature levels'),
+        ((DINO, '-o', tmp_path / 'lite.py'), 'choose it with --schedule'),
+        ((tmp_path / 'none.py',), 'does not exist'),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 1
+        assert message in done.output and done.output.count('\n') == 1

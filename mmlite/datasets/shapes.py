@@ -58,7 +58,7 @@ def generate_shapes(
             images.append(
                 {'id': index, 'file_name': file_name, 'width': image_size, 'height': image_size}
             )
-            for label, box, area in shapes:
+            for label, box, area, polygon in shapes:
                 annotations.append(
                     {
                         'id': len(annotations) + 1,
@@ -66,6 +66,7 @@ def generate_shapes(
                         'category_id': label + 1,
                         'bbox': box,
                         'area': area,
+                        'segmentation': [polygon],
                         'iscrowd': 0,
                     }
                 )
@@ -82,13 +83,14 @@ def generate_shapes(
 
 def draw_image(
     rng: np.random.Generator, image_size: int
-) -> tuple[np.ndarray, list[tuple[int, list[int], int]]]:
+) -> tuple[np.ndarray, list[tuple[int, list[int], int, list[float]]]]:
     """Draw one image.
 
     Returns:
         tuple: The pixels, uint8 (image_size, image_size, 3), and for each shape its class index,
-        its box ``[x, y, width, height]`` in pixels and the area of that box, which decides the
-        size range that COCO's evaluation counts it in.
+        its box ``[x, y, width, height]`` in pixels, the area of that box, which decides the
+        size range that COCO's evaluation counts it in, and its mask as a polygon
+        ``[x1, y1, x2, y2, ...]``.
     """
     pixels = _background(rng, image_size)
     boxes: list[np.ndarray] = []
@@ -108,9 +110,9 @@ def draw_image(
         _paint(rng, pixels, outline + shift, None if hole is None else hole + shift)
         x1, y1 = np.floor(box[:2]).astype(int)
         x2, y2 = np.ceil(box[2:]).astype(int) + 1
-        shapes.append(
-            (label, [int(x1), int(y1), int(x2 - x1), int(y2 - y1)], int((x2 - x1) * (y2 - y1)))
-        )
+        width, height = int(x2 - x1), int(y2 - y1)
+        polygon = _polygon(outline + shift, None if hole is None else hole + shift)
+        shapes.append((label, [int(x1), int(y1), width, height], width * height, polygon))
     return pixels, shapes
 
 
@@ -151,6 +153,13 @@ def _outline(
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     outline = outline @ rotation
     return outline * side / np.ptp(outline, axis=0).max(), None
+
+
+def _polygon(outline: np.ndarray, hole: np.ndarray | None) -> list[float]:
+    """COCO's polygon of a shape, in its coordinates: the centre of the first pixel is 0.5."""
+    if hole is not None:  # one line in, around the hole the other way, and out again
+        outline = np.concatenate([outline, outline[:1], hole[:1], hole[:0:-1], hole[:1]])
+    return (outline + 0.5).round(2).flatten().tolist()
 
 
 def _paint(

@@ -35,6 +35,7 @@ RUN_BY = {
     'mmlite demo': ('tests/cli/test_demo.py', "'demo'"),
     'mmlite export': ('tests/export/test_export.py', "'export'"),
     'mmlite env': ('tests/cli/test_env.py', "'env'"),
+    'mmlite lite-config': ('tests/cli/test_lite_config.py', "'lite-config'"),
     'mmlite visualize': ('tests/cli/test_visualize.py', "'visualize'"),
     'mim run': ('tests/analysis/test_complexity.py', 'get_flops'),
     'mim search': ('tests/test_mim.py', "'search'"),

@@ -20,6 +20,9 @@ from mmlite.export.write import compare, describe, difference, predict, write_pr
 
 pytest.importorskip('onnxscript')
 
+# Tracing takes half a minute on a quiet machine, and several on a busy one.
+pytestmark = pytest.mark.timeout(900)
+
 
 def needs(format_: str) -> None:
     """Skip where the runtime of a format, or its operators, are not there."""

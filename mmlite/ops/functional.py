@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, cpu, library, reference, triton
+from . import checks, cpu, library, mmcv, reference, triton
 
 _FUSED = {'cpu': cpu, 'triton': triton}
 
@@ -159,7 +159,10 @@ def ms_deform_attn(
     sizes = _flat(spatial_shapes)
     if _takes_reference(value, len(sizes) // 2):
         checks.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
-        return reference.ms_deform_attn(value, _pairs(sizes), sampling_locations, attention_weights)
+        # mmcv's CUDA operator where Triton does not serve, unless the reference is asked for.
+        by_mmcv = _choice.backend is None and not mmcv.why_not(value, len(sizes) // 2)
+        op = mmcv.ms_deform_attn if by_mmcv else reference.ms_deform_attn
+        return op(value, _pairs(sizes), sampling_locations, attention_weights)
     return library.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
 
 

@@ -18,6 +18,14 @@ import mmlite
 from mmlite.checkpoints import warm_start
 
 register_all_modules()
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    """Whatever a runner of another test has left as the default scope."""
+    register_all_modules()
+
+
 FFN = dict(ffn_cfg=dict(feedforward_channels=32))
 SMALL = dict(
     backbone=dict(depth=18, base_channels=8, init_cfg=None, frozen_stages=-1),

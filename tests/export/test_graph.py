@@ -45,7 +45,7 @@ def test_the_graph_is_the_detector(name, padded, detector, images):
             torch.from_numpy(canvas), torch.tensor(sizes) if padded else None
         )
     for number, found in enumerate(expected):
-        assert np.ptp(found.boxes, 0).min() > 1  # the detector says different things
+        assert np.ptp(found.boxes, 0).max() > 0  # the detector says different things
         actual = Detections(*(output[number].numpy() for output in outputs))
         error = difference(found, actual, canvas.shape[-2:])
         assert max(error) < 1e-5, (name, error)

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from mmlite import ops
 
@@ -55,19 +56,59 @@ class Case:
             self.inputs['key'] = normal(batch, tokens, heads, dim)
         self.grad_output = normal(batch, queries, heads * dim)
 
+    def from_offsets(self, boxes: bool = False, shared: bool = False, batch: int = 0) -> Self:
+        """The operator that takes offsets around reference points instead of locations.
+
+        Args:
+            boxes (bool): Reference points (cx, cy, w, h) instead of (x, y).
+            shared (bool): One set of offsets for every level.
+            batch (int): Of the reference points; 0 for that of the inputs.
+        """
+        locations = self.inputs.pop('locations')
+        images, queries, heads, levels, points, _ = locations.shape
+        generator = torch.Generator().manual_seed(1)
+        count = (batch or images, queries, levels)
+        reference_points = torch.rand(*count, 2, generator=generator) * 1.2 - 0.1
+        if boxes:
+            size = torch.rand(*count, 2, generator=generator) * 0.4 + 0.1
+            reference_points = torch.cat([reference_points, size], -1)
+        shape = (images, queries, heads, 1 if shared else levels, points, 2)
+        offsets = torch.randn(shape, generator=generator) * 2
+        self.inputs['reference_points'] = reference_points.to(locations)
+        self.inputs['sampling_offsets'] = offsets.to(locations)
+        return self
+
     @property
     def flat_shapes(self) -> list[int]:
         """The level sizes as the registered operators take them."""
         return [size for shape in self.spatial_shapes for size in shape]
 
-    def call(self, inputs: dict[str, Tensor]) -> Tensor:
-        value, locations = inputs['value'], inputs['locations']
+    @property
+    def operator(self) -> str:
+        """Name of the operator, public and registered."""
+        name = 'ms_deform_attn' if self.variant == 'standard' else 'key_aware_deform_attn'
+        return name if 'locations' in self.inputs else f'{name}_from_offsets'
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors among the operator's arguments, in their order."""
+        places = ('locations', 'reference_points', 'sampling_offsets')
+        places = [name for name in places if name in self.inputs]
         if self.variant == 'standard':
-            return ops.ms_deform_attn(value, self.spatial_shapes, locations, inputs['weights'])
-        key = inputs.get('key', value)
-        return ops.key_aware_deform_attn(
-            inputs['query'], key, value, self.spatial_shapes, locations
-        )
+            return ['value', *places, 'weights']
+        return ['query', 'key', 'value', *places]
+
+    def arguments(self, inputs: dict[str, Tensor], spatial_shapes: list) -> list:
+        """The operator's arguments; no key where the value is its own."""
+        arguments = [inputs.get(name) for name in self.names]
+        arguments.insert(self.names.index('value') + 1, spatial_shapes)
+        return arguments
+
+    def call(self, inputs: dict[str, Tensor]) -> Tensor:
+        arguments = self.arguments(inputs, self.spatial_shapes)
+        if self.variant == 'shared key':
+            arguments[1] = inputs['value']
+        return getattr(ops, self.operator)(*arguments)
 
     def run(self, backend: str, widen: bool = False) -> dict[str, Tensor]:
         """Output and all gradients, by name; with ``widen`` computed from float32 inputs."""
@@ -82,18 +123,11 @@ class Case:
 
     def run_module(self, module: ModuleType, only: str | None = None) -> dict[str, Tensor]:
         """Output and gradients, by name, from the functions a backend registers itself."""
-        inputs = self.inputs
-        args = (inputs['value'], self.flat_shapes, inputs['locations'])
-        if self.variant == 'standard':
-            args, name = (*args, inputs['weights']), 'ms_deform_attn'
-            names = ('value', 'locations', 'weights')
-        else:
-            args, name = (inputs['query'], inputs.get('key'), *args), 'key_aware_deform_attn'
-            names = ('query', 'key', 'value', 'locations')
-        output = getattr(module, name)(*args)
-        wanted = [only in (None, name) for name in names]
-        grads = getattr(module, f'{name}_backward')(self.grad_output, *args, wanted)
-        return {'output': output, **dict(zip(names, grads))}
+        args = self.arguments(self.inputs, self.flat_shapes)
+        output = getattr(module, self.operator)(*args)
+        wanted = [only in (None, name) for name in self.names]
+        grads = getattr(module, f'{self.operator}_backward')(self.grad_output, *args, wanted)
+        return {'output': output, **dict(zip(self.names, grads))}
 
     @staticmethod
     def compare(

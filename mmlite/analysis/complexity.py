@@ -276,23 +276,31 @@ def _norm(weight: int, training: int | None = None):
     return rule
 
 
-def _deform_attn(shape_of: Callable, locations: int, value: int, *, key_aware: bool):
-    """The rule of an operator of ours, whose arguments ``shape_of`` gives the shape of."""
+def _deform_attn(shape_of: Callable, value: int, sampling: int, levels: tuple, *, key_aware: bool):
+    """The rule of an operator of ours, whose arguments ``shape_of`` gives the shape of.
+
+    ``value`` and ``sampling`` (locations or offsets) say which arguments these are, and ``levels``
+    which one tells the number of levels, and in which dimension.
+    """
 
     def rule(args: Sequence, out: object) -> int:
-        batch, queries, heads, levels, points, _ = shape_of(args[locations])
+        batch, queries, heads, _, points, _ = shape_of(args[sampling])
+        argument, axis = levels
+        num_points = shape_of(args[argument])[axis] * points
         head_dim = shape_of(args[value])[-1]
-        return deform_attn_flops(
-            batch * queries, heads, levels * points, head_dim, key_aware=key_aware
-        )
+        return deform_attn_flops(batch * queries, heads, num_points, head_dim, key_aware=key_aware)
 
     return rule
 
 
 def _rules_of_ours(shape_of: Callable) -> dict[str, Callable]:
+    key_aware = partial(_deform_attn, shape_of, 2, key_aware=True)
+    standard = partial(_deform_attn, shape_of, 0, key_aware=False)
     return {
-        'key_aware_deform_attn': _deform_attn(shape_of, locations=4, value=2, key_aware=True),
-        'ms_deform_attn': _deform_attn(shape_of, locations=2, value=0, key_aware=False),
+        'key_aware_deform_attn': key_aware(4, (4, 3)),
+        'key_aware_deform_attn_from_offsets': key_aware(5, (4, 2)),
+        'ms_deform_attn': standard(2, (2, 3)),
+        'ms_deform_attn_from_offsets': standard(3, (2, 2)),
     }
 
 

@@ -21,7 +21,13 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler would report tha
 _ATTENTION, _WHOLE = 'rest of attention', 'whole call'
 _KINDS = {
     'matrix products': ('aten::linear', 'aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm'),
-    'sampling': ('aten::grid_sampler', 'mmlite::key_aware_deform_attn', 'mmlite::ms_deform_attn'),
+    'sampling': (
+        'aten::grid_sampler',
+        'mmlite::key_aware_deform_attn',
+        'mmlite::key_aware_deform_attn_from_offsets',
+        'mmlite::ms_deform_attn',
+        'mmlite::ms_deform_attn_from_offsets',
+    ),
     _ATTENTION: (_ATTENTION,),
     'LayerNorm': ('aten::layer_norm', 'aten::native_layer_norm'),
 }

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..ops import reference
+
 LevelSizes = Sequence[tuple[int, int]]
 
 
@@ -84,37 +86,10 @@ def sampling_locations(
             f'reference_points is for {reference_points.shape[-2]} feature levels, '
             f'but there are {num_levels}'
         )
-    if reference_points.shape[-1] == 2:
-        unit = _pixel_sizes(level_sizes, reference_points)  # (num_levels, 2)
-    elif reference_points.shape[-1] == 4:
-        unit = reference_points.narrow(-1, 2, 2) * (
-            0.5 / num_points
-        )  # (bs, num_queries, num_levels, 2)
-    else:
+    if reference_points.shape[-1] not in (2, 4):
         raise ValueError(
             'the last dimension of reference_points must be 2 (x, y) or 4 (cx, cy, w, h); '
             f'got {reference_points.shape[-1]}'
         )
-    offsets = offsets.to(reference_points.dtype).unflatten(-1, (num_heads, -1))
-    if offsets.shape[-1] != num_levels * num_points * 2:
-        offsets = offsets.repeat(1, 1, 1, num_levels)
-    # The last three dimensions are kept flat here: elementwise products over a trailing
-    # dimension of 2 are several times slower on the CPU.
-    centre = _repeat_points(reference_points.narrow(-1, 0, 2), num_points).unsqueeze(-2)
-    unit = _repeat_points(unit, num_points)
-    unit = unit if unit.dim() == 1 else unit.unsqueeze(-2)
-    locations = torch.addcmul(centre, offsets, unit)
-    return locations.unflatten(-1, (num_levels, num_points, 2))
-
-
-def _pixel_sizes(level_sizes: LevelSizes, like: Tensor) -> Tensor:
-    """Normalised (width, height) of a pixel of every level, shape (num_levels, 2)."""
-    sides = [
-        like.new_full((1,), 1.0 / side) for height, width in level_sizes for side in (width, height)
-    ]
-    return torch.cat(sides).unflatten(0, (-1, 2))
-
-
-def _repeat_points(per_level: Tensor, num_points: int) -> Tensor:
-    """(..., num_levels, 2) -> (..., num_levels * num_points * 2)."""
-    return per_level.unsqueeze(-2).expand(*per_level.shape[:-1], num_points, 2).flatten(-3)
+    offsets = offsets.unflatten(-1, (num_heads, -1, num_points, 2))
+    return reference.sampling_locations(reference_points, offsets, level_sizes)

@@ -3,6 +3,22 @@
 This package needs torch alone and can be used outside MMDetection.
 """
 
-from .functional import BackendStatus, backends, key_aware_deform_attn, ms_deform_attn, use_backend
+from .functional import (
+    BackendStatus,
+    backends,
+    key_aware_deform_attn,
+    key_aware_deform_attn_from_offsets,
+    ms_deform_attn,
+    ms_deform_attn_from_offsets,
+    use_backend,
+)
 
-__all__ = ['BackendStatus', 'backends', 'key_aware_deform_attn', 'ms_deform_attn', 'use_backend']
+__all__ = [
+    'BackendStatus',
+    'backends',
+    'key_aware_deform_attn',
+    'key_aware_deform_attn_from_offsets',
+    'ms_deform_attn',
+    'ms_deform_attn_from_offsets',
+    'use_backend',
+]

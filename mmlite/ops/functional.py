@@ -12,6 +12,9 @@ reference every device             plain PyTorch (:mod:`mmlite.ops.reference`), 
 
 The fused ones are ``torch.library`` operators (:mod:`mmlite.ops.library`). Whichever runs, its
 arguments are checked where it runs (:mod:`mmlite.ops.checks`).
+
+Both attentions come in two forms: with sampling locations, and ``*_from_offsets`` with what the
+locations are made of, which then are never written to memory.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, cpu, library, mmcv, reference, triton
+from . import checks, cpu, library, mmcv, offsets, reference, triton
 
 _FUSED = {'cpu': cpu, 'triton': triton}
 
@@ -35,6 +38,7 @@ class _Choice(threading.local):
     """The backend that a thread has forced. (Dynamo does not trace context variables.)"""
 
     backend: str | None = None
+    locations_apart: bool = False
 
 
 _choice = _Choice()
@@ -164,6 +168,107 @@ def ms_deform_attn(
         op = mmcv.ms_deform_attn if by_mmcv else reference.ms_deform_attn
         return op(value, _pairs(sizes), sampling_locations, attention_weights)
     return library.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
+
+
+def key_aware_deform_attn_from_offsets(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]] | Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+) -> Tensor:
+    """Key-aware deformable attention around reference points (Deformable DETR, appendix A.4).
+
+    What :func:`key_aware_deform_attn` computes at :func:`mmlite.nn.sampling_locations`, forward
+    and backward, with the locations worked out inside the kernels. They are formed in float32
+    (float64 for float64) whatever the dtypes.
+
+    Args:
+        query (Tensor): Projected queries, shape (B, Q, M, D).
+        key (Tensor): Projected keys, shape (B, S, M, D), or the very tensor given as ``value``.
+        value (Tensor): Projected values, shape (B, S, M, D), dtype of ``query``.
+        spatial_shapes (Sequence[tuple[int, int]] | Tensor): (h, w) of every level, L pairs of
+            ints, as in :func:`key_aware_deform_attn`.
+        reference_points (Tensor): Normalised (x, y), or (cx, cy, w, h) of boxes, shape
+            (B or 1, Q, L, 2 or 4), float32 or the dtype of ``query``.
+        sampling_offsets (Tensor): Offsets (x, y) from the reference points, in pixels of each
+            level, or from a box in halves of its size over P; shape (B, Q, M, L, P, 2), or
+            (B, Q, M, 1, P, 2) for one set that serves every level. float32 or the dtype of
+            ``query``.
+
+    Returns:
+        Tensor: shape (B, Q, M*D), dtype of ``query``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit each other.
+    """
+    key_is_value = key is value
+    query, key, value = _autocast(query, key, value)
+    own_key = None if key_is_value else key
+    sizes = _flat(spatial_shapes)
+    arguments = (reference_points, sampling_offsets)
+    if _choice.locations_apart or _takes_reference(value, len(sizes) // 2):
+        checks.key_aware_deform_attn_from_offsets(query, own_key, value, sizes, *arguments)
+        locations = offsets.locate(value, sizes, *arguments)
+        own_key = value if key_is_value else key
+        return key_aware_deform_attn(query, own_key, value, _pairs(sizes), locations)
+    return library.key_aware_deform_attn_from_offsets(query, own_key, value, sizes, *arguments)
+
+
+def ms_deform_attn_from_offsets(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]] | Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """Multi-scale deformable attention around reference points (Deformable DETR, appendix A.4).
+
+    What :func:`ms_deform_attn` computes at :func:`mmlite.nn.sampling_locations`, forward and
+    backward, with the locations worked out inside the kernels. They are formed in float32
+    (float64 for float64) whatever the dtypes.
+
+    Args:
+        value (Tensor): Projected values, shape (B, S, M, D).
+        spatial_shapes (Sequence[tuple[int, int]] | Tensor): (h, w) of every level, L pairs of
+            ints, as in :func:`ms_deform_attn`.
+        reference_points (Tensor): Normalised (x, y), or (cx, cy, w, h) of boxes, shape
+            (B or 1, Q, L, 2 or 4), float32 or the dtype of ``value``.
+        sampling_offsets (Tensor): Offsets (x, y) from the reference points, in pixels of each
+            level, or from a box in halves of its size over P; shape (B, Q, M, L, P, 2), or
+            (B, Q, M, 1, P, 2) for one set that serves every level. float32 or the dtype of
+            ``value``.
+        attention_weights (Tensor): shape (B, Q, M, L, P), float32 or the dtype of ``value``.
+
+    Returns:
+        Tensor: shape (B, Q, M*D), dtype of ``value``.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not fit each other.
+    """
+    (value,) = _autocast(value)
+    sizes = _flat(spatial_shapes)
+    arguments = (reference_points, sampling_offsets, attention_weights)
+    if _choice.locations_apart or _takes_reference(value, len(sizes) // 2):
+        # The locations apart also serve whatever else ms_deform_attn runs on.
+        checks.ms_deform_attn_from_offsets(value, sizes, *arguments)
+        locations = offsets.locate(value, sizes, reference_points, sampling_offsets)
+        return ms_deform_attn(value, _pairs(sizes), locations, attention_weights)
+    return library.ms_deform_attn_from_offsets(value, sizes, *arguments)
+
+
+@contextmanager
+def locations_apart() -> Iterator[None]:
+    """Work the locations out before the operators inside the ``with`` block, in PyTorch.
+
+    Graphs that are traced there hold the operators that take locations, as runtimes know them.
+    """
+    previous, _choice.locations_apart = _choice.locations_apart, True
+    try:
+        yield
+    finally:
+        _choice.locations_apart = previous
 
 
 def _takes_reference(value: Tensor, levels: int) -> bool:

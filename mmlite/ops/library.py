@@ -1,6 +1,8 @@
 """The fused operators as ``torch.library`` knows them: schemas, shape functions, autograd, vmap.
 
-A backend module implements the four operators for its dispatch key::
+Either attention comes in two forms: with sampling locations, and ``*_from_offsets`` with reference
+points and the offsets around them, from which the locations are worked out where they are used. A
+backend module implements the operators for its dispatch key::
 
     library.implement('key_aware_deform_attn', 'CPU', forward)
     library.implement('key_aware_deform_attn_backward', 'CPU', backward)
@@ -34,30 +36,49 @@ from torch.autograd.function import _SingleLevelFunction
 from . import checks
 
 _LIBRARY = torch.library.Library('mmlite', 'DEF')
-_LIBRARY.define(
-    'key_aware_deform_attn(Tensor query, Tensor? key, Tensor value, SymInt[] spatial_shapes, '
-    'Tensor sampling_locations) -> Tensor'
-)
-_LIBRARY.define(
-    'key_aware_deform_attn_backward(Tensor grad_output, Tensor query, Tensor? key, Tensor value, '
-    'SymInt[] spatial_shapes, Tensor sampling_locations, bool[] output_mask) '
-    '-> (Tensor, Tensor, Tensor, Tensor)'
-)
-_LIBRARY.define(
-    'ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, '
-    'Tensor attention_weights) -> Tensor'
-)
-_LIBRARY.define(
-    'ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, '
-    'Tensor sampling_locations, Tensor attention_weights, bool[] output_mask) '
-    '-> (Tensor, Tensor, Tensor)'
-)
+_OFFSETS = 'Tensor reference_points, Tensor sampling_offsets'
+_ARGUMENTS = {
+    'key_aware_deform_attn': (
+        'Tensor query, Tensor? key, Tensor value, SymInt[] spatial_shapes, '
+        'Tensor sampling_locations'
+    ),
+    'key_aware_deform_attn_from_offsets': (
+        f'Tensor query, Tensor? key, Tensor value, SymInt[] spatial_shapes, {_OFFSETS}'
+    ),
+    'ms_deform_attn': (
+        'Tensor value, SymInt[] spatial_shapes, Tensor sampling_locations, Tensor attention_weights'
+    ),
+    'ms_deform_attn_from_offsets': (
+        f'Tensor value, SymInt[] spatial_shapes, {_OFFSETS}, Tensor attention_weights'
+    ),
+}
+for _name, _arguments in _ARGUMENTS.items():
+    _grads = ', '.join(['Tensor'] * _arguments.count('Tensor'))
+    _LIBRARY.define(f'{_name}({_arguments}) -> Tensor')
+    _LIBRARY.define(
+        f'{_name}_backward(Tensor grad_output, {_arguments}, bool[] output_mask) -> ({_grads})'
+    )
 
 # The overloads themselves: looking them up takes longer than calling them.
-key_aware_deform_attn = torch.ops.mmlite.key_aware_deform_attn.default
-key_aware_deform_attn_backward = torch.ops.mmlite.key_aware_deform_attn_backward.default
-ms_deform_attn = torch.ops.mmlite.ms_deform_attn.default
-ms_deform_attn_backward = torch.ops.mmlite.ms_deform_attn_backward.default
+_ops = torch.ops.mmlite
+key_aware_deform_attn = _ops.key_aware_deform_attn.default
+key_aware_deform_attn_backward = _ops.key_aware_deform_attn_backward.default
+key_aware_deform_attn_from_offsets = _ops.key_aware_deform_attn_from_offsets.default
+key_aware_deform_attn_from_offsets_backward = (
+    _ops.key_aware_deform_attn_from_offsets_backward.default
+)
+ms_deform_attn = _ops.ms_deform_attn.default
+ms_deform_attn_backward = _ops.ms_deform_attn_backward.default
+ms_deform_attn_from_offsets = _ops.ms_deform_attn_from_offsets.default
+ms_deform_attn_from_offsets_backward = _ops.ms_deform_attn_from_offsets_backward.default
+
+# Every operator and its backward pass.
+_PAIRS = (
+    (key_aware_deform_attn, key_aware_deform_attn_backward),
+    (key_aware_deform_attn_from_offsets, key_aware_deform_attn_from_offsets_backward),
+    (ms_deform_attn, ms_deform_attn_backward),
+    (ms_deform_attn_from_offsets, ms_deform_attn_from_offsets_backward),
+)
 
 
 def implement(name: str, dispatch_key: str, function: Callable) -> None:
@@ -72,45 +93,44 @@ def implement(name: str, dispatch_key: str, function: Callable) -> None:
     _LIBRARY.impl(name, checked, dispatch_key)
 
 
+def _name_of(operator: Callable) -> str:
+    return operator._schema.name.partition('::')[2]
+
+
+def _argument_names(operator: Callable) -> list[str]:
+    return [argument.name for argument in operator._schema.arguments]
+
+
 # ------------------------------------------------------------------------------ shape functions
 
 
-def _kda_shape(query, key, value, spatial_shapes, sampling_locations):
-    batch, queries, heads, dim = query.shape
-    return query.new_empty(batch, queries, heads * dim)
+def _output_shape(operator: Callable) -> Callable:
+    names = _argument_names(operator)
+    value = names.index('value')
+    sampling = next(i for i, name in enumerate(names) if name.startswith('sampling_'))
+
+    def shape(*args):
+        batch, queries, heads = args[sampling].shape[:3]
+        return args[value].new_empty(batch, queries, heads * args[value].shape[3])
+
+    return shape
 
 
-def _kda_backward_shape(
-    grad_output, query, key, value, spatial_shapes, sampling_locations, output_mask
-):
-    return _empty_grads((query, key, value, sampling_locations), output_mask)
-
-
-def _msda_shape(value, spatial_shapes, sampling_locations, attention_weights):
-    batch, queries, heads = sampling_locations.shape[:3]
-    return value.new_empty(batch, queries, heads * value.shape[3])
-
-
-def _msda_backward_shape(
-    grad_output, value, spatial_shapes, sampling_locations, attention_weights, output_mask
-):
-    return _empty_grads((value, sampling_locations, attention_weights), output_mask)
-
-
-def _empty_grads(inputs: Sequence[Tensor | None], output_mask: Sequence[bool]):
-    some = next(tensor for tensor in inputs if tensor is not None)
+def _grad_shapes(grad_output, *args):
+    *inputs, output_mask = args
+    tensors = [arg for arg in inputs if arg is None or isinstance(arg, Tensor)]
+    some = next(tensor for tensor in tensors if tensor is not None)
     return tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         if wanted and tensor is not None
         else some.new_empty(0)
-        for tensor, wanted in zip(inputs, output_mask)
+        for tensor, wanted in zip(tensors, output_mask)
     )
 
 
-implement('key_aware_deform_attn', 'Meta', _kda_shape)
-implement('key_aware_deform_attn_backward', 'Meta', _kda_backward_shape)
-implement('ms_deform_attn', 'Meta', _msda_shape)
-implement('ms_deform_attn_backward', 'Meta', _msda_backward_shape)
+for _forward, _backward in _PAIRS:
+    implement(_name_of(_forward), 'Meta', _output_shape(_forward))
+    implement(_name_of(_backward), 'Meta', _grad_shapes)
 
 
 # ------------------------------------------------------------------------------------ autograd
@@ -119,47 +139,30 @@ implement('ms_deform_attn_backward', 'Meta', _msda_backward_shape)
 # every level of torch.func's transforms, which the plain autograd.Function cannot stand.
 
 
-class _KeyAwareDeformAttn(_SingleLevelFunction):
-    @staticmethod
-    def forward(ctx, query, key, value, spatial_shapes, sampling_locations):
-        ctx.save_for_backward(query, key, value, sampling_locations)
-        ctx.spatial_shapes = spatial_shapes
-        return _below(
-            key_aware_deform_attn, (query, key, value, spatial_shapes, sampling_locations)
-        )
+def _function_of(operator: Callable, backward_operator: Callable) -> type[_SingleLevelFunction]:
+    """The autograd function of an operator: keeps its inputs, of which all are tensors but one."""
+    sizes = _argument_names(operator).index('spatial_shapes')
 
-    @staticmethod
-    def backward(ctx, grad_output):
-        # Read once: activation checkpointing recomputes at the first look and refuses a second.
-        query, key, value, locations = ctx.saved_tensors
-        wants_query, wants_key, wants_value, _, wants_locations = ctx.needs_input_grad
-        wanted = [wants_query, wants_key, wants_value, wants_locations]
-        grads = key_aware_deform_attn_backward(
-            grad_output, query, key, value, ctx.spatial_shapes, locations, wanted
-        )
-        query, key, value, locations = _only(grads, wanted)
-        return query, key, value, None, locations
+    class Function(_SingleLevelFunction):
+        @staticmethod
+        def forward(ctx, *args):
+            ctx.save_for_backward(*args[:sizes], *args[sizes + 1 :])
+            ctx.spatial_shapes = args[sizes]
+            return _below(operator, args)
 
+        @staticmethod
+        def backward(ctx, grad_output):
+            # Read once: activation checkpointing recomputes at the first look and refuses a second.
+            args = list(ctx.saved_tensors)
+            args.insert(sizes, ctx.spatial_shapes)
+            wanted = list(ctx.needs_input_grad)
+            del wanted[sizes]
+            grads = backward_operator(grad_output, *args, wanted)
+            grads = [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted)]
+            grads.insert(sizes, None)
+            return tuple(grads)
 
-class _MsDeformAttn(_SingleLevelFunction):
-    @staticmethod
-    def forward(ctx, value, spatial_shapes, sampling_locations, attention_weights):
-        ctx.save_for_backward(value, sampling_locations, attention_weights)
-        ctx.spatial_shapes = spatial_shapes
-        return _below(
-            ms_deform_attn, (value, spatial_shapes, sampling_locations, attention_weights)
-        )
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        value, locations, weights = ctx.saved_tensors
-        wants_value, _, wants_locations, wants_weights = ctx.needs_input_grad
-        wanted = [wants_value, wants_locations, wants_weights]
-        grads = ms_deform_attn_backward(
-            grad_output, value, ctx.spatial_shapes, locations, weights, wanted
-        )
-        value, locations, weights = _only(grads, wanted)
-        return value, None, locations, weights
+    return Function
 
 
 def _below(operator: Callable, args: Sequence) -> Tensor | tuple[Tensor, ...]:
@@ -169,10 +172,6 @@ def _below(operator: Callable, args: Sequence) -> Tensor | tuple[Tensor, ...]:
     """
     with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
-
-
-def _only(grads: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted)]
 
 
 class _DifferentiableOnce(_SingleLevelFunction):
@@ -207,15 +206,11 @@ def _needs_grad(args: Sequence) -> bool:
     return False
 
 
-for _operator, _apply in {
-    key_aware_deform_attn: _KeyAwareDeformAttn.apply,
-    ms_deform_attn: _MsDeformAttn.apply,
-    key_aware_deform_attn_backward: functools.partial(
-        _DifferentiableOnce.apply, key_aware_deform_attn_backward
-    ),
-    ms_deform_attn_backward: functools.partial(_DifferentiableOnce.apply, ms_deform_attn_backward),
-}.items():
-    _LIBRARY.impl(_operator, _differentiable(_operator, _apply), 'Autograd')
+for _forward, _backward in _PAIRS:
+    _apply = _function_of(_forward, _backward).apply
+    _LIBRARY.impl(_forward, _differentiable(_forward, _apply), 'Autograd')
+    _apply = functools.partial(_DifferentiableOnce.apply, _backward)
+    _LIBRARY.impl(_backward, _differentiable(_backward, _apply), 'Autograd')
 
 
 # ---------------------------------------------------------------------------------------- vmap
@@ -223,37 +218,47 @@ for _operator, _apply in {
 
 def _into_batch(operator: Callable) -> Callable:
     """The vmap rule of an operator: what is mapped over becomes part of the batch."""
+    names = _argument_names(operator)
+    value = names.index('value')
+    broadcast = names.index('reference_points') if 'reference_points' in names else None
 
     def rule(info, in_dims, *args):
         size = info.batch_size
-
-        def fold(arg, dim):
-            if not isinstance(arg, Tensor):
-                return arg
-            arg = arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
-            return arg.flatten(0, 1)
+        mapped = [
+            (arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0))
+            if isinstance(arg, Tensor)
+            else arg
+            for arg, dim in zip(args, in_dims)
+        ]
+        shared = None  # reference points that serve the whole batch get a copy for each of it
+        if broadcast is not None and mapped[broadcast].shape[1] != mapped[value].shape[1]:
+            shared = mapped[broadcast]
+            mapped[broadcast] = shared.expand(-1, mapped[value].shape[1], -1, -1, -1)
 
         def unfold(result):
             return result.reshape(size, result.shape[0] // size, *result.shape[1:])
 
-        results = operator(*(fold(arg, dim) for arg, dim in zip(args, in_dims)))
+        results = operator(
+            *(arg.flatten(0, 1) if isinstance(arg, Tensor) else arg for arg in mapped)
+        )
         if isinstance(results, Tensor):
             return unfold(results), 0
         # A gradient that nobody asked for is empty, and has one dimension alone.
         dims = tuple(0 if result.dim() > 1 else None for result in results)
-        unfolded = (unfold(r) if dim == 0 else r for r, dim in zip(results, dims))
+        unfolded = [unfold(r) if dim == 0 else r for r, dim in zip(results, dims)]
+        if shared is not None:
+            index = [n for n in names if n not in ('grad_output', 'spatial_shapes')].index(
+                'reference_points'
+            )
+            if dims[index] == 0:
+                unfolded[index] = unfolded[index].sum(1, keepdim=True)
         return tuple(unfolded), dims
 
     return rule
 
 
 if hasattr(torch.library, 'register_vmap'):  # torch 2.5; before, torch itself loops
-    for _operator in (
-        key_aware_deform_attn,
-        key_aware_deform_attn_backward,
-        ms_deform_attn,
-        ms_deform_attn_backward,
-    ):
+    for _operator in (operator for pair in _PAIRS for operator in pair):
         torch.library.register_vmap(
             _operator.name().split('.')[0], _into_batch(_operator), lib=_LIBRARY
         )

@@ -35,6 +35,21 @@ def key_aware_deform_attn(
     return output.flatten(2).to(dtype)
 
 
+def key_aware_deform_attn_from_offsets(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+) -> Tensor:
+    """See :func:`mmlite.ops.key_aware_deform_attn_from_offsets`."""
+    locations = sampling_locations(
+        _compute_dtype(reference_points), _compute_dtype(sampling_offsets), spatial_shapes
+    )
+    return key_aware_deform_attn(query, key, value, spatial_shapes, locations)
+
+
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
@@ -45,6 +60,73 @@ def ms_deform_attn(
     sampled_value = sample(value, spatial_shapes, sampling_locations)
     weights = _compute_dtype(attention_weights).flatten(-2).unsqueeze(-1)
     return (weights * sampled_value).sum(-2).flatten(2).to(value.dtype)
+
+
+def ms_deform_attn_from_offsets(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """See :func:`mmlite.ops.ms_deform_attn_from_offsets`."""
+    locations = sampling_locations(
+        _compute_dtype(reference_points), _compute_dtype(sampling_offsets), spatial_shapes
+    )
+    return ms_deform_attn(value, spatial_shapes, locations, attention_weights)
+
+
+def sampling_locations(
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+) -> Tensor:
+    """Offsets around the reference points (Deformable DETR, section 4.1 and appendix A.4).
+
+    Args:
+        reference_points (Tensor): Normalised (x, y), or (cx, cy, w, h) of boxes, shape
+            (B or 1, Q, L, 2 or 4). Offsets from a box count in halves of its size over P.
+        sampling_offsets (Tensor): In pixels of each level, shape (B, Q, M, L, P, 2); L may be 1:
+            then one set of offsets serves every level.
+        spatial_shapes (Sequence[tuple[int, int]]): (h, w) of every level, L pairs of ints.
+
+    Returns:
+        Tensor: Normalised (x, y), dtype of ``reference_points``, shape (B, Q, M, L, P, 2).
+    """
+    levels, points = len(spatial_shapes), sampling_offsets.shape[4]
+    centre = reference_points
+    if reference_points.shape[-1] == 2:
+        unit = pixel_sizes(spatial_shapes, reference_points)  # (L, 2)
+    else:
+        centre = reference_points.narrow(-1, 0, 2)
+        unit = reference_points.narrow(-1, 2, 2) * (0.5 / points)  # (B or 1, Q, L, 2)
+    offsets = sampling_offsets.to(reference_points.dtype)
+    if offsets.shape[3] != levels:
+        offsets = offsets.expand(-1, -1, -1, levels, -1, -1)
+    # The last three dimensions are kept flat here: elementwise products over a trailing
+    # dimension of 2 are several times slower on the CPU.
+    unit = _repeat_points(unit, points)
+    locations = torch.addcmul(
+        _repeat_points(centre, points).unsqueeze(-2),
+        offsets.flatten(3),
+        unit if unit.dim() == 1 else unit.unsqueeze(-2),
+    )
+    return locations.unflatten(-1, (levels, points, 2))
+
+
+def pixel_sizes(spatial_shapes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    """Normalised (width, height) of a pixel of every level, shape (L, 2)."""
+    sides = [
+        like.new_full((1,), 1.0 / side)
+        for height, width in spatial_shapes
+        for side in (width, height)
+    ]
+    return torch.cat(sides).unflatten(0, (-1, 2))
+
+
+def _repeat_points(per_level: Tensor, points: int) -> Tensor:
+    """(..., L, 2) -> (..., L * P * 2)."""
+    return per_level.unsqueeze(-2).expand(*per_level.shape[:-1], points, 2).flatten(-3)
 
 
 def sample(

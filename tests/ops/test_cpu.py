@@ -54,6 +54,50 @@ def test_queries_batches_heads(variant, queries, batch, heads):
     Case(variant, queries=queries, batch=batch, heads=heads, dim=8).check()
 
 
+OFFSETS = [
+    dict(),
+    dict(shared=True),
+    dict(boxes=True),
+    dict(boxes=True, shared=True, batch=1),
+    dict(batch=1),
+]
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('kind', OFFSETS, ids=str)
+@pytest.mark.parametrize('points', [1, 3, 4, 9])
+def test_from_offsets(variant, kind, points):
+    Case(variant, points=points, dim=16).from_offsets(**kind).check()
+    Case(variant, points=points, dim=20, queries=130, batch=1).from_offsets(**kind).check()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('kind', OFFSETS, ids=str)
+def test_from_offsets_gradcheck(variant, kind):
+    case = Case(variant, ((3, 4), (1, 2)), 2, 3, 2, 5, 2, torch.float64, seed=3)
+    case.from_offsets(**kind)
+    tensors = [tensor.requires_grad_() for tensor in case.inputs.values()]
+    with ops.use_backend('cpu'):
+        assert torch.autograd.gradcheck(lambda *t: case.call(dict(zip(case.inputs, t))), tensors)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('boxes', [False, True])
+def test_from_offsets_half_precision(variant, dtype, boxes):
+    """Locations are formed in float32, whatever the offsets and reference points come in."""
+    # Sizes that are powers of two: where the gradient jumps, both must see the same side.
+    case = Case(variant, ((8, 4), (2, 2)), dtype=dtype).from_offsets(boxes)
+    rounding = 0.5 * torch.finfo(dtype).eps
+    for widened in (('reference_points',), ('sampling_offsets', 'weights')):
+        actual, expected = case.run('cpu'), case.run('reference', widen=True)
+        assert all(actual[name].dtype == tensor.dtype for name, tensor in case.inputs.items())
+        case.compare(actual, expected, 1.01 * rounding, 1.01 * rounding)
+        for name in widened:
+            if name in case.inputs:
+                case.inputs[name] = case.inputs[name].float()
+
+
 @pytest.mark.parametrize('variant', VARIANTS)
 @pytest.mark.parametrize('dim', [16, 20, 32])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -217,20 +261,14 @@ def test_same_bits_on_any_number_of_threads(variant, dtype):
 def test_opcheck(variant):
     if not hasattr(torch.library, 'opcheck'):
         pytest.skip('torch.library.opcheck came with torch 2.4')
-    case = Case(variant, batch=1)
-    tensors = {name: tensor.requires_grad_() for name, tensor in case.inputs.items()}
-    value, locations = tensors['value'], tensors['locations']
-    if variant == 'standard':
-        op = torch.ops.mmlite.ms_deform_attn
-        args = (value, case.flat_shapes, locations, tensors['weights'])
-    else:
-        op = torch.ops.mmlite.key_aware_deform_attn
-        args = (tensors['query'], tensors.get('key'), value, case.flat_shapes, locations)
-    torch.library.opcheck(op.default, args)
-    backward = getattr(torch.ops.mmlite, op.__name__ + '_backward').default
-    detached = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
-    mask = [True] * (3 if variant == 'standard' else 4)
-    torch.library.opcheck(backward, (case.grad_output, *detached, mask))
+    for case in (Case(variant, batch=1), Case(variant, batch=1).from_offsets()):
+        tensors = {name: tensor.requires_grad_() for name, tensor in case.inputs.items()}
+        args = case.arguments(tensors, case.flat_shapes)
+        torch.library.opcheck(getattr(library, case.operator), args)
+        backward = getattr(library, f'{case.operator}_backward')
+        detached = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
+        mask = [True] * len(case.names)
+        torch.library.opcheck(backward, (case.grad_output, *detached, mask))
 
 
 @pytest.mark.skipif(

@@ -27,6 +27,12 @@ def kda_arguments() -> dict:
     )
 
 
+def offsets_in(arguments: dict) -> dict:
+    """Offsets and reference points in place of the locations."""
+    offsets = torch.randn(arguments.pop('sampling_locations').shape)
+    return {**arguments, 'reference_points': torch.rand(B, Q, L, 2), 'sampling_offsets': offsets}
+
+
 def msda_arguments() -> dict:
     arguments = kda_arguments()
     del arguments['query'], arguments['key']
@@ -54,6 +60,34 @@ BAD = {
     'shapes of one level': ('spatial_shapes', lambda shapes: shapes[:1]),
     'shapes of other sizes': ('spatial_shapes', lambda shapes: shapes + 1),
     'shapes that are negative': ('spatial_shapes', lambda shapes: -shapes),
+}
+BAD_OFFSETS = {
+    'value of another batch': ('sampling_offsets', lambda value: value[:1], 'value'),
+    'offsets without points': ('sampling_offsets', lambda offsets: offsets[:, :, :, :, 0]),
+    'offsets of other levels': (
+        'sampling_offsets',
+        lambda offsets: torch.cat([offsets, offsets], 3),
+    ),
+    'offsets of another dtype': ('sampling_offsets', lambda offsets: offsets.double()),
+    'offsets on another device': ('sampling_offsets', lambda offsets: offsets.to('meta')),
+    'reference points without levels': ('reference_points', lambda points: points[:, :, 0]),
+    'reference points with three numbers': (
+        'reference_points',
+        lambda points: torch.cat([points, points[..., :1]], -1),
+    ),
+    'reference points of other queries': ('reference_points', lambda points: points[:, 1:]),
+    'reference points of other images': (
+        'reference_points',
+        lambda points: torch.cat([points, points]),
+    ),
+    'reference points of other levels': (
+        'spatial_shapes',
+        lambda points: points[:, :, :1],
+        'reference_points',
+    ),
+    'reference points of another dtype': ('reference_points', lambda points: points.half()),
+    'reference points on another device': ('reference_points', lambda points: points.to('meta')),
+    'shapes of other sizes': ('spatial_shapes', lambda shapes: shapes + 1),
 }
 BAD_KDA = {
     'query of other heads': ('query', lambda query: query[:, :, :1]),
@@ -89,6 +123,19 @@ def test_key_aware_refuses(what):
 @pytest.mark.parametrize('what', [*BAD, *BAD_MSDA])
 def test_standard_refuses(what):
     check_refused(ops.ms_deform_attn, msda_arguments(), *{**BAD, **BAD_MSDA}[what])
+
+
+@pytest.mark.parametrize('backend', ['cpu', 'reference'])
+@pytest.mark.parametrize('what', [*BAD_OFFSETS, *BAD_KDA, *BAD_MSDA])
+def test_from_offsets_refuses(what, backend):
+    if backend == 'cpu' and not cpu.status()[0]:
+        pytest.skip(cpu.status()[1])
+    arguments, function = kda_arguments(), ops.key_aware_deform_attn_from_offsets
+    if what in BAD_MSDA:
+        arguments, function = msda_arguments(), ops.ms_deform_attn_from_offsets
+    bad = {**BAD_OFFSETS, **BAD_KDA, **BAD_MSDA}[what]
+    with ops.use_backend(backend):
+        check_refused(function, offsets_in(arguments), *bad)
 
 
 def test_shapes_may_be_a_list_of_pairs():
@@ -288,20 +335,32 @@ def test_meta_tensors(shared):
         ops.key_aware_deform_attn(**arguments, spatial_shapes=[(3, 4)])
 
 
-@pytest.fixture(params=['shared', 'apart', 'standard'])
+@pytest.fixture(
+    params=[
+        f'{variant}{places}'
+        for variant in ('shared', 'apart', 'standard')
+        for places in ('', ', offsets', ', offsets, one reference')
+    ]
+)
 def function(request):
     """An operator as a function of its tensors, and the tensors."""
-    arguments = msda_arguments() if request.param == 'standard' else kda_arguments()
+    variant, *places = request.param.split(', ')
+    arguments = msda_arguments() if variant == 'standard' else kda_arguments()
     del arguments['spatial_shapes']
-    if request.param == 'shared':
+    if variant == 'shared':
         del arguments['key']
+    name = 'ms_deform_attn' if variant == 'standard' else 'key_aware_deform_attn'
+    if places:
+        arguments, name = offsets_in(arguments), f'{name}_from_offsets'
+    if 'one reference' in places:
+        arguments['reference_points'] = arguments['reference_points'][:1]
     names = list(arguments)
 
     def call(*tensors):
         given = dict(zip(names, tensors))
-        if request.param == 'standard':
-            return ops.ms_deform_attn(**given, spatial_shapes=SHAPES)
-        return ops.key_aware_deform_attn(**{'key': given['value'], **given}, spatial_shapes=SHAPES)
+        if variant != 'standard':
+            given = {'key': given['value'], **given}
+        return getattr(ops, name)(**given, spatial_shapes=SHAPES)
 
     return call, list(arguments.values())
 

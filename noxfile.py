@@ -1,16 +1,18 @@
 """Tests in clean environments: of every supported set of versions, and of the wheels.
 
     nox --list
-    nox --session 'tests-3.11(onedl, torch 2.4.1)' -- tests/ops
+    nox --session 'tests-3.11(torch 2.4.1, onedl)' -- tests/ops
 
-`make matrix` runs the tests of every cell that can be installed, keeps what each installed and how
-its tests ended in .nox/matrix, and writes the table of docs/support.md from it. `make test-wheels`
-tests the wheel for this machine, from wheelhouse/.
+`make matrix` builds a wheel and runs a selection of the tests, or those that are named after `--`,
+with it in every cell that can be installed. It keeps what each installed and how its tests ended in
+.nox/matrix, and writes the table of docs/support.md from it. `make test-wheels` tests the wheel for
+this machine, from wheelhouse/.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import xml.etree.ElementTree
 from pathlib import Path
@@ -20,6 +22,10 @@ from nox.command import CommandFailed
 
 nox.options.sessions = ['tests', 'support']
 nox.options.error_on_missing_interpreters = False
+# uv links what several environments have in common: twenty times a PyTorch of gigabytes.
+nox.options.default_venv_backend = 'uv|virtualenv'
+if 'PIP_FIND_LINKS' in os.environ:
+    os.environ.setdefault('UV_FIND_LINKS', os.environ['PIP_FIND_LINKS'])
 
 PYTHONS = ['3.10', '3.11', '3.12', '3.13']
 PINNED = re.search(r'^torch==(\S+)', Path('requirements/constraints.txt').read_text(), re.M)[1]
@@ -38,6 +44,15 @@ FAMILIES = {
     'openmmlab-compiled': (*OPENMMLAB, 'mmcv>=2.0,<2.2', '--only-binary=mmcv'),
     'onedl-compiled': (*ONEDL, 'onedl-mmcv>=2.3,<3', '--only-binary=onedl-mmcv'),
 }
+# What a version of Python, PyTorch or MMDetection has broken before: the kernels and their place in
+# autograd and torch.compile, the layers, the detectors, loading, and training through mim.
+SELECTION = (
+    *('tests/ops/test_cpu.py', 'tests/ops/test_functional.py', 'tests/nn', 'tests/layers'),
+    *('tests/detectors/test_lite.py', 'tests/checkpoints/test_loading.py', 'tests/test_mim.py'),
+    *('tests/integrations/test_imports.py', 'tests/integrations/test_mmcv_ext.py'),
+    'tests/integrations/test_openmmlab.py',
+)
+DIST = Path('.nox/dist')
 RESULTS = Path('.nox/matrix')
 REPORTED = ('torch', 'numpy', 'mmengine', 'mmcv', 'mmdet')
 VERSIONS = f"""
@@ -52,34 +67,63 @@ def numbers(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-@nox.session(python=PYTHONS)
-@nox.parametrize('torch', TORCHES, ids=[f'torch {version}' for version in TORCHES])
+@nox.session
+def build(session: nox.Session) -> None:
+    """A wheel of what is here, for `tests`."""
+    session.install('build')
+    for old in DIST.glob('*.whl'):
+        old.unlink()
+    session.run('python', '-m', 'build', '--wheel', f'--outdir={DIST}', silent=True)
+
+
+@nox.session(python=PYTHONS, requires=['build'])
 @nox.parametrize('family', list(FAMILIES), ids=list(FAMILIES))
+@nox.parametrize('torch', TORCHES, ids=[f'torch {version}' for version in TORCHES])
 def tests(session: nox.Session, family: str, torch: str) -> None:
     """The tests with one set of versions."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    cell = RESULTS.resolve() / f'{session.python}-{torch}-{family}'
+
+    def write(**result) -> None:
+        result = {'family': family, 'python': session.python, 'torch': torch, **result}
+        cell.with_suffix('.json').write_text(json.dumps(result, indent=2))
+
+    def skip(reason: str) -> None:
+        write(reason=reason)
+        session.skip(reason)
+
     if numbers(torch) < FIRST_TORCH.get(str(session.python), (0, 0)):
-        session.skip(f'no torch {torch} for Python {session.python}')
-    numpy = 'numpy<2' if numbers(torch) < FIRST_TORCH_WITH_NUMPY_2 else 'numpy'
-    versions = (f'torch=={torch}', numpy)
+        skip('PyTorch has no wheel for this Python')
+    packages = FAMILIES[family]
+    if family.endswith('-compiled'):
+        try:
+            session.install('--no-deps', *packages[2:], silent=True)
+        except CommandFailed:
+            skip('no wheel of MMCV with its operators was found')
+    versions = [f'torch=={torch}', 'numpy']
+    if numbers(torch) < FIRST_TORCH_WITH_NUMPY_2:
+        versions[1] += '<2'
+    (wheel,) = DIST.glob('*.whl')
     try:
-        # First of all, since what is compiled is compiled against it.
-        session.install(*versions)
-        session.install(*versions, *FAMILIES[family], 'pytest', 'pytest-timeout', 'openmim', '.')
+        session.install(*versions, *packages, 'pytest', 'pytest-timeout', 'openmim', str(wheel))
         # openmim asks for an older one, which knows no Python after 3.11.
         session.install('setuptools==79.0.1')
     except CommandFailed:
-        session.skip('cannot be installed here')
+        skip('the packages do not go together')
+    try:
+        check = 'import torch, mmcv._ext' if family.endswith('-compiled') else ''
+        session.run('python', '-c', check, silent=True)
+    except CommandFailed:
+        skip('the wheel of MMCV that was found is for another PyTorch')
     found = json.loads(session.run('python', '-c', VERSIONS, silent=True).splitlines()[-1])
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    report = RESULTS.resolve() / f'{session.python}-{torch}-{family}.xml'
+    report = cell.with_suffix('.xml')
     # The entry point, unlike `python -m pytest`, leaves this folder off the path.
-    session.run('pytest', f'--junit-xml={report}', *session.posargs, success_codes=[0, 1])
+    arguments = session.posargs or SELECTION
+    session.run('pytest', '-q', f'--junit-xml={report}', *arguments, success_codes=[0, 1])
     suite = xml.etree.ElementTree.parse(report).getroot().find('testsuite')
     count = {name: int(suite.get(name)) for name in ('tests', 'failures', 'errors', 'skipped')}
-    report.with_suffix('.json').write_text(
-        json.dumps({'family': family, **found, **count, 'arguments': session.posargs}, indent=2)
-    )
+    write(**found, **count, arguments=session.posargs)
     if count['failures'] + count['errors']:
         session.error(f'{count["failures"] + count["errors"]} tests fail')
 
@@ -90,13 +134,24 @@ def support(session: nox.Session) -> None:
     columns = ('Packages', 'Python', *REPORTED, 'Tests')
     lines = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
     results = [json.loads(path.read_text()) for path in RESULTS.glob('*.json')]
-    for result in sorted(results, key=lambda r: (r['family'], numbers(r['python']), r['torch'])):
+    results.sort(key=lambda r: (r['family'], numbers(r['python']), numbers(r['torch'])))
+    missing: dict[str, dict[str, list[str]]] = {}  # reason -> Python and PyTorch -> packages
+    for result in results:
+        if 'reason' in result:
+            cells = missing.setdefault(result['reason'], {})
+            cell = f'Python {result["python"]} with PyTorch {result["torch"]}'
+            cells.setdefault(cell, []).append(result['family'])
+            continue
         bad = result['failures'] + result['errors']
         passed = result['tests'] - result['skipped'] - bad
         outcome = f'{passed} pass, {result["skipped"]} skipped' + (f', {bad} FAIL' if bad else '')
         part = f' (`{" ".join(result["arguments"])}`)' if result['arguments'] else ''
         versions = (result[name] for name in ('family', 'python', *REPORTED))
         lines.append(f'| {" | ".join(versions)} | {outcome}{part} |')
+    lines += ['', 'Not installed there:'] if missing else []
+    for reason, cells in missing.items():
+        lines += ['', f'- {reason}:']
+        lines += [f'    - {cell}: {", ".join(families)}' for cell, families in cells.items()]
     page = Path('docs/support.md')
     before, rest = page.read_text().split('<!-- matrix -->\n')
     after = rest.split('<!-- /matrix -->\n')[1]

@@ -72,7 +72,7 @@ def train(folder: Path, name: str, *settings: str, kind: str = '', restarts: int
         *(f'--max-restarts={restarts}', TRAIN, f'{name}.py', '--launcher', 'pytorch'),
         *('--work-dir', name, '--resume'),
     ]
-    path = os.pathsep.join([str(ROOT), str(folder), os.environ.get('PYTHONPATH', '')])
+    path = os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')])
     process = subprocess.run(
         list(map(str, command)),
         cwd=folder,

@@ -15,19 +15,18 @@ from mmlite.datasets import generate_shapes
 
 pytest.importorskip('mim', reason='openmim is not installed')
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / 'configs/small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
+CONFIG = 'mmlite::small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A folder with a tiny data set and a config for it."""
+    """A folder with a tiny data set and a config for it, whose base has a package's name."""
     folder = tmp_path_factory.mktemp('mim')
     generate_shapes(folder / 'data', {'train': 8, 'val': 4})
     data_root = str(folder / 'data')
     annotations = str(folder / 'data/annotations/instances_val.json')
     (folder / 'config.py').write_text(
-        f'_base_ = {str(CONFIG)!r}\n'
+        f'_base_ = {CONFIG!r}\n'
         f'train_dataloader = dict(batch_size=2, dataset=dict(data_root={data_root!r}))\n'
         f'val_dataloader = dict(dataset=dict(data_root={data_root!r}))\n'
         'test_dataloader = val_dataloader\n'
@@ -39,11 +38,10 @@ def folder(tmp_path_factory):
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    path = os.pathsep.join([str(ROOT), str(cwd), os.environ.get('PYTHONPATH', '')])
     process = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
-        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,14 +1,37 @@
-"""Acting on a module when somebody imports it, and not before."""
+"""Acting on a module when somebody imports it, and not before.
+
+The installed package has this file a second time, beside the package, and a ``.pth`` file that
+calls :func:`at_startup` whenever Python starts. So it imports nothing that takes time.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 
-Action = Callable[[ModuleType], None]
+TYPE_CHECKING = False  # typing's own takes milliseconds to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    Action = Callable[[ModuleType], None]
+
+
+def at_startup() -> None:
+    """What has to be in place before anybody imports mmlite; nothing is imported for it.
+
+    - MMDetection's tools import ``mmcv.ops`` before they read a config, hence before any
+      ``custom_imports``. Where mmcv has no compiled operators, the last finder in line answers for
+      them: it is asked when nobody has found an ``mmcv._ext``.
+    - mmengine resolves ``_base_ = 'mmlite::folder/config.py'`` before ``custom_imports``, too.
+    """
+    when_imported('mmengine.config.utils', add_configs)
+    sys.meta_path.append(_StandIn)  # type: ignore[arg-type]
+
+
+def add_configs(config_utils: ModuleType) -> None:
+    """Add mmlite to the packages whose configs mmengine knows by name."""
+    config_utils.MODULE2PACKAGE.setdefault('mmlite', 'mmlite')
 
 
 def when_imported(name: str, action: Action) -> None:
@@ -26,8 +49,22 @@ def when_imported(name: str, action: Action) -> None:
     _WAITING.actions.setdefault(name, []).append(action)
 
 
-class _Waiting(MetaPathFinder):
-    """Leaves finding a module to the other finders, and adds the actions to its execution."""
+class _StandIn:
+    """Finds ``mmcv._ext`` in mmlite, where no other finder has found it."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != 'mmcv._ext':
+            return None
+        from mmlite.integrations.mmcv_ext import spec
+
+        return spec()
+
+
+class _Waiting:
+    """Leaves finding a module to the finders after it, and adds the actions to its execution."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Action]] = {}
@@ -37,8 +74,8 @@ class _Waiting(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name not in self.actions:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        specs = (finder.find_spec(name, path, target) for finder in others)
+        after = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(name, path, target) for finder in after)
         spec = next(filter(None, specs), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module

@@ -6,11 +6,10 @@ MMDetection's DETRs call of it, with the numbers of the compiled operators: defo
 our operators, ``nms`` and ``softnms``, the sigmoid focal loss. Every other operator raises a
 sentence when it is called.
 
-MMDetection's tools import ``mmcv.ops`` before they read a config, hence before any
-``custom_imports``. So the installed package puts a finder in place with a ``.pth`` file
-(mmlite_mmcv_ext.pth), last in line: it is asked when nobody has found an ``mmcv._ext``, and an mmcv
-with its operators is never touched. The finder asks :func:`spec`, and this file runs once more
-under the name ``mmcv._ext``.
+The installed package has a finder in place whenever Python starts, last in line
+(:func:`mmlite.integrations.imports.at_startup`): it is asked when nobody has found an
+``mmcv._ext``, and an mmcv with its operators is never touched. The finder asks :func:`spec`, and
+this file runs once more under the name ``mmcv._ext``.
 
 The functions here have mmcv's names and signatures.
 """

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
-from .imports import when_imported
+from .imports import add_configs, when_imported
 
 # Import name -> the distributions that provide it and the versions of each that fit: what to
 # install of OpenMMLab's packages first, their maintained continuation last.
@@ -60,7 +60,7 @@ def register() -> None:
         when_imported('mmdet.registry', _refuse_detectors)
     elif not missing:
         when_imported('mmdet.registry', _add_locations)
-        when_imported('mmengine.config.utils', _add_package)
+        when_imported('mmengine.config.utils', add_configs)
         when_imported('mmengine.runner.checkpoint', _add_loader)
 
 
@@ -84,10 +84,6 @@ def _add_locations(registry: ModuleType) -> None:
                 importlib.import_module(module)
         else:
             registry_of_kind._locations.extend(modules)
-
-
-def _add_package(config_utils: ModuleType) -> None:
-    config_utils.MODULE2PACKAGE['mmlite'] = 'mmlite'
 
 
 def _add_loader(checkpoint: ModuleType) -> None:

@@ -90,7 +90,7 @@ def mim(*arguments, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, '-c', 'from mim.cli import cli; cli()', *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -54,3 +57,32 @@ def test_looking_for_a_module_is_not_importing_it(module):
     assert seen == []
     importlib.import_module(module)
     assert len(seen) == 1
+
+
+AT_STARTUP = """
+import sys
+sys.path.insert(0, {folder!r})
+import _mmlite_imports
+_mmlite_imports.at_startup()
+from mmengine.config import Config
+print(*(Config.fromfile(f'{{name}}.py', import_custom_modules=False).model.type
+        for name in ('mine', 'stock')))
+print('mmlite' in sys.modules)
+"""
+
+
+def test_names_configs_without_importing_mmlite(tmp_path):
+    """As tools read a config: before anything in it is imported."""
+    shutil.copy(imports.__file__, tmp_path / '_mmlite_imports.py')
+    lite = 'mmlite::lite_dino/lite-dino-4scale_r50_h3l1-2p1x3_8xb2-12e_coco.py'
+    (tmp_path / 'mine.py').write_text(f'_base_ = {lite!r}')
+    (tmp_path / 'stock.py').write_text("_base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'")
+    # -S: without what the installed package has put in place.
+    path = os.pathsep.join(path for path in sys.path if path)
+    printed = subprocess.check_output(
+        [sys.executable, '-S', '-c', AT_STARTUP.format(folder=str(tmp_path))],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': path},
+        text=True,
+    )
+    assert printed.splitlines()[-2:] == ['LiteDINO DINO', 'False']

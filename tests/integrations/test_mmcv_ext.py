@@ -13,7 +13,7 @@ from mmdet.models.losses.focal_loss import py_sigmoid_focal_loss
 
 from mmlite.integrations import mmcv_ext
 
-PTH = Path(mmcv_ext.__file__).with_suffix('.pth')
+PTH = Path(mmcv_ext.__file__).with_name('startup.pth')
 COMPILED = pytest.mark.skipif(
     not getattr(importlib.util.find_spec('mmcv._ext'), 'origin', '').endswith(('.so', '.pyd')),
     reason='this mmcv has no compiled operators to compare with',
@@ -214,8 +214,9 @@ def test_is_no_backend_of_our_own_operators():
 
 @pytest.fixture
 def site(tmp_path):
-    """A folder with the .pth file as it is installed, and an mmcv without compiled operators."""
-    (tmp_path / 'mmlite_mmcv_ext.pth').write_text(PTH.read_text())
+    """A folder with what Python runs at its start, and an mmcv without compiled operators."""
+    (tmp_path / 'mmlite_startup.pth').write_text(PTH.read_text())
+    (tmp_path / '_mmlite_imports.py').write_text(PTH.with_name('imports.py').read_text())
     (tmp_path / 'mmcv').mkdir()
     (tmp_path / 'mmcv/__init__.py').write_text('')
     return tmp_path

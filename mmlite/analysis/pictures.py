@@ -80,7 +80,7 @@ def draw_boxes(image: np.ndarray, instances: InstanceData, names: Sequence[str])
     # The visualizer's lines and letters have a size in pixels, which would hide a small image.
     factor = max(1, 480 // max(image.shape))
     image = image.repeat(factor, 0).repeat(factor, 1)
-    instances.bboxes = factor * instances.bboxes
+    instances.bboxes = factor * instances.bboxes.detach()  # the visualizer wants NumPy's arrays
     instances.label_names = [
         names[label] if label < len(names) else f'class {label}' for label in instances.labels
     ]

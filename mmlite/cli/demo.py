@@ -178,14 +178,16 @@ def _encoder_gflops(cfg) -> list[float]:
 def _draw_predictions(runner, path: Path) -> Path:
     """Draw a few held-out images with their objects above and what was detected below."""
     import cv2
+    import torch
 
     from ..analysis.pictures import draw_boxes, draw_panels
 
     samples = []
-    for batch in runner.val_dataloader:
-        samples += runner.model.val_step(batch)
-        if len(samples) >= SHOWN_IMAGES:
-            break
+    with torch.no_grad():
+        for batch in runner.val_dataloader:
+            samples += runner.model.val_step(batch)
+            if len(samples) >= SHOWN_IMAGES:
+                break
     classes = runner.val_dataloader.dataset.metainfo['classes']
     above, below = [], []
     for sample in samples[:SHOWN_IMAGES]:

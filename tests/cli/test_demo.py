@@ -16,7 +16,9 @@ def run(*arguments):
     return CliRunner().invoke(main, ['demo', *map(str, arguments)])
 
 
-def test_trains_evaluates_and_draws(tmp_path):
+def test_trains_evaluates_and_draws(tmp_path, monkeypatch):
+    # Two epochs teach it nothing, and there has to be something to draw.
+    monkeypatch.setattr(sys.modules['mmlite.cli.demo'], 'SHOWN_SCORE', 0.0)
     out = tmp_path / 'demo'
     sizes = ('--epochs', 2, '--train-images', 8, '--val-images', 2)
     result = run('--out', out, *sizes)

@@ -13,7 +13,8 @@ from mmdet.models.losses.focal_loss import py_sigmoid_focal_loss
 
 from mmlite.integrations import mmcv_ext
 
-PTH = Path(mmcv_ext.__file__).with_name('startup.pth')
+# What an installed package has beside itself and not in it.
+PTH = Path(__file__).parents[2] / 'mmlite/integrations/startup.pth'
 COMPILED = pytest.mark.skipif(
     not getattr(importlib.util.find_spec('mmcv._ext'), 'origin', '').endswith(('.so', '.pyd')),
     reason='this mmcv has no compiled operators to compare with',
@@ -87,6 +88,7 @@ def run(code: str, *arguments: str, path: str | os.PathLike = '') -> str:
     path = os.pathsep.join([str(path), os.environ.get('PYTHONPATH', '')])
     process = subprocess.run(
         [sys.executable, '-c', code, *arguments],
+        cwd=Path(__file__).parent,  # where no other mmlite than the installed one is found
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -26,6 +26,7 @@ from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from ..detectors import encoder_name
+from ..detectors.bert import adapt_bert
 from ..layers import KeyAwareDeformableAttention, LiteEncoder, level_sizes
 from ..nn import StepTokens, encoder_reference_points
 from ..ops.reference import sample
@@ -102,6 +103,8 @@ def warm_start(
         ValueError: If the weights are not those of the stock detector.
     """
     stock = MODELS.build(stock_config(model_config))
+    if hasattr(stock, 'language_model'):
+        adapt_bert(stock.language_model)
     unused = _load_stock(stock, stock_state)
     stock.to(data['inputs'].device)
     copied, new = copy_counterparts(model, stock)

@@ -164,10 +164,16 @@ def _from_stock(
 def _load_images(model: torch.nn.Module, config: Config, images: tuple[Path, ...]) -> dict:
     """The images as one batch, read and resized as the config's test images are."""
     from mmcv.transforms import Compose
+    from mmdet.datasets import CocoDataset
 
     pipeline = config.test_dataloader.dataset.pipeline
-    pipeline = Compose([step for step in pipeline if step.type != 'LoadAnnotations'])
-    packed = [pipeline(dict(img_path=str(path), img_id=i)) for i, path in enumerate(images)]
+    pipeline = Compose([step for step in pipeline if not step.type.endswith('Annotations')])
+    # A detector that reads a text is asked for the classes of its data.
+    text = (config.test_dataloader.dataset.get('metainfo') or CocoDataset.METAINFO)['classes']
+    asked = dict(text=text, custom_entities=True) if hasattr(model, 'language_model') else {}
+    packed = [
+        pipeline(dict(img_path=str(path), img_id=i, **asked)) for i, path in enumerate(images)
+    ]
     batch = {name: [item[name] for item in packed] for name in ('inputs', 'data_samples')}
     return model.data_preprocessor(batch, False)
 

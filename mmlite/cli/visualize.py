@@ -188,16 +188,26 @@ def _detectors(references: tuple[str, ...], device: str):
 
     from ..analysis.attention import deformable_attentions
     from ..analysis.models import DetectorSpec, build_detector, load_config
+    from ..detectors import encoder_name
 
     for reference in references:
         spec = DetectorSpec.parse(reference)
         model = build_detector(load_config(spec.config), spec.checkpoint, device)
-        if not any(name.startswith('encoder.') for name in deformable_attentions(model)):
+        try:
+            encoder = encoder_name(model)
+        except ValueError:
+            encoder = None
+        attentions = deformable_attentions(model)
+        if encoder is None or not any(name.startswith(f'{encoder}.') for name in attentions):
             raise ValueError(
                 f'{type(model).__name__} has no encoder with deformable attention to look into'
             )
         name = spec.name if spec.checkpoint else f'{spec.name} (random weights)'
-        yield model, name, lambda path, model=model: partial(inference_detector, model, str(path))
+        # A detector that reads a text is asked for the classes of its data.
+        reads = hasattr(model, 'language_model')
+        text = {'text_prompt': model.dataset_meta['classes'], 'custom_entities': True}
+        run = partial(inference_detector, model, **(text if reads else {}))
+        yield model, name, lambda path, run=run: partial(run, str(path))
 
 
 def _read(image: Path):

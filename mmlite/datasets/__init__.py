@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .shapes import CLASSES, generate_shapes
+from .shapes import CLASSES, generate_panoptic, generate_shapes
 
 if TYPE_CHECKING:
     from .coco import CheckedCocoDataset
 
-__all__ = ['CLASSES', 'CheckedCocoDataset', 'generate_shapes']
+__all__ = ['CLASSES', 'CheckedCocoDataset', 'generate_panoptic', 'generate_shapes']
 
 
 def __getattr__(name: str) -> type:

@@ -81,6 +81,58 @@ def generate_shapes(
         target.write_text(json.dumps(content))
 
 
+def generate_panoptic(root: str | Path, split: str) -> None:
+    """Write the panoptic annotations of a split that :func:`generate_shapes` has drawn.
+
+    They are ``root/annotations/panoptic_<split>.json`` and a PNG for each image in
+    ``root/annotations/panoptic_<split>/``, whose pixels hold segment ids as COCO's do. What no
+    shape covers is of one more category, ``background``, which is stuff.
+
+    Args:
+        root (str | Path): Folder of the data set.
+        split (str): For example ``'train'``.
+
+    Raises:
+        OSError: There is no such split, or ``root`` cannot be written.
+    """
+    annotations = Path(root) / 'annotations'
+    content = json.loads((annotations / f'instances_{split}.json').read_text())
+    folder = annotations / f'panoptic_{split}'
+    folder.mkdir(exist_ok=True)
+    things = [{**category, 'isthing': 1} for category in content['categories']]
+    background = {'id': len(things) + 1, 'name': 'background', 'isthing': 0}
+    panoptic = []
+    for image in content['images']:
+        ids = np.ones((image['height'], image['width']), np.uint8)  # 0 would be unlabelled
+        own = [a for a in content['annotations'] if a['image_id'] == image['id']]
+        for segment, annotation in enumerate(own, start=2):
+            # Corners count from the middle of a pixel here, from its edge in COCO's polygons.
+            corners = np.array(annotation['segmentation'][0]).reshape(-1, 2) - 0.5
+            cv2.fillPoly(ids, [np.round(corners * 16).astype(np.int32)], segment, shift=4)
+        segments = []
+        categories = (background['id'], *(a['category_id'] for a in own))
+        for segment, category in enumerate(categories, start=1):
+            rows, columns = np.nonzero(ids == segment)
+            if not len(rows):
+                continue  # covered by others
+            x, y = int(columns.min()), int(rows.min())
+            box = [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]
+            entry = {'id': segment, 'category_id': category, 'iscrowd': 0}
+            segments.append({**entry, 'bbox': box, 'area': len(rows)})
+        # An id is red + 256 green + 65536 blue, and OpenCV's channels are blue, green, red.
+        pixels = np.stack([np.zeros_like(ids), np.zeros_like(ids), ids], axis=-1)
+        (folder / image['file_name']).write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
+        panoptic.append(
+            {
+                'image_id': image['id'],
+                'file_name': image['file_name'],
+                'segments_info': segments,
+            }
+        )
+    content = {**content, 'annotations': panoptic, 'categories': [*things, background]}
+    (annotations / f'panoptic_{split}.json').write_text(json.dumps(content))
+
+
 def draw_image(
     rng: np.random.Generator, image_size: int
 ) -> tuple[np.ndarray, list[tuple[int, list[int], int, list[float]]]]:

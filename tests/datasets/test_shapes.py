@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from mmlite.datasets import CLASSES, generate_shapes
+from mmlite.datasets import CLASSES, generate_panoptic, generate_shapes
 
 # COCO's limits of small and large objects, in pixels of area.
 SMALL, LARGE = 32**2, 96**2
@@ -103,3 +103,33 @@ def test_refuses_images_that_are_too_small(tmp_path):
     with pytest.raises(ValueError, match='at least 128'):
         generate_shapes(tmp_path, {'train': 1}, image_size=100)
     assert not any(tmp_path.iterdir())
+
+
+def test_panoptic_segments_are_the_masks(shapes):
+    generate_panoptic(shapes, 'val')
+    content = json.loads((shapes / 'annotations/panoptic_val.json').read_text())
+    assert [c['name'] for c in content['categories'] if not c['isthing']] == ['background']
+    own = annotations(shapes, 'val')
+    for panoptic in content['annotations']:
+        pixels = cv2.imread(str(shapes / 'annotations/panoptic_val' / panoptic['file_name']))
+        ids = pixels[..., ::-1].astype(int) @ [1, 256, 256**2]
+        segments = panoptic['segments_info']
+        assert sorted(s['id'] for s in segments) == np.unique(ids).tolist()
+        for segment in segments:
+            mask = ids == segment['id']
+            assert mask.sum() == segment['area']
+            x, y, width, height = segment['bbox']
+            assert mask[y : y + height, x : x + width].sum() == segment['area']
+        shapes_of_image = [a for a in own['annotations'] if a['image_id'] == panoptic['image_id']]
+        assert [s['category_id'] for s in segments[1:]] == [
+            a['category_id'] for a in shapes_of_image
+        ]
+        union = coco_mask.merge(
+            [
+                r
+                for a in shapes_of_image
+                for r in coco_mask.frPyObjects(a['segmentation'], *ids.shape)
+            ]
+        )
+        differ = (coco_mask.decode(union) != (ids > 1)).mean()
+        assert differ < 0.02  # pixels at the rim

@@ -9,6 +9,10 @@ Points come first in a tile because Triton then gives a thread all points of a q
 its channels, a few threads a query: sums over points need no communication, sums over channels
 stay within the few.
 
+Where the points lie comes in two forms. ``REF_DIM`` 0: ``sampling`` holds normalised locations.
+``REF_DIM`` 2 or 4: it holds offsets from ``reference_points`` (x, y) or (cx, cy, w, h), in pixels
+of the level or in halves of the box over P; with ``SAME_LOC`` one set of them for all levels.
+
 Names in capitals are compile-time constants. All tensors are contiguous, arithmetic is float32.
 """
 
@@ -18,7 +22,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Sizes that differ from image to image must not compile the kernels anew.
-_SIZES = ['num_queries', 'num_tokens', 'num_heads', 'num_rows']
+_SIZES = ['num_queries', 'num_tokens', 'num_heads', 'num_rows', 'reference_stride']
 _LEVEL_SIZES = [f'{side}{level}' for level in range(8) for side in 'hw']
 
 
@@ -57,16 +61,54 @@ def _of_level(level, L: tl.constexpr, s0, s1, s2, s3, s4, s5, s6, s7):
 
 
 @triton.jit
-def _locate(locations, exists, height, width, start):
-    """Where the points fall in their map.
+def _read(sampling, place, exists, reference_points, centre, is_query, REF_DIM: tl.constexpr):
+    """What says where the points lie, as it is stored: nothing here waits for what it loads.
+
+    x and y of every point, (POINTS, BLOCK_Q); x and y of the reference points, and the sizes w and
+    h of their boxes, (1, BLOCK_Q). What there is not is the x and y of the points again.
+    """
+    x = tl.load(sampling + 2 * place, mask=exists, other=0.0)
+    y = tl.load(sampling + 2 * place + 1, mask=exists, other=0.0)
+    if REF_DIM == 0:
+        return x, y, x, y, x, y
+    else:
+        centre_x = tl.load(reference_points + centre, mask=is_query, other=0.0)
+        centre_y = tl.load(reference_points + centre + 1, mask=is_query, other=0.0)
+        if REF_DIM == 2:
+            return x, y, centre_x, centre_y, x, y
+        else:
+            box_w = tl.load(reference_points + centre + 2, mask=is_query, other=0.0)
+            box_h = tl.load(reference_points + centre + 3, mask=is_query, other=0.0)
+            return x, y, centre_x, centre_y, box_w, box_h
+
+
+@triton.jit
+def _in_pixels(position, centre, box, side, REF_DIM: tl.constexpr, P: tl.constexpr):
+    """Pixel coordinates along one side of a map, whole at pixel centres."""
+    position = position.to(tl.float32)
+    if REF_DIM == 0:
+        return position * side - 0.5
+    elif REF_DIM == 2:
+        return centre.to(tl.float32) * side - 0.5 + position
+    else:
+        return (centre.to(tl.float32) + position * _box_unit(box, P)) * side - 0.5
+
+
+@triton.jit
+def _box_unit(box, P: tl.constexpr):
+    """What an offset of one is, as a part of the map."""
+    return box.to(tl.float32) * (0.5 / P)
+
+
+@triton.jit
+def _locate(x, y, exists, height, width, start):
+    """Where the points fall in their map, from their pixel coordinates.
 
     Returns the token of each point's north-west pixel; the fractions of a pixel that the point
     lies to the east and to the south of it; and whether the north-west, north-east, south-west and
     south-east pixel is in the map. Comparisons are false for NaN, so that a location that is not
     finite is outside.
     """
-    x = tl.load(locations, mask=exists, other=0.0).to(tl.float32) * width - 0.5
-    y = tl.load(locations + 1, mask=exists, other=0.0).to(tl.float32) * height - 0.5
     inside = exists & (x >= -1) & (x < width) & (y >= -1) & (y < height)
     x = tl.where(inside, x, 0.0)
     y = tl.where(inside, y, 0.0)
@@ -132,12 +174,19 @@ def _slopes(rows, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se,
     return sample, (1 - south) * (ne - nw) + south * (se - sw), south_row - north_row
 
 
+@triton.jit
+def _store_pair(target, x, y, mask):
+    tl.store(target, x.to(target.dtype.element_ty), mask=mask)
+    tl.store(target + 1, y.to(target.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=_SIZES + _LEVEL_SIZES)
 def forward(
     query,
     key,
     value,
-    sampling_locations,
+    sampling,
+    reference_points,
     attention_weights,
     output,
     scale,
@@ -160,6 +209,7 @@ def forward(
     num_queries,
     num_tokens,
     num_heads,
+    reference_stride,
     KEY_AWARE: tl.constexpr,
     KEY_IS_VALUE: tl.constexpr,
     L: tl.constexpr,
@@ -169,13 +219,18 @@ def forward(
     DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     INDEX: tl.constexpr,
+    REF_DIM: tl.constexpr,
+    SAME_LOC: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """Sample, weigh, sum.
 
     ``KEY_AWARE``: the weights are the softmax of the query-key products, built up level by level
     with a running maximum; ``attention_weights`` is not read. Otherwise the weights are given, and
     ``query`` and ``key`` are not read. ``KEY_IS_VALUE``: one sample serves as both. ``INDEX`` is
-    an integer type that can index the features of one image.
+    an integer type that can index the features of one image. ``AHEAD``: where the next level's
+    points lie is loaded before this level's features are, so that its wait falls together with
+    theirs; that takes registers.
     """
     batch, head, first = _block(num_queries, num_heads, BLOCK_Q)
     line = tl.arange(0, BLOCK_Q)
@@ -191,6 +246,12 @@ def forward(
     vector = pair * D + line[:, None] * num_heads * D + channel[None, :]
     vector_mask = is_query[:, None] & is_channel[None, :]
     location = pair * (L * P) + line[None, :] * num_heads * (L * P) + point
+    place = location
+    if SAME_LOC:
+        place = pair * P + line[None, :] * num_heads * P + point
+    # Of the reference points: by image, query and level.
+    centre = batch * reference_stride + (first + line[None, :]) * (L * REF_DIM)
+    has_centre = is_query[None, :]
 
     result = tl.zeros([BLOCK_Q, DIM], dtype=tl.float32)
     if KEY_AWARE:
@@ -198,13 +259,37 @@ def forward(
         q = (q * (scale * LOG2_E))[None, :, :]
         maximum = tl.full([BLOCK_Q], float('-inf'), dtype=tl.float32)
         total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    if AHEAD:
+        x, y, centre_x, centre_y, box_w, box_h = _read(
+            sampling, place, exists, reference_points, centre, has_centre, REF_DIM
+        )
     start = 0
     for level in range(L):
         height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
         width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
+        if not AHEAD:
+            x, y, centre_x, centre_y, box_w, box_h = _read(
+                sampling, place, exists, reference_points, centre, has_centre, REF_DIM
+            )
+        x_pixel = _in_pixels(x, centre_x, box_w, width, REF_DIM, P)
+        y_pixel = _in_pixels(y, centre_y, box_h, height, REF_DIM, P)
         token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
-            sampling_locations + 2 * location, exists, height, width, start
+            x_pixel, y_pixel, exists, height, width, start
         )
+        if not SAME_LOC:
+            place += P
+        centre += REF_DIM
+        if AHEAD:
+            is_more = level + 1 < L
+            x, y, centre_x, centre_y, box_w, box_h = _read(
+                sampling,
+                place,
+                exists & is_more,
+                reference_points,
+                centre,
+                has_centre & is_more,
+                REF_DIM,
+            )
         token = token.to(INDEX)
         sampled = _sample(
             value + image, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se, is_channel
@@ -251,12 +336,14 @@ def backward(
     query,
     key,
     value,
-    sampling_locations,
+    sampling,
+    reference_points,
     attention_weights,
     grad_query,
     grad_key,
     grad_value,
-    grad_locations,
+    grad_sampling,
+    grad_reference,
     grad_weights,
     value_coefficients,
     query_coefficients,
@@ -283,13 +370,15 @@ def backward(
     num_tokens,
     num_heads,
     num_rows,
+    reference_stride,
     KEY_AWARE: tl.constexpr,
     KEY_IS_VALUE: tl.constexpr,
     ORDERED: tl.constexpr,
     GRAD_QUERY: tl.constexpr,
     GRAD_KEY: tl.constexpr,
     GRAD_VALUE: tl.constexpr,
-    GRAD_LOCATIONS: tl.constexpr,
+    GRAD_SAMPLING: tl.constexpr,
+    GRAD_REFERENCE: tl.constexpr,
     GRAD_WEIGHTS: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
@@ -298,6 +387,8 @@ def backward(
     DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     INDEX: tl.constexpr,
+    REF_DIM: tl.constexpr,
+    SAME_LOC: tl.constexpr,
 ):
     """All gradients, the samples formed anew.
 
@@ -326,6 +417,12 @@ def backward(
     vector = pair * D + line[:, None] * num_heads * D + channel[None, :]
     vector_mask = is_query[:, None] & is_channel[None, :]
     location = pair * (L * P) + line[None, :] * num_heads * (L * P) + point
+    place = location
+    if SAME_LOC:
+        place = pair * P + line[None, :] * num_heads * P + point
+    # Of the reference points: by image, query and level.
+    centre = batch * reference_stride + (first + line[None, :]) * (L * REF_DIM)
+    has_centre = is_query[None, :]
 
     g = tl.load(grad_output + vector, mask=vector_mask, other=0.0).to(tl.float32)[None, :, :]
     if KEY_AWARE:
@@ -337,8 +434,20 @@ def backward(
         for level in range(L):
             height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
             width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
+            places = place if SAME_LOC else place + level * P
+            x, y, centre_x, centre_y, box_w, box_h = _read(
+                sampling,
+                places,
+                exists,
+                reference_points,
+                centre + level * REF_DIM,
+                has_centre,
+                REF_DIM,
+            )
+            x_pixel = _in_pixels(x, centre_x, box_w, width, REF_DIM, P)
+            y_pixel = _in_pixels(y, centre_y, box_h, height, REF_DIM, P)
             token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
-                sampling_locations + 2 * (location + level * P), exists, height, width, start
+                x_pixel, y_pixel, exists, height, width, start
             )
             token = token.to(INDEX)
             sampled = _sample(
@@ -383,12 +492,20 @@ def backward(
         base = _finite_below(maximum)
         result = tl.zeros([BLOCK_Q, DIM], dtype=tl.float32)
 
+    if GRAD_SAMPLING and SAME_LOC:
+        sum_x = tl.zeros([POINTS, BLOCK_Q], dtype=tl.float32)
+        sum_y = tl.zeros([POINTS, BLOCK_Q], dtype=tl.float32)
     start = 0
     for level in range(L):
         height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
         width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
+        x, y, centre_x, centre_y, box_w, box_h = _read(
+            sampling, place, exists, reference_points, centre, has_centre, REF_DIM
+        )
+        x_pixel = _in_pixels(x, centre_x, box_w, width, REF_DIM, P)
+        y_pixel = _in_pixels(y, centre_y, box_h, height, REF_DIM, P)
         token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
-            sampling_locations + 2 * location, exists, height, width, start
+            x_pixel, y_pixel, exists, height, width, start
         )
         token = token.to(INDEX)
         v, v_x, v_y = _slopes(
@@ -428,19 +545,49 @@ def backward(
             grad_k = c[:, :, None] * q
             if KEY_IS_VALUE:
                 grad_v += grad_k
-        if GRAD_LOCATIONS:
-            grad_x = grad_v * v_x
-            grad_y = grad_v * v_y
+        if GRAD_SAMPLING or GRAD_REFERENCE:
+            slope_x = grad_v * v_x
+            slope_y = grad_v * v_y
             if KEY_AWARE and not KEY_IS_VALUE:
-                grad_x += grad_k * k_x
-                grad_y += grad_k * k_y
+                slope_x += grad_k * k_x
+                slope_y += grad_k * k_y
+            slope_x = tl.sum(slope_x, axis=2)
+            slope_y = tl.sum(slope_y, axis=2)
             # A point outside has no slope, whatever else there is of it.
             inside = in_nw | in_ne | in_sw | in_se
-            grad_x = tl.where(inside, tl.sum(grad_x, axis=2) * width, 0.0)
-            grad_y = tl.where(inside, tl.sum(grad_y, axis=2) * height, 0.0)
-            target = grad_locations + 2 * location
-            tl.store(target, grad_x.to(grad_locations.dtype.element_ty), mask=exists)
-            tl.store(target + 1, grad_y.to(grad_locations.dtype.element_ty), mask=exists)
+            if GRAD_SAMPLING:
+                grad_x = slope_x
+                grad_y = slope_y
+                if REF_DIM == 0:
+                    grad_x *= width
+                    grad_y *= height
+                if REF_DIM == 4:
+                    grad_x *= width * _box_unit(box_w, P)
+                    grad_y *= height * _box_unit(box_h, P)
+                grad_x = tl.where(inside, grad_x, 0.0)
+                grad_y = tl.where(inside, grad_y, 0.0)
+                if SAME_LOC:
+                    sum_x += grad_x
+                    sum_y += grad_y
+                else:
+                    _store_pair(grad_sampling + 2 * place, grad_x, grad_y, exists)
+            if GRAD_REFERENCE:
+                # Of this head alone; the heads are added up afterwards, in a fixed order.
+                grad_x = tl.where(inside, slope_x * width, 0.0)
+                grad_y = tl.where(inside, slope_y * height, 0.0)
+                target = (pair + line * num_heads) * (L * REF_DIM) + level * REF_DIM
+                _store_pair(
+                    grad_reference + target, tl.sum(grad_x, axis=0), tl.sum(grad_y, axis=0), is_query
+                )
+                if REF_DIM == 4:
+                    grad_x = tl.where(inside, grad_x * x.to(tl.float32) * (0.5 / P), 0.0)
+                    grad_y = tl.where(inside, grad_y * y.to(tl.float32) * (0.5 / P), 0.0)
+                    _store_pair(
+                        grad_reference + target + 2,
+                        tl.sum(grad_x, axis=0),
+                        tl.sum(grad_y, axis=0),
+                        is_query,
+                    )
 
         if GRAD_VALUE or GRAD_KEY:
             if ORDERED:
@@ -474,6 +621,11 @@ def backward(
                         tl.atomic_add(grad_key + offset, add, mask=mask, sem='relaxed')
         start += height * width
         location += P
+        if not SAME_LOC:
+            place += P
+        centre += REF_DIM
+    if GRAD_SAMPLING and SAME_LOC:
+        _store_pair(grad_sampling + 2 * place, sum_x, sum_y, exists)
     if GRAD_QUERY:
         tl.store(grad_query + vector, result.to(grad_query.dtype.element_ty), mask=vector_mask)
 

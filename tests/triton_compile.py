@@ -138,6 +138,16 @@ def check() -> None:
             context = (arch, variant, dtype, name, kernel)
             assert kernel.wide_loads >= tiles * elements * dtype.itemsize // 16, context
             assert kernel.local_bytes <= (0 if name == 'forward' else 256), context
+        if dtype == torch.float16 or variant == 'standard':
+            for boxes in (False, True):
+                offsets = Case(variant, dtype=dtype).from_offsets(boxes, shared=boxes)
+                for name, kernel in compile_kernels(offsets, arch).items():
+                    spills = 0 if name == 'forward' else 256
+                    assert kernel.local_bytes <= spills, (arch, variant, dtype, boxes, name, kernel)
+    for ahead in (rule, candidates(4, 32)[1]):
+        ahead = ahead._replace(ahead=True)
+        forward = compile_kernels(Case('shared key', dtype=torch.float16), 90, ahead)['forward']
+        assert forward.local_bytes == 0, (ahead, forward)
     for dim in (24, 64):
         compile_kernels(Case('shared key', dim=dim, dtype=torch.bfloat16), 90)
     with mock.patch.object(backend, '_INT32_ELEMENTS', 1):

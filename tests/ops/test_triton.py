@@ -198,6 +198,59 @@ def test_wide_indices(deterministic, monkeypatch):
     check(Case('key apart', PYRAMID[2:], queries=3, heads=2, dim=8, device=DEVICE))
 
 
+@DETERMINISTIC
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('boxes', [False, True])
+@pytest.mark.parametrize('shared', [False, True])
+def test_from_offsets(variant, boxes, shared, deterministic):
+    """Reference points of 2 and 4 numbers, offsets of each level or one set for all of them."""
+    case = Case(variant, PYRAMID[1:3], 2, 5, 2, 12, 3, device=DEVICE)
+    check(case.from_offsets(boxes, shared))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('boxes', [False, True])
+def test_reference_points_that_serve_all_images(variant, boxes):
+    check(Case(variant, PYRAMID[1:], 2, 3, 2, 8, 4, device=DEVICE).from_offsets(boxes, batch=1))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_offsets(variant, dtype):
+    case = Case(variant, PYRAMID[2:], 1, 5, 2, 16, 3, dtype, device=DEVICE).from_offsets(True)
+    actual, expected = run(case), case.run('reference', widen=True)
+    for name, wanted in case.inputs.items():
+        assert (actual[name].dtype, actual[name].shape) == (wanted.dtype, wanted.shape), name
+    ulps = 0.505 if AVAILABLE or dtype == torch.float16 else 1.01
+    rounding = ulps * torch.finfo(dtype).eps
+    case.compare(actual, expected, rounding, rounding)
+
+
+@DETERMINISTIC
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('boxes', [False, True])
+def test_wild_offsets_count_as_outside(variant, boxes, deterministic):
+    """Offsets that are no numbers move nothing, and no gradient is NaN because of them."""
+    wild = torch.tensor([float('nan'), float('inf'), -float('inf'), 1e30, -1e30])
+    case = Case(variant, ((4, 5), (2, 3)), 1, 5, 1, 8, 3, device=DEVICE).from_offsets(boxes)
+    case.inputs['sampling_offsets'][:] = wild.view(5, 1, 1, 1, 1).to(DEVICE)
+    actual = run(case)
+    case.inputs['sampling_offsets'][:] = 1e4
+    expected = run(case)
+    for name in ('output', 'value', 'reference_points', 'sampling_offsets'):
+        assert torch.equal(actual[name], expected[name]), name
+    assert not actual['sampling_offsets'].any() and not actual['reference_points'].any()
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize('boxes', [None, False, True])
+def test_locations_loaded_a_level_ahead(variant, boxes, monkeypatch):
+    config = tuning.Config(4, 1, ahead=True)
+    monkeypatch.setattr(backend, 'candidates', lambda points, dim: [config])
+    case = Case(variant, PYRAMID[1:], 1, 5, 2, 8, 3, device=DEVICE)
+    check(case if boxes is None else case.from_offsets(boxes))
+
+
 @pytest.mark.parametrize('config', tuning.candidates(4, 32)[1:])
 def test_every_configuration_is_right(config, monkeypatch):
     monkeypatch.setattr(backend, 'candidates', lambda points, dim: [config])
@@ -227,11 +280,50 @@ def test_says_why_not(monkeypatch):
     for device in ('cpu', 'meta'):
         reason = backend.why_not(torch.zeros(1, 1, 1, 8, device=device), 1)
         assert reason == f'it runs on CUDA, and value is on {device}'
-    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16)
+    device = SimpleNamespace(index=0)
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=device)
+    monkeypatch.setattr(backend, '_examine', lambda index: '')
     assert backend.why_not(on_gpu, 8) == ''
     assert backend.why_not(on_gpu, 9) == 'it serves up to 8 levels, and there are 9'
     on_gpu.dtype = torch.float64
     assert backend.why_not(on_gpu, 1) == 'it has no kernels for torch.float64'
+
+
+@pytest.mark.parametrize(
+    ('hip', 'capability', 'setting', 'problem'),
+    [
+        (None, (9, 0), '0', ''),
+        (None, (7, 0), '0', ''),
+        (None, (6, 1), '0', 'Some GPU has compute capability 6.1'),
+        ('6.2', (9, 4), '0', 'the kernels were never tried on AMD GPUs (Some GPU)'),
+        ('6.2', (9, 4), '1', ''),
+    ],
+)
+def test_devices_are_looked_at_first(monkeypatch, hip, capability, setting, problem):
+    monkeypatch.setattr(torch.version, 'hip', hip, raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda index=0: 'Some GPU')
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index: capability)
+    monkeypatch.setenv('MMLITE_AMD', setting)
+    monkeypatch.setattr(backend, '_PROBLEM', '')
+    monkeypatch.setattr(backend, '_examine', backend._examine.__wrapped__)
+    device = SimpleNamespace(index=0)
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float16, device=device)
+    assert backend.why_not(on_gpu, 4).startswith(problem)
+    assert bool(backend.why_not(on_gpu, 4)) == bool(problem)
+    available, reason = backend.status()
+    assert available == (not problem) and (available or reason.startswith(problem))
+
+
+def test_a_graph_does_not_trace_into_the_look_at_the_device(monkeypatch):
+    monkeypatch.setattr(backend, '_examine', lambda index: f'{os.getpid()} {index}')
+
+    def function(tensor):
+        return tensor + 1 if backend._device_problem(0) else tensor
+
+    compiled = torch.compile(function, backend='eager', fullgraph=True)
+    assert compiled(torch.zeros(1)).item() == 1
 
 
 def test_compiles_for_gpus():

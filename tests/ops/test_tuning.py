@@ -222,14 +222,26 @@ def test_configurations_are_few_and_sound(points, dim):
 
 def test_the_rule_knows_the_architecture():
     configs = tuning.candidates(4, 32)
-    for kernel, capability, first in (
-        ('forward', (8, 0), (16, 4)),
-        ('backward', (9, 0), (16, 4)),
-        ('backward', (8, 0), (8, 1)),
+    for kernel, capability, pairs, first in (
+        ('forward', (8, 0), 10**5, (16, 4, False)),
+        ('forward', (9, 0), 8 * 300, (16, 4, True)),  # few queries: latency counts
+        ('backward', (9, 0), 8 * 300, (16, 4, False)),
+        ('backward', (8, 0), 10**5, (8, 1, False)),
     ):
-        ordered = tuning.by_rule(configs, kernel, capability)
-        assert ordered[0] == first and set(ordered) == set(configs)
-    assert tuning.by_rule(configs[:1], 'backward', (8, 0)) == configs[:1]
+        ordered = tuning.by_rule(configs, kernel, capability, pairs)
+        assert ordered[0] == first and set(configs) <= set(ordered)
+        assert any(config.ahead for config in ordered) == (kernel == 'forward')
+        assert len(set(ordered)) == len(ordered) <= 8
+    assert tuning.by_rule(configs[:1], 'backward', (8, 0), 1) == configs[:1]
+
+
+def test_timings_remember_what_is_loaded_ahead(tmp_path, device):
+    ahead = SLOW._replace(ahead=True)
+    device.times[ahead] = 0.5
+    configs = (*CONFIGS, ahead)
+    assert run(tuning.Tuner(tmp_path), device, configs=configs) == ahead
+    device.may_time = False
+    assert run(tuning.Tuner(tmp_path), device, configs=configs) == ahead
 
 
 def test_the_operators_are_tuned(monkeypatch):
@@ -248,4 +260,4 @@ def test_the_operators_are_tuned(monkeypatch):
     backend._run_tuned('backward', None, problem, [tensor, None])
     ((key, configs, maker),) = asked
     assert key == 'backward torch.float16 None 1 4 32 3'
-    assert configs[0] == (8, 1) and maker == 'GPU 0'
+    assert configs[0] == (8, 1, False) and maker == 'GPU 0'

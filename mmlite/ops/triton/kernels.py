@@ -577,7 +577,10 @@ def backward(
                 grad_y = tl.where(inside, slope_y * height, 0.0)
                 target = (pair + line * num_heads) * (L * REF_DIM) + level * REF_DIM
                 _store_pair(
-                    grad_reference + target, tl.sum(grad_x, axis=0), tl.sum(grad_y, axis=0), is_query
+                    grad_reference + target,
+                    tl.sum(grad_x, axis=0),
+                    tl.sum(grad_y, axis=0),
+                    is_query,
                 )
                 if REF_DIM == 4:
                     grad_x = tl.where(inside, grad_x * x.to(tl.float32) * (0.5 / P), 0.0)

@@ -8,7 +8,9 @@ PyTorch formulation takes over. ``docs/kernels-cpu.md`` explains the kernels.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from . import library
 
-_INTERFACE = 2  # kInterface of csrc/problem.h
+_INTERFACE = 3  # kInterface of csrc/problem.h
 _MAX_HEAD_DIM = 256
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _OPERATORS = {'standard': 0, 'key aware': 1, 'key aware, shared': 2}
@@ -31,6 +33,7 @@ _GRADS = {
     'grad_value': 4,
     'grad_locations': 8,
     'grad_weights': 16,
+    'grad_reference': 32,
 }
 _ISAS = {'baseline': 0, 'avx2': 1, 'avx512': 2}
 _SUFFIX = {'darwin': 'dylib', 'win32': 'dll'}.get(sys.platform, 'so')
@@ -51,19 +54,29 @@ class _Rows(ctypes.Structure):
     ]
 
 
+_ROWS = (
+    *('query', 'key', 'value', 'locations', 'weights', 'output'),
+    *('grad_output', 'grad_query', 'grad_key', 'grad_value', 'grad_locations', 'grad_weights'),
+    *('reference', 'grad_reference'),
+)
+
+
 class _Problem(ctypes.Structure):
     """``Problem`` of csrc/problem.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ('batch', 'tokens', 'queries', 'heads', 'dim')),
         *((name, ctypes.c_int64) for name in ('levels', 'points')),
-        ('spatial_shapes', ctypes.POINTER(ctypes.c_int64)),
-        *((name, _Rows) for name in ('query', 'key', 'value', 'locations', 'weights', 'output')),
-        *((name, _Rows) for name in ('grad_output', 'grad_query', 'grad_key', 'grad_value')),
-        *((name, _Rows) for name in ('grad_locations', 'grad_weights')),
+        ('spatial_shapes', ctypes.c_void_p),
+        *((name, _Rows) for name in _ROWS),
+        *((name, ctypes.c_int64) for name in ('reference_batch', 'offset_levels')),
         *((name, ctypes.c_int32) for name in ('op', 'dtype', 'point_dtype', 'grads')),
-        *((name, ctypes.c_int32) for name in ('isa', 'threads')),
+        *((name, ctypes.c_int32) for name in ('isa', 'threads', 'sampling')),
     ]
+
+
+# The same, filled at once: field by field takes ten times as long.
+_pack = struct.Struct(f'@7qP{"Pqqq" * len(_ROWS)}2q7i0q').pack
 
 
 def _load() -> tuple[Any, str]:
@@ -163,9 +176,11 @@ def use_isa(name: str) -> Iterator[None]:
         _choice.isa = previous
 
 
-def _rows(tensor: Tensor) -> _Rows:
+def _rows(tensor: Tensor | None) -> tuple[int, ...]:
+    if tensor is None:
+        return 0, 0, 0, 0
     batch, row, head, *_ = tensor.stride()
-    return _Rows(tensor.data_ptr(), batch, row, head)
+    return tensor.data_ptr(), batch, row, head
 
 
 def _packed(tensor: Tensor) -> Tensor:
@@ -189,26 +204,54 @@ def _points(locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _problem(
-    operator: str, value: Tensor, spatial_shapes: Sequence[int], locations: Tensor, **rows: Tensor
+    operator: str,
+    value: Tensor,
+    spatial_shapes: Sequence[int],
+    locations: Tensor,
+    reference: Tensor | None = None,
+    **rows: Tensor,
 ) -> _Problem:
     """Describe a call. The problem does not keep the tensors alive: the caller does.
 
-    The gradients among ``rows`` are those that the backward pass computes.
+    With a reference, ``locations`` are offsets from it. The gradients among ``rows`` are those that
+    the backward pass computes.
     """
-    _, queries, _, levels, points, _ = locations.shape
-    problem = _Problem(*value.shape[:2], queries, *value.shape[2:], levels, points)
-    problem.spatial_shapes = (ctypes.c_int64 * len(spatial_shapes))(*spatial_shapes)
-    problem.value = _rows(value)
-    problem.locations = _rows(locations)
-    problem.op = _OPERATORS[operator]
-    problem.dtype = _DTYPES[value.dtype]
-    problem.point_dtype = _DTYPES[locations.dtype]
-    problem.isa = _choice.isa
-    problem.threads = torch.get_num_threads()
-    for name, tensor in rows.items():
-        setattr(problem, name, _rows(tensor))
-        problem.grads |= _GRADS.get(name, 0)
+    batch, tokens, heads, dim = value.shape
+    _, queries, _, offset_levels, points, _ = locations.shape
+    rows |= {'value': value, 'locations': locations}
+    sampling, reference_batch = 0, 0
+    if reference is not None:
+        rows['reference'] = reference
+        sampling, reference_batch = reference.shape[3] // 2, reference.shape[0]
+    grads = 0
+    for name in rows:
+        grads |= _GRADS.get(name, 0)
+    sizes = _sizes(tuple(spatial_shapes))
+    numbers: list[int] = [batch, tokens, queries, heads, dim, len(spatial_shapes) // 2, points]
+    numbers.append(ctypes.addressof(sizes))
+    for name in _ROWS:
+        numbers += _rows(rows.get(name))
+    problem = _Problem.from_buffer_copy(
+        _pack(
+            *numbers,
+            reference_batch,
+            offset_levels,
+            _OPERATORS[operator],
+            _DTYPES[value.dtype],
+            _DTYPES[locations.dtype],
+            grads,
+            _choice.isa,
+            torch.get_num_threads(),
+            sampling,
+        )
+    )
+    problem.sizes = sizes
     return problem
+
+
+@functools.lru_cache(maxsize=256)
+def _sizes(spatial_shapes: tuple[int, ...]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(spatial_shapes))(*spatial_shapes)
 
 
 def _run(function: Callable[[_Problem], int], problem: _Problem) -> None:
@@ -232,80 +275,200 @@ def _refuse_wide_heads(value: Tensor) -> None:
         )
 
 
-def _key_aware_deform_attn(query, key, value, spatial_shapes, sampling_locations):
+def _reference(reference_points: Tensor, value: Tensor) -> Tensor:
+    """As the kernels read it: in their own dtype."""
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return _packed(reference_points.to(dtype))
+
+
+def _key_aware(query, key, value, spatial_shapes, reference, locations) -> Tensor:
     _refuse_wide_heads(value)
-    query, value, locations = _packed(query), _packed(value), _packed(sampling_locations)
+    query, value, locations = _packed(query), _packed(value), _packed(locations)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     rows = {'query': query, 'output': output}
     operator = 'key aware, shared'
     if key is not None:
         rows['key'] = _packed(key)
         operator = 'key aware'
-    _run(_kernels.mmlite_forward, _problem(operator, value, spatial_shapes, locations, **rows))
+    problem = _problem(operator, value, spatial_shapes, locations, reference, **rows)
+    _run(_kernels.mmlite_forward, problem)
     return output.flatten(2)
 
 
-def _ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
+def _standard(value, spatial_shapes, reference, locations, attention_weights) -> Tensor:
     _refuse_wide_heads(value)
     value = _packed(value)
-    locations, weights = _points(sampling_locations, attention_weights)
+    locations, weights = _points(locations, attention_weights)
     output = value.new_empty(*locations.shape[:3], value.shape[3])
     rows = {'weights': weights, 'output': output}
-    _run(_kernels.mmlite_forward, _problem('standard', value, spatial_shapes, locations, **rows))
+    problem = _problem('standard', value, spatial_shapes, locations, reference, **rows)
+    _run(_kernels.mmlite_forward, problem)
     return output.flatten(2)
 
 
-def _key_aware_deform_attn_backward(
-    grad_output, query, key, value, spatial_shapes, sampling_locations, output_mask
-):
+def _key_aware_backward(
+    grad_output, query, key, value, spatial_shapes, reference, locations, wanted
+) -> dict[str, Tensor]:
+    """The gradients whose names are wanted."""
     _refuse_wide_heads(value)
-    query, value, locations = _packed(query), _packed(value), _packed(sampling_locations)
+    query, value, locations = _packed(query), _packed(value), _packed(locations)
     rows = {'query': query, 'grad_output': _packed(grad_output.reshape(query.shape))}
     operator = 'key aware, shared'
     if key is not None:
         rows['key'] = key = _packed(key)
         operator = 'key aware'
-    inputs = {'query': query, 'key': key, 'value': value, 'locations': locations}
-    grads = _empty_grads(inputs, output_mask)
+    inputs = {'query': query, 'key': key, 'value': value}
+    inputs |= {'reference': reference, 'locations': locations}
+    grads = _empty_grads(inputs, wanted)
     if grads:
-        problem = _problem(operator, value, spatial_shapes, locations, **rows, **grads)
+        problem = _problem(operator, value, spatial_shapes, locations, reference, **rows, **grads)
         _run(_kernels.mmlite_backward, problem)
-    return tuple(grads.get(f'grad_{name}', value.new_empty(0)) for name in inputs)
+    return grads
 
 
-def _ms_deform_attn_backward(
-    grad_output, value, spatial_shapes, sampling_locations, attention_weights, output_mask
-):
+def _standard_backward(
+    grad_output, value, spatial_shapes, reference, locations, attention_weights, wanted
+) -> dict[str, Tensor]:
+    """The gradients whose names are wanted."""
     _refuse_wide_heads(value)
     value = _packed(value)
-    locations, weights = _points(sampling_locations, attention_weights)
+    locations, weights = _points(locations, attention_weights)
     shape = (*locations.shape[:3], value.shape[3])
     rows = {'weights': weights, 'grad_output': _packed(grad_output.reshape(shape))}
-    inputs = {'value': value, 'locations': locations, 'weights': weights}
-    grads = _empty_grads(inputs, output_mask)
+    inputs = {'value': value, 'reference': reference, 'locations': locations, 'weights': weights}
+    grads = _empty_grads(inputs, wanted)
     if grads:
-        problem = _problem('standard', value, spatial_shapes, locations, **rows, **grads)
+        problem = _problem('standard', value, spatial_shapes, locations, reference, **rows, **grads)
         _run(_kernels.mmlite_backward, problem)
-    dtypes = (value.dtype, sampling_locations.dtype, attention_weights.dtype)
-    return tuple(
-        grads.get(f'grad_{name}', value.new_empty(0)).to(dtype)
-        for name, dtype in zip(inputs, dtypes)
-    )
+    return grads
 
 
-def _empty_grads(
-    inputs: Mapping[str, Tensor | None], output_mask: Sequence[bool]
-) -> dict[str, Tensor]:
+def _empty_grads(inputs: Mapping[str, Tensor | None], wanted: Mapping[str, bool]) -> dict:
     """Room for the gradients that are wanted."""
     return {
         f'grad_{name}': tensor.new_empty(tensor.shape)
-        for (name, tensor), wanted in zip(inputs.items(), output_mask)
-        if wanted and tensor is not None
+        for name, tensor in inputs.items()
+        if tensor is not None and wanted.get(name)
     }
 
 
+def _results(
+    grads: Mapping[str, Tensor], names: Sequence[str], inputs: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The gradients in the order of the operator's tensors and in their dtypes."""
+    some = next(tensor for tensor in inputs if tensor is not None)
+    return tuple(
+        grads[f'grad_{name}'].to(tensor.dtype)
+        if tensor is not None and f'grad_{name}' in grads
+        else some.new_empty(0)
+        for name, tensor in zip(names, inputs)
+    )
+
+
+def key_aware_deform_attn(query, key, value, spatial_shapes, sampling_locations):
+    return _key_aware(query, key, value, spatial_shapes, None, sampling_locations)
+
+
+def key_aware_deform_attn_from_offsets(
+    query, key, value, spatial_shapes, reference_points, sampling_offsets
+):
+    reference = _reference(reference_points, value)
+    return _key_aware(query, key, value, spatial_shapes, reference, sampling_offsets)
+
+
+def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
+    return _standard(value, spatial_shapes, None, sampling_locations, attention_weights)
+
+
+def ms_deform_attn_from_offsets(
+    value, spatial_shapes, reference_points, sampling_offsets, attention_weights
+):
+    reference = _reference(reference_points, value)
+    return _standard(value, spatial_shapes, reference, sampling_offsets, attention_weights)
+
+
+def key_aware_deform_attn_backward(
+    grad_output, query, key, value, spatial_shapes, sampling_locations, output_mask
+):
+    names = ('query', 'key', 'value', 'locations')
+    grads = _key_aware_backward(
+        grad_output,
+        query,
+        key,
+        value,
+        spatial_shapes,
+        None,
+        sampling_locations,
+        dict(zip(names, output_mask)),
+    )
+    return _results(grads, names, (query, key, value, sampling_locations))
+
+
+def key_aware_deform_attn_from_offsets_backward(
+    grad_output, query, key, value, spatial_shapes, reference_points, sampling_offsets, output_mask
+):
+    names = ('query', 'key', 'value', 'reference', 'locations')
+    grads = _key_aware_backward(
+        grad_output,
+        query,
+        key,
+        value,
+        spatial_shapes,
+        _reference(reference_points, value),
+        sampling_offsets,
+        dict(zip(names, output_mask)),
+    )
+    return _results(grads, names, (query, key, value, reference_points, sampling_offsets))
+
+
+def ms_deform_attn_backward(
+    grad_output, value, spatial_shapes, sampling_locations, attention_weights, output_mask
+):
+    names = ('value', 'locations', 'weights')
+    grads = _standard_backward(
+        grad_output,
+        value,
+        spatial_shapes,
+        None,
+        sampling_locations,
+        attention_weights,
+        dict(zip(names, output_mask)),
+    )
+    return _results(grads, names, (value, sampling_locations, attention_weights))
+
+
+def ms_deform_attn_from_offsets_backward(
+    grad_output,
+    value,
+    spatial_shapes,
+    reference_points,
+    sampling_offsets,
+    attention_weights,
+    output_mask,
+):
+    names = ('value', 'reference', 'locations', 'weights')
+    grads = _standard_backward(
+        grad_output,
+        value,
+        spatial_shapes,
+        _reference(reference_points, value),
+        sampling_offsets,
+        attention_weights,
+        dict(zip(names, output_mask)),
+    )
+    inputs = (value, reference_points, sampling_offsets, attention_weights)
+    return _results(grads, names, inputs)
+
+
 if _kernels is not None:
-    library.implement('key_aware_deform_attn', 'CPU', _key_aware_deform_attn)
-    library.implement('key_aware_deform_attn_backward', 'CPU', _key_aware_deform_attn_backward)
-    library.implement('ms_deform_attn', 'CPU', _ms_deform_attn)
-    library.implement('ms_deform_attn_backward', 'CPU', _ms_deform_attn_backward)
+    for _operator in (
+        key_aware_deform_attn,
+        key_aware_deform_attn_backward,
+        key_aware_deform_attn_from_offsets,
+        key_aware_deform_attn_from_offsets_backward,
+        ms_deform_attn,
+        ms_deform_attn_backward,
+        ms_deform_attn_from_offsets,
+        ms_deform_attn_from_offsets_backward,
+    ):
+        library.implement(_operator.__name__, 'CPU', _operator)

@@ -53,15 +53,22 @@ bool is_problem(const Problem& p, bool is_backward) {
       p.levels > INT32_MAX / (4 * kChunk) / p.points) {
     return false;
   }
+  const bool has_offsets = p.sampling != kLocations;
+  const auto one_or = [](int64_t all, int64_t count) { return count == 1 || count == all; };
+  if (!in_range(p.sampling, kLocations, kFromBoxes) ||
+      (has_offsets && (!one_or(p.batch, p.reference_batch) || !one_or(p.levels, p.offset_levels)))) {
+    return false;
+  }
   const bool is_empty = p.batch == 0 || p.queries == 0;
   const auto there = [&](const Rows& rows) { return is_empty || rows.data; };
   if (!there(p.value) || !there(p.locations) || (is_standard && !there(p.weights)) ||
-      (!is_standard && !there(p.query)) || (has_key(p) && !there(p.key))) {
+      (!is_standard && !there(p.query)) || (has_key(p) && !there(p.key)) ||
+      (has_offsets && !there(p.reference))) {
     return false;
   }
   if (!is_backward) return there(p.output);
   const int32_t possible = kGradValue | kGradLocations | (is_standard ? kGradWeights : kGradQuery) |
-                           (has_key(p) ? kGradKey : 0);
+                           (has_key(p) ? kGradKey : 0) | (has_offsets ? kGradReference : 0);
   // An empty problem leaves gradients of zero for the features.
   const auto asked = [&](int32_t grad, const Rows& rows, bool needed) {
     return !(p.grads & grad) || !needed || rows.data;
@@ -70,7 +77,8 @@ bool is_problem(const Problem& p, bool is_backward) {
          asked(kGradValue, p.grad_value, p.batch > 0) &&
          asked(kGradKey, p.grad_key, p.batch > 0) && asked(kGradQuery, p.grad_query, !is_empty) &&
          asked(kGradLocations, p.grad_locations, !is_empty) &&
-         asked(kGradWeights, p.grad_weights, !is_empty);
+         asked(kGradWeights, p.grad_weights, !is_empty) &&
+         asked(kGradReference, p.grad_reference, p.reference_batch > 0 && p.queries > 0);
 }
 
 bool shapes_fit(const Problem& p) {
@@ -93,27 +101,30 @@ class OwnedTable {
   OwnedTable(const Problem& p, int64_t stride, bool by_level = false) {
     const int64_t points = by_level ? kChunk : p.points, num_points = p.levels * points;
     const int64_t padded = (num_points + kChunk - 1) / kChunk * kChunk;
-    numbers_.reset(new C[2 * padded]);
-    integers_.reset(new Int[2 * padded]);
-    table = {numbers_.get(), numbers_.get() + padded, integers_.get(), integers_.get() + padded,
-             static_cast<Int>(stride)};
+    numbers_.reset(new C[4 * padded]);
+    integers_.reset(new Int[3 * padded]);
+    C* const numbers = numbers_.get();
+    Int* const integers = integers_.get();
+    table = {numbers,           numbers + padded,      numbers + 2 * padded,    integers,
+             integers + padded, integers + 2 * padded, static_cast<Int>(stride)};
     int64_t start = 0;
     for (int64_t level = 0, i = 0; level < p.levels; ++level) {
       const int64_t height = p.spatial_shapes[2 * level], width = p.spatial_shapes[2 * level + 1];
       for (int64_t point = 0; point < points; ++point, ++i) {
-        set(i, height, width, start * stride, width * stride);
+        set(i, level, height, width, start * stride, width * stride);
       }
       start += height * width;
     }
-    for (int64_t i = num_points; i < padded; ++i) set(i, 1, 1, 0, 0);
+    for (int64_t i = num_points; i < padded; ++i) set(i, 0, 1, 1, 0, 0);
   }
 
   PointTable<C, Int> table;
 
  private:
-  void set(int64_t i, int64_t height, int64_t width, int64_t start, int64_t line) {
-    table.width[i] = static_cast<C>(width);
-    table.height[i] = static_cast<C>(height);
+  void set(int64_t i, int64_t level, int64_t height, int64_t width, int64_t start, int64_t line) {
+    table.width[i] = table.size[2 * i] = static_cast<C>(width);
+    table.height[i] = table.size[2 * i + 1] = static_cast<C>(height);
+    table.level[i] = static_cast<Int>(level);
     table.start[i] = static_cast<Int>(start);
     table.line[i] = static_cast<Int>(line);
   }
@@ -166,7 +177,7 @@ struct PackedLayout {
 
   GradSlice grads(char* packed) const {
     return {p.grads & kGradKey ? packed + key_offset : nullptr,
-            p.grads & kGradValue ? packed : nullptr};
+            p.grads & kGradValue ? packed : nullptr, nullptr};
   }
 
   void unpack(const Slice& slice, const char* from) const {
@@ -269,6 +280,62 @@ int32_t with_tables(const Problem& p, int64_t stride, const Body& body) {
   return kOk;
 }
 
+// ---------------------------------------------------------------- the gradient of the reference
+
+// All heads of a query have the same reference, and all images may have. Each head leaves its part
+// here, and the parts are added up in the end, always in the same order.
+class ReferenceGrads {
+ public:
+  explicit ReferenceGrads(const Problem& problem)
+      : p(problem),
+        row_(p.levels * reference_size(p)),
+        parts_(p.grads & kGradReference
+                   ? p.batch * p.heads * p.queries * row_ * compute_size(p)
+                   : 0) {}
+
+  // Where the head's part goes.
+  void* part(int64_t slice) const {
+    if (!(p.grads & kGradReference)) return nullptr;
+    return parts_.data + slice * p.queries * row_ * compute_size(p);
+  }
+
+  void add_up() const {
+    if (!(p.grads & kGradReference)) return;
+    if (p.dtype == kFloat64) {
+      add_up<double>();
+    } else {
+      add_up<float>();
+    }
+  }
+
+ private:
+  template <class C>
+  void add_up() const {
+    const int64_t images = p.batch / std::max<int64_t>(p.reference_batch, 1);
+    const int64_t blocks = blocks_of(p.queries, kQueriesPerTask);
+    for_each_task(p, p.reference_batch * blocks, [&](int64_t task, int64_t) {
+      const int64_t batch = task / blocks, begin = task % blocks * kQueriesPerTask;
+      for (int64_t q = begin; q < std::min(begin + kQueriesPerTask, p.queries); ++q) {
+        for (int64_t i = 0; i < row_; ++i) {
+          C sum = 0;
+          for (int64_t slice = 0; slice < images * p.heads; ++slice) {
+            sum += static_cast<const C*>(part(batch * images * p.heads + slice))[q * row_ + i];
+          }
+          static_cast<C*>(p.grad_reference.data)[batch * p.grad_reference.batch_stride +
+                                                 q * p.grad_reference.row_stride +
+                                                 i / reference_size(p) *
+                                                     p.grad_reference.head_stride +
+                                                 i % reference_size(p)] = sum;
+        }
+      }
+    });
+  }
+
+  const Problem& p;
+  const int64_t row_;
+  const Scratch parts_;
+};
+
 // ---------------------------------------------------------------- the passes
 
 void forward(const Problem& p, const Kernels& kernels, const PackedLayout& layout, bool packs,
@@ -291,7 +358,7 @@ void forward(const Problem& p, const Kernels& kernels, const PackedLayout& layou
 // One task a head: it works on copies of its rows, sums their gradients in the order of the
 // queries, and writes them out in the end.
 void backward_by_heads(const Problem& p, const Kernels& kernels, const PackedLayout& layout,
-                       const void* table) {
+                       const ReferenceGrads& reference, const void* table) {
   const int64_t num_slices = p.batch * p.heads;
   const int64_t kernel_bytes = whole_lines(kernels.backward_scratch_bytes(p));
   const int64_t slot_bytes = kernel_bytes + 2 * layout.bytes;
@@ -303,8 +370,10 @@ void backward_by_heads(const Problem& p, const Kernels& kernels, const PackedLay
     const Slice slice = slice_of(p, i);
     layout.pack(slice, 0, p.tokens, rows);
     memset(grads, 0, layout.bytes);
-    kernels.backward(p, table, layout.slice(slice, rows), layout.grads(grads), {nullptr}, 0,
-                     p.queries, kernel_scratch);
+    GradSlice grad_slice = layout.grads(grads);
+    grad_slice.reference = reference.part(i);
+    kernels.backward(p, table, layout.slice(slice, rows), grad_slice, {nullptr}, 0, p.queries,
+                     kernel_scratch);
     layout.unpack(slice, grads);
   });
 }
@@ -314,7 +383,7 @@ void backward_by_heads(const Problem& p, const Kernels& kernels, const PackedLay
 // value. A row's summands come in the order of the queries here too, so that the sums have the same
 // bits. The gradients take the place of the rows, which the second half no longer needs.
 void backward_by_blocks(const Problem& p, const Kernels& kernels, const PackedLayout& layout,
-                        const void* points, const void* levels) {
+                        const ReferenceGrads& reference, const void* points, const void* levels) {
   const int64_t num_slices = p.batch * p.heads;
   const int64_t group = std::min<int64_t>(num_slices, p.threads);
   const bool sums = p.grads & (kGradValue | kGradKey);
@@ -338,8 +407,8 @@ void backward_by_blocks(const Problem& p, const Kernels& kernels, const PackedLa
     pack_group(p, layout, first, slices, scratch.data);
     for_each_block(p, slices, [&](int64_t i, int64_t begin, int64_t end, int64_t slot) {
       const Slice slice = layout.slice(slice_of(p, first + i), scratch.data + i * layout.bytes);
-      kernels.backward(p, points, slice, {nullptr, nullptr}, coefficients_of(i), begin, end,
-                       kernel_scratch + slot * kernel_bytes);
+      kernels.backward(p, points, slice, {nullptr, nullptr, reference.part(first + i)},
+                       coefficients_of(i), begin, end, kernel_scratch + slot * kernel_bytes);
     });
 
     for_each_task(p, slices * p.levels * channel_blocks * sources, [&](int64_t task, int64_t) {
@@ -404,14 +473,19 @@ MMLITE_API int32_t mmlite_backward(const Problem* problem) {
   if (!problem || !is_problem(*problem, true)) return kBadProblem;
   const Problem& p = *problem;
   if (!shapes_fit(p)) return kBadShapes;
-  if (p.batch == 0) return kOk;
+  if (p.batch == 0) {
+    ReferenceGrads(p).add_up();
+    return kOk;
+  }
   const Kernels& kernels = kernels_of(p);
   const PackedLayout layout(p, kernels);
   return with_tables(p, layout.stride, [&](const void* points, const void* levels) {
+    const ReferenceGrads reference(p);
     if (needs_blocks(p)) {
-      backward_by_blocks(p, kernels, layout, points, levels);
+      backward_by_blocks(p, kernels, layout, reference, points, levels);
     } else {
-      backward_by_heads(p, kernels, layout, points);
+      backward_by_heads(p, kernels, layout, reference, points);
     }
+    reference.add_up();
   });
 }

@@ -54,7 +54,66 @@ MMLITE_INLINE typename Simd<C>::V value_share(const typename Simd<C>::V& grad, C
   return grad * attention;
 }
 
-// All gradients of one head of one query. `kSlopes`: those of the locations too.
+// The gradient of a point's pixel coordinate, as `backward_head` leaves it behind.
+template <class C>
+MMLITE_INLINE C pixel_grad(const BackwardChunk<C>* chunks, int64_t point, int axis) {
+  return chunks[point / kChunk].product[kGradSlopeX + axis][point % kChunk];
+}
+
+// From there to what the points are said to be at: locations, or offsets and reference.
+template <class C>
+MMLITE_INLINE void put_place_grads(const Problem& p, const Table<C>& table, const Slice& slice,
+                                   const GradSlice& grads, int64_t q,
+                                   const BackwardChunk<C>* chunks) {
+  const int64_t num_points = p.levels * p.points;
+  const C half = C(0.5) / static_cast<C>(p.points);
+  // What one of a location, or of an offset, counts in pixels.
+  const auto unit = [&](int64_t point, int axis) {
+    const C size = table.size[2 * point + axis];
+    if (p.sampling == kLocations) return size;
+    if (p.sampling == kFromPoints) return C(1);
+    const C* const box = reference_of<C>(p, slice.batch, q, table.level[point]);
+    return box[2 + axis] * half * size;
+  };
+  if (p.grads & kGradLocations) {
+    with_type<C>(p.point_dtype, [&](auto* type) {
+      auto* const to = row_of<std::remove_pointer_t<decltype(type)>>(
+          p.grad_locations, slice.batch, q, slice.head);
+      const int64_t places = num_places(p);
+      for (int64_t place = 0; place < places; ++place) {
+        for (int axis = 0; axis < 2; ++axis) {
+          C grad = 0;
+          for (int64_t point = place; point < num_points; point += places) {
+            // Zero outside of the map, whatever the unit.
+            if (!chunks[point / kChunk].at.inside[point % kChunk]) continue;
+            grad += pixel_grad(chunks, point, axis) * unit(point, axis);
+          }
+          narrow(grad, to + 2 * place + axis);
+        }
+      }
+    });
+  }
+  if (!grads.reference) return;
+  const int64_t count = reference_size(p), places = num_places(p);
+  C* const to = static_cast<C*>(grads.reference) + q * p.levels * count;
+  for (int64_t i = 0; i < p.levels * count; ++i) to[i] = 0;
+  with_type<C>(p.point_dtype, [&](auto* type) {
+    const auto* const offsets = row_of<const std::remove_pointer_t<decltype(type)>>(
+        p.locations, slice.batch, q, slice.head);
+    for (int64_t point = 0; point < num_points; ++point) {
+      if (!chunks[point / kChunk].at.inside[point % kChunk]) continue;
+      C* const of_level = to + table.level[point] * count;
+      for (int axis = 0; axis < 2; ++axis) {
+        const C grad = pixel_grad(chunks, point, axis) * table.size[2 * point + axis];
+        of_level[axis] += grad;
+        if (count == 4) of_level[2 + axis] += grad * half * widen(offsets[2 * (point % places) + axis]);
+      }
+    }
+  });
+}
+
+// All gradients of one head of one query. `kSlopes`: those of the locations too, or of what they
+// are made of.
 template <class C, int kVectors, int32_t kOp, bool kSlopes>
 MMLITE_INLINE void backward_head(
     const Problem& p, const Table<C>& table, const Slice& slice, const GradSlice& grads,
@@ -73,8 +132,6 @@ MMLITE_INLINE void backward_head(
   const int64_t b = slice.batch, m = slice.head;
   const C* const value = static_cast<const C*>(slice.value);
   const C* const key = static_cast<const C*>(slice.key);
-  const int64_t location =
-      b * p.locations.batch_stride + q * p.locations.row_stride + m * p.locations.head_stride;
   const int64_t weight_offset =
       b * p.weights.batch_stride + q * p.weights.row_stride + m * p.weights.head_stride;
 
@@ -91,16 +148,16 @@ MMLITE_INLINE void backward_head(
     const int first = n * kChunk;
     chunk.count = num_points - first < kChunk ? num_points - first : kChunk;
     alignas(64) C buffer[2 * kChunk];
-    locate<C, true>(points_of<C>(p.locations.data, p.point_dtype, location + 2 * first,
-                                 2 * chunk.count, C(NAN), 2 * kChunk, buffer),
-                    table, first, &chunk.at, &chunk.cell);
+    Places<C> places;
+    get_places(p, table, slice, q, first, chunk.count, buffer, &places);
+    locate<C, true>(p, places, table, first, &chunk.at, &chunk.cell);
     if (!kHasQuery) {
       const C* const weights = points_of<C>(p.weights.data, p.point_dtype, weight_offset + first,
                                             chunk.count, C(0), kChunk, buffer);
       memcpy(chunk.attention, weights, sizeof(chunk.attention));
     }
     // The gradient of the value alone needs no sample.
-    if (!kHasQuery && !(p.grads & (kGradLocations | kGradWeights))) continue;
+    if (!kHasQuery && !kSlopes && !(p.grads & kGradWeights)) continue;
 
     constexpr int kUsed = kHasQuery ? kNumProducts : kQueryKey;
     V fours[kUsed][kChunk / 4];
@@ -206,24 +263,20 @@ MMLITE_INLINE void backward_head(
   }
 
   if (kSlopes) {
-    with_type<C>(p.point_dtype, [&](auto* type) {
-      auto* const to = row_of<std::remove_pointer_t<decltype(type)>>(p.grad_locations, b, q, m);
-      for (int n = 0; n < num_chunks; ++n) {
-        const BackwardChunk<C>& chunk = chunks[n];
-        for (int i = 0; i < chunk.count; ++i) {
-          C along_x = chunk.attention[i] * chunk.product[kGradSlopeX][i];
-          C along_y = chunk.attention[i] * chunk.product[kGradSlopeY][i];
+    for (int n = 0; n < num_chunks; ++n) {
+      BackwardChunk<C>& chunk = chunks[n];
+      for (int axis = 0; axis < 2; ++axis) {
+        C* const along = chunk.product[kGradSlopeX + axis];
+        for (int i = 0; i < kChunk; i += kWidth) {
+          V grad_pixel = load(chunk.attention + i) * load(along + i);
           if (kHasQuery) {
-            along_x += chunk.grad_key[i] * chunk.product[kQuerySlopeX][i];
-            along_y += chunk.grad_key[i] * chunk.product[kQuerySlopeY][i];
+            grad_pixel += load(chunk.grad_key + i) * load(chunk.product[kQuerySlopeX + axis] + i);
           }
-          const int point = n * kChunk + i;
-          const bool inside = chunk.at.inside[i];
-          narrow(inside ? along_x * table.width[point] : C(0), to + 2 * point);
-          narrow(inside ? along_y * table.height[point] : C(0), to + 2 * point + 1);
+          store(along + i, grad_pixel);
         }
       }
-    });
+    }
+    put_place_grads(p, table, slice, grads, q, chunks);
   }
   if (!kHasQuery && (p.grads & kGradWeights)) {
     with_type<C>(p.point_dtype, [&](auto* type) {
@@ -300,8 +353,10 @@ void backward_rows(const Problem& p, const Table<C>& table, const Slice& slice,
   for (int64_t q = q_begin; q < q_end; ++q) {
     const int64_t next = q + kAhead < q_end ? q + kAhead : q;
     prefetch_row(p.grad_output, slice, next, p.dim, size);
-    prefetch_row(p.locations, slice, next, 2 * num_points, point_size);
-    if (kSlopes) prefetch_row(p.grad_locations, slice, next, 2 * num_points, point_size);
+    prefetch_row(p.locations, slice, next, 2 * num_places(p), point_size);
+    if (p.grads & kGradLocations) {
+      prefetch_row(p.grad_locations, slice, next, 2 * num_places(p), point_size);
+    }
     if (p.op == kStandard) {
       prefetch_row(p.weights, slice, next, num_points, point_size);
       if (p.grads & kGradWeights) {
@@ -340,6 +395,7 @@ void scatter_share(const Problem& p, const Table<C>& table, const Slice& slice,
   const int v_end = std::min(v_begin + kBlockDim / kWidth, row.vectors);
   const int points = static_cast<int>(p.points);
   const int64_t first_point = share.level * p.points, num_points = p.levels * p.points;
+  const int64_t first_place = num_places(p) == num_points ? first_point : 0;
   V grad[kBlockDim / kWidth] = {}, query[kBlockDim / kWidth] = {};
 
   Chunk<C> at;
@@ -364,15 +420,21 @@ void scatter_share(const Problem& p, const Table<C>& table, const Slice& slice,
     for (int i = 0; i < points; ++i, ++lane) {
       if (lane == kChunk) {
         alignas(64) C xy[2 * kChunk];
+        Places<C> places = {};
+        places.xy = xy;
         for (int k = 0; k < kChunk; ++k) {
           if (located == p.queries) {
             xy[2 * k] = xy[2 * k + 1] = C(NAN);
             continue;
           }
+          if (p.sampling != kLocations) {
+            set_reference(
+                p, reference_of<C>(p, slice.batch, located, share.level), k, &places);
+          }
           const int64_t offset = slice.batch * p.locations.batch_stride +
                                  located * p.locations.row_stride +
                                  slice.head * p.locations.head_stride +
-                                 2 * (first_point + located_point);
+                                 2 * (first_place + located_point);
           with_type<C>(p.point_dtype, [&](auto* type) {
             const auto* const from =
                 static_cast<std::remove_pointer_t<decltype(type)>*>(p.locations.data) + offset;
@@ -380,7 +442,7 @@ void scatter_share(const Problem& p, const Table<C>& table, const Slice& slice,
           });
           if (++located_point == points) located_point = 0, ++located;
         }
-        locate<C, true>(xy, table, share.level * kChunk, &at, &cell);
+        locate<C, true>(p, places, table, share.level * kChunk, &at, &cell);
         lane = 0;
       }
       if (kOp == kStandard && i % kChunk == 0) {

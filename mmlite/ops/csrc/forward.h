@@ -47,15 +47,6 @@ MMLITE_INLINE void fill_behind(int count, C value, typename Simd<C>::V* lanes) {
   for (int i = count; i < kChunk; ++i) lanes[i / kWidth][i % kWidth] = value;
 }
 
-template <class C>
-MMLITE_INLINE const C* locations_of(
-    const Problem& p, const Slice& slice, int64_t q, int first, int count, C* buffer) {
-  const int64_t offset = slice.batch * p.locations.batch_stride + q * p.locations.row_stride +
-                         slice.head * p.locations.head_stride + 2 * first;
-  return points_of<C>(
-      p.locations.data, p.point_dtype, offset, 2 * count, C(NAN), 2 * kChunk, buffer);
-}
-
 // Logits this close to the reference of the running softmax need no new one (in units of log 2).
 constexpr int kWindow = 32;
 
@@ -88,7 +79,9 @@ MMLITE_INLINE void key_aware_head(
     const int count = num_points - first < kChunk ? num_points - first : kChunk;
     Chunk<C> chunk;
     alignas(64) C buffer[2 * kChunk];
-    locate(locations_of<C>(p, slice, q, first, count, buffer), table, first, &chunk);
+    Places<C> places;
+    get_places(p, table, slice, q, first, count, buffer, &places);
+    locate(p, places, table, first, &chunk);
 
     // Sample the keys, and keep them where they are the values too.
     V sampled[kShared ? kChunk : 1][R::kCapacity];
@@ -188,7 +181,9 @@ MMLITE_INLINE void standard_head(
     const int count = num_points - first < kChunk ? num_points - first : kChunk;
     Chunk<C> chunk;
     alignas(64) C buffer[2 * kChunk];
-    locate(locations_of<C>(p, slice, q, first, count, buffer), table, first, &chunk);
+    Places<C> places;
+    get_places(p, table, slice, q, first, count, buffer, &places);
+    locate(p, places, table, first, &chunk);
     scale_weights(&chunk, points_of<C>(p.weights.data, p.point_dtype, weight_offset + first, count,
                                        C(0), kChunk, buffer));
 #pragma GCC unroll 4

@@ -84,7 +84,7 @@ void backward(const Problem& p, const void* table, const Slice& slice, const Gra
     typedef decltype(compute) C;
     const Table<C>& points = *static_cast<const Table<C>*>(table);
     with_vectors<C>(p.dim, [&](auto vectors) {
-      if (p.grads & kGradLocations) {
+      if (p.grads & (kGradLocations | kGradReference)) {
         backward_rows<C, vectors, true>(
             p, points, slice, grads, coefficients, q_begin, q_end, scratch);
       } else {

@@ -10,6 +10,8 @@ template <class C, class Int>
 struct PointTable {
   C* width;
   C* height;
+  C* size;     // both in turn
+  Int* level;
   Int* start;  // offset of the level's first row in the slice, in elements
   Int* line;   // from one line of the map to the next
   Int stride;  // from one pixel to the next
@@ -38,7 +40,11 @@ struct Slice {
 struct GradSlice {
   void* key;
   void* value;
+  void* reference;  // the head's part of that of the reference, (Q, L, 2 or 4)
 };
+
+// The numbers of a reference.
+inline int64_t reference_size(const Problem& p) { return p.sampling == kFromBoxes ? 4 : 2; }
 
 // What the first half of a split backward pass leaves for the second: for every query of a head
 // the attention weights of its points, then their factors of the query in the key's gradient.

@@ -33,20 +33,43 @@ struct Cell {
   alignas(64) typename Simd<C>::Int corner_inside[4][kChunk];
 };
 
-// `xy` holds kChunk interleaved locations, `first` is the index of the first in the table.
+// What sixteen points are said to be at, x and y in turn.
+template <class C>
+struct Places {
+  const C* xy;  // locations, or offsets from what follows
+  alignas(64) C centre[2 * kChunk];
+  alignas(64) C extent[2 * kChunk];  // of boxes
+};
+
+// Pixel coordinates, zero in the middle of the first pixel: a vector of those of the points from
+// number i / 2 of the chunk on.
+template <class C>
+MMLITE_INLINE typename Simd<C>::V pixels_of(
+    const Problem& p, const Places<C>& places, const Table<C>& table, int64_t first, int i) {
+  typedef typename Simd<C>::V V;
+  const V xy = load(places.xy + i), size = load(table.size + 2 * first + i);
+  if (p.sampling == kLocations) return xy * size - C(0.5);
+  const V centre = load(places.centre + i);
+  if (p.sampling == kFromPoints) return centre * size + (xy - C(0.5));
+  const V unit = load(places.extent + i) * (C(0.5) / static_cast<C>(p.points));
+  return (centre + xy * unit) * size - C(0.5);
+}
+
+// `first` is the index of the first point in the table.
 template <class C, bool kWithCell = false>
 MMLITE_INLINE void locate(
-    const C* xy, const Table<C>& table, int64_t first, Chunk<C>* chunk, Cell<C>* cell = nullptr) {
+    const Problem& p, const Places<C>& places, const Table<C>& table, int64_t first,
+    Chunk<C>* chunk, Cell<C>* cell = nullptr) {
   typedef typename Simd<C>::V V;
   typedef typename Simd<C>::I I;
   constexpr int kWidth = Simd<C>::kWidth;
   const C zero = 0, one = 1;
   const auto put = [](auto* to, auto lanes) { memcpy(to, &lanes, sizeof(lanes)); };
   for (int i = 0; i < kChunk; i += kWidth) {
-    const V pair0 = load(xy + 2 * i), pair1 = load(xy + 2 * i + kWidth);
+    const V pair0 = pixels_of(p, places, table, first, 2 * i);
+    const V pair1 = pixels_of(p, places, table, first, 2 * i + kWidth);
     const V width = load(table.width + first + i), height = load(table.height + first + i);
-    V x = even<C>(pair0, pair1) * width - C(0.5);
-    V y = odd<C>(pair0, pair1) * height - C(0.5);
+    V x = even<C>(pair0, pair1), y = odd<C>(pair0, pair1);
     // False for NaN as well; what is left fits an integer.
     const I inside = (x >= -one) & (x < width) & (y >= -one) & (y < height);
     x = keep<C>(inside, x);
@@ -117,6 +140,81 @@ MMLITE_INLINE const C* points_of(
   return buffer;
 }
 
+template <class T>
+MMLITE_INLINE T* row_of(const Rows& rows, int64_t batch, int64_t row, int64_t head) {
+  return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride +
+         head * rows.head_stride;
+}
+
+// Calls `body` with a null pointer of the type that `dtype` stands for; the compute type is C.
+template <class C, class Body>
+MMLITE_INLINE void with_type(int32_t dtype, const Body& body) {
+  if constexpr (sizeof(C) == 8) {
+    body(static_cast<C*>(nullptr));
+  } else if (dtype == kFloat32) {
+    body(static_cast<float*>(nullptr));
+  } else if (dtype == kBfloat16) {
+    body(static_cast<bfloat16*>(nullptr));
+  } else {
+    body(static_cast<float16*>(nullptr));
+  }
+}
+
+// Locations or offsets of one head of one query.
+inline int64_t num_places(const Problem& p) {
+  return (p.sampling == kLocations ? p.levels : p.offset_levels) * p.points;
+}
+
+template <class C>
+MMLITE_INLINE const C* reference_of(const Problem& p, int64_t batch, int64_t q, int64_t level) {
+  return row_of<const C>(p.reference, p.reference_batch == 1 ? 0 : batch, q, level);
+}
+
+// The reference of point i of the chunk.
+template <class C>
+MMLITE_INLINE void set_reference(const Problem& p, const C* reference, int i, Places<C>* places) {
+  memcpy(places->centre + 2 * i, reference, 2 * sizeof(C));
+  if (p.sampling == kFromBoxes) memcpy(places->extent + 2 * i, reference + 2, 2 * sizeof(C));
+}
+
+// Point `first` and the `count` - 1 behind it of one head of one query; those that are left of the
+// chunk are nowhere. `buffer` has room for 2 * kChunk numbers.
+template <class C>
+MMLITE_INLINE void get_places(const Problem& p, const Table<C>& table, const Slice& slice, int64_t q,
+                              int first, int count, C* buffer, Places<C>* places) {
+  const int64_t offset = slice.batch * p.locations.batch_stride + q * p.locations.row_stride +
+                         slice.head * p.locations.head_stride;
+  if (num_places(p) == p.levels * p.points) {
+    places->xy = points_of<C>(p.locations.data, p.point_dtype, offset + 2 * first, 2 * count,
+                              C(NAN), 2 * kChunk, buffer);
+  } else {  // every level has the same
+    with_type<C>(p.point_dtype, [&](auto* type) {
+      const auto* const from =
+          static_cast<std::remove_pointer_t<decltype(type)>*>(p.locations.data) + offset;
+      for (int i = 0, point = first % static_cast<int>(p.points); i < kChunk; ++i) {
+        buffer[2 * i] = i < count ? widen(from[2 * point]) : C(NAN);
+        buffer[2 * i + 1] = i < count ? widen(from[2 * point + 1]) : C(NAN);
+        if (++point == p.points) point = 0;
+      }
+    });
+    places->xy = buffer;
+  }
+  if (p.sampling == kLocations) return;
+  const C* const reference = reference_of<C>(p, slice.batch, q, 0);
+  const int64_t stride = p.reference.head_stride;
+  if (p.points % 4 == 0) {  // neighbours are of one level
+    for (int i = 0; i < kChunk; i += 4) {
+      const C* const of_level = reference + table.level[first + i] * stride;
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) set_reference(p, of_level, i + j, places);
+    }
+  } else {
+    for (int i = 0; i < kChunk; ++i) {
+      set_reference(p, reference + table.level[first + i] * stride, i, places);
+    }
+  }
+}
+
 // A row of D numbers as vectors in registers. kVectors fixes D at compile time to that many full
 // vectors; with kVectors = 0 it is known at run time and the last vector may be partial.
 template <class C, int kVectors>
@@ -147,26 +245,6 @@ struct Row {
     }
   }
 };
-
-template <class T>
-MMLITE_INLINE T* row_of(const Rows& rows, int64_t batch, int64_t row, int64_t head) {
-  return static_cast<T*>(rows.data) + batch * rows.batch_stride + row * rows.row_stride +
-         head * rows.head_stride;
-}
-
-// Calls `body` with a null pointer of the type that `dtype` stands for; the compute type is C.
-template <class C, class Body>
-MMLITE_INLINE void with_type(int32_t dtype, const Body& body) {
-  if constexpr (sizeof(C) == 8) {
-    body(static_cast<C*>(nullptr));
-  } else if (dtype == kFloat32) {
-    body(static_cast<float*>(nullptr));
-  } else if (dtype == kBfloat16) {
-    body(static_cast<bfloat16*>(nullptr));
-  } else {
-    body(static_cast<float16*>(nullptr));
-  }
-}
 
 // Vectors `begin` up to `end` of a row of the problem's dtype.
 template <class C, int kVectors>

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-import matplotlib
 from matplotlib.axes import Axes
 
 from .accuracy import METRICS
 from .compare import Result
 from .complexity import STAGES
+from .plots import BASELINE, COLORS, VARIANT, plot, scatter
 from .published import OTHER_WORK
 from .report import Report, Table, giga, mebibytes, milliseconds, size, timing_columns
 from .setting import Setting
 
 Groups = Sequence[Sequence[Result]]
 
-# One colour a stage, readable for the colour-blind (Okabe and Ito's palette).
-_COLORS = ('#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#009e73', '#999999')
-_BASELINE, _VARIANT, _PUBLISHED = '#444444', '#d55e00', '#0072b2'
+_PUBLISHED = '#0072b2'
 
 
 def report(groups: Groups, setting: Setting, with_page: bool) -> Report:
@@ -224,37 +221,20 @@ def _figures(groups: Groups, setting: Setting) -> list[tuple[str, str]]:
     results = [result for group in groups for result in group]
     shown = []
     if any(result.detector.published or result.accuracy for result in results):
-        shown.append(('AP against GFLOPs of the encoder', _plot(_accuracy_against_cost, groups)))
+        shown.append(('AP against GFLOPs of the encoder', plot(_accuracy_against_cost, groups)))
     if any(result.latency for result in results):
         shares = [[100 * share for share in _stage_shares(r).values()] for r in results]
-        shown.append(('Share of the time by stage', _plot(_bars, results, shares, '% of the time')))
+        shown.append(('Share of the time by stage', plot(_bars, results, shares, '% of the time')))
     costs = [[r.complexity.stage_flops[stage] / 1e9 for stage in STAGES] for r in results]
-    shown.append(('GFLOPs by stage', _plot(_bars, results, costs, 'GFLOPs')))
+    shown.append(('GFLOPs by stage', plot(_bars, results, costs, 'GFLOPs')))
     for group in groups:
         family = f': {group[0].name}' if len(groups) > 1 else ''
         if group[0].latency:
-            plot = _plot(_latency_against_cost, group, setting.batch_size)
-            shown.append((f'Time against GFLOPs{family}', plot))
+            drawn = plot(_latency_against_cost, group, setting.batch_size)
+            shown.append((f'Time against GFLOPs{family}', drawn))
         if len(group[0].flops_by_size) > 1:
-            shown.append((f'GFLOPs against image size{family}', _plot(_cost_against_size, group)))
+            shown.append((f'GFLOPs against image size{family}', plot(_cost_against_size, group)))
     return shown
-
-
-def _plot(draw: Callable[..., None], *arguments) -> str:
-    from matplotlib.figure import Figure
-
-    # Drawn at the width of a phone, so that the text keeps its size there.
-    style = {'svg.fonttype': 'none', 'font.size': 9, 'font.family': 'sans-serif'}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.4, 3.3), layout='constrained')
-        axes = figure.add_subplot()
-        axes.spines[['top', 'right']].set_visible(False)
-        draw(axes, *arguments)
-        target = io.StringIO()
-        # No date, so that equal results make equal pages.
-        figure.savefig(target, format='svg', metadata={'Date': None}, transparent=True)
-    svg = target.getvalue()
-    return svg[svg.index('<svg') :]
 
 
 def _accuracy_against_cost(axes: Axes, groups: Groups) -> None:
@@ -269,7 +249,7 @@ def _accuracy_against_cost(axes: Axes, groups: Groups) -> None:
         if result.accuracy:
             legend['stars measured here'] = True
             x, y = result.complexity.stage_flops['encoder'] / 1e9, result.accuracy['mAP']
-            style = {'marker': '*', 'color': _VARIANT, 'markersize': 10}
+            style = {'marker': '*', 'color': VARIANT, 'markersize': 10}
             points.append((_short(result), x, y, style))
     if any(name == 'Deformable DETR' for name, *_ in points):
         for name, (x, y) in OTHER_WORK.items():
@@ -277,43 +257,17 @@ def _accuracy_against_cost(axes: Axes, groups: Groups) -> None:
             points.append((shown, x, y, {'marker': 'x', 'color': '#999999'}))
     axes.set_title('; '.join(legend), fontsize=8, color='#555555')
     axes.margins(y=0.1)
-    _scatter(axes, points, 'encoder GFLOPs', 'AP')
+    scatter(axes, points, 'encoder GFLOPs', 'AP')
 
 
 def _latency_against_cost(axes: Axes, group: Sequence[Result], batch_size: int) -> None:
     points = []
     for result in group:
         x, y = result.complexity.flops / 1e9, 1000 * result.latency[batch_size].median
-        mark, color = ('s', _BASELINE) if result is group[0] else ('o', _VARIANT)
+        mark, color = ('s', BASELINE) if result is group[0] else ('o', VARIANT)
         points.append((_short(result), x, y, {'marker': mark, 'color': color}))
     axes.set_ylim(0, 1.1 * max(y for _, _, y, _ in points))
-    _scatter(axes, points, 'GFLOPs', f'median ms, batch {batch_size}')
-
-
-def _scatter(
-    axes: Axes, points: list[tuple[str, float, float, dict]], x_label: str, y_label: str
-) -> None:
-    """Points with names, from the lowest up, each high enough to clear the one below it."""
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    for _, x, y, style in points:
-        axes.plot(x, y, **style)
-    axes.set_xlim(0, 1.4 * axes.get_xlim()[1])
-    (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    axes.set_autoscale_on(False)
-    below = -1.0
-    for name, x, y, _ in sorted(points, key=lambda point: point[2]):
-        if name:
-            below = max((y - bottom) / (top - bottom), below + 0.055)
-            axes.annotate(
-                name,
-                (x, y),
-                xytext=(x + 0.03 * right, below),
-                textcoords=('data', 'axes fraction'),
-                fontsize=7,
-                va='center',
-                arrowprops={'arrowstyle': '-', 'lw': 0.4, 'color': '#999999', 'shrinkA': 0},
-            )
+    scatter(axes, points, 'GFLOPs', f'median ms, batch {batch_size}')
 
 
 def _bars(axes: Axes, results: Sequence[Result], values: list[list[float]], label: str) -> None:
@@ -321,7 +275,7 @@ def _bars(axes: Axes, results: Sequence[Result], values: list[list[float]], labe
     left = [0.0] * len(results)
     for index, stage in enumerate(STAGES):
         widths = [row[index] for row in values]
-        axes.barh(rows, widths, left=left, color=_COLORS[index], label=stage, height=0.7)
+        axes.barh(rows, widths, left=left, color=COLORS[index], label=stage, height=0.7)
         left = [a + b for a, b in zip(left, widths)]
     axes.set_yticks(rows, [_short(result) for result in results], fontsize=8)
     axes.invert_yaxis()
@@ -334,7 +288,7 @@ def _cost_against_size(axes: Axes, group: Sequence[Result]) -> None:
         sizes = [map(int, text.split('x')) for text in result.flops_by_size]
         pixels = [height * width / 1e6 for height, width in sizes]
         flops = [count / 1e9 for count in result.flops_by_size.values()]
-        color = _BASELINE if index == 0 else _COLORS[(index - 1) % len(_COLORS)]
+        color = BASELINE if index == 0 else COLORS[(index - 1) % len(COLORS)]
         axes.plot(pixels, flops, 'o-', color=color, label=_short(result), markersize=3)
     axes.set_xlabel('megapixels')
     axes.set_ylabel('GFLOPs')

@@ -47,6 +47,7 @@ class Report:
     notes: list[str] = field(default_factory=list)  # sentences for below the tables
     further: dict = field(default_factory=dict)  # what else programs get
     page: dict | None = None  # what the page shows beside the tables
+    template: str = 'compare.html'  # of the page
     machine: dict[str, str] = field(default_factory=dict)  # what it ran on
     command: str = ''  # what repeats it
 
@@ -69,7 +70,7 @@ class Report:
 
     def html(self) -> str:
         """A page that stands alone: no network, no scripts, readable on a phone."""
-        return render('compare.html', report=self, **self.page)
+        return render(self.template, report=self, **self.page)
 
 
 def render(template: str, **content: object) -> str:

@@ -14,6 +14,7 @@ from ..nn import EncoderSchedule
 LITE_TYPES = {
     'DeformableDETR': 'LiteDeformableDETR',
     'DINO': 'LiteDINO',
+    'NarrowDINO': 'LiteNarrowDINO',
     'HDeformableDETR': 'LiteHDeformableDETR',
     'DDQDETR': 'LiteDDQDETR',
     'GroundingDINO': 'LiteGroundingDINO',

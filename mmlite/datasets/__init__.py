@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .shapes import CLASSES, generate_panoptic, generate_shapes
+from .details import DETAILS
+from .shapes import CLASSES, SHAPES, Style, generate_panoptic, generate_shapes
 
 if TYPE_CHECKING:
     from .coco import CheckedCocoDataset
 
-__all__ = ['CLASSES', 'CheckedCocoDataset', 'generate_panoptic', 'generate_shapes']
+__all__ = [
+    'CLASSES',
+    'STYLES',
+    'CheckedCocoDataset',
+    'Style',
+    'generate_panoptic',
+    'generate_shapes',
+]
+
+# What can be drawn, by name.
+STYLES = {'shapes': SHAPES, 'details': DETAILS}
 
 
 def __getattr__(name: str) -> type:

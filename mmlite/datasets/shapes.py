@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 CLASSES = ('disc', 'ring', 'triangle', 'cross')
+
+# An object: the index of its class, its box [x, y, width, height] in pixels, the area of that box,
+# which decides the size range that COCO's evaluation counts it in, and its mask as a polygon
+# [x1, y1, x2, y2, ...].
+Drawn = tuple[int, list[int], int, list[float]]
 
 # Longest side of a shape in pixels, for each of COCO's area ranges (small is below 32 * 32,
 # large above 96 * 96), and how often the range is drawn.
@@ -19,12 +25,21 @@ _MAX_SHAPES = 6
 _MAX_OVERLAP = 0.15  # of the smaller box
 
 
+class Style(NamedTuple):
+    """What a data set shows."""
+
+    classes: tuple[str, ...]
+    draw: Callable[[np.random.Generator, int], tuple[np.ndarray, list[Drawn]]]
+    smallest_image: int  # width and height in pixels
+
+
 def generate_shapes(
     root: str | Path,
     splits: dict[str, int],
     image_size: int = 128,
     seed: int = 0,
     progress: Callable[[], None] = lambda: None,
+    style: Style | None = None,
 ) -> None:
     """Draw a data set: ``root/<split>/*.png`` and ``root/annotations/instances_<split>.json``.
 
@@ -34,16 +49,23 @@ def generate_shapes(
         root (str | Path): Folder of the data set; made if it is not there.
         splits (dict[str, int]): Number of images of each split, such as
             ``{'train': 600, 'val': 100}``.
-        image_size (int): Width and height of the images in pixels, at least 128.
+        image_size (int): Width and height of the images in pixels, at least 128 for shapes and
+            64 for details.
         seed (int): Seed of the drawing.
         progress (Callable): Called after each image.
+        style (Style, optional): What is drawn, of :data:`mmlite.datasets.STYLES`. Shapes by
+            default.
 
     Raises:
-        ValueError: ``image_size`` is too small for a large shape.
+        ValueError: ``image_size`` is too small for the largest objects.
         OSError: ``root`` cannot be written.
     """
-    if image_size < 128:
-        raise ValueError(f'image_size must be at least 128 for large shapes to fit: {image_size}')
+    style = style or SHAPES
+    if image_size < style.smallest_image:
+        raise ValueError(
+            f'image_size must be at least {style.smallest_image} for the largest objects to fit: '
+            f'{image_size}'
+        )
     root = Path(root)
     for number, (split, num_images) in enumerate(splits.items()):
         folder = root / split
@@ -51,14 +73,14 @@ def generate_shapes(
         images, annotations = [], []
         for index in range(num_images):
             rng = np.random.default_rng((seed, number, index))
-            pixels, shapes = draw_image(rng, image_size)
+            pixels, objects = style.draw(rng, image_size)
             file_name = f'{index:05d}.png'
             # imencode, as imwrite only returns False where it cannot write
             (folder / file_name).write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
             images.append(
                 {'id': index, 'file_name': file_name, 'width': image_size, 'height': image_size}
             )
-            for label, box, area, polygon in shapes:
+            for label, box, area, polygon in objects:
                 annotations.append(
                     {
                         'id': len(annotations) + 1,
@@ -74,7 +96,7 @@ def generate_shapes(
         content = {
             'images': images,
             'annotations': annotations,
-            'categories': [{'id': i + 1, 'name': name} for i, name in enumerate(CLASSES)],
+            'categories': [{'id': i + 1, 'name': name} for i, name in enumerate(style.classes)],
         }
         target = root / 'annotations' / f'instances_{split}.json'
         target.parent.mkdir(exist_ok=True)
@@ -133,18 +155,13 @@ def generate_panoptic(root: str | Path, split: str) -> None:
     (annotations / f'panoptic_{split}.json').write_text(json.dumps(content))
 
 
-def draw_image(
-    rng: np.random.Generator, image_size: int
-) -> tuple[np.ndarray, list[tuple[int, list[int], int, list[float]]]]:
+def draw_image(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, list[Drawn]]:
     """Draw one image.
 
     Returns:
-        tuple: The pixels, uint8 (image_size, image_size, 3), and for each shape its class index,
-        its box ``[x, y, width, height]`` in pixels, the area of that box, which decides the
-        size range that COCO's evaluation counts it in, and its mask as a polygon
-        ``[x1, y1, x2, y2, ...]``.
+        tuple: The pixels, uint8 (image_size, image_size, 3), and the shapes.
     """
-    pixels = _background(rng, image_size)
+    pixels = background(rng, image_size)
     boxes: list[np.ndarray] = []
     shapes = []
     for _ in range(rng.integers(2, _MAX_SHAPES + 1)):
@@ -156,7 +173,7 @@ def draw_image(
         room = image_size - 1 - (high - low)
         shift = np.round(rng.uniform(0, 1, 2) * room - low)
         box = np.concatenate([low + shift, high + shift])
-        if any(_overlap(box, other) > _MAX_OVERLAP for other in boxes):
+        if any(overlap(box, other) > _MAX_OVERLAP for other in boxes):
             continue  # no second try: crowded images hold fewer shapes
         boxes.append(box)
         _paint(rng, pixels, outline + shift, None if hole is None else hole + shift)
@@ -168,7 +185,7 @@ def draw_image(
     return pixels, shapes
 
 
-def _background(rng: np.random.Generator, size: int) -> np.ndarray:
+def background(rng: np.random.Generator, size: int) -> np.ndarray:
     """A gradient between two dull colours, with stripes or blotches, and noise."""
     first, second = rng.uniform(50, 200, (2, 3))
     rows, columns = np.mgrid[0:size, 0:size] / size
@@ -225,8 +242,11 @@ def _paint(
     cv2.fillPoly(pixels, fixed_point, color.tolist(), lineType=cv2.LINE_AA, shift=4)
 
 
-def _overlap(box: np.ndarray, other: np.ndarray) -> float:
+def overlap(box: np.ndarray, other: np.ndarray) -> float:
     """The part of the smaller box (x1, y1, x2, y2) that lies in the other one."""
     sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
     smaller = min(np.prod(box[2:] - box[:2]), np.prod(other[2:] - other[:2]))
     return float(np.prod(np.clip(sides, 0, None)) / smaller)
+
+
+SHAPES = Style(CLASSES, draw_image, smallest_image=128)

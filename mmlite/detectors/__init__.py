@@ -8,6 +8,7 @@ from .h_deformable_detr import HDeformableDETR, LiteHDeformableDETR
 from .h_deformable_detr_head import HDeformableDETRHead
 from .lite import LiteDetectorMixin, encoder_name
 from .mask2former import LiteMSDeformAttnPixelDecoder
+from .narrow_dino import LiteNarrowDINO, NarrowDINO
 
 __all__ = [
     'HDeformableDETR',
@@ -19,5 +20,7 @@ __all__ = [
     'LiteGroundingDINO',
     'LiteHDeformableDETR',
     'LiteMSDeformAttnPixelDecoder',
+    'LiteNarrowDINO',
+    'NarrowDINO',
     'encoder_name',
 ]

@@ -37,7 +37,7 @@ _REGISTERED = {
 
 # What a config asks mmlite for by name, and is refused where the stack does not fit.
 _DETECTORS = (
-    *('LiteDINO', 'LiteDeformableDETR', 'LiteHDeformableDETR', 'LiteDDQDETR'),
+    *('LiteDINO', 'LiteNarrowDINO', 'LiteDeformableDETR', 'LiteHDeformableDETR', 'LiteDDQDETR'),
     *('LiteGroundingDINO', 'LiteMSDeformAttnPixelDecoder'),
 )
 

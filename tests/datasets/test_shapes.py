@@ -60,7 +60,7 @@ def test_boxes_fit_the_drawing(tmp_path, monkeypatch):
     from mmlite.datasets import shapes
 
     monkeypatch.setattr(
-        shapes, '_background', lambda rng, size: np.full((size, size, 3), 130, np.uint8)
+        shapes, 'background', lambda rng, size: np.full((size, size, 3), 130, np.uint8)
     )
     for seed in range(20):
         pixels, drawn = shapes.draw_image(np.random.default_rng(seed), 160)

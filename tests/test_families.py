@@ -110,7 +110,7 @@ def run(*arguments: str | Path) -> str:
 
 def test_commands(trained, folder, tmp_path):
     """visualize draws; a warm start from stock weights fits; compare measures both."""
-    name, config, checkpoint = trained
+    _, config, checkpoint = trained
     image = folder / 'data/shapes/val/00000.png'
     lite = f'{config},{checkpoint}'
     run('visualize', 'attention', lite, image, '--out', tmp_path / 'attention.png')

@@ -124,7 +124,8 @@ class Study:
             }
         )
         config.custom_hooks = hooks
-        entries = config.to_dict().items()  # mmengine's own dump takes seconds to format them
+        # mmengine's own dump takes seconds to format them.
+        entries = config.to_dict().items()
         lines = [
             f'{name} = {pformat(value, width=99, sort_dicts=False)}' for name, value in entries
         ]

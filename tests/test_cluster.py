@@ -58,10 +58,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(folder: Path, name: str, *settings: str, kind: str = '', restarts: int = 0) -> str:
+def train(
+    folder: Path,
+    name: str,
+    *settings: str,
+    kind: str = '',
+    base: str | None = None,
+    restarts: int = 0,
+) -> str:
     """Train a small config with torchrun, as docs/cluster.md says, and give what it printed."""
     lines = (
-        f'_base_ = {str(ROOT / "configs/small" / SMALL.format(kind))!r}',
+        f'_base_ = {base or str(ROOT / "configs/small" / SMALL.format(kind))!r}',
         "custom_imports = dict(imports=['mmlite', 'mmlite.integrations.gloo', 'faults'])",
         'train_dataloader = dict(batch_size=2)',
         *settings,
@@ -140,3 +147,33 @@ def test_fsdp_saves_a_whole_model(folder):
     assert content['meta']['iter'] == 2
     config = Config.fromfile(folder / 'fsdp.py', import_custom_modules=False)
     MODELS.build(config.model).load_state_dict(content['state_dict'])  # strict
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        'lite-ddq-detr-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py',
+        'lite-grounding-dino_r18_h3l1-3p1x1_1xb8-14e_shapes.py',
+        'lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes.py',
+    ],
+)
+def test_gradients_reach_every_parameter_of_the_newer_families(
+    folder, config, tiny_bert, monkeypatch
+):
+    """DDP waits for every gradient, and refuses a second iteration where one did not come."""
+    monkeypatch.setenv('BERT', tiny_bert)
+    wrapper = "dict(type='MMDistributedDataParallel', broadcast_buffers=False, device_ids=None)"
+    base = str(ROOT / 'configs/small' / config)
+    name = config.split('_')[0].replace('-', '_')
+    train(
+        folder,
+        name,
+        'train_cfg = dict(max_epochs=1, val_interval=2)',
+        f'model_wrapper_cfg = {wrapper}',
+        "custom_hooks = [dict(type='SaveEachRank')]",
+        base=base,
+    )
+    first, second = (load_checkpoint(folder / name / f'rank{rank}.pth') for rank in (0, 1))
+    for entry in first:
+        if 'running_' not in entry:
+            assert torch.equal(first[entry], second[entry]), entry

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ def run(*arguments):
 
 def test_trains_evaluates_and_draws(tmp_path, monkeypatch):
     # Two epochs teach it nothing, and there has to be something to draw.
-    monkeypatch.setattr(sys.modules['mmlite.cli.demo'], 'SHOWN_SCORE', 0.0)
+    monkeypatch.setattr(importlib.import_module('mmlite.cli.demo'), 'SHOWN_SCORE', 0.0)
     out = tmp_path / 'demo'
     sizes = ('--epochs', 2, '--train-images', 8, '--val-images', 2)
     result = run('--out', out, *sizes)

@@ -91,8 +91,9 @@ def train(
         torch.save({'state_dict': model.state_dict()}, folder / f'.{WEIGHTS}')
         os.replace(folder / f'.{WEIGHTS}', folder / WEIGHTS)
     write((json.dumps(result, indent=1) + '\n').encode(), folder / RESULT)
-    for outdated in [*folder.glob('epoch_*.pth'), *folder.glob('iter_*.pth')]:
-        outdated.unlink()  # with the optimiser's state, which nothing needs any more
+    # With the optimiser's state, which nothing needs any more.
+    for outdated in [*folder.glob('epoch_*.pth'), folder / 'last_checkpoint']:
+        outdated.unlink(missing_ok=True)
 
 
 def _cost(model: Any, config: Any) -> dict:

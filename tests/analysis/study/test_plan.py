@@ -95,7 +95,7 @@ def test_shipped_plans_build(name):
             assert str(encoder.schedule) == schedule
             assert encoder.key_aware == ('without KDA' not in run.row.name)
             assert encoder.small_ffn == ('without small FFN' not in run.row.name)
-        levels = config.model.num_feature_levels
+        levels = config.model.get('num_feature_levels', 4)
         assert (levels == 3) == ('three maps' in run.row.name)
 
 

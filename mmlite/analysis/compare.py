@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..detectors import encoder_name
 from .accuracy import Dataset, evaluate
 from .complexity import Complexity, count_detector
 from .inputs import image_batch
@@ -125,19 +126,28 @@ def _in_modes(
     """Results and models of all modes; the baseline as it stands comes first."""
     all_results, all_models = [], []
     for index, (result, model) in enumerate(zip(results, models)):
-        encoder = getattr(model, 'encoder', None)
         for mode in dict.fromkeys(modes if index else [EAGER, *modes]):
-            if mode != EAGER and (encoder is None or why_not(encoder, mode, device)):
-                continue
-            variant = model
-            if mode != EAGER:
-                variant = copy.deepcopy(model)
-                variant.encoder = in_mode(variant.encoder, mode)
-            all_results.append(
-                Result(result.detector, result.complexity, result.flops_by_size, mode)
-            )
-            all_models.append(variant)
+            variant = model if mode == EAGER else _with_encoder_in(model, mode, device)
+            if variant is not None:
+                all_results.append(
+                    Result(result.detector, result.complexity, result.flops_by_size, mode)
+                )
+                all_models.append(variant)
     return all_results, all_models
+
+
+def _with_encoder_in(model: nn.Module, mode: str, device: str) -> nn.Module | None:
+    """A copy of the model whose encoder runs in another mode; None where it cannot."""
+    try:
+        name = encoder_name(model)
+    except ValueError:
+        return None
+    if why_not(model.get_submodule(name), mode, device):
+        return None
+    variant = copy.deepcopy(model)
+    holder, _, attribute = name.rpartition('.')
+    setattr(variant.get_submodule(holder), attribute, in_mode(variant.get_submodule(name), mode))
+    return variant
 
 
 def _count(detector: DetectorSpec, model: nn.Module, image_size: tuple[int, int]) -> Complexity:
@@ -193,11 +203,17 @@ def _inference(model: nn.Module, batch_size: int, setting: Setting) -> Call:
     return call
 
 
+def _num_classes(model: nn.Module) -> int:
+    """Classes of objects: of the head, or of a segmenter's things."""
+    head = getattr(model, 'bbox_head', None)
+    return head.num_classes if head is not None else getattr(model, 'num_things_classes', 80)
+
+
 def _training_step(model: nn.Module, setting: Setting) -> Call:
     images, samples = image_batch(
         setting.batch_size,
         setting.image_size,
-        num_classes=getattr(getattr(model, 'bbox_head', None), 'num_classes', 80),
+        num_classes=_num_classes(model),
         device=setting.device,
     )
 

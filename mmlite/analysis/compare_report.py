@@ -112,10 +112,29 @@ def _tables(groups: Groups, setting: Setting) -> list[Table]:
     add(
         f'Inference by stage, ms, batch {setting.batch_size}',
         {
-            s: lambda r, s=s: f'{milliseconds(r.stages.get(s, 0.0))} ({_stage_shares(r)[s]:.0%})'
+            s: lambda r, s=s: f'{milliseconds(r.stages[s])} ({_stage_shares(r)[s]:.0%})'
             for s in STAGES
         },
         timed,
+    )
+
+    def encoder_ms(r: Result, with_neck: bool = False) -> float:
+        return r.stages['encoder'] + with_neck * r.stages['neck']
+
+    def faster(with_neck: bool = False) -> Callable[[Result], str]:
+        return lambda r: (
+            f'{encoder_ms(baselines[id(r)], with_neck) / encoder_ms(r, with_neck):.2f}x'
+        )
+
+    add(
+        "Encoder, alone and with the neck, which is Mask2Former's pixel decoder",
+        {
+            'encoder ms': lambda r: milliseconds(encoder_ms(r)),
+            'faster': faster(),
+            'with neck ms': lambda r: milliseconds(encoder_ms(r, True)),
+            'with neck, faster': faster(True),
+        },
+        [r for r in timed if r.stages['encoder']],
     )
     add(
         'Encoder by layer, ms',
@@ -176,7 +195,7 @@ def _tables(groups: Groups, setting: Setting) -> list[Table]:
 
 
 def _stage_shares(result: Result) -> dict[str, float]:
-    seconds = {stage: result.stages.get(stage, 0.0) for stage in STAGES}
+    seconds = {stage: result.stages[stage] for stage in STAGES}
     return {stage: part / sum(seconds.values()) for stage, part in seconds.items()}
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,11 +133,12 @@ def image_batch(
     """Normalised images with random boxes, as a detector of mmdet takes them.
 
     Images are of unit scale, (batch, 3, height, width); each has ``num_boxes`` ground-truth boxes
-    (COCO has 7 on average) with labels from 0 to ``num_classes - 1``.
+    (COCO has 7 on average) with labels from 0 to ``num_classes - 1``, and masks that fill them.
     """
     # Here, so that the operators can be measured where only torch is installed.
     from mmdet.datasets import CocoDataset
     from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
     height, width = image_size
@@ -155,5 +157,14 @@ def image_batch(
         text = {'text': CocoDataset.METAINFO['classes'], 'custom_entities': True}
         sample = DetDataSample(metainfo={**meta, **text, 'scale_factor': (1.0, 1.0)})
         sample.gt_instances = InstanceData(bboxes=boxes.to(device), labels=labels.to(device))
+        sample.gt_instances.masks = BitmapMasks(_filled(boxes, image_size), *image_size)
         samples.append(sample)
     return images.to(device), samples
+
+
+def _filled(boxes: Tensor, image_size: tuple[int, int]) -> np.ndarray:
+    """A mask for each box, uint8, (boxes, height, width)."""
+    masks = np.zeros((len(boxes), *image_size), np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
+        mask[top : bottom + 1, left : right + 1] = 1
+    return masks

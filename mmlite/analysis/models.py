@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,6 +22,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from ..checkpoints.loading import load_checkpoint
+from ..detectors.bert import adapt_bert
 from .published import Published
 
 _PACKAGE = Path(__file__).parents[1]
@@ -100,7 +106,8 @@ def build_detector(
     level = logger.level
     logger.setLevel(logging.WARNING)  # mmengine would tell how it initialised each parameter
     try:
-        model = MODELS.build(_without_pretraining(config.model))
+        with _text_without_weights(config.model, checkpoint) as model_config:
+            model = MODELS.build(_without_pretraining(model_config))
         model.init_weights()
     except Exception as error:
         raise ValueError(
@@ -108,6 +115,8 @@ def build_detector(
         ) from error
     finally:
         logger.setLevel(level)
+    if hasattr(model, 'language_model'):
+        adapt_bert(model.language_model)
     if checkpoint is not None:
         _load(model, checkpoint, _name(config))
     dataset = config.get('test_dataloader', {}).get('dataset', {})
@@ -137,6 +146,44 @@ def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:
             f'{", ".join(problems)}'
         )
     model.load_state_dict(state)
+
+
+@contextmanager
+def _text_without_weights(model_config: ConfigDict, checkpoint: str | None) -> Iterator[ConfigDict]:
+    """The config of a model with what a Grounding DINO needs of other packages made or left out.
+
+    Without a checkpoint its BERT need not be fetched: one of the same size is made that knows the
+    words of COCO's classes. And activations are not recomputed where the stock encoder lacks
+    fairscale for that, neither there nor in the Lite one, which could.
+    """
+    if 'language_model' not in model_config:
+        yield model_config
+        return
+    model_config = copy.deepcopy(model_config)
+    if find_spec('fairscale') is None:
+        model_config.encoder.num_cp = 0
+    if checkpoint is not None or Path(model_config.language_model.name).is_dir():
+        yield model_config
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        _write_untrained_bert(Path(folder))
+        model_config.language_model.name = folder
+        yield model_config
+
+
+def _write_untrained_bert(folder: Path) -> None:
+    """Write a folder for transformers to read: a tokenizer, and a BERT without weights."""
+    from safetensors.torch import save_file
+    from transformers import BertConfig
+    from transformers.utils.logging import set_verbosity_error
+
+    set_verbosity_error()  # it would list every weight that is not there
+    words = dict.fromkeys(' '.join(CocoDataset.METAINFO['classes']).split())
+    vocabulary = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', '?', *words]
+    (folder / 'vocab.txt').write_text('\n'.join(vocabulary) + '\n')
+    (folder / 'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer"}')
+    BertConfig().save_pretrained(folder)
+    save_file({}, folder / 'model.safetensors', {'format': 'pt'})
 
 
 def _without_pretraining(config):

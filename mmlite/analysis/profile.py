@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,13 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import profile, record_function
 
-from .complexity import deform_attn_modules
+from ..detectors import encoder_name
+from .complexity import STAGES, deform_attn_modules, stage_of
 from .latency import Call, measure
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler would report that it runs
 
-_ATTENTION, _WHOLE = 'rest of attention', 'whole call'
+_ATTENTION, _WHOLE, _LAYER = 'rest of attention', 'whole call', 'encoder.layers.'
 _KINDS = {
     'matrix products': ('aten::linear', 'aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm'),
     'sampling': (
@@ -79,41 +80,71 @@ def profile_stages(
 ) -> dict[str, float]:
     """Time the stages of a detector that ``call`` runs; medians as in :func:`profile_ops`.
 
+    Time goes to the stage of the module that spends it, as FLOPs do, see
+    :func:`~mmlite.analysis.complexity.stage_of`.
+
     Returns:
-        dict[str, float]: Seconds of ``backbone``, ``neck``, ``encoder``, ``encoder.layers.<i>``
-        (part of the encoder), ``decoder``, ``head`` (its branches called from the decoder apart),
-        and ``other``: the rest, such as query selection and post-processing.
+        dict[str, float]: Seconds of each of :data:`~mmlite.analysis.complexity.STAGES`, where
+        ``other`` holds query selection and post-processing, too, and of ``encoder.layers.<i>``,
+        which are part of the encoder.
     """
-    stages = {name: getattr(model, name, None) for name in ('backbone', 'neck', 'encoder')}
-    stages['decoder'] = getattr(model, 'decoder', None)
-    stages['head'] = getattr(model, 'bbox_head', None)
-    for index, layer in enumerate(getattr(stages['encoder'], 'layers', ())):
-        stages[f'encoder.layers.{index}'] = layer
-    ranges = {child: name for name, child in stages.items() if isinstance(child, nn.Module)}
+    ranges = _stage_ranges(model)
     runs = []
     for events in _record(ranges, call, repeats, device):
-        seconds = dict.fromkeys([*ranges.values(), _WHOLE], 0.0)
+        seconds = dict.fromkeys([*STAGES, *ranges.values(), _WHOLE], 0.0)
         for event in events:
             if event.name in seconds:
-                seconds[event.name] += _seconds(event, device)
-        whole = seconds.pop(_WHOLE)
-        parts = sum(spent for name, spent in seconds.items() if '.' not in name)
-        runs.append({**seconds, 'other': whole - parts})
+                spent = _seconds(event, device)
+                seconds[event.name] += spent
+                around = _range_around(event, seconds.keys())
+                if around is not None:
+                    seconds[around.name] -= spent
+        seconds['other'] += seconds.pop(_WHOLE)
+        seconds['encoder'] += sum(s for name, s in seconds.items() if name.startswith(_LAYER))
+        runs.append(seconds)
     return _medians(runs)
+
+
+def _stage_ranges(model: nn.Module) -> dict[nn.Module, str]:
+    """Every module with its stage, or with the layer of the encoder that it is in."""
+    try:
+        encoder = encoder_name(model)
+        layers = list(model.get_submodule(encoder).layers)
+    except ValueError:
+        encoder, layers = 'encoder', []
+    ranges = {module: stage_of(name, encoder) for name, module in model.named_modules() if name}
+    for index, layer in enumerate(layers):
+        ranges.update((module, f'{_LAYER}{index}') for module in layer.modules())
+    return ranges
+
+
+def _range_around(event: FunctionEvent, names: Container[str]) -> FunctionEvent | None:
+    around = event.cpu_parent
+    while around is not None and around.name not in names:
+        around = around.cpu_parent
+    return around
 
 
 def _record(
     ranges: Mapping[nn.Module, str], call: Call, repeats: int, device: torch.device | str
 ) -> Iterator[list[FunctionEvent]]:
-    """The events of each run; what a module in ``ranges`` does lies within one of its name."""
-    open_ranges: list[record_function] = []
+    """The events of each run; what a module in ``ranges`` does lies within one of its name.
+
+    A module within one of the same name opens none of its own.
+    """
+    running: list[tuple[str, record_function | None]] = []
 
     def enter(module: nn.Module, args: tuple) -> None:
-        open_ranges.append(record_function(ranges[module]))
-        open_ranges[-1].__enter__()
+        name = ranges[module]
+        opened = None if running and running[-1][0] == name else record_function(name)
+        if opened is not None:
+            opened.__enter__()
+        running.append((name, opened))
 
     def leave(module: nn.Module, args: tuple, output: object) -> None:
-        open_ranges.pop().__exit__(None, None, None)
+        _, opened = running.pop()
+        if opened is not None:
+            opened.__exit__(None, None, None)
 
     hooks = [module.register_forward_pre_hook(enter) for module in ranges]
     hooks += [module.register_forward_hook(leave) for module in ranges]

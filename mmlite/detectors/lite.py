@@ -131,8 +131,11 @@ def encoder_name(model: nn.Module) -> str:
     Raises:
         ValueError: It has none.
     """
-    names = {name for name, _ in model.named_modules()}
     for name in _ENCODERS:
-        if f'{name}.layers' in names:
+        try:
+            encoder = model.get_submodule(name)
+        except AttributeError:
+            continue
+        if hasattr(encoder, 'layers'):  # a compiled encoder has them, too
             return name
     raise ValueError(f'{type(model).__name__} has no multi-scale encoder')

@@ -70,7 +70,8 @@ def draw_boxes(image: np.ndarray, instances: InstanceData, names: Sequence[str])
 
     Args:
         image (np.ndarray): RGB pixels, shape (H, W, 3).
-        instances (InstanceData): ``bboxes``, ``labels`` and, of detections, ``scores``.
+        instances (InstanceData): ``bboxes``, ``labels``, of detections ``scores``, and ``masks``
+            where there are some.
         names (Sequence[str]): Names of the classes; one that is missing shows as its number.
 
     Returns:
@@ -81,6 +82,10 @@ def draw_boxes(image: np.ndarray, instances: InstanceData, names: Sequence[str])
     factor = max(1, 480 // max(image.shape))
     image = image.repeat(factor, 0).repeat(factor, 1)
     instances.bboxes = factor * instances.bboxes
+    if 'masks' in instances:
+        masks = instances.masks
+        masks = masks.numpy() if isinstance(masks, Tensor) else masks.to_ndarray()
+        instances.masks = masks.repeat(factor, 1).repeat(factor, 2)
     instances.label_names = [
         names[label] if label < len(names) else f'class {label}' for label in instances.labels
     ]

@@ -49,6 +49,7 @@ def benchmark() -> None:
       mmlite benchmark ops
       mmlite benchmark encoder
       mmlite benchmark compare mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py VARIANT.py
+      mmlite benchmark transformers
     """
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the table
 
@@ -243,3 +244,23 @@ def compare(
     sizes = [(height * s // 4, width * s // 4) for s in (2, 3, 5) if html_path]
     results = [compare_detectors(group, setting, dataset, sizes, start, modes) for group in groups]
     return compare_report.report(results, setting, with_page=bool(html_path))
+
+
+@kind()
+@click.argument('names', nargs=-1, metavar='[MODEL]...')
+@option('--schedule', help="Of the Lite encoder; each model's own by default.")
+def transformers(*, names, schedule, batch_size, start, **setting):
+    """Measure models of Hugging Face transformers: stock, on our operators, and Lite.
+
+    They are made from configs, with random weights: deformable-detr, grounding-dino, mask2former;
+    all of them by default.
+
+    \b
+    Example:
+      mmlite benchmark transformers --threads 2
+      mmlite benchmark transformers mask2former --rounds 2 --warmup 1
+    """
+    from ..analysis.huggingface import report
+    from ..analysis.setting import Setting
+
+    return report(Setting(batch_sizes=(batch_size,), **setting), names, schedule, start)

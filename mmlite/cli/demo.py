@@ -1,4 +1,4 @@
-"""``mmlite demo``: a small Lite-DINO learns to find shapes, from nothing, on this machine."""
+"""``mmlite demo``: a small Lite detector learns to find shapes, from nothing, on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,19 @@ from rich.console import Console
 from ..integrations import require
 from .shared import count_option, option, print_table, progress, write_json
 
-CONFIG = 'small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
+# What is to be learnt -> the config, what of it COCO's metrics measure, and where it goes.
+TASKS = {
+    'detection': (
+        'small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py',
+        'bbox',
+        'work_dirs/demo',
+    ),
+    'segmentation': (
+        'small/lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes.py',
+        'segm',
+        'work_dirs/demo-segmentation',
+    ),
+}
 SHOWN_IMAGES = 6
 SHOWN_SCORE = 0.3
 SPINS = '1000'  # of a waiting OpenMP thread: microseconds, by default milliseconds
@@ -24,17 +36,30 @@ SPINS = '1000'  # of a waiting OpenMP thread: microseconds, by default milliseco
 
 @click.command()
 @option(
+    '--task',
+    type=click.Choice(list(TASKS)),
+    default='detection',
+    help='Boxes by a small Lite-DINO, or masks by a small Lite-Mask2Former.',
+)
+@option(
     '--out',
     type=click.Path(file_okay=False, path_type=Path),
-    default='work_dirs/demo',
-    help='Folder for the data, the checkpoint, the results and the picture.',
+    help='Folder for the data, the checkpoint, the results and the picture. Default: '
+    'work_dirs/demo, or work_dirs/demo-segmentation.',
 )
 @count_option('--epochs', help='Default: as in the config.')
 @option('--train-images', type=click.IntRange(8), default=600)
 @count_option('--val-images', default=100)
 @option('--seed', type=click.IntRange(0), default=0)
-def demo(out: Path, epochs: int | None, train_images: int, val_images: int, seed: int) -> None:
-    """Train and evaluate a small Lite-DINO on shapes that are drawn for it.
+def demo(
+    task: str,
+    out: Path | None,
+    epochs: int | None,
+    train_images: int,
+    val_images: int,
+    seed: int,
+) -> None:
+    """Train and evaluate a small Lite detector on shapes that are drawn for it.
 
     Draws a data set in COCO's format, trains on it, evaluates with pycocotools on images held
     out, compares the encoder's GFLOPs with the stock encoder's and draws what was detected.
@@ -43,7 +68,10 @@ def demo(out: Path, epochs: int | None, train_images: int, val_images: int, seed
     Example:
       mmlite demo
       mmlite demo --epochs 2 --out /tmp/demo
+      mmlite demo --task segmentation
     """
+    config, measured, default_out = TASKS[task]
+    out = out or Path(default_out)
     _spin_briefly()
     require()
     from ..analysis.accuracy import METRICS
@@ -54,7 +82,7 @@ def demo(out: Path, epochs: int | None, train_images: int, val_images: int, seed
     _make_writable(out)
 
     _draw_data(console, out / 'data', {'train': train_images, 'val': val_images}, seed)
-    runner = _build(out, epochs, seed)
+    runner = _build(config, out, epochs, seed)
     _train(console, runner)
     console.print('Evaluating on the held-out images')
     with _quiet():
@@ -63,14 +91,15 @@ def demo(out: Path, epochs: int | None, train_images: int, val_images: int, seed
     picture = _draw_predictions(runner, out / 'predictions.png')
 
     results = {
-        **{name: metrics[f'coco/bbox_{key}'] for name, key in METRICS.items()},
+        **{name: metrics[f'coco/{measured}_{key}'] for name, key in METRICS.items()},
         'encoder_gflops': lite,
         'stock_encoder_gflops': stock,
         'epochs': runner.max_epochs,
         'seconds': round(time.monotonic() - start),
     }
     write_json(out / 'results.json', results)
-    title = f'COCO metrics after {results["epochs"]} epochs, {results["seconds"]} s'
+    of = 'boxes' if measured == 'bbox' else 'masks'
+    title = f'COCO metrics of {of} after {results["epochs"]} epochs, {results["seconds"]} s'
     print_table(title, list(METRICS), [[f'{100 * results[name]:.1f}' for name in METRICS]])
     console.print(
         f'Encoder: {lite:.3f} GFLOPs; the stock encoder of as many layers needs {stock:.3f} '
@@ -109,12 +138,12 @@ def _draw_data(console: Console, root: Path, splits: dict[str, int], seed: int) 
         generate_shapes(root, splits, seed=seed, progress=step)
 
 
-def _build(out: Path, epochs: int | None, seed: int):
+def _build(config: str, out: Path, epochs: int | None, seed: int):
     """The runner of the embedded config, on the data in ``out``."""
     from mmengine.config import Config
     from mmengine.runner import Runner
 
-    cfg = Config.fromfile(Path(__file__).parents[1] / '.mim' / 'configs' / CONFIG)
+    cfg = Config.fromfile(Path(__file__).parents[1] / '.mim' / 'configs' / config)
     epochs = epochs or cfg.train_cfg.max_epochs
     cfg.train_cfg.max_epochs = cfg.param_scheduler[-1].T_max = epochs
     cfg.train_cfg.val_interval = epochs + 1  # evaluated once, after training

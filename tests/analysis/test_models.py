@@ -60,6 +60,24 @@ def test_nothing_is_downloaded(config, monkeypatch):
     assert config.model.backbone.init_cfg.type == 'Pretrained'  # the config is left as it was
 
 
+def test_grounding_dino_without_the_bert_it_names(monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    config = load_config('mmdet::grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py')
+    config.model.backbone.update(depth=18)
+    config.model.neck.in_channels = [128, 256, 512]
+    config.model.encoder.num_layers = config.model.decoder.num_layers = 1
+    tiny = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    small = transformers.BertConfig
+    monkeypatch.setattr(transformers, 'BertConfig', lambda: small(**tiny))
+    model = build_detector(config)
+    text = 'person. traffic light. '
+    words = model.language_model.tokenizer.tokenize(text)
+    assert words == ['person', '.', 'traffic', 'light', '.']
+    with torch.no_grad():
+        assert model.language_model([text])['embedded'].shape == (1, 7, 32)
+    assert config.model.language_model.name == 'bert-base-uncased'
+
+
 def test_model_that_cannot_be_built(config):
     config.model.encoder.layer_cfg.self_attn_cfg.embed_dims = 255
     with pytest.raises(ValueError, match=r'deformable-detr_r50.* cannot be built: .*255'):

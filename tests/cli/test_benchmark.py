@@ -54,12 +54,53 @@ def test_encoder(tmp_path):
     assert report['matmul_peak'] > 0
 
 
+def test_transformers(tmp_path, monkeypatch):
+    pytest.importorskip('transformers')
+    import transformers_models as models
+
+    from mmlite.analysis import huggingface
+
+    small = {
+        'deformable-detr': ('model.encoder', models.deformable_detr, 'H3L1-(2+1)x2'),
+        'grounding-dino': ('model.encoder', models.grounding_dino, 'H3L1-(2+1)x2'),
+        'mask2former': ('model.pixel_level_module.decoder', models.mask2former, 'H2L1-(2+1)x2'),
+    }
+    for name, (encoder, build, schedule) in small.items():
+        assert huggingface.MODELS[name].encoder == encoder
+        kind = huggingface.Kind(name, build, schedule, encoder)
+        monkeypatch.setitem(huggingface.MODELS, name, kind)
+    path = tmp_path / 'transformers.json'
+    size = ('--image-size', '64x96', '--rounds', '2', '--warmup', '1')
+    result = run('transformers', *size, '--json', str(path))
+    assert result.exit_code == 0, result.output
+    assert result.output.count('differ by at most') == 3
+    found = json.loads(path.read_text())['results']
+    assert [r['model'] for r in found] == [name for name in small for _ in range(3)]
+    for stock, patched, lite in (found[0:3], found[3:6], found[6:9]):
+        assert [r['variant'] for r in (stock, patched)] == ['stock', 'patched']
+        assert lite['variant'] == f'Lite {small[stock["model"]][2]}'
+        assert stock['encoder_flops'] == patched['encoder_flops'] > lite['encoder_flops'] > 0
+        assert patched['difference'] < 1e-5
+        for r in (stock, patched, lite):
+            assert len(r['encoder_timing']['seconds']) == len(r['timing']['seconds']) == 2
+            assert r['encoder_timing']['mean'] < r['timing']['mean']
+
+
+def test_transformers_as_it_was_called_before():
+    from mmlite.integrations.transformers.benchmark import translate
+
+    line = translate(['mask2former', '--size', '64', '96', '--repeat', '2', '--threads', '1'])
+    expected = 'benchmark transformers mask2former --image-size 64x96 --rounds 2 --threads 1'
+    assert line == expected.split()
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         (('ops', '--image-size', 'wide'), "'wide' is not a size"),
         (('ops', '--image-size', '32x48', '--queries', '999'), 'queries must be between'),
         (('ops', '--device', 'cuda:99'), "device 'cuda:99' cannot be used here"),
+        (('transformers', 'nobody'), "there is no model 'nobody'; choose among deformable-detr"),
         (('encoder', '--schedule', 'H9'), "schedule 'H9' is not of the form"),
     ],
 )
@@ -70,7 +111,7 @@ def test_bad_input(arguments, message):
     assert 'Traceback' not in result.output
 
 
-@pytest.mark.parametrize('command', [(), ('ops',), ('encoder',)])
+@pytest.mark.parametrize('command', [(), ('ops',), ('encoder',), ('transformers',)])
 def test_help_has_an_example(command):
     result = run(*command, '--help')
     assert result.exit_code == 0

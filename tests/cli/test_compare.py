@@ -78,6 +78,64 @@ def test_json(report):
     assert stock['faster']['1']['median'] == 1
 
 
+MASK2FORMER = """
+_base_ = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
+custom_imports = dict(imports=['mmlite'])
+model = dict(
+    backbone=dict(depth=18, init_cfg=None),
+    panoptic_head=dict(
+        in_channels=[64, 128, 256, 512],
+        num_queries=10,
+        pixel_decoder=dict({pixel_decoder}),
+        transformer_decoder=dict(num_layers=1),
+    ),
+    train_cfg=dict(num_points=64),
+    test_cfg=dict(max_per_image=10),
+)
+"""
+GROUNDING_DINO = """
+_base_ = 'mmdet::grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py'
+custom_imports = dict(imports=['mmlite'])
+model = dict(
+    type='{type}',
+    num_queries=20,
+    backbone=dict(depth=18, init_cfg=None),
+    neck=dict(in_channels=[128, 256, 512]),
+    language_model=dict(name={bert!r}),
+    encoder=dict(num_layers=2, {encoder}),
+    decoder=dict(num_layers=1),
+    test_cfg=dict(max_per_img=20),
+)
+"""
+
+
+@pytest.mark.parametrize('family', ['mask2former', 'grounding_dino'])
+def test_encoders_elsewhere_and_with_text(family, tmp_path, tiny_bert):
+    stock, lite, path = (tmp_path / name for name in ('stock.py', 'lite.py', 'report.json'))
+    if family == 'mask2former':
+        encoder = "type='LiteMSDeformAttnPixelDecoder', encoder=dict(num_layers=2, {})"
+        encoder = encoder.format("schedule='H2L1-(2+1)x1'")
+        stock.write_text(MASK2FORMER.format(pixel_decoder='encoder=dict(num_layers=2)'))
+        lite.write_text(MASK2FORMER.format(pixel_decoder=encoder))
+    else:
+        names = dict(bert=tiny_bert)
+        stock.write_text(GROUNDING_DINO.format(type='GroundingDINO', encoder='', **names))
+        lite.write_text(GROUNDING_DINO.format(type='LiteGroundingDINO', encoder=VARIANT, **names))
+    options = ['--image-size', '64x96', '--rounds', '2', '--warmup', '1', '--threads', '1']
+    if family == 'mask2former':
+        options.append('--train')
+    result = run(str(stock), str(lite), *options, '--json', str(path))
+    assert result.exit_code == 0, result.output
+    assert 'with neck, faster' in result.output.replace('\n', ' ')
+    for result in json.loads(path.read_text())['results']:
+        stages, cost = result['stages'], result['complexity']['stage_flops']
+        for stage in ('backbone', 'neck', 'encoder', 'decoder', 'head'):
+            assert stages[stage] > 0, stage
+            assert cost[stage] > 0, stage
+        layers = stages['encoder.layers.0'] + stages['encoder.layers.1']
+        assert 0 < layers <= stages['encoder']
+
+
 def test_markdown(report):
     text = report['markdown'].read_text()
     for title in ('GFLOPs, whole and by stage', 'Inference, batch 2', 'Training step', 'Tokens of'):

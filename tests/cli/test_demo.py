@@ -37,6 +37,20 @@ def test_trains_evaluates_and_draws(tmp_path):
     assert load_checkpoint(out / 'epoch_2.pth')['meta']['epoch'] == 2
 
 
+def test_segmentation(tmp_path):
+    out = tmp_path / 'demo'
+    sizes = ('--epochs', 1, '--train-images', 8, '--val-images', 2)
+    result = run('--task', 'segmentation', '--out', out, *sizes)
+    assert result.exit_code == 0, result.output
+    assert 'COCO metrics of masks after 1 epochs' in result.output
+    results = json.loads((out / 'results.json').read_text())
+    assert all(0 <= results[name] <= 1 for name in ('AP', 'AP50'))
+    assert 0 < results['encoder_gflops'] < results['stock_encoder_gflops']
+    assert (out / 'predictions.png').read_bytes().startswith(b'\x89PNG')
+    weights = load_checkpoint(out / 'epoch_1.pth')['state_dict']
+    assert any('pixel_decoder.encoder.schedule_code' in name for name in weights)
+
+
 @pytest.mark.parametrize('place', ['file', 'file/below'])
 def test_folder_that_cannot_be_written(tmp_path, place):
     (tmp_path / 'file').write_text('in the way')

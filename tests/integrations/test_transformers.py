@@ -282,8 +282,31 @@ def test_attentions_are_returned():
     assert len(model(**models.inputs(model), output_attentions=True).cross_attentions) == 2
 
 
-def test_saving_and_loading(tmp_path):
-    model = models.deformable_detr()
+@pytest.mark.parametrize('name', models.MODELS)
+def test_gradients_of_whole_models(name):
+    """Of every parameter, within 1e-5 of the largest one, beside what float32 loses in both."""
+
+    def gradients(model):
+        outputs = models.outputs(model)
+        # Behind the padded text the logits are infinite.
+        sum(output[output.isfinite()].square().mean() for output in outputs).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    stock = models.MODELS[name]()
+    fused, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
+    fuse_attention(fused)
+    expected, actual, exact = gradients(stock), gradients(fused), gradients(exact)
+    assert actual.keys() == expected.keys()
+    scale = max(gradient.abs().max().item() for gradient in exact.values())
+    lost = max((expected[name] - exact[name]).abs().max().item() for name in exact)
+    for parameter, gradient in expected.items():
+        tolerance = 1e-5 * scale + 3 * lost
+        torch.testing.assert_close(actual[parameter], gradient, rtol=1e-5, atol=tolerance)
+
+
+@pytest.mark.parametrize('name', ['deformable_detr', 'mask2former', 'd_fine'])
+def test_saving_and_loading(name, tmp_path):
+    model = models.MODELS[name]()
     expected = models.outputs(model)
     fuse_attention(model)
     model.save_pretrained(tmp_path)

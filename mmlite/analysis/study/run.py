@@ -90,7 +90,8 @@ def train(
     if problem is None:
         torch.save({'state_dict': model.state_dict()}, folder / f'.{WEIGHTS}')
         os.replace(folder / f'.{WEIGHTS}', folder / WEIGHTS)
-    write((json.dumps(result, indent=1) + '\n').encode(), folder / RESULT)
+    lines = [f'{json.dumps(name)}: {json.dumps(value)}' for name, value in result.items()]
+    write(('{\n' + ',\n'.join(lines) + '\n}\n').encode(), folder / RESULT)
     # With the optimiser's state, which nothing needs any more.
     for outdated in [*folder.glob('epoch_*.pth'), folder / 'last_checkpoint']:
         outdated.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import pytest
 import small_study
 import torch
 from mmdet.utils import register_all_modules
+from mmengine.runner import Runner
 
 from mmlite.analysis.study import execute as execution
 from mmlite.analysis.study import run as one_run
@@ -24,7 +25,10 @@ def no_progress(text, total):
 
 
 @pytest.fixture
-def study(tmp_path):
+def study(tmp_path, monkeypatch):
+    # Seconds of asking compilers for their versions and of formatting the config.
+    for name in ('_log_env', 'dump_config'):
+        monkeypatch.setattr(Runner, name, lambda *args: None)
     found = Study(read_plan(str(small_study.write(tmp_path))), tmp_path / 'out')
     found.check()
     return found

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..integrations.transformers import fuse_attention, to_lite
 from ..integrations.transformers.attention import check_version
 from .complexity import count_flops
@@ -131,6 +132,12 @@ def report(setting: Setting, names: Sequence[str], schedule: str | None, start: 
         for r in results
         if r.difference is not None
     ]
+    if torch.device(setting.device).type == 'cpu':
+        notes += [
+            f'Our CPU kernels did not run: {backend.detail}.'
+            for backend in ops.backends()
+            if backend.name == 'cpu' and not backend.available
+        ]
     return Report(asdict(setting), results, [Table.of(title, results, columns)], notes)
 
 

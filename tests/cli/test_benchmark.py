@@ -86,6 +86,21 @@ def test_transformers(tmp_path, monkeypatch):
             assert r['encoder_timing']['mean'] < r['timing']['mean']
 
 
+def test_transformers_without_our_kernels(monkeypatch):
+    pytest.importorskip('transformers')
+    import transformers_models as models
+
+    from mmlite import ops
+    from mmlite.analysis import huggingface
+
+    kind = huggingface.Kind('tiny', models.deformable_detr, 'H3L1-(2+1)x2', 'model.encoder')
+    monkeypatch.setitem(huggingface.MODELS, 'deformable-detr', kind)
+    monkeypatch.setattr(ops, 'backends', lambda: [ops.BackendStatus('cpu', False, 'out of order')])
+    size = ('--image-size', '64x96', '--rounds', '2', '--warmup', '1')
+    result = run('transformers', 'deformable-detr', *size)
+    assert 'Our CPU kernels did not run: out of order.' in result.output
+
+
 def test_transformers_as_it_was_called_before():
     from mmlite.integrations.transformers.benchmark import translate
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, cpu, library, mmcv, offsets, reference, triton
+from . import checks, cpu, library, mmcv, reference, triton
 
 _FUSED = {'cpu': cpu, 'triton': triton}
 
@@ -38,7 +38,6 @@ class _Choice(threading.local):
     """The backend that a thread has forced. (Dynamo does not trace context variables.)"""
 
     backend: str | None = None
-    locations_apart: bool = False
 
 
 _choice = _Choice()
@@ -208,9 +207,9 @@ def key_aware_deform_attn_from_offsets(
     own_key = None if key_is_value else key
     sizes = _flat(spatial_shapes)
     arguments = (reference_points, sampling_offsets)
-    if _choice.locations_apart or _takes_reference(value, len(sizes) // 2):
+    if _takes_reference(value, len(sizes) // 2):
         checks.key_aware_deform_attn_from_offsets(query, own_key, value, sizes, *arguments)
-        locations = offsets.locate(value, sizes, *arguments)
+        locations = _locate(value, sizes, *arguments)
         own_key = value if key_is_value else key
         return key_aware_deform_attn(query, own_key, value, _pairs(sizes), locations)
     return library.key_aware_deform_attn_from_offsets(query, own_key, value, sizes, *arguments)
@@ -250,25 +249,12 @@ def ms_deform_attn_from_offsets(
     (value,) = _autocast(value)
     sizes = _flat(spatial_shapes)
     arguments = (reference_points, sampling_offsets, attention_weights)
-    if _choice.locations_apart or _takes_reference(value, len(sizes) // 2):
-        # The locations apart also serve whatever else ms_deform_attn runs on.
+    if _takes_reference(value, len(sizes) // 2):
+        # mmcv's operator takes locations, too.
         checks.ms_deform_attn_from_offsets(value, sizes, *arguments)
-        locations = offsets.locate(value, sizes, reference_points, sampling_offsets)
+        locations = _locate(value, sizes, reference_points, sampling_offsets)
         return ms_deform_attn(value, _pairs(sizes), locations, attention_weights)
     return library.ms_deform_attn_from_offsets(value, sizes, *arguments)
-
-
-@contextmanager
-def locations_apart() -> Iterator[None]:
-    """Work the locations out before the operators inside the ``with`` block, in PyTorch.
-
-    Graphs that are traced there hold the operators that take locations, as runtimes know them.
-    """
-    previous, _choice.locations_apart = _choice.locations_apart, True
-    try:
-        yield
-    finally:
-        _choice.locations_apart = previous
 
 
 def _takes_reference(value: Tensor, levels: int) -> bool:
@@ -288,6 +274,17 @@ def _takes_reference(value: Tensor, levels: int) -> bool:
             f'the {name} backend was asked for, but does not serve this call: {reason}'
         )
     return False
+
+
+def _locate(
+    value: Tensor, sizes: list[int], reference_points: Tensor, sampling_offsets: Tensor
+) -> Tensor:
+    """The sampling locations, (B, Q, M, L, P, 2).
+
+    In float32 or float64: half precision would put them pixels beside their place.
+    """
+    points = reference_points.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
+    return reference.sampling_locations(points, sampling_offsets, _pairs(sizes))
 
 
 def _flat(spatial_shapes: Sequence[tuple[int, int]] | Tensor) -> list[int]:

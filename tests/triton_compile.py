@@ -183,7 +183,7 @@ def main() -> None:
         )
         case.inputs['locations'] = case.inputs['locations'].float()
         for name, kernel in compile_kernels(case, arch, config).items():
-            row = (arch, dtype, *config, name, *kernel)
+            row = (arch, dtype, config.block_q, config.num_warps, name, *kernel)
             print('| ' + ' | '.join(map(str, row)) + ' |', flush=True)
 
 

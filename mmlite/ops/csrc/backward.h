@@ -67,18 +67,26 @@ MMLITE_INLINE void put_place_grads(const Problem& p, const Table<C>& table, cons
                                    const BackwardChunk<C>* chunks) {
   const int64_t num_points = p.levels * p.points;
   const C half = C(0.5) / static_cast<C>(p.points);
-  // What one of a location, or of an offset, counts in pixels.
+  // What one of an offset counts in pixels.
   const auto unit = [&](int64_t point, int axis) {
-    const C size = table.size[2 * point + axis];
-    if (p.sampling == kLocations) return size;
     if (p.sampling == kFromPoints) return C(1);
     const C* const box = reference_of<C>(p, slice.batch, q, table.level[point]);
-    return box[2 + axis] * half * size;
+    return box[2 + axis] * half * table.size[2 * point + axis];
   };
   if (p.grads & kGradLocations) {
     with_type<C>(p.point_dtype, [&](auto* type) {
       auto* const to = row_of<std::remove_pointer_t<decltype(type)>>(
           p.grad_locations, slice.batch, q, slice.head);
+      if (p.sampling == kLocations) {  // what follows, without the loops that it does not need
+        for (int64_t point = 0; point < num_points; ++point) {
+          const bool inside = chunks[point / kChunk].at.inside[point % kChunk];
+          for (int axis = 0; axis < 2; ++axis) {
+            const C grad = pixel_grad(chunks, point, axis) * table.size[2 * point + axis];
+            narrow(inside ? grad : C(0), to + 2 * point + axis);
+          }
+        }
+        return;
+      }
       const int64_t places = num_places(p);
       for (int64_t place = 0; place < places; ++place) {
         for (int axis = 0; axis < 2; ++axis) {
@@ -148,9 +156,11 @@ MMLITE_INLINE void backward_head(
     const int first = n * kChunk;
     chunk.count = num_points - first < kChunk ? num_points - first : kChunk;
     alignas(64) C buffer[2 * kChunk];
-    Places<C> places;
-    get_places(p, table, slice, q, first, chunk.count, buffer, &places);
-    locate<C, true>(p, places, table, first, &chunk.at, &chunk.cell);
+    const C* const xy =
+        p.sampling == kLocations
+            ? locations_of<C, false>(p, table, slice, q, first, chunk.count, buffer)
+            : locations_of<C, true>(p, table, slice, q, first, chunk.count, buffer);
+    locate<C, true>(xy, table, first, &chunk.at, &chunk.cell);
     if (!kHasQuery) {
       const C* const weights = points_of<C>(p.weights.data, p.point_dtype, weight_offset + first,
                                             chunk.count, C(0), kChunk, buffer);
@@ -420,16 +430,14 @@ void scatter_share(const Problem& p, const Table<C>& table, const Slice& slice,
     for (int i = 0; i < points; ++i, ++lane) {
       if (lane == kChunk) {
         alignas(64) C xy[2 * kChunk];
-        Places<C> places = {};
-        places.xy = xy;
+        Origins<C> origins = {};
         for (int k = 0; k < kChunk; ++k) {
           if (located == p.queries) {
             xy[2 * k] = xy[2 * k + 1] = C(NAN);
             continue;
           }
           if (p.sampling != kLocations) {
-            set_reference(
-                p, reference_of<C>(p, slice.batch, located, share.level), k, &places);
+            origins.set(p, k, reference_of<C>(p, slice.batch, located, share.level));
           }
           const int64_t offset = slice.batch * p.locations.batch_stride +
                                  located * p.locations.row_stride +
@@ -442,7 +450,8 @@ void scatter_share(const Problem& p, const Table<C>& table, const Slice& slice,
           });
           if (++located_point == points) located_point = 0, ++located;
         }
-        locate<C, true>(p, places, table, share.level * kChunk, &at, &cell);
+        if (p.sampling != kLocations) add_origins(p, origins, table, share.level * kChunk, xy);
+        locate<C, true>(xy, table, share.level * kChunk, &at, &cell);
         lane = 0;
       }
       if (kOp == kStandard && i % kChunk == 0) {

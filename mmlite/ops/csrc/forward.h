@@ -54,7 +54,7 @@ constexpr int kWindow = 32;
 // running softmax: numerators and their sum are kept relative to a reference logit. That is not
 // the largest one: finding it is a long chain of dependent operations, and any reference within
 // a factor of 2^kWindow is as good. Logits are in units of log 2.
-template <class T, class C, int kVectors, bool kShared>
+template <class T, class C, int kVectors, bool kShared, bool kHasOffsets>
 MMLITE_INLINE void key_aware_head(
     const Problem& p, const Table<C>& table, const Slice& slice, int64_t q, C scale) {
   typedef typename Simd<C>::V V;
@@ -79,9 +79,7 @@ MMLITE_INLINE void key_aware_head(
     const int count = num_points - first < kChunk ? num_points - first : kChunk;
     Chunk<C> chunk;
     alignas(64) C buffer[2 * kChunk];
-    Places<C> places;
-    get_places(p, table, slice, q, first, count, buffer, &places);
-    locate(p, places, table, first, &chunk);
+    locate(locations_of<C, kHasOffsets>(p, table, slice, q, first, count, buffer), table, first, &chunk);
 
     // Sample the keys, and keep them where they are the values too.
     V sampled[kShared ? kChunk : 1][R::kCapacity];
@@ -165,7 +163,7 @@ MMLITE_INLINE void key_aware_head(
 }
 
 // Standard attention of one head of one query: the given weights times the bilinear ones.
-template <class T, class C, int kVectors>
+template <class T, class C, int kVectors, bool kHasOffsets>
 MMLITE_INLINE void standard_head(
     const Problem& p, const Table<C>& table, const Slice& slice, int64_t q) {
   typedef typename Simd<C>::V V;
@@ -181,9 +179,7 @@ MMLITE_INLINE void standard_head(
     const int count = num_points - first < kChunk ? num_points - first : kChunk;
     Chunk<C> chunk;
     alignas(64) C buffer[2 * kChunk];
-    Places<C> places;
-    get_places(p, table, slice, q, first, count, buffer, &places);
-    locate(p, places, table, first, &chunk);
+    locate(locations_of<C, kHasOffsets>(p, table, slice, q, first, count, buffer), table, first, &chunk);
     scale_weights(&chunk, points_of<C>(p.weights.data, p.point_dtype, weight_offset + first, count,
                                        C(0), kChunk, buffer));
 #pragma GCC unroll 4
@@ -196,23 +192,33 @@ MMLITE_INLINE void standard_head(
   put_row(p, p.output, slice, q, row, total);
 }
 
-// T is the type of the slice's rows.
-template <class T, class C, int kVectors>
+template <class T, class C, int kVectors, bool kHasOffsets>
 void forward_rows(const Problem& p, const Table<C>& table, const Slice& slice, int64_t q_begin,
                   int64_t q_end) {
   const C scale = C(1.4426950408889634) / static_cast<C>(::sqrt(static_cast<double>(p.dim)));
   for (int64_t q = q_begin; q < q_end; ++q) {
     switch (p.op) {
       case kStandard:
-        standard_head<T, C, kVectors>(p, table, slice, q);
+        standard_head<T, C, kVectors, kHasOffsets>(p, table, slice, q);
         break;
       case kKeyAware:
-        key_aware_head<T, C, kVectors, false>(p, table, slice, q, scale);
+        key_aware_head<T, C, kVectors, false, kHasOffsets>(p, table, slice, q, scale);
         break;
       case kKeyAwareShared:
-        key_aware_head<T, C, kVectors, true>(p, table, slice, q, scale);
+        key_aware_head<T, C, kVectors, true, kHasOffsets>(p, table, slice, q, scale);
         break;
     }
+  }
+}
+
+// T is the type of the slice's rows.
+template <class T, class C, int kVectors>
+void forward_rows(const Problem& p, const Table<C>& table, const Slice& slice, int64_t q_begin,
+                  int64_t q_end) {
+  if (p.sampling == kLocations) {
+    forward_rows<T, C, kVectors, false>(p, table, slice, q_begin, q_end);
+  } else {
+    forward_rows<T, C, kVectors, true>(p, table, slice, q_begin, q_end);
   }
 }
 

@@ -33,43 +33,20 @@ struct Cell {
   alignas(64) typename Simd<C>::Int corner_inside[4][kChunk];
 };
 
-// What sixteen points are said to be at, x and y in turn.
-template <class C>
-struct Places {
-  const C* xy;  // locations, or offsets from what follows
-  alignas(64) C centre[2 * kChunk];
-  alignas(64) C extent[2 * kChunk];  // of boxes
-};
-
-// Pixel coordinates, zero in the middle of the first pixel: a vector of those of the points from
-// number i / 2 of the chunk on.
-template <class C>
-MMLITE_INLINE typename Simd<C>::V pixels_of(
-    const Problem& p, const Places<C>& places, const Table<C>& table, int64_t first, int i) {
-  typedef typename Simd<C>::V V;
-  const V xy = load(places.xy + i), size = load(table.size + 2 * first + i);
-  if (p.sampling == kLocations) return xy * size - C(0.5);
-  const V centre = load(places.centre + i);
-  if (p.sampling == kFromPoints) return centre * size + (xy - C(0.5));
-  const V unit = load(places.extent + i) * (C(0.5) / static_cast<C>(p.points));
-  return (centre + xy * unit) * size - C(0.5);
-}
-
-// `first` is the index of the first point in the table.
+// `xy` holds kChunk interleaved locations, `first` is the index of the first in the table.
 template <class C, bool kWithCell = false>
 MMLITE_INLINE void locate(
-    const Problem& p, const Places<C>& places, const Table<C>& table, int64_t first,
-    Chunk<C>* chunk, Cell<C>* cell = nullptr) {
+    const C* xy, const Table<C>& table, int64_t first, Chunk<C>* chunk, Cell<C>* cell = nullptr) {
   typedef typename Simd<C>::V V;
   typedef typename Simd<C>::I I;
   constexpr int kWidth = Simd<C>::kWidth;
   const C zero = 0, one = 1;
   const auto put = [](auto* to, auto lanes) { memcpy(to, &lanes, sizeof(lanes)); };
   for (int i = 0; i < kChunk; i += kWidth) {
-    const V pair0 = pixels_of(p, places, table, first, 2 * i);
-    const V pair1 = pixels_of(p, places, table, first, 2 * i + kWidth);
+    const V pair0 = load(xy + 2 * i), pair1 = load(xy + 2 * i + kWidth);
     const V width = load(table.width + first + i), height = load(table.height + first + i);
-    V x = even<C>(pair0, pair1), y = odd<C>(pair0, pair1);
+    V x = even<C>(pair0, pair1) * width - C(0.5);
+    V y = odd<C>(pair0, pair1) * height - C(0.5);
     // False for NaN as well; what is left fits an integer.
     const I inside = (x >= -one) & (x < width) & (y >= -one) & (y < height);
     x = keep<C>(inside, x);
@@ -170,49 +147,70 @@ MMLITE_INLINE const C* reference_of(const Problem& p, int64_t batch, int64_t q, 
   return row_of<const C>(p.reference, p.reference_batch == 1 ? 0 : batch, q, level);
 }
 
-// The reference of point i of the chunk.
+// What the offsets of sixteen points start from, x and y in turn.
 template <class C>
-MMLITE_INLINE void set_reference(const Problem& p, const C* reference, int i, Places<C>* places) {
-  memcpy(places->centre + 2 * i, reference, 2 * sizeof(C));
-  if (p.sampling == kFromBoxes) memcpy(places->extent + 2 * i, reference + 2, 2 * sizeof(C));
+struct Origins {
+  alignas(64) C centre[2 * kChunk];
+  alignas(64) C extent[2 * kChunk];  // of boxes
+
+  // `reference` is that of point i of the chunk.
+  MMLITE_INLINE void set(const Problem& p, int i, const C* reference) {
+    memcpy(centre + 2 * i, reference, 2 * sizeof(C));
+    if (p.sampling == kFromBoxes) memcpy(extent + 2 * i, reference + 2, 2 * sizeof(C));
+  }
+};
+
+// Offsets become locations, in place.
+template <class C>
+MMLITE_INLINE void add_origins(const Problem& p, const Origins<C>& origins, const Table<C>& table,
+                               int64_t first, C* xy) {
+  for (int i = 0; i < 2 * kChunk; i += Simd<C>::kWidth) {
+    const typename Simd<C>::V centre = load(origins.centre + i), offset = load(xy + i);
+    if (p.sampling == kFromPoints) {
+      store(xy + i, centre + offset / load(table.size + 2 * first + i));
+    } else {
+      const C half = C(0.5) / static_cast<C>(p.points);
+      store(xy + i, centre + offset * (load(origins.extent + i) * half));
+    }
+  }
 }
 
-// Point `first` and the `count` - 1 behind it of one head of one query; those that are left of the
-// chunk are nowhere. `buffer` has room for 2 * kChunk numbers.
+// The locations of point `first` and the `count` - 1 behind it, from their offsets.
 template <class C>
-MMLITE_INLINE void get_places(const Problem& p, const Table<C>& table, const Slice& slice, int64_t q,
-                              int first, int count, C* buffer, Places<C>* places) {
-  const int64_t offset = slice.batch * p.locations.batch_stride + q * p.locations.row_stride +
-                         slice.head * p.locations.head_stride;
-  if (num_places(p) == p.levels * p.points) {
-    places->xy = points_of<C>(p.locations.data, p.point_dtype, offset + 2 * first, 2 * count,
-                              C(NAN), 2 * kChunk, buffer);
-  } else {  // every level has the same
-    with_type<C>(p.point_dtype, [&](auto* type) {
-      const auto* const from =
-          static_cast<std::remove_pointer_t<decltype(type)>*>(p.locations.data) + offset;
-      for (int i = 0, point = first % static_cast<int>(p.points); i < kChunk; ++i) {
-        buffer[2 * i] = i < count ? widen(from[2 * point]) : C(NAN);
-        buffer[2 * i + 1] = i < count ? widen(from[2 * point + 1]) : C(NAN);
-        if (++point == p.points) point = 0;
-      }
-    });
-    places->xy = buffer;
-  }
-  if (p.sampling == kLocations) return;
+__attribute__((noinline)) void locations_from_offsets(
+    const Problem& p, const Table<C>& table, const Slice& slice, int64_t q, int first, int count,
+    C* xy) {
+  const int64_t places = num_places(p), stride = p.reference.head_stride;
   const C* const reference = reference_of<C>(p, slice.batch, q, 0);
-  const int64_t stride = p.reference.head_stride;
-  if (p.points % 4 == 0) {  // neighbours are of one level
-    for (int i = 0; i < kChunk; i += 4) {
-      const C* const of_level = reference + table.level[first + i] * stride;
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) set_reference(p, of_level, i + j, places);
-    }
-  } else {
+  Origins<C> origins;
+  with_type<C>(p.point_dtype, [&](auto* type) {
+    const auto* const from = row_of<const std::remove_pointer_t<decltype(type)>>(
+        p.locations, slice.batch, q, slice.head);
+    int64_t place = first % places;
     for (int i = 0; i < kChunk; ++i) {
-      set_reference(p, reference + table.level[first + i] * stride, i, places);
+      xy[2 * i] = i < count ? widen(from[2 * place]) : C(NAN);
+      xy[2 * i + 1] = i < count ? widen(from[2 * place + 1]) : C(NAN);
+      if (++place == places) place = 0;
+      origins.set(p, i, reference + table.level[first + i] * stride);
     }
+  });
+  add_origins(p, origins, table, first, xy);
+}
+
+// The locations of point `first` and the `count` - 1 behind it of one head of one query; those that
+// are left of the chunk are nowhere. `buffer` has room for 2 * kChunk numbers. A loop that keeps sums
+// in registers says by kHasOffsets which it is, for they would not outlive a call that it might make.
+template <class C, bool kHasOffsets>
+MMLITE_INLINE const C* locations_of(const Problem& p, const Table<C>& table, const Slice& slice,
+                                    int64_t q, int first, int count, C* buffer) {
+  if constexpr (kHasOffsets) {
+    locations_from_offsets(p, table, slice, q, first, count, buffer);
+    return buffer;
   }
+  const int64_t offset = slice.batch * p.locations.batch_stride + q * p.locations.row_stride +
+                         slice.head * p.locations.head_stride + 2 * first;
+  return points_of<C>(
+      p.locations.data, p.point_dtype, offset, 2 * count, C(NAN), 2 * kChunk, buffer);
 }
 
 // A row of D numbers as vectors in registers. kVectors fixes D at compile time to that many full

@@ -84,9 +84,11 @@ $(VENV)/.torch: $(VENV)/.venv requirements/constraints.txt
 
 # openmim asks for setuptools 60 (through openxlab) but runs with later ones; what imports
 # pkg_resources finds it up to 79. So 79 goes in after openmim, and pip's remark on it can be ignored.
+# NNCF asks for a later rich than openxlab pins, and for scikit-learn, which it does without here.
 $(VENV)/.stack: $(VENV)/.torch requirements/dev.txt
 	$(call say,3/5 MMDetection with mim and the tools)
 	@$(PIP) --requirement requirements/dev.txt
+	@$(PIP) --no-deps nncf
 	@$(BIN)/python -m pip install --disable-pip-version-check 'setuptools==79.0.1'
 	@touch $@
 

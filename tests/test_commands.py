@@ -37,6 +37,7 @@ RUN_BY = {
     'mmlite env': ('tests/cli/test_env.py', "'env'"),
     'mmlite lite-config': ('tests/cli/test_lite_config.py', "'lite-config'"),
     'mmlite study': ('tests/cli/test_study.py', "'study'"),
+    'mmlite quantize': ('tests/export/test_int8.py', "'quantize'"),
     'mmlite visualize': ('tests/cli/test_visualize.py', "'visualize'"),
     'mim run': ('tests/analysis/test_complexity.py', 'get_flops'),
     'mim search': ('tests/test_mim.py', "'search'"),

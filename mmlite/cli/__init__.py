@@ -12,6 +12,7 @@ COMMANDS = {
     'check': 'Read every image and annotation of a config, and see whether they fit its model.',
     'convert': "Convert the authors' checkpoints to MMDetection and back, or start from stock.",
     'export': 'Write a detector for ONNX Runtime, OpenVINO or torch.export.',
+    'quantize': 'Write an exported OpenVINO detector in 8 bits.',
     'lite-config': 'Write the Lite config of a stock config, or say which schedules fit.',
     'env': 'Show versions, devices and which backend of the operators runs.',
     'benchmark': 'Measure operators, encoders or detectors against each other.',

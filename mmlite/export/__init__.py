@@ -22,6 +22,7 @@ _HOMES = {
     'library': 'doors',
     'export_detector': 'write',
     'optimize': 'optimized',
+    'quantize': 'int8',
 }
 
 __all__ = sorted(_HOMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -153,12 +154,24 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) 
         except Exception as error:
             reason = str(error).strip().rpartition('\n')[2]
             raise ValueError(f'the model cannot be written as ONNX: {reason}') from error
+    _name_nodes(written.model.graph)
     for value in written.model.graph.inputs:
         names = ('batch', 'channels', 'height', 'width') if value.name == 'images' else ('batch',)
         for axis, name in enumerate(names):
             if not isinstance(value.shape[axis], int):
                 value.shape[axis] = name
     written.save(str(path))
+
+
+def _name_nodes(graph) -> None:
+    """Say in each node's name in which module it was: ``encoder.layers.0.norms.0/node_layer_norm``.
+
+    Profilers and quantisation see names alone. Nodes between the modules have none before the name.
+    """
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get('pkg.torch.onnx.name_scopes', '[]'))
+        if len(scopes) > 1:  # the last is the node itself
+            node.name = f'{scopes[-2].removeprefix("model.")}/{node.name}'.lstrip('/')
 
 
 @contextmanager

@@ -1,0 +1,166 @@
+"""Exported detectors in 8 bits: OpenVINO models quantised by NNCF after training."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .detector import DESCRIPTION, Detector, load
+from .doors import library
+
+# Left in float, by the module that a layer belongs to:
+# - heads, whose numbers are boxes and scores themselves, and the first stage, whose scores rank
+#   tens of thousands of tokens;
+# - where attention samples: an offset's error of a few pixels is another place;
+# - positions, which are made of sines of all frequencies.
+# All are a small part of the work. So are the few layers that read the token pyramid and write
+# our operators' inputs; the operators themselves compute in float, having no weights.
+KEPT_IN_FLOAT = (
+    r'bbox_head\..*',
+    r'memory_trans_fc/.*',
+    r'.*\.sampling_offsets/.*',
+    r'.*\.attention_weights/.*',
+    r'decoder\.ref_point_head\..*',
+    r'reference_points_fc/.*',
+    r'pos_trans_fc/.*',
+)
+
+
+def quantize(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    images: Sequence[np.ndarray],
+    kept_in_float: Sequence[str] = KEPT_IN_FLOAT,
+) -> Detector:
+    """Write an exported detector once more, its convolutions and matrix products in 8 bits.
+
+    Weights get a scale for each channel, activations one for each tensor from what is seen on the
+    calibration images.
+
+    Args:
+        source (str | PathLike): The folder of an export for OpenVINO.
+        folder (str | PathLike): Where the new one goes.
+        images (Sequence[np.ndarray]): Calibration images, as ``cv2.imread`` gives them: some tens
+            to hundreds like those that the detector is for.
+        kept_in_float (Sequence[str]): Regular expressions of names ``module/node``; layers that
+            one of them matches in full stay in float32.
+
+    Returns:
+        Detector: The new detector, loaded.
+
+    Raises:
+        ImportError: nncf or openvino is missing.
+        ValueError: The export is not for OpenVINO, is quantised already or names no modules (it is
+            of an older mmlite), or there are no images.
+    """
+    import_nncf()
+    import nncf
+    import openvino
+
+    from .write import _arguments
+
+    source, folder = Path(source), Path(folder)
+    detector = load(source)
+    description = detector.description
+    if description['format'] != 'openvino':
+        raise ValueError(
+            f'{source} was exported for {description["format"]}; 8 bits are for OpenVINO alone: '
+            'export with --format openvino'
+        )
+    if description.get('int8'):
+        raise ValueError(f'{source} is quantised already')
+    if source.resolve() == folder.resolve():
+        raise ValueError(f'the quantised detector needs a folder of its own, other than {source}')
+    if not images:
+        raise ValueError('quantising needs images to calibrate on, and there are none')
+
+    core = openvino.Core()
+    if not description['portable']:
+        core.add_extension(str(library('openvino')))
+    model = core.read_model(str(source / description['model']))
+    if not any(node.get_friendly_name().startswith('encoder.') for node in model.get_ops()):
+        raise ValueError(f'{source} was written by an older mmlite; export again')
+    calibration = nncf.Dataset(images, lambda image: _arguments(detector, image))
+    quantized = nncf.quantize(
+        model,
+        calibration,
+        subset_size=len(images),
+        model_type=nncf.ModelType.TRANSFORMER,
+        ignored_scope=nncf.IgnoredScope(patterns=list(kept_in_float), validate=False),
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    openvino.save_model(quantized, str(folder / description['model']), compress_to_fp16=False)
+    text = json.dumps({**description, 'int8': {'calibration_images': len(images)}}, indent=2)
+    (folder / DESCRIPTION).write_text(text + '\n', encoding='utf-8')
+    return load(folder)
+
+
+def import_nncf() -> None:
+    """Import NNCF, quietly.
+
+    Raises:
+        ImportError: It is not installed; the message says how to get it.
+    """
+    try:
+        import nncf
+    except ImportError as error:
+        raise ImportError(
+            f"8 bits need NNCF ({error}); install it: pip install 'mmlite-detr[quantize]'"
+        ) from error
+    import logging
+
+    nncf.set_log_level(logging.WARNING)
+
+
+def coco_ap(detector: Detector, annotations: str | os.PathLike, images: str | os.PathLike) -> float:
+    """Box AP of an exported detector on a data set in COCO's format.
+
+    Args:
+        detector (Detector): Its classes are looked for among the names of the categories.
+        annotations (str | PathLike): The JSON file.
+        images (str | PathLike): The folder of its images.
+
+    Returns:
+        float: AP over IoUs of 0.5 to 0.95, in percent.
+
+    Raises:
+        ValueError: A class is no category of the file, or an image cannot be read.
+    """
+    import contextlib
+    import io
+
+    import cv2
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # both print
+        truth = COCO(str(annotations))
+        category = {entry['name']: entry['id'] for entry in truth.dataset['categories']}
+        missing = [name for name in detector.classes if name not in category]
+        if missing:
+            raise ValueError(f'{annotations} has no category {missing[0]!r}, a class of the model')
+        found = []
+        for entry in truth.imgs.values():
+            path = Path(images) / entry['file_name']
+            image = cv2.imread(str(path))
+            if image is None:
+                raise ValueError(f'{path} cannot be read as an image')
+            for box, score, label in zip(*detector.detect(image)):
+                corner, size = box[:2], box[2:] - box[:2]
+                found.append(
+                    {
+                        'image_id': entry['id'],
+                        'category_id': category[detector.classes[label]],
+                        'bbox': [*corner.tolist(), *size.tolist()],
+                        'score': float(score),
+                    }
+                )
+        evaluation = COCOeval(truth, truth.loadRes(found), 'bbox')
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return 100 * float(evaluation.stats[0])

@@ -1,0 +1,83 @@
+"""Detectors in 8 bits: nearly the same boxes, our operators still there, heads in float."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from mmlite.cli import main
+from mmlite.export import export_detector, library, load, quantize
+from mmlite.export.int8 import coco_ap
+
+openvino = pytest.importorskip('openvino')
+pytest.importorskip('nncf')
+pytest.importorskip('onnxscript')
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def exported(detector, tmp_path):
+    try:
+        library('openvino')
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return export_detector(detector('LiteDINO'), tmp_path / 'float', 'openvino')
+
+
+def test_quantized(exported, images, tmp_path):
+    for number, image in enumerate(images):
+        cv2.imwrite(str(tmp_path / f'{number}.png'), image)
+    # What the float detector finds is the truth.
+    found = exported.detect(images[0], 0.0)
+    truth = {
+        'images': [{'id': 1, 'file_name': '0.png', 'height': 200, 'width': 260}],
+        'categories': [{'id': 7 + i, 'name': name} for i, name in enumerate(exported.classes)],
+        'annotations': [
+            {
+                'id': number + 1,
+                'image_id': 1,
+                'category_id': 7 + int(label),
+                'bbox': [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
+                'area': float(np.prod(box[2:] - box[:2])),
+                'iscrowd': 0,
+            }
+            for number, (box, label) in enumerate(zip(found.boxes, found.labels))
+        ],
+    }
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    assert coco_ap(exported, tmp_path / 'truth.json', tmp_path) > 50
+
+    arguments = ['quantize', str(tmp_path / 'float'), '-o', str(tmp_path / 'int8')]
+    options = ['--images', str(tmp_path / '0.png'), '--images', str(tmp_path / '1.png')]
+    annotated = ['--annotations', str(tmp_path / 'truth.json'), '--annotated-images', str(tmp_path)]
+    result = CliRunner().invoke(main, [*arguments, *options, *annotated])
+    assert result.exit_code == 0, result.output
+    assert 'before' in result.output
+
+    core = openvino.Core()
+    core.add_extension(str(library('openvino')))
+    model = core.read_model(str(tmp_path / 'int8/model.xml'))
+    types = [node.get_type_name() for node in model.get_ops()]
+    assert types.count('FakeQuantize') > 20
+    assert types.count('KeyAwareDeformAttn') == 3 and types.count('MSDeformAttn') == 2
+    for node in model.get_ops():
+        if node.get_type_name() == 'MatMul':
+            name = node.get_friendly_name()
+            inputs = [port.get_source_output().get_node() for port in node.inputs()]
+            quantized = any(source.get_type_name() == 'FakeQuantize' for source in inputs)
+            if name.startswith('bbox_head') or 'sampling_offsets' in name:
+                assert not quantized, name
+    quantized = load(tmp_path / 'int8')
+    assert quantized.description['int8'] == {'calibration_images': 2}
+    assert np.abs(quantized.detect(images[0]).scores - found.scores).max() < 0.1
+
+    with pytest.raises(ValueError, match='quantised already'):
+        quantize(tmp_path / 'int8', tmp_path / 'again', images)
+    with pytest.raises(ValueError, match='needs images'):
+        quantize(tmp_path / 'float', tmp_path / 'again', [])
+    with pytest.raises(ValueError, match='a folder of its own'):
+        quantize(tmp_path / 'float', tmp_path / 'float', images)

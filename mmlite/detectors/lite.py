@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from mmdet.models.layers import SinePositionalEncoding
 from torch import Tensor, nn
@@ -36,6 +38,11 @@ class LiteDetectorMixin:
 
     encoder_class: type[LiteEncoder] = LiteEncoder
     decoder_class: type[LiteDecoder] = LiteDecoder
+
+    def __init__(self, *args, **kwargs) -> None:
+        # MMDetection's constructors write into their configs, and refuse what is written there
+        # already. A wrapper such as SemiBaseDetector builds two detectors of one config.
+        super().__init__(*copy.deepcopy(args), **copy.deepcopy(kwargs))
 
     def _init_layers(self) -> None:
         self._check_config()
@@ -131,6 +138,15 @@ def encoder_name(model: nn.Module) -> str:
     Raises:
         ValueError: It has none.
     """
+    name = _find_encoder(model)
+    if name is not None:
+        return name
+    inside = next((name for name, part in model.named_children() if _find_encoder(part)), None)
+    hint = '' if inside is None else f' of its own; take the detector inside, its {inside!r}'
+    raise ValueError(f'{type(model).__name__} has no multi-scale encoder{hint}')
+
+
+def _find_encoder(model: nn.Module) -> str | None:
     for name in _ENCODERS:
         try:
             encoder = model.get_submodule(name)
@@ -138,4 +154,4 @@ def encoder_name(model: nn.Module) -> str:
             continue
         if hasattr(encoder, 'layers'):  # a compiled encoder has them, too
             return name
-    raise ValueError(f'{type(model).__name__} has no multi-scale encoder')
+    return None

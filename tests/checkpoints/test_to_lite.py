@@ -51,7 +51,11 @@ def stock_model(name: str) -> tuple[torch.nn.Module, Config]:
             pixel_decoder=dict(encoder=SMALL['encoder']),
             transformer_decoder=SMALL['decoder'],
         )
-        model = dict(backbone=SMALL['backbone'], panoptic_head=head)
+        model = dict(
+            data_preprocessor=dict(batch_augments=None),
+            backbone=SMALL['backbone'],
+            panoptic_head=head,
+        )
     else:
         model = {**SMALL, 'neck': dict(in_channels=[16, 32, 64])}
     config.merge_from_dict(dict(model=model))

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from mmdet.testing import demo_mm_inputs
+from small_detectors import DECODERS, ENCODERS, without_gradient
 
 from mmlite.detectors.bert import adapt_bert
 
@@ -109,14 +110,24 @@ def test_trains(grounding_dino, base, key_aware_decoder):
         decoder=dict(key_aware=key_aware_decoder),
     )
     model.init_weights()
-    total, _ = model.parse_losses(model.train()(**batch(model), mode='loss'))
-    total.backward()
-    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert unused == []
+    assert without_gradient(model, batch(model)) == []
     with torch.no_grad():
         results = model.eval()(**batch(model), mode='predict')
     assert results[0].pred_instances.bboxes.isfinite().all()
     assert set(results[0].pred_instances.label_names) <= set(PHRASES)
+
+
+@pytest.mark.parametrize('encoder', ENCODERS)
+def test_gradients_reach_every_parameter_of_the_encoder(grounding_dino, encoder):
+    model = grounding_dino(encoder=dict(schedule='H3L1-(2+1)x1', **ENCODERS[encoder]))
+    assert without_gradient(model, batch(model)) == []
+
+
+@pytest.mark.parametrize('decoder', DECODERS)
+def test_gradients_reach_every_parameter_of_the_decoder(grounding_dino, decoder):
+    options = dict(key_aware=True, **DECODERS[decoder])
+    model = grounding_dino(encoder=dict(schedule='H3L1-(2+1)x1'), decoder=options)
+    assert without_gradient(model, batch(model)) == []
 
 
 def test_schedule_that_does_not_fit(grounding_dino):

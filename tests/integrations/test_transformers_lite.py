@@ -61,14 +61,31 @@ def test_every_level_in_every_layer_is_the_stock_model(family):
             torch.testing.assert_close(grads[0][name], grad, rtol=1e-4, atol=1e-4)
 
 
+# What `to_lite` can be asked for beside the defaults.
+OPTIONS = {
+    'default': {},
+    'standard': dict(key_aware=False),
+    'proj_key': dict(proj_key=True),
+    'same_loc': dict(same_loc=True),
+    'one_ffn': dict(small_ffn=False),
+    'sequential': dict(update='sequential'),
+    'recomputed': dict(num_cp=2),
+}
+
+
+@pytest.mark.parametrize('options', OPTIONS)
 @pytest.mark.parametrize('family', FAMILIES)
-def test_training_reaches_every_parameter(family):
-    model = to_lite(build(family), f'{FAMILIES[family]}-(2+1)x2').train()
+def test_training_reaches_every_parameter(family, options):
+    model = to_lite(build(family), f'{FAMILIES[family]}-(2+1)x2', **OPTIONS[options]).train()
     predicted = models.outputs(model)
     # By two losses: softmax and masks make a plain sum constant in some of them.
     sum(output[output.isfinite()].square().sum() for output in predicted).backward()
     encoder = lite_encoder(model)
-    missing = [name for name, p in encoder.named_parameters() if p.grad is None]
+    missing = [
+        name
+        for name, p in encoder.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ]
     if 'grounding' in family:  # whose last text layer only the proposals' scores read
         missing = [name for name in missing if not name.startswith('text_enhancer_layers')]
     assert not missing

@@ -1,4 +1,7 @@
-"""Training, resuming and testing as a user does it: through mim, in processes of their own."""
+"""Training, resuming and testing as a user does it: through mim, in processes of their own.
+
+mim does not know the continuation under MMDetection's name: there it is MMDetection's own scripts.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import mmdet
 import pytest
 
 from mmlite.checkpoints import load_checkpoint
@@ -15,6 +20,7 @@ from mmlite.datasets import generate_shapes
 
 pytest.importorskip('mim', reason='openmim is not installed')
 
+TOOLS = Path(mmdet.__path__[0]) / '.mim/tools'
 CONFIG = 'mmlite::small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
 
 
@@ -54,13 +60,23 @@ def mim(*arguments: str | Path, cwd: Path) -> str:
     return run('-c', 'from mim.cli import cli; cli()', *arguments, cwd=cwd)
 
 
+def mmdetection(tool: str, config: str, *arguments: str | Path, cwd: Path) -> str:
+    """Train or test, as docs/get-started.md says it and docs/support.md for the continuation."""
+    try:
+        version('mmdet')
+    except PackageNotFoundError:
+        positional = [word for word in arguments if word != '--checkpoint']
+        return run(TOOLS / f'{tool}.py', config, *positional, cwd=cwd)
+    return mim(tool, 'mmdet', config, '--gpus', '0', *arguments, cwd=cwd)
+
+
 def test_train_resume_and_test(folder):
     work_dir = folder / 'work'
-    mim('train', 'mmdet', 'config.py', '--work-dir', work_dir, '--gpus', '0', cwd=folder)
+    mmdetection('train', 'config.py', '--work-dir', work_dir, cwd=folder)
     assert load_checkpoint(work_dir / 'epoch_1.pth')['meta']['epoch'] == 1
 
     more = ('--resume', '--cfg-options', 'train_cfg.max_epochs=2')
-    mim('train', 'mmdet', 'config.py', '--work-dir', work_dir, '--gpus', '0', *more, cwd=folder)
+    mmdetection('train', 'config.py', '--work-dir', work_dir, *more, cwd=folder)
     resumed = load_checkpoint(work_dir / 'epoch_2.pth')
     assert resumed['meta']['epoch'] == 2
     assert resumed['meta']['iter'] == 8  # 4 of them before it was stopped
@@ -68,9 +84,7 @@ def test_train_resume_and_test(folder):
 
     checkpoint = ('--checkpoint', work_dir / 'epoch_2.pth')
     test_dir = folder / 'test'
-    mim(
-        'test', 'mmdet', 'config.py', *checkpoint, '--work-dir', test_dir, '--gpus', '0', cwd=folder
-    )
+    mmdetection('test', 'config.py', *checkpoint, '--work-dir', test_dir, cwd=folder)
     (metrics,) = test_dir.glob('*/*.json')
     assert 'coco/bbox_mAP_50' in json.loads(metrics.read_text())
 

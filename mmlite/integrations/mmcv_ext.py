@@ -112,9 +112,12 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
     try:
         from torchvision.ops import nms as torchvision_nms
-    except ImportError:
+
+        return torchvision_nms(boxes, scores, iou_threshold)
+    # Not there; or compiled for another PyTorch, or for CPUs alone, which it notices when it is
+    # imported or when it is called.
+    except (ImportError, RuntimeError):
         return _nms(boxes, scores, iou_threshold)
-    return torchvision_nms(boxes, scores, iou_threshold)
 
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:

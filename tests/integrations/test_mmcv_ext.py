@@ -131,6 +131,29 @@ def test_nms_across_blocks(boxes, monkeypatch):
         assert torch.equal(mmcv_ext._nms(*boxes(300), 0.5), expected)
 
 
+@pytest.mark.parametrize(
+    ('package', 'operators'),
+    [
+        ("raise ImportError('libtorch_cuda.so')", ''),
+        # Compiled for another PyTorch, it finds no such operator.
+        ("raise RuntimeError('operator torchvision::nms does not exist')", ''),
+        ('', "def nms(*args): raise RuntimeError('could not load its C++ operators')"),
+        ('', "def nms(*args): raise NotImplementedError('no torchvision::nms on this device')"),
+    ],
+)
+def test_nms_beside_a_torchvision_that_does_not_work(
+    boxes, monkeypatch, tmp_path, package, operators
+):
+    (tmp_path / 'torchvision').mkdir()
+    (tmp_path / 'torchvision/__init__.py').write_text(package)
+    (tmp_path / 'torchvision/ops.py').write_text(operators)
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'torchvision']:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    kept = mmcv_ext.nms(*boxes(300), iou_threshold=0.5, offset=0)
+    assert torch.equal(kept, mmcv_ext._nms(*boxes(300), 0.5))
+
+
 @COMPILED
 @pytest.mark.parametrize('offset', [0, 1])
 @pytest.mark.parametrize('method', [0, 1, 2])

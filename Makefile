@@ -52,7 +52,7 @@ wheels: $(VENV)-wheels/.ready
 NOX := PYENV_VERSION="$$(pyenv versions --bare 2>/dev/null | paste -sd :)" $(VENV)-nox/bin/nox
 
 test-wheels: $(VENV)-nox/.ready
-	@$(NOX) --session wheel $(ARGS)
+	@$(NOX) --session wheel commands $(ARGS)
 
 matrix: $(VENV)-nox/.ready
 	@$(NOX) $(ARGS)

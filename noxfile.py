@@ -44,21 +44,31 @@ FAMILIES = {
     'openmmlab-compiled': (*OPENMMLAB, 'mmcv>=2.0,<2.2', '--only-binary=mmcv'),
     'onedl-compiled': (*ONEDL, 'onedl-mmcv>=2.3,<3', '--only-binary=onedl-mmcv'),
 }
-# What a version of Python, PyTorch or MMDetection has broken before: the kernels and their place in
-# autograd and torch.compile, the layers, the detectors, loading, and training through mim.
-SELECTION = (
-    *('tests/ops/test_cpu.py', 'tests/ops/test_functional.py', 'tests/layers'),
-    *('tests/detectors/test_lite.py', 'tests/checkpoints/test_loading.py', 'tests/test_mim.py'),
-    *('tests/integrations/test_imports.py', 'tests/integrations/test_mmcv_ext.py'),
-    # Long, and of the kernels alone or of one version's rounding.
+# The kernels and their place in autograd and torch.compile.
+KERNELS = (
+    *('tests/ops/test_cpu.py', 'tests/ops/test_functional.py'),
+    # Long, and of the same machine code everywhere.
     '--deselect=tests/ops/test_cpu.py::test_backward_has_the_same_bits_in_blocks',
     '--deselect=tests/ops/test_cpu.py::test_from_offsets_gradcheck',
+)
+# What a version of Python, PyTorch or MMDetection has broken before: the kernels, the layers, the
+# detectors, loading, and training through mim.
+SELECTION = (
+    *(
+        *KERNELS,
+        'tests/layers',
+        'tests/detectors/test_lite.py',
+        'tests/checkpoints/test_loading.py',
+    ),
+    *('tests/test_mim.py', 'tests/integrations/test_imports.py'),
+    'tests/integrations/test_mmcv_ext.py',
     '--deselect=tests/detectors/test_lite.py::test_bfloat16_autocast_stays_close',
 )
 # What runs the commands that README and docs name; tests/test_commands.py has the list.
 COMMANDS = (
     *('tests/test_commands.py', 'tests/cli', 'tests/test_mim.py', 'tests/test_cluster.py'),
     *('tests/export/test_export.py', 'tests/analysis/test_complexity.py', 'tests/test_docs.py'),
+    'tests/test_tools.py',
 )
 DIST = Path('.nox/dist')
 RESULTS = Path('.nox/matrix')
@@ -180,7 +190,7 @@ def wheel(session: nox.Session) -> None:
         'from mmlite import ops; cpu = ops.backends()[0]; print(ops.__file__, cpu); '
         'assert cpu.name == "cpu" and cpu.available and "baseline" not in cpu.detail',
     )
-    session.run('pytest', *(session.posargs or ('tests/ops',)))
+    session.run('pytest', '-q', *(session.posargs or KERNELS))
 
 
 @nox.session(python='3.11')

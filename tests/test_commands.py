@@ -44,6 +44,10 @@ RUN_BY = {
     'mim test': ('tests/test_mim.py', "'test'"),
     'mim train': ('tests/test_mim.py', "'train'"),
     'torchrun': ('tests/test_cluster.py', 'torch.distributed.run'),
+    'python $TOOLS/train.py': ('tests/test_mim.py', "mmdetection('train'"),
+    'python $TOOLS/test.py': ('tests/test_mim.py', "mmdetection('test'"),
+    'python tools/company.py': ('tests/test_tools.py', "'company.py'"),
+    'python tests/triton_compile.py': ('tests/ops/test_triton.py', 'triton_compile'),
 }
 
 
@@ -161,7 +165,7 @@ def test_each_is_run_by_something():
     named = set()
     for command in FOUND:
         program, first, *_ = command.words
-        if program in ('mmlite', 'mim'):
+        if program in ('mmlite', 'mim') or (program == 'python' and first.endswith('.py')):
             named.add(f'{program} {first}')
         elif program == 'torchrun':
             named.add(program)

@@ -106,7 +106,7 @@ def serve(seconds: float) -> None:
     """Answer each line of stdin with a measurement."""
     import torch
 
-    from mmlite.cli.demo import _build, _quiet
+    from mmlite.cli.demo import TASKS, _build, _quiet
     from mmlite.datasets import generate_shapes
     from mmlite.ops import ms_deform_attn
 
@@ -117,7 +117,7 @@ def serve(seconds: float) -> None:
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         generate_shapes(Path(folder) / 'data', {'train': 8, 'val': 8})
-        runner = _build(Path(folder), 1, 0)
+        runner = _build(TASKS['detection'][0], Path(folder), 1, 0)
         optim_wrapper = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
         (batch,) = runner.build_dataloader(runner.cfg.train_dataloader)
     runner.model.init_weights()

@@ -54,14 +54,10 @@ KERNELS = (
 # What a version of Python, PyTorch or MMDetection has broken before: the kernels, the layers, the
 # detectors, loading, and training through mim.
 SELECTION = (
-    *(
-        *KERNELS,
-        'tests/layers',
-        'tests/detectors/test_lite.py',
-        'tests/checkpoints/test_loading.py',
-    ),
-    *('tests/test_mim.py', 'tests/integrations/test_imports.py'),
-    'tests/integrations/test_mmcv_ext.py',
+    *KERNELS,
+    *('tests/layers', 'tests/detectors/test_lite.py', 'tests/checkpoints/test_loading.py'),
+    *('tests/integrations/test_imports.py', 'tests/integrations/test_mmcv_ext.py'),
+    'tests/test_mim.py',
     '--deselect=tests/detectors/test_lite.py::test_bfloat16_autocast_stays_close',
 )
 # What runs the commands that README and docs name; tests/test_commands.py has the list.

@@ -27,11 +27,12 @@ nox.options.default_venv_backend = 'uv|virtualenv'
 if 'PIP_FIND_LINKS' in os.environ:
     os.environ.setdefault('UV_FIND_LINKS', ','.join(os.environ['PIP_FIND_LINKS'].split()))
 
-PYTHONS = ['3.10', '3.11', '3.12', '3.13']
+PYTHONS = ['3.9', '3.10', '3.11', '3.12', '3.13']
 PINNED = re.search(r'^torch==(\S+)', Path('requirements/constraints.txt').read_text(), re.M)[1]
 TORCHES = ['2.1.2', '2.4.1', PINNED]
-# The first torch with wheels for a Python. The earliest were compiled for NumPy 1.
+# The first and last torch with wheels for a Python. The earliest were compiled for NumPy 1.
 FIRST_TORCH = {'3.12': (2, 2), '3.13': (2, 5)}
+LAST_TORCH = {'3.9': (2, 8)}
 FIRST_TORCH_WITH_NUMPY_2 = (2, 3)
 
 OPENMMLAB = ('mmengine>=0.10,<1', 'mmdet>=3.3,<3.4')
@@ -106,7 +107,8 @@ def tests(session: nox.Session, family: str, torch: str) -> None:
         write(reason=reason)
         session.skip(reason)
 
-    if numbers(torch) < FIRST_TORCH.get(str(session.python), (0, 0)):
+    first, last = (limit.get(str(session.python)) for limit in (FIRST_TORCH, LAST_TORCH))
+    if (first and numbers(torch) < first) or (last and numbers(torch) > last):
         skip('PyTorch has no wheel for this Python')
     packages = FAMILIES[family]
     if family.endswith('-compiled'):
@@ -174,7 +176,7 @@ def support(session: nox.Session) -> None:
     print(table)
 
 
-@nox.session(python=['3.9', *PYTHONS])
+@nox.session(python=PYTHONS)
 def wheel(session: nox.Session) -> None:
     """The wheel in wheelhouse/ that fits this machine, installed beside torch alone."""
     session.install('--no-deps', '--no-index', '--find-links=wheelhouse', 'mmlite-detr')

@@ -31,7 +31,6 @@ TASKS = {
 }
 SHOWN_IMAGES = 6
 SHOWN_SCORE = 0.3
-SPINS = '1000'  # of a waiting OpenMP thread: microseconds, by default milliseconds
 
 
 @click.command()
@@ -72,7 +71,7 @@ def demo(
     """
     config, measured, default_out = TASKS[task]
     out = out or Path(default_out)
-    _spin_briefly()
+    _sleep_while_waiting()
     require()
     from ..analysis.accuracy import METRICS
 
@@ -110,14 +109,14 @@ def demo(
     console.print(f'Checkpoint, config and results: {out}', soft_wrap=True)
 
 
-def _spin_briefly() -> None:
-    """Let threads without work sleep soon, which keeps training going beside busy processes.
+def _sleep_while_waiting() -> None:
+    """Let threads without work sleep, which keeps training going beside busy processes.
 
-    libgomp reads the variable when torch is imported, which has to come after this. What the user
+    OpenMP reads the variable when torch is imported, which has to come after this. What the user
     has chosen stays; docs/cluster.md has the measurement.
     """
-    if 'OMP_WAIT_POLICY' not in os.environ:
-        os.environ.setdefault('GOMP_SPINCOUNT', SPINS)
+    if 'GOMP_SPINCOUNT' not in os.environ:
+        os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 
 def _make_writable(out: Path) -> None:

@@ -66,16 +66,20 @@ def test_folder_that_cannot_be_written(tmp_path, place):
 def test_chooses_how_threads_wait_before_torch_is_imported():
     code = (
         'import os, sys\n'
-        'from mmlite.cli.demo import _spin_briefly\n'
-        '_spin_briefly()\n'
-        'print(os.environ["GOMP_SPINCOUNT"], "torch" in sys.modules)'
+        'from mmlite.cli.demo import _sleep_while_waiting\n'
+        '_sleep_while_waiting()\n'
+        'print(os.environ.get("OMP_WAIT_POLICY"), "torch" in sys.modules)'
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(('OMP_', 'GOMP_'))}
-    for chosen, spins in (({}, '1000'), ({'GOMP_SPINCOUNT': '7'}, '7')):
+    for chosen, policy in (
+        ({}, 'PASSIVE'),
+        ({'OMP_WAIT_POLICY': 'ACTIVE'}, 'ACTIVE'),
+        ({'GOMP_SPINCOUNT': '7'}, 'None'),
+    ):
         printed = subprocess.check_output(
             [sys.executable, '-c', code], env={**environment, **chosen}, text=True
         )
-        assert printed.split() == [spins, 'False']
+        assert printed.split() == [policy, 'False']
 
 
 def test_help_shows_an_example():

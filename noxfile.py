@@ -11,6 +11,7 @@ this machine, from wheelhouse/: its operators, and the commands that the pages n
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -149,7 +150,11 @@ def support(session: nox.Session) -> None:
     """Write the table of docs/support.md from what `tests` has found."""
     columns = ('Packages', 'Python', *REPORTED, 'Tests')
     lines = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
-    results = [json.loads(path.read_text()) for path in RESULTS.glob('*.json')]
+    results = []
+    for family, python, torch in itertools.product(FAMILIES, PYTHONS, TORCHES):
+        path = RESULTS / f'{python}-{torch}-{family}.json'
+        cell = {'family': family, 'python': python, 'torch': torch, 'reason': 'not run yet'}
+        results.append(json.loads(path.read_text()) if path.exists() else cell)
     results.sort(key=lambda r: (r['family'], numbers(r['python']), numbers(r['torch'])))
     missing: dict[str, dict[str, list[str]]] = {}  # reason -> Python and PyTorch -> packages
     for result in results:
@@ -164,7 +169,7 @@ def support(session: nox.Session) -> None:
         part = f' (`{" ".join(result["arguments"])}`)' if result['arguments'] else ''
         versions = (result[name] for name in ('family', 'python', *REPORTED))
         lines.append(f'| {" | ".join(versions)} | {outcome}{part} |')
-    lines += ['', 'Not installed there:'] if missing else []
+    lines += ['', 'Not in the table:'] if missing else []
     for reason, cells in missing.items():
         lines += ['', f'- {reason}:']
         lines += [f'    - {cell}: {", ".join(families)}' for cell, families in cells.items()]

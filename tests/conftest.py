@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -50,3 +52,54 @@ def tiny_bert(tmp_path_factory) -> str:
     )
     transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def mmpretrain(monkeypatch):
+    """MMPretrain, or where it cannot be imported a ConvNeXt of transformers in its place."""
+    try:
+        import mmpretrain.models  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        yield
+        return
+    from mmengine.registry import MODELS, Registry
+
+    hf = pytest.importorskip('transformers', reason='neither mmpretrain nor transformers is there')
+    tiny = dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768])
+
+    class ConvNeXt(torch.nn.Module):
+        """What MMPretrain's takes and returns."""
+
+        def __init__(
+            self,
+            arch: str | dict,
+            out_indices: list[int],
+            drop_path_rate: float,
+            layer_scale_init_value: float,
+            gap_before_final_norm: bool,
+            init_cfg: dict | None = None,
+        ) -> None:
+            super().__init__()
+            assert not gap_before_final_norm  # or there would be no maps
+            arch = {'tiny': tiny}[arch] if isinstance(arch, str) else arch
+            config = hf.ConvNextConfig(
+                depths=arch['depths'],
+                hidden_sizes=arch['channels'],
+                drop_path_rate=drop_path_rate,
+                layer_scale_init_value=layer_scale_init_value,
+                out_features=[f'stage{index + 1}' for index in out_indices],
+            )
+            self.backbone = hf.ConvNextBackbone(config)
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(self.backbone(images).feature_maps)
+
+    package, models = ModuleType('mmpretrain'), ModuleType('mmpretrain.models')
+    package.models = models
+    monkeypatch.setitem(sys.modules, 'mmpretrain', package)
+    monkeypatch.setitem(sys.modules, 'mmpretrain.models', models)
+    Registry('model', parent=MODELS, scope='mmpretrain').register_module(module=ConvNeXt)
+    yield
+    del MODELS.children['mmpretrain']

@@ -23,6 +23,8 @@ def names(files):
 
 @pytest.mark.parametrize('path', FILES, ids=names(FILES))
 def test_builds_what_its_name_says(path, request):
+    if 'convnext' in path.stem:
+        request.getfixturevalue('mmpretrain')
     config = Config.fromfile(path)
     if 'language_model' in config.model:
         config.model.language_model.name = request.getfixturevalue('tiny_bert')
@@ -51,6 +53,7 @@ def test_builds_what_its_name_says(path, request):
     for name in ('swin-t', 'swin-l'):
         if name in path.stem:
             assert backbone.type == 'SwinTransformer'
+    assert ('convnext' in path.stem) == (backbone.type == 'mmpretrain.ConvNeXt')
 
 
 @pytest.mark.parametrize('folder', sorted({path.parent for path in FILES}), ids=lambda p: p.name)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
+from mmdet.datasets import CocoDataset
 from torch import nn
 
 from ..detectors import encoder_name
@@ -204,7 +205,9 @@ def _inference(model: nn.Module, batch_size: int, setting: Setting) -> Call:
 
 
 def _num_classes(model: nn.Module) -> int:
-    """Classes of objects: of the head, or of a segmenter's things."""
+    """Classes of objects: of the text, of the head, or of a segmenter's things."""
+    if hasattr(model, 'language_model'):
+        return len(CocoDataset.METAINFO['classes'])  # see image_batch
     head = getattr(model, 'bbox_head', None)
     return head.num_classes if head is not None else getattr(model, 'num_things_classes', 80)
 

@@ -271,6 +271,15 @@ def to_official(
 # --- What a file is ---------------------------------------------------------------------------
 
 
+# Of MMDetection's models: all DETRs have the first, Mask2Former the others (instances, video).
+_MMDET_NAMES = (
+    'level_embed',
+    *(f'{head}_head.pixel_decoder.mask_feature.weight' for head in ('panoptic', 'track')),
+)
+# What DDQ-DETR and Grounding DINO have and DINO, which they are made of, has not.
+_OTHER_FAMILIES = ('query_map.weight', 'text_feat_map.weight')
+
+
 def read_official(state: Mapping[str, Tensor]) -> Layout:
     """Layout of a state dict with the authors' names.
 
@@ -278,7 +287,7 @@ def read_official(state: Mapping[str, Tensor]) -> Layout:
         ValueError: If it is none of the known families.
     """
     if 'transformer.level_embed' not in state:
-        if 'level_embed' in state:
+        if any(name in state for name in _MMDET_NAMES):
             raise ValueError(
                 "the file is in MMDetection's layout already; use --to-official for the way back "
                 'or --from-stock for a warm start'
@@ -316,7 +325,8 @@ def read_mmdet(state: Mapping[str, Tensor]) -> Layout:
     Raises:
         ValueError: If the authors of none of the known families released such a model.
     """
-    if 'level_embed' not in state or 'bbox_head.cls_branches.0.weight' not in state:
+    is_other = any(name in state for name in _OTHER_FAMILIES)
+    if is_other or 'level_embed' not in state or 'bbox_head.cls_branches.0.weight' not in state:
         raise ValueError(
             "the file is no Deformable DETR, H-Deformable-DETR, DINO or Lite-DINO in MMDetection's "
             'layout'

@@ -441,6 +441,11 @@ def test_refuses_other_files(trained):
         from_official({**state, 'neck_of.weight': torch.ones(1), 'extra': torch.ones(1)})
     with pytest.raises(ValueError, match='layout already'):
         from_official(trained('plain')[2].state_dict())
+    with pytest.raises(ValueError, match='layout already'):  # Mask2Former
+        from_official({'panoptic_head.pixel_decoder.mask_feature.weight': torch.ones(1)})
+    for name in ('query_map.weight', 'text_feat_map.weight'):  # DDQ, Grounding DINO: DINO and more
+        with pytest.raises(ValueError, match='no Deformable DETR, H-Deformable-DETR, DINO or'):
+            to_official({**trained('dino')[2].state_dict(), name: torch.ones(1)})
     with pytest.raises(ValueError, match='no transformer'):
         from_official(dict(weight=torch.ones(1)))
     with pytest.raises(ValueError, match='no state dict'):

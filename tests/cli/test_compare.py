@@ -109,25 +109,43 @@ model = dict(
 """
 
 
-@pytest.mark.parametrize('family', ['mask2former', 'grounding_dino'])
-def test_encoders_elsewhere_and_with_text(family, tmp_path, tiny_bert):
+DDQ = """
+_base_ = 'mmdet::ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py'
+custom_imports = dict(imports=['mmlite'])
+model = dict(
+    type='{type}',
+    num_queries=20,
+    backbone=dict(depth=18, init_cfg=None),
+    neck=dict(in_channels=[128, 256, 512]),
+    encoder=dict(num_layers=2, {encoder}),
+    decoder=dict(num_layers=2),
+    test_cfg=dict(max_per_img=20),
+)
+"""
+
+
+@pytest.mark.parametrize('family', ['ddq', 'mask2former', 'grounding_dino'])
+def test_the_newer_families(family, tmp_path, tiny_bert):
     stock, lite, path = (tmp_path / name for name in ('stock.py', 'lite.py', 'report.json'))
     if family == 'mask2former':
         encoder = "type='LiteMSDeformAttnPixelDecoder', encoder=dict(num_layers=2, {})"
         encoder = encoder.format("schedule='H2L1-(2+1)x1'")
         stock.write_text(MASK2FORMER.format(pixel_decoder='encoder=dict(num_layers=2)'))
         lite.write_text(MASK2FORMER.format(pixel_decoder=encoder))
+    elif family == 'ddq':
+        stock.write_text(DDQ.format(type='DDQDETR', encoder=''))
+        lite.write_text(DDQ.format(type='LiteDDQDETR', encoder=VARIANT))
     else:
         names = dict(bert=tiny_bert)
         stock.write_text(GROUNDING_DINO.format(type='GroundingDINO', encoder='', **names))
         lite.write_text(GROUNDING_DINO.format(type='LiteGroundingDINO', encoder=VARIANT, **names))
     options = ['--image-size', '64x96', '--rounds', '2', '--warmup', '1', '--threads', '1']
-    if family == 'mask2former':
-        options.append('--train')
+    options.append('--train')
     result = run(str(stock), str(lite), *options, '--json', str(path))
     assert result.exit_code == 0, result.output
     assert 'with neck, faster' in result.output.replace('\n', ' ')
     for result in json.loads(path.read_text())['results']:
+        assert len(result['training']['seconds']) == 2
         stages, cost = result['stages'], result['complexity']['stage_flops']
         for stage in ('backbone', 'neck', 'encoder', 'decoder', 'head'):
             assert stages[stage] > 0, stage

@@ -219,6 +219,12 @@ def test_configs_that_do_not_fit(small_model, overrides, message):
         small_model(DINO, type='LiteDINO', **overrides)
 
 
+@pytest.mark.parametrize('base', FAMILIES)
+def test_a_schedule_for_another_number_of_levels(small_model, base):
+    with pytest.raises(ValueError, match=r'is for 3 feature levels, .* use H3L1'):
+        small_model(base, type=FAMILIES[base], encoder=dict(schedule='H2L1-(2+1)x1'))
+
+
 def test_more_queries_than_tokens(small_model, batch):
     model = small_model(
         DINO, type='LiteDINO', encoder=dict(schedule='H3L1-(2+1)x1'), num_queries=2000

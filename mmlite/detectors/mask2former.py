@@ -138,6 +138,8 @@ class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
         larger = smallest_first[self.num_encoder_levels :]
         for lateral, output, feat in zip(self.lateral_convs, self.output_convs, larger):
             feat = lateral(feat)
-            above = F.interpolate(maps[-1], feat.shape[-2:], mode='bilinear', align_corners=False)
+            # As it comes out of the tokens, channels last, resizing takes thrice as long on CPUs.
+            above = maps[-1].contiguous()
+            above = F.interpolate(above, feat.shape[-2:], mode='bilinear', align_corners=False)
             maps.append(output(feat + above))
         return self.mask_feature(maps[-1]), maps[: self.num_outs]

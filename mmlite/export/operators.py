@@ -5,6 +5,8 @@
 
 Layouts are those of :mod:`mmlite.ops`; ``spatial_shapes`` is an int64 input, h0, w0, h1, w1, ...,
 so that sizes may be dynamic. Without ``key`` the value serves as its own key.
+
+The operators from offsets become these two with the locations worked out in front of them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import Callable
 from functools import cache
 
 import torch
+
+from ..ops import reference
 
 DOMAIN, VERSION = 'mmlite', 1
 _INPUTS = {
@@ -80,3 +84,24 @@ def translation_table() -> dict[Callable, Callable]:
         function.__annotations__ = {name: tensors[name] for name in arguments}
         table[getattr(torch.ops.mmlite, function.__name__).default] = function
     return table
+
+
+def decompositions() -> dict[Callable, Callable]:
+    """The operators from offsets in terms of those that runtimes know."""
+
+    def locate(spatial_shapes, reference_points, sampling_offsets):
+        level_sizes = list(zip(spatial_shapes[::2], spatial_shapes[1::2]))
+        return reference.sampling_locations(reference_points, sampling_offsets, level_sizes)
+
+    def key_aware_deform_attn(query, key, value, spatial_shapes, reference_points, offsets):
+        locations = locate(spatial_shapes, reference_points, offsets)
+        return torch.ops.mmlite.key_aware_deform_attn(query, key, value, spatial_shapes, locations)
+
+    def ms_deform_attn(value, spatial_shapes, reference_points, offsets, attention_weights):
+        locations = locate(spatial_shapes, reference_points, offsets)
+        return torch.ops.mmlite.ms_deform_attn(value, spatial_shapes, locations, attention_weights)
+
+    return {
+        torch.ops.mmlite.key_aware_deform_attn_from_offsets.default: key_aware_deform_attn,
+        torch.ops.mmlite.ms_deform_attn_from_offsets.default: ms_deform_attn,
+    }

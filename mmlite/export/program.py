@@ -17,7 +17,7 @@ from torch import nn
 from .. import ops
 from ..layers import LiteEncoder, fuse_attention
 from .graph import DetectorGraph
-from .operators import translation_table
+from .operators import decompositions, translation_table
 
 OUTPUTS = ('boxes', 'scores', 'labels')
 _OPSETS = range(18, 22)
@@ -144,7 +144,7 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) 
     with _quiet():
         try:
             written = torch.onnx.export(
-                program,
+                program.run_decompositions(decompositions()),
                 dynamo=True,
                 opset_version=opset,
                 custom_translation_table=translation_table(),

@@ -1,4 +1,4 @@
-"""Standard and key-aware deformable attention: project, locate, operator, output.
+"""Standard and key-aware deformable attention: projections, offsets, operator, output.
 
 The layers have the names that MMDetection's checkpoints know. Every one of them is called as a
 module, so that hooks, quantisation and adapters around it work.
@@ -120,7 +120,7 @@ class SamplingAttention(nn.Module):
         reference_points: Tensor,
         spatial_shapes: LevelSizes,
     ) -> Tensor:
-        """Projections, locations and operator: what :meth:`forward` sends through the output layer.
+        """Projections, offsets and operator: what :meth:`forward` sends through the output layer.
 
         ``query`` has its positional embedding added; the other arguments are those of
         :meth:`forward`.
@@ -154,11 +154,14 @@ class SamplingAttention(nn.Module):
             projected = projected.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
         return projected.unflatten(-1, (self.num_heads, -1))
 
-    def locate(self, query: Tensor, reference_points: Tensor, spatial_shapes: LevelSizes) -> Tensor:
-        """Where the queries look; see :func:`mmlite.nn.sampling_locations`.
+    def offsets(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: LevelSizes
+    ) -> Tensor:
+        """The queries' offsets from their reference points, as the operators take them.
 
         Returns:
-            Tensor: shape (bs, num_queries, num_heads, num_levels, num_points, 2).
+            Tensor: shape (bs, num_queries, num_heads, num_levels, num_points, 2), with ``same_loc``
+            one set in place of ``num_levels``.
 
         Raises:
             ValueError: The number of levels is not the attention's.
@@ -172,8 +175,19 @@ class SamplingAttention(nn.Module):
                     f'{name} is for {number} feature levels, '
                     f'but the attention has num_levels={self.num_levels}'
                 )
+        return self.sampling_offsets(query).unflatten(-1, (self.num_heads, -1, self.num_points, 2))
+
+    def locate(self, query: Tensor, reference_points: Tensor, spatial_shapes: LevelSizes) -> Tensor:
+        """Where the queries look; see :func:`mmlite.nn.sampling_locations`.
+
+        Returns:
+            Tensor: shape (bs, num_queries, num_heads, num_levels, num_points, 2).
+
+        Raises:
+            ValueError: The number of levels is not the attention's.
+        """
         return sampling_locations(
-            self.sampling_offsets(query),
+            self.offsets(query, reference_points, spatial_shapes).flatten(-4),
             reference_points,
             spatial_shapes,
             self.num_heads,
@@ -225,10 +239,11 @@ class DeformableAttention(SamplingAttention):
         spatial_shapes: LevelSizes,
     ) -> Tensor:
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
-        return ops.ms_deform_attn(
+        return ops.ms_deform_attn_from_offsets(
             self.project(self.value_proj, value, key_padding_mask),
             spatial_shapes,
-            self.locate(query, reference_points, spatial_shapes),
+            reference_points,
+            self.offsets(query, reference_points, spatial_shapes),
             weights.unflatten(-1, (self.num_levels, self.num_points)),
         )
 
@@ -301,12 +316,13 @@ class KeyAwareDeformableAttention(SamplingAttention):
         key = projected_value
         if self.key_proj is not None:
             key = self.project(self.key_proj, value, key_padding_mask)
-        return ops.key_aware_deform_attn(
+        return ops.key_aware_deform_attn_from_offsets(
             self.query_proj(query).unflatten(-1, (self.num_heads, -1)),
             key,
             projected_value,
             spatial_shapes,
-            self.locate(query, reference_points, spatial_shapes),
+            reference_points,
+            self.offsets(query, reference_points, spatial_shapes),
         )
 
     def logits(

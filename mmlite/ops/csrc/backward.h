@@ -60,6 +60,36 @@ MMLITE_INLINE C pixel_grad(const BackwardChunk<C>* chunks, int64_t point, int ax
   return chunks[point / kChunk].product[kGradSlopeX + axis][point % kChunk];
 }
 
+// Written for all points, where each has a location, or an offset in pixels, of its own.
+template <class C, class T>
+MMLITE_INLINE void put_pixel_grads(
+    const Problem& p, const Table<C>& table, const BackwardChunk<C>* chunks, T* to) {
+  typedef typename Simd<C>::V V;
+  constexpr int kWidth = Simd<C>::kWidth;
+  const int num_numbers = static_cast<int>(2 * p.levels * p.points);
+  for (int point = 0; 2 * point < num_numbers; point += kWidth) {
+    const BackwardChunk<C>& chunk = chunks[point / kChunk];
+    const int lane = point % kChunk;
+    typename Simd<C>::I inside;
+    memcpy(&inside, chunk.at.inside + lane, sizeof(inside));
+    V x = load(chunk.product[kGradSlopeX] + lane), y = load(chunk.product[kGradSlopeY] + lane);
+    if (p.sampling == kLocations) {
+      x *= load(table.width + point);
+      y *= load(table.height + point);
+    }
+    V both[2];
+    interleave<C>(keep<C>(inside, x), keep<C>(inside, y), &both[0], &both[1]);
+    for (int i = 0; i < 2; ++i) {
+      const int first = 2 * point + i * kWidth, rest = num_numbers - first;
+      if (rest >= kWidth) {
+        store(to + first, both[i]);
+      } else if (rest > 0) {
+        store_head<C>(to + first, both[i], rest);
+      }
+    }
+  }
+}
+
 // From there to what the points are said to be at: locations, or offsets and reference.
 template <class C>
 MMLITE_INLINE void put_place_grads(const Problem& p, const Table<C>& table, const Slice& slice,
@@ -77,15 +107,8 @@ MMLITE_INLINE void put_place_grads(const Problem& p, const Table<C>& table, cons
     with_type<C>(p.point_dtype, [&](auto* type) {
       auto* const to = row_of<std::remove_pointer_t<decltype(type)>>(
           p.grad_locations, slice.batch, q, slice.head);
-      if (p.sampling == kLocations) {  // what follows, without the loops that it does not need
-        for (int64_t point = 0; point < num_points; ++point) {
-          const bool inside = chunks[point / kChunk].at.inside[point % kChunk];
-          for (int axis = 0; axis < 2; ++axis) {
-            const C grad = pixel_grad(chunks, point, axis) * table.size[2 * point + axis];
-            narrow(inside ? grad : C(0), to + 2 * point + axis);
-          }
-        }
-        return;
+      if (p.sampling != kFromBoxes && num_places(p) == num_points) {
+        return put_pixel_grads(p, table, chunks, to);
       }
       const int64_t places = num_places(p);
       for (int64_t place = 0; place < places; ++place) {
@@ -145,10 +168,12 @@ MMLITE_INLINE void backward_head(
 
   V query[R::kCapacity], grad[R::kCapacity];
   get_row(p, p.grad_output, slice, q, row, 0, row.vectors, grad);
-  V nothing = {};  // as in the forward pass
+  C product_outside = 0;  // as in the forward pass
   if (kHasQuery) {
     get_row(p, p.query, slice, q, row, 0, row.vectors, query);
-    for (int v = 0; v < row.vectors; ++v) nothing += query[v] * C(0);
+    V product = {};
+    for (int v = 0; v < row.vectors; ++v) product += query[v] * C(0);
+    if (any<C>(product != product)) product_outside = C(NAN);
   }
 
   for (int n = 0; n < num_chunks; ++n) {
@@ -156,11 +181,7 @@ MMLITE_INLINE void backward_head(
     const int first = n * kChunk;
     chunk.count = num_points - first < kChunk ? num_points - first : kChunk;
     alignas(64) C buffer[2 * kChunk];
-    const C* const xy =
-        p.sampling == kLocations
-            ? locations_of<C, false>(p, table, slice, q, first, chunk.count, buffer)
-            : locations_of<C, true>(p, table, slice, q, first, chunk.count, buffer);
-    locate<C, true>(xy, table, first, &chunk.at, &chunk.cell);
+    locate_points<C, true>(p, table, slice, q, first, chunk.count, &chunk.at, &chunk.cell);
     if (!kHasQuery) {
       const C* const weights = points_of<C>(p.weights.data, p.point_dtype, weight_offset + first,
                                             chunk.count, C(0), kChunk, buffer);
@@ -178,10 +199,7 @@ MMLITE_INLINE void backward_head(
         const int i = group + j;
         V* const part = parts[j];
         for (int k = 0; k < kUsed; ++k) part[k] = V{};
-        if (!chunk.at.inside[i]) {
-          if (kHasQuery) part[kQueryKey] = nothing;
-          continue;
-        }
+        if (__builtin_expect(!chunk.at.inside[i], false)) continue;
         const C x = chunk.cell.x[i], y = chunk.cell.y[i];
         const C west = 1 - x, north = 1 - y;
         C* const sample_row = samples + (first + i) * sample_size;
@@ -230,7 +248,13 @@ MMLITE_INLINE void backward_head(
     for (int k = 0; k < kUsed; ++k) {
       if (!kSlopes && k != kGradValue && k != kQueryKey) continue;
       for (int i = 0; i < kChunk / kWidth; ++i) {
-        store(chunk.product[k] + i * kWidth, join_fours<C>(fours[k] + i * (kWidth / 4)));
+        V product = join_fours<C>(fours[k] + i * (kWidth / 4));
+        if (k == kQueryKey) {
+          typename Simd<C>::I inside;
+          memcpy(&inside, chunk.at.inside + i * kWidth, sizeof(inside));
+          product += keep<C>(~inside, broadcast<C>(product_outside));
+        }
+        store(chunk.product[k] + i * kWidth, product);
       }
     }
   }
@@ -296,53 +320,51 @@ MMLITE_INLINE void backward_head(
       }
     });
   }
-  if (kHasQuery && (p.grads & kGradQuery)) {
-    V grad_query[R::kCapacity];
-    for (int v = 0; v < row.vectors; ++v) grad_query[v] = V{};
-    for (int i = 0; i < num_points; ++i) {
-      const C factor = chunks[i / kChunk].grad_key[i % kChunk];
-      if (chunks[i / kChunk].at.inside[i % kChunk]) {
-        const C* const sample = samples + i * sample_size;
-        for (int v = 0; v < row.vectors; ++v) grad_query[v] += load(sample + v * kWidth) * factor;
-      } else {  // a sample of zeros, which NaN outlives
-        for (int v = 0; v < row.vectors; ++v) grad_query[v] += factor * C(0);
-      }
-    }
-    put_row(p, p.grad_query, slice, q, row, grad_query);
-  }
-
   C* const grad_value = static_cast<C*>(grads.value);
   C* const grad_key = static_cast<C*>(grads.key);
-  if (grad_value || grad_key) {
-    for (int i = 0; i < num_points; ++i) {
-      const BackwardChunk<C>& chunk = chunks[i / kChunk];
-      const int lane = i % kChunk;
-      if (!chunk.at.inside[lane]) continue;
-      const C attention = chunk.attention[lane];
-      const C key_factor = kHasQuery ? chunk.grad_key[lane] : C(0);
+  const bool sums_rows = grad_value || grad_key, sums_query = kHasQuery && (p.grads & kGradQuery);
+  V grad_query[R::kCapacity];
+  for (int v = 0; v < row.vectors; ++v) grad_query[v] = V{};
+  for (int n = 0; n < num_chunks && (sums_rows || sums_query); ++n) {
+    const BackwardChunk<C>& chunk = chunks[n];
+    for (int i = 0; i < chunk.count; ++i) {
+      const C attention = chunk.attention[i];
+      const C key_factor = kHasQuery ? chunk.grad_key[i] : C(0);
+      if (__builtin_expect(!chunk.at.inside[i], false)) {
+        // A sample of zeros, which NaN outlives.
+        for (int v = 0; v < row.vectors; ++v) grad_query[v] += key_factor * C(0);
+        continue;
+      }
+      if (sums_query) {
+        const C* const sample = samples + (n * kChunk + i) * sample_size;
+        for (int v = 0; v < row.vectors; ++v) grad_query[v] += load(sample + v * kWidth) * key_factor;
+      }
+      if (!sums_rows) continue;
       V share[R::kCapacity], key_share[R::kCapacity];
       for (int v = 0; v < row.vectors; ++v) {
         share[v] = value_share<C, kOp>(grad[v], attention, query[v], key_factor);
         if (kOwnKey) key_share[v] = query[v] * key_factor;
       }
       for (int c = 0; c < 4; ++c) {
-        if (!chunk.cell.corner_inside[c][lane]) continue;
-        const C weight = chunk.at.weight[c][lane];
+        if (!chunk.cell.corner_inside[c][i]) continue;
+        const C weight = chunk.at.weight[c][i];
         if (!kOwnKey || grad_value) {
-          C* const to = grad_value + chunk.at.offset[c][lane];
+          C* const to = grad_value + chunk.at.offset[c][i];
           for (int v = 0; v < row.vectors; ++v) {
             row.put(to, v, row.get(to, v) + share[v] * weight);
           }
         }
         if (kOwnKey && grad_key) {
-          C* const to = grad_key + chunk.at.offset[c][lane];
+          C* const to = grad_key + chunk.at.offset[c][i];
           for (int v = 0; v < row.vectors; ++v) {
             row.put(to, v, row.get(to, v) + key_share[v] * weight);
           }
         }
       }
     }
-  } else if (kHasQuery && coefficients.data) {
+  }
+  if (sums_query) put_row(p, p.grad_query, slice, q, row, grad_query);
+  if (!sums_rows && kHasQuery && coefficients.data) {
     C* const to = static_cast<C*>(coefficients.data) + q * Coefficients::per_query(p);
     for (int n = 0; n < num_chunks; ++n) {
       memcpy(to + n * kChunk, chunks[n].attention, chunks[n].count * sizeof(C));

@@ -47,6 +47,43 @@ MMLITE_INLINE void fill_behind(int count, C value, typename Simd<C>::V* lanes) {
   for (int i = count; i < kChunk; ++i) lanes[i / kWidth][i % kWidth] = value;
 }
 
+// The chunks of a head, query after query. Each is located while the one before it is worked on:
+// that takes a long chain of operations, which then nothing waits for.
+template <class C>
+class Chunks {
+ public:
+  Chunks(const Problem& p, const Table<C>& table, const Slice& slice, int64_t q_begin, int64_t q_end)
+      : p_(p), table_(table), slice_(slice), q_(q_begin), q_end_(q_end) {
+    locate_next();
+  }
+
+  Chunk<C>& next() {
+    Chunk<C>& chunk = chunks_[turn_];
+    turn_ ^= 1;
+    locate_next();
+    return chunk;
+  }
+
+ private:
+  MMLITE_INLINE void locate_next() {
+    if (q_ == q_end_) return;
+    const int num_points = static_cast<int>(p_.levels * p_.points), rest = num_points - first_;
+    const int count = rest < kChunk ? rest : kChunk;
+    locate_points(p_, table_, slice_, q_, first_, count, &chunks_[turn_]);
+    first_ += kChunk;
+    if (first_ >= num_points) first_ = 0, ++q_;
+  }
+
+  const Problem& p_;
+  const Table<C>& table_;
+  const Slice& slice_;
+  int64_t q_;  // of the chunk to come
+  const int64_t q_end_;
+  int first_ = 0;
+  int turn_ = 0;
+  Chunk<C> chunks_[2];
+};
+
 // Logits this close to the reference of the running softmax need no new one (in units of log 2).
 constexpr int kWindow = 32;
 
@@ -54,9 +91,9 @@ constexpr int kWindow = 32;
 // running softmax: numerators and their sum are kept relative to a reference logit. That is not
 // the largest one: finding it is a long chain of dependent operations, and any reference within
 // a factor of 2^kWindow is as good. Logits are in units of log 2.
-template <class T, class C, int kVectors, bool kShared, bool kHasOffsets>
+template <class T, class C, int kVectors, bool kShared>
 MMLITE_INLINE void key_aware_head(
-    const Problem& p, const Table<C>& table, const Slice& slice, int64_t q, C scale) {
+    const Problem& p, const Slice& slice, int64_t q, C scale, Chunks<C>* chunks) {
   typedef typename Simd<C>::V V;
   constexpr int kWidth = Simd<C>::kWidth;
   typedef Row<C, kVectors> R;
@@ -65,21 +102,21 @@ MMLITE_INLINE void key_aware_head(
 
   V query[R::kCapacity], total[R::kCapacity];
   get_row(p, p.query, slice, q, row, 0, row.vectors, query);
-  V nothing = {};  // the product with a sample of zeros: zero, or NaN for an infinite query
+  V product = {};
   for (int v = 0; v < row.vectors; ++v) {
     query[v] *= scale;
-    nothing += query[v] * C(0);
+    product += query[v] * C(0);
     total[v] = V{};
   }
+  // The logit of a point outside the map: zero, or NaN for an infinite query.
+  const C logit_outside = any<C>(product != product) ? C(NAN) : C(0);
   C reference = 0;
   bool has_reference = false;
   V weight_sums = {};
 
   for (int first = 0; first < num_points; first += kChunk) {
     const int count = num_points - first < kChunk ? num_points - first : kChunk;
-    Chunk<C> chunk;
-    alignas(64) C buffer[2 * kChunk];
-    locate(locations_of<C, kHasOffsets>(p, table, slice, q, first, count, buffer), table, first, &chunk);
+    Chunk<C>& chunk = chunks->next();
 
     // Sample the keys, and keep them where they are the values too.
     V sampled[kShared ? kChunk : 1][R::kCapacity];
@@ -88,9 +125,8 @@ MMLITE_INLINE void key_aware_head(
       V products[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        products[j] = nothing;
-        if (chunk.inside[i + j]) {
-          products[j] = V{};
+        products[j] = V{};
+        if (__builtin_expect(chunk.inside[i + j] != 0, true)) {
           const Corners<C, T> corners(slice.key, chunk, i + j);
           for (int v = 0; v < row.vectors; ++v) {
             const V sample = blend(row, corners, v);
@@ -107,7 +143,9 @@ MMLITE_INLINE void key_aware_head(
     V logits[kChunk / kWidth];
     typename Simd<C>::I beyond = {};
     for (int i = 0; i < kChunk / kWidth; ++i) {
-      logits[i] = join_fours<C>(fours + i * (kWidth / 4));
+      typename Simd<C>::I inside;
+      memcpy(&inside, chunk.inside + i * kWidth, sizeof(inside));
+      logits[i] = join_fours<C>(fours + i * (kWidth / 4)) + keep<C>(~inside, broadcast<C>(logit_outside));
       // True for NaN as well.
       beyond |= ~((logits[i] - reference < C(kWindow)) & (logits[i] - reference > C(-kWindow)));
     }
@@ -163,9 +201,9 @@ MMLITE_INLINE void key_aware_head(
 }
 
 // Standard attention of one head of one query: the given weights times the bilinear ones.
-template <class T, class C, int kVectors, bool kHasOffsets>
+template <class T, class C, int kVectors>
 MMLITE_INLINE void standard_head(
-    const Problem& p, const Table<C>& table, const Slice& slice, int64_t q) {
+    const Problem& p, const Slice& slice, int64_t q, Chunks<C>* chunks) {
   typedef typename Simd<C>::V V;
   typedef Row<C, kVectors> R;
   const R row(p.dim);
@@ -177,14 +215,13 @@ MMLITE_INLINE void standard_head(
   for (int v = 0; v < row.vectors; ++v) total[v] = V{};
   for (int first = 0; first < num_points; first += kChunk) {
     const int count = num_points - first < kChunk ? num_points - first : kChunk;
-    Chunk<C> chunk;
-    alignas(64) C buffer[2 * kChunk];
-    locate(locations_of<C, kHasOffsets>(p, table, slice, q, first, count, buffer), table, first, &chunk);
+    Chunk<C>& chunk = chunks->next();
+    alignas(64) C buffer[kChunk];
     scale_weights(&chunk, points_of<C>(p.weights.data, p.point_dtype, weight_offset + first, count,
                                        C(0), kChunk, buffer));
 #pragma GCC unroll 4
     for (int i = 0; i < kChunk; ++i) {
-      if (!chunk.inside[i]) continue;
+      if (__builtin_expect(!chunk.inside[i], false)) continue;
       const Corners<C, T> corners(slice.value, chunk, i);
       for (int v = 0; v < row.vectors; ++v) total[v] += blend(row, corners, v);
     }
@@ -192,33 +229,33 @@ MMLITE_INLINE void standard_head(
   put_row(p, p.output, slice, q, row, total);
 }
 
-template <class T, class C, int kVectors, bool kHasOffsets>
-void forward_rows(const Problem& p, const Table<C>& table, const Slice& slice, int64_t q_begin,
-                  int64_t q_end) {
-  const C scale = C(1.4426950408889634) / static_cast<C>(::sqrt(static_cast<double>(p.dim)));
-  for (int64_t q = q_begin; q < q_end; ++q) {
-    switch (p.op) {
-      case kStandard:
-        standard_head<T, C, kVectors, kHasOffsets>(p, table, slice, q);
-        break;
-      case kKeyAware:
-        key_aware_head<T, C, kVectors, false, kHasOffsets>(p, table, slice, q, scale);
-        break;
-      case kKeyAwareShared:
-        key_aware_head<T, C, kVectors, true, kHasOffsets>(p, table, slice, q, scale);
-        break;
-    }
-  }
-}
-
 // T is the type of the slice's rows.
 template <class T, class C, int kVectors>
 void forward_rows(const Problem& p, const Table<C>& table, const Slice& slice, int64_t q_begin,
                   int64_t q_end) {
-  if (p.sampling == kLocations) {
-    forward_rows<T, C, kVectors, false>(p, table, slice, q_begin, q_end);
-  } else {
-    forward_rows<T, C, kVectors, true>(p, table, slice, q_begin, q_end);
+  const C scale = C(1.4426950408889634) / static_cast<C>(::sqrt(static_cast<double>(p.dim)));
+  Chunks<C> chunks(p, table, slice, q_begin, q_end);
+  const int64_t size = bytes_of(p.dtype), point_size = bytes_of(p.point_dtype);
+  for (int64_t q = q_begin; q < q_end; ++q) {
+    const int64_t next = q + kAhead < q_end ? q + kAhead : q;
+    prefetch_row(p.locations, slice, next, 2 * num_places(p), point_size);
+    prefetch_row(p.output, slice, next, p.dim, size);
+    if (p.op == kStandard) {
+      prefetch_row(p.weights, slice, next, p.levels * p.points, point_size);
+    } else {
+      prefetch_row(p.query, slice, next, p.dim, size);
+    }
+    switch (p.op) {
+      case kStandard:
+        standard_head<T, C, kVectors>(p, slice, q, &chunks);
+        break;
+      case kKeyAware:
+        key_aware_head<T, C, kVectors, false>(p, slice, q, scale, &chunks);
+        break;
+      case kKeyAwareShared:
+        key_aware_head<T, C, kVectors, true>(p, slice, q, scale, &chunks);
+        break;
+    }
   }
 }
 

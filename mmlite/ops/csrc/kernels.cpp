@@ -45,7 +45,10 @@ void pack(const Problem& p, const Rows& from, int64_t batch, int64_t head, int64
           int64_t end, void* to, int64_t stride) {
   with_types(p.dtype, [&](auto compute, auto stored) {
     typedef decltype(compute) C;
-    pack_rows<decltype(stored)>(p, from, batch, head, begin, end, static_cast<C*>(to), stride);
+    with_vectors<C>(p.dim, [&](auto vectors) {
+      pack_rows<decltype(stored), C, vectors>(
+          p, from, batch, head, begin, end, static_cast<C*>(to), stride);
+    });
   });
 }
 

@@ -6,13 +6,19 @@
 
 namespace MMLITE_ISA {
 
-template <class T, class C>
+template <class T, class C, int kVectors>
 void pack_rows(const Problem& p, const Rows& from, int64_t batch, int64_t head, int64_t begin,
                int64_t end, C* to, int64_t stride) {
-  const Row<C, 0> row(p.dim);
+  constexpr int64_t kTokensAhead = 16;
+  const Row<C, kVectors> row(p.dim);
+  const Slice slice = {batch, head, nullptr, nullptr, p.dtype};
   for (int64_t token = begin; token < end; ++token) {
+    prefetch_row(from, slice, token + kTokensAhead < end ? token + kTokensAhead : token, p.dim,
+                 sizeof(T));
     const T* const source = row_of<const T>(from, batch, token, head);
-    for (int v = 0; v < row.vectors; ++v) row.put(to + token * stride, v, row.get(source, v));
+    typename Simd<C>::V numbers[Row<C, kVectors>::kCapacity];
+    for (int v = 0; v < row.vectors; ++v) numbers[v] = row.get(source, v);
+    for (int v = 0; v < row.vectors; ++v) row.put(to + token * stride, v, numbers[v]);
   }
 }
 

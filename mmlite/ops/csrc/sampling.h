@@ -175,42 +175,91 @@ MMLITE_INLINE void add_origins(const Problem& p, const Origins<C>& origins, cons
   }
 }
 
-// The locations of point `first` and the `count` - 1 behind it, from their offsets.
-template <class C>
-__attribute__((noinline)) void locations_from_offsets(
-    const Problem& p, const Table<C>& table, const Slice& slice, int64_t q, int first, int count,
-    C* xy) {
-  const int64_t places = num_places(p), stride = p.reference.head_stride;
-  const C* const reference = reference_of<C>(p, slice.batch, q, 0);
-  Origins<C> origins;
-  with_type<C>(p.point_dtype, [&](auto* type) {
-    const auto* const from = row_of<const std::remove_pointer_t<decltype(type)>>(
-        p.locations, slice.batch, q, slice.head);
-    int64_t place = first % places;
-    for (int i = 0; i < kChunk; ++i) {
-      xy[2 * i] = i < count ? widen(from[2 * place]) : C(NAN);
-      xy[2 * i + 1] = i < count ? widen(from[2 * place + 1]) : C(NAN);
-      if (++place == places) place = 0;
-      origins.set(p, i, reference + table.level[first + i] * stride);
+// Interleaved (x, y) of one vector of points, that of each being at `pair(number)`; `same` says that
+// this is one place for all of them.
+template <class C, class Pair>
+MMLITE_INLINE typename Simd<C>::V load_pairs(bool same, const Pair& pair) {
+  constexpr int kPairs = Simd<C>::kWidth / 2;
+  if constexpr (sizeof(C) == 4) {
+    if (same) {
+      int64_t both;
+      memcpy(&both, pair(0), sizeof(both));
+      return bit_cast<typename Simd<C>::V>(both - typename Simd<C>::Pairs{});
     }
-  });
-  add_origins(p, origins, table, first, xy);
+    // Put together in registers: a vector that is loaded from numbers just stored has to wait.
+    typename Simd<C>::Pairs pairs{};
+#pragma GCC unroll 8
+    for (int k = 0; k < kPairs; ++k) {
+      int64_t both;
+      memcpy(&both, pair(k), sizeof(both));
+      pairs[k] = both;
+    }
+    return bit_cast<typename Simd<C>::V>(pairs);
+  } else {
+    C numbers[2 * kPairs];
+    for (int k = 0; k < kPairs; ++k) memcpy(numbers + 2 * k, pair(k), 2 * sizeof(C));
+    return load(numbers);
+  }
 }
 
-// The locations of point `first` and the `count` - 1 behind it of one head of one query; those that
-// are left of the chunk are nowhere. `buffer` has room for 2 * kChunk numbers. A loop that keeps sums
-// in registers says by kHasOffsets which it is, for they would not outlive a call that it might make.
-template <class C, bool kHasOffsets>
-MMLITE_INLINE const C* locations_of(const Problem& p, const Table<C>& table, const Slice& slice,
-                                    int64_t q, int first, int count, C* buffer) {
-  if constexpr (kHasOffsets) {
-    locations_from_offsets(p, table, slice, q, first, count, buffer);
-    return buffer;
+// The locations of point `first` and the `count` - 1 behind it, from their offsets, whose type is T.
+template <class C, class T>
+MMLITE_INLINE void locations_from_offsets(
+    const Problem& p, const Table<C>& table, const Slice& slice, int64_t q, int first, int count,
+    C* xy) {
+  typedef typename Simd<C>::V V;
+  constexpr int kPairs = Simd<C>::kWidth / 2;
+  const int places = static_cast<int>(num_places(p)), points = static_cast<int>(p.points);
+  const bool shared = p.offset_levels != p.levels, same = points % kPairs == 0;
+  const T* const offsets = row_of<const T>(p.locations, slice.batch, q, slice.head);
+  const C* const reference = reference_of<C>(p, slice.batch, q, 0);
+  const int stride = static_cast<int>(p.reference.head_stride);
+  const C half = C(0.5) / static_cast<C>(points);
+  for (int i = 0; i < kChunk; i += kPairs) {
+    const int point = first + i, place = shared ? point % places : point;
+    V offset;
+    if (i + kPairs <= count && place + kPairs <= places) {
+      offset = load(offsets + 2 * place);
+    } else {
+      C numbers[2 * kPairs];
+      for (int k = 0; k < kPairs; ++k) {
+        const T* const from = offsets + 2 * ((point + k) % places);
+        numbers[2 * k] = i + k < count ? widen(from[0]) : C(NAN);
+        numbers[2 * k + 1] = i + k < count ? widen(from[1]) : C(NAN);
+      }
+      offset = load(numbers);
+    }
+    const auto at = [&](int k) { return reference + table.level[point + k] * stride; };
+    const V centre = load_pairs<C>(same, at);
+    if (p.sampling == kFromPoints) {
+      store(xy + 2 * i, centre + offset / load(table.size + 2 * point));
+    } else {
+      const V extent = load_pairs<C>(same, [&](int k) { return at(k) + 2; });
+      store(xy + 2 * i, centre + offset * (extent * half));
+    }
   }
-  const int64_t offset = slice.batch * p.locations.batch_stride + q * p.locations.row_stride +
-                         slice.head * p.locations.head_stride + 2 * first;
-  return points_of<C>(
-      p.locations.data, p.point_dtype, offset, 2 * count, C(NAN), 2 * kChunk, buffer);
+}
+
+// Where point `first` and the `count` - 1 behind it of one head of one query fall; those that are
+// left of the chunk are nowhere. A call of its own: inlined, it would take the registers in which the
+// loops around it keep their sums.
+template <class C, bool kWithCell = false>
+__attribute__((noinline)) void locate_points(
+    const Problem& p, const Table<C>& table, const Slice& slice, int64_t q, int first, int count,
+    Chunk<C>* chunk, Cell<C>* cell = nullptr) {
+  alignas(64) C buffer[2 * kChunk];
+  const C* xy = buffer;
+  if (p.sampling == kLocations) {
+    const int64_t offset = slice.batch * p.locations.batch_stride + q * p.locations.row_stride +
+                           slice.head * p.locations.head_stride + 2 * first;
+    xy = points_of<C>(p.locations.data, p.point_dtype, offset, 2 * count, C(NAN), 2 * kChunk, buffer);
+  } else {
+    with_type<C>(p.point_dtype, [&](auto* type) {
+      locations_from_offsets<C, std::remove_pointer_t<decltype(type)>>(
+          p, table, slice, q, first, count, buffer);
+    });
+  }
+  locate<C, kWithCell>(xy, table, first, chunk, cell);
 }
 
 // A row of D numbers as vectors in registers. kVectors fixes D at compile time to that many full
@@ -283,7 +332,7 @@ MMLITE_INLINE void prefetch_row(const Rows& rows, const Slice& slice, int64_t q,
 }
 
 // How many queries ahead that is done.
-constexpr int64_t kAhead = 2;
+constexpr int64_t kAhead = 4;
 
 }  // namespace MMLITE_ISA
 

@@ -39,6 +39,7 @@ struct Simd<float> {
   typedef int32_t Int;
   typedef float V __attribute__((vector_size(MMLITE_VECTOR_BYTES)));
   typedef int32_t I __attribute__((vector_size(MMLITE_VECTOR_BYTES)));
+  typedef int64_t Pairs __attribute__((vector_size(MMLITE_VECTOR_BYTES)));  // two lanes in one
   static constexpr int kWidth = MMLITE_VECTOR_BYTES / 4;
 };
 
@@ -262,6 +263,21 @@ MMLITE_INLINE V odd(V a, V b) {
   }
 }
 
+// The inverse: lanes of `a` and `b` in turn, as two vectors.
+template <class C, class V = typename Simd<C>::V>
+MMLITE_INLINE void interleave(V a, V b, V* first, V* second) {
+  if constexpr (Simd<C>::kWidth == 16) {
+    *first = MMLITE_SHUFFLE(C, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    *second = MMLITE_SHUFFLE(C, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  } else if constexpr (Simd<C>::kWidth == 8) {
+    *first = MMLITE_SHUFFLE(C, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    *second = MMLITE_SHUFFLE(C, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else {
+    *first = MMLITE_SHUFFLE(C, a, b, 0, 4, 1, 5);
+    *second = MMLITE_SHUFFLE(C, a, b, 2, 6, 3, 7);
+  }
+}
+
 // Sums over the lanes of many vectors at once, by adding them in pairs until one is left. First
 // four vectors become one, which has a share of each of the four sums in every group of four
 // lanes: these shuffles stay within 128 bits, where they are cheapest.
@@ -311,18 +327,36 @@ MMLITE_INLINE V join_fours(const V* fours) {
   }
 }
 
+// Every lane combined with all others: by halves, then by quarters, down to neighbours. All but the
+// first shuffles stay within 128 bits here as well.
+template <class C, class Combine, class V = typename Simd<C>::V>
+MMLITE_INLINE C fold(V v, const Combine& combine) {
+  if constexpr (Simd<C>::kWidth == 16) {
+    v = combine(v, MMLITE_SHUFFLE(C, v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = combine(v, MMLITE_SHUFFLE(C, v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = combine(v, MMLITE_SHUFFLE(C, v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    v = combine(v, MMLITE_SHUFFLE(C, v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+  } else if constexpr (Simd<C>::kWidth == 8) {
+    v = combine(v, MMLITE_SHUFFLE(C, v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    v = combine(v, MMLITE_SHUFFLE(C, v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+    v = combine(v, MMLITE_SHUFFLE(C, v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+  } else {
+    v = combine(v, MMLITE_SHUFFLE(C, v, v, 2, 3, 0, 1));
+    v = combine(v, MMLITE_SHUFFLE(C, v, v, 1, 0, 3, 2));
+  }
+  return v[0];
+}
+
 #undef MMLITE_SHUFFLE
 
 template <class C>
 MMLITE_INLINE C sum(typename Simd<C>::V v) {
-  for (int n = Simd<C>::kWidth; n > 1; n /= 2) v = even<C>(v, v) + odd<C>(v, v);
-  return v[0];
+  return fold<C>(v, [](auto a, auto b) { return a + b; });
 }
 
 template <class C>
 MMLITE_INLINE C largest(typename Simd<C>::V v) {
-  for (int n = Simd<C>::kWidth; n > 1; n /= 2) v = larger(even<C>(v, v), odd<C>(v, v));
-  return v[0];
+  return fold<C>(v, [](auto a, auto b) { return larger(a, b); });
 }
 
 // Whether a mask is set in any lane.

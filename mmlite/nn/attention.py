@@ -186,8 +186,10 @@ class SamplingAttention(nn.Module):
         Raises:
             ValueError: The number of levels is not the attention's.
         """
+        # By name: the analysis asks for the locations of mmcv's attention, too.
+        offsets = SamplingAttention.offsets(self, query, reference_points, spatial_shapes)
         return sampling_locations(
-            self.offsets(query, reference_points, spatial_shapes).flatten(-4),
+            offsets.flatten(-4),
             reference_points,
             spatial_shapes,
             self.num_heads,

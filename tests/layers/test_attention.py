@@ -129,7 +129,7 @@ def test_unfitting_inputs():
         attention(
             query, value=value, reference_points=torch.rand(1, 5, 2, 2), spatial_shapes=SHAPES
         )
-    with pytest.raises(ValueError, match='last dimension of reference_points'):
+    with pytest.raises(ValueError, match=r'reference_points must be .*\(cx, cy, w, h\)'):
         attention(
             query, value=value, reference_points=torch.rand(1, 5, 3, 3), spatial_shapes=SHAPES
         )

@@ -113,11 +113,11 @@ def test_cuda_takes_our_operator(monkeypatch, dtype):
     layers.fuse_attention(attention)
     taken = []
 
-    def operator(value, spatial_shapes, locations, weights):
+    def operator(value, spatial_shapes, reference_points, offsets, weights):
         taken.append((value.device.type, value.dtype, spatial_shapes))
-        return value.new_empty(*locations.shape[:2], 32)
+        return value.new_empty(*offsets.shape[:2], 32)
 
-    monkeypatch.setattr(ops, 'ms_deform_attn', operator)
+    monkeypatch.setattr(ops, 'ms_deform_attn_from_offsets', operator)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(*shape: int, dtype: torch.dtype = dtype) -> FakeTensor:

@@ -323,8 +323,7 @@ MMLITE_INLINE void backward_head(
   C* const grad_value = static_cast<C*>(grads.value);
   C* const grad_key = static_cast<C*>(grads.key);
   const bool sums_rows = grad_value || grad_key, sums_query = kHasQuery && (p.grads & kGradQuery);
-  V grad_query[R::kCapacity];
-  for (int v = 0; v < row.vectors; ++v) grad_query[v] = V{};
+  V grad_query[R::kCapacity] = {}, share[R::kCapacity] = {}, key_share[R::kCapacity] = {};
   for (int n = 0; n < num_chunks && (sums_rows || sums_query); ++n) {
     const BackwardChunk<C>& chunk = chunks[n];
     for (int i = 0; i < chunk.count; ++i) {
@@ -340,7 +339,6 @@ MMLITE_INLINE void backward_head(
         for (int v = 0; v < row.vectors; ++v) grad_query[v] += load(sample + v * kWidth) * key_factor;
       }
       if (!sums_rows) continue;
-      V share[R::kCapacity], key_share[R::kCapacity];
       for (int v = 0; v < row.vectors; ++v) {
         share[v] = value_share<C, kOp>(grad[v], attention, query[v], key_factor);
         if (kOwnKey) key_share[v] = query[v] * key_factor;

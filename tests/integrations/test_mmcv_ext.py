@@ -147,8 +147,10 @@ def test_nms_beside_a_torchvision_that_does_not_work(
     (tmp_path / 'torchvision').mkdir()
     (tmp_path / 'torchvision/__init__.py').write_text(package)
     (tmp_path / 'torchvision/ops.py').write_text(operators)
-    for name in [name for name in sys.modules if name.partition('.')[0] == 'torchvision']:
-        monkeypatch.delitem(sys.modules, name)
+    known = {name for name in sys.modules if name.partition('.')[0] == 'torchvision'}
+    for name in known | {'torchvision', 'torchvision.ops'}:
+        monkeypatch.setitem(sys.modules, name, None)  # in the end all is as before
+        del sys.modules[name]
     monkeypatch.syspath_prepend(tmp_path)
     kept = mmcv_ext.nms(*boxes(300), iou_threshold=0.5, offset=0)
     assert torch.equal(kept, mmcv_ext._nms(*boxes(300), 0.5))

@@ -231,3 +231,20 @@ def test_more_queries_than_tokens(small_model, batch):
     )
     with pytest.raises(ValueError, match='num_queries=2000 proposals cannot be chosen'):
         model.train()(**batch(model), mode='loss')
+
+
+@pytest.mark.parametrize('base', [DEFORMABLE_DETR, DINO, DDQ])
+def test_a_training_step_of_the_encoder_reads_nothing_back(small_model, batch, base):
+    """Meta tensors have no values: any look at one, from maps to memory and back, raises."""
+    model = small_model(base, type=FAMILIES[base], encoder=dict(schedule='H3L1-(1+1)x2'))
+    data = batch(model, padded=True)
+    features = [feature.detach().to('meta') for feature in model.extract_feat(data['inputs'])]
+    features = [feature.requires_grad_() for feature in features]
+    model.to('meta')
+    encoder_inputs, _ = model.pre_transformer(tuple(features), data['data_samples'])
+    memory = model.forward_encoder(**encoder_inputs)['memory']
+    memory.sum().backward()
+    assert memory.is_meta and all(feature.grad is not None for feature in features)
+    assert all(parameter.grad is not None for parameter in model.encoder.parameters())
+    with pytest.raises(Exception, match='meta'):
+        memory.sum().item()

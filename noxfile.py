@@ -181,10 +181,17 @@ def support(session: nox.Session) -> None:
     print(table)
 
 
+def install_wheel(session: nox.Session) -> None:
+    """Install the wheel in wheelhouse/ that fits this machine."""
+    # uv's cache would give an earlier wheel of the same name.
+    wheelhouse = ('--no-deps', '--no-index', '--find-links=wheelhouse')
+    session.install(*wheelhouse, 'mmlite-detr', env={'UV_NO_CACHE': '1'})
+
+
 @nox.session(python=PYTHONS)
 def wheel(session: nox.Session) -> None:
     """The wheel in wheelhouse/ that fits this machine, installed beside torch alone."""
-    session.install('--no-deps', '--no-index', '--find-links=wheelhouse', 'mmlite-detr')
+    install_wheel(session)
     # Its dependencies. What pip finds installed it leaves alone.
     session.install('--find-links=wheelhouse', 'mmlite-detr', 'pytest', 'pytest-timeout')
     session.run(
@@ -200,7 +207,7 @@ def wheel(session: nox.Session) -> None:
 def commands(session: nox.Session) -> None:
     """README's first lines with that wheel and without a compiler, and what the pages name."""
     alone = {'PATH': session.bin, 'CC': 'no-compiler', 'CXX': 'no-compiler'}
-    session.install('--no-deps', '--no-index', '--find-links=wheelhouse', 'mmlite-detr')
+    install_wheel(session)
     extras = 'mmlite-detr[openmmlab,deploy]'
     session.install('--find-links=wheelhouse', extras, env=alone)
     small = ('--epochs=1', '--train-images=80', '--val-images=20')

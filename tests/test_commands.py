@@ -46,6 +46,7 @@ RUN_BY = {
     'torchrun': ('tests/test_cluster.py', 'torch.distributed.run'),
     'python $TOOLS/train.py': ('tests/test_mim.py', "mmdetection('train'"),
     'python $TOOLS/test.py': ('tests/test_mim.py', "mmdetection('test'"),
+    'python tools/wheels.py': ('Makefile', 'tools/wheels.py'),
     'python tools/company.py': ('tests/test_tools.py', "'company.py'"),
     'python tests/triton_compile.py': ('tests/ops/test_triton.py', 'triton_compile'),
 }

@@ -50,6 +50,7 @@ def benchmark() -> None:
       mmlite benchmark encoder
       mmlite benchmark compare mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py VARIANT.py
       mmlite benchmark transformers
+      mmlite benchmark deploy LITE_CONFIG.py
     """
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the table
 
@@ -264,3 +265,49 @@ def transformers(*, names, schedule, batch_size, start, **setting):
     from ..analysis.setting import Setting
 
     return report(Setting(batch_sizes=(batch_size,), **setting), names, schedule, start)
+
+
+@kind()
+@click.argument('config')
+@option(
+    '--runtime',
+    'runtimes',
+    type=click.Choice(['pytorch', 'onnxruntime', 'openvino']),
+    multiple=True,
+    default=['pytorch', 'onnxruntime', 'openvino'],
+    help='Give it more than once for more.',
+)
+@option(
+    '--part',
+    'parts',
+    type=click.Choice(['detector', 'encoder']),
+    multiple=True,
+    default=['detector', 'encoder'],
+    help='The whole detector, its encoder alone, or both.',
+)
+@flag('--int8', help='Also in 8 bits, in OpenVINO; needs NNCF.')
+@path_option('--exports', 'folder', help='Keep exports here, and use those that are here again.')
+def deploy(*, config, runtimes, parts, int8, folder, batch_size, start, **setting):
+    """Measure a Lite detector and its stock one in PyTorch, ONNX Runtime and OpenVINO.
+
+    In the runtimes both run exported plainly, in the runtime's own operators, and on ours. Weights
+    are random. Exports take minutes: with --exports a second run has them already.
+
+    \b
+    Example:
+      mmlite benchmark deploy CONFIG --threads 2 --int8 --exports work_dirs/exports
+      mmlite benchmark deploy CONFIG --part encoder --runtime openvino --rounds 4
+    """
+    from ..analysis import deploy
+    from ..analysis.setting import Setting
+
+    names = dict(zip(('pytorch', 'onnxruntime', 'openvino'), deploy.RUNTIMES))
+    return deploy.report(
+        config,
+        Setting(batch_sizes=(batch_size,), **setting),
+        [names[runtime] for runtime in runtimes],
+        parts,
+        int8,
+        folder,
+        start,
+    )

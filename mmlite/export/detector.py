@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -239,15 +239,20 @@ def _open_onnx(model: Path, portable: bool, threads: int | None, precision: str)
     options.log_severity_level = 3  # warnings tell of the exporter's unused constants
     if threads:
         options.intra_op_num_threads = threads
+    if not portable:
+        operators = library('onnxruntime')
+        try:
+            options.register_custom_ops_library(str(operators))
+        except Exception as error:  # the runtime's errors are of no common class
+            raise ValueError(
+                f'ONNX Runtime {onnxruntime.__version__} does not load the operators in '
+                f'{operators}: {_one_line(error)}'
+            ) from error
     try:
-        if not portable:
-            options.register_custom_ops_library(str(library('onnxruntime')))
         session = onnxruntime.InferenceSession(
             str(model), options, providers=['CPUExecutionProvider']
         )
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # the runtime's errors are of no common class
+    except Exception as error:
         raise ValueError(
             f'ONNX Runtime {onnxruntime.__version__} does not take {model}: {_one_line(error)}'
         ) from error
@@ -255,7 +260,9 @@ def _open_onnx(model: Path, portable: bool, threads: int | None, precision: str)
     return lambda *inputs: session.run(None, dict(zip(names, inputs)))
 
 
-def _open_openvino(model: Path, portable: bool, threads: int | None, precision: str) -> _Session:
+def _open_openvino(
+    model: Path, portable: bool, threads: int | None, precision: str, profile: bool = False
+) -> OpenVINOSession:
     try:
         import openvino
     except ImportError as error:
@@ -268,24 +275,40 @@ def _open_openvino(model: Path, portable: bool, threads: int | None, precision: 
     }
     if threads:
         hints['INFERENCE_NUM_THREADS'] = str(threads)
+    if profile:
+        hints['PERF_COUNT'] = 'YES'
+    if not portable:
+        operators = library('openvino')
+        try:
+            core.add_extension(str(operators))
+        except Exception as error:
+            raise ValueError(
+                f'OpenVINO {openvino.__version__} does not load the operators in {operators} (they '
+                f'are built for one version of it; build them again): {_one_line(error)}'
+            ) from error
     try:
-        if not portable:
-            core.add_extension(str(library('openvino')))
         compiled = core.compile_model(str(model), 'CPU', hints)
-    except FileNotFoundError:
-        raise
     except Exception as error:
         raise ValueError(
-            f'OpenVINO {openvino.__version__} does not take {model} (the library of operators is '
-            f'built for one version of it): {_one_line(error)}'
+            f'OpenVINO {openvino.__version__} does not take {model}: {_one_line(error)}'
         ) from error
-    request = compiled.create_infer_request()
+    return OpenVINOSession(compiled)
 
-    def run(*inputs: np.ndarray) -> list[np.ndarray]:
-        request.infer(list(inputs), share_inputs=True)
-        return [np.array(request.get_output_tensor(index).data) for index in range(3)]
 
-    return run
+class OpenVINOSession:
+    """A model in OpenVINO.
+
+    Attributes:
+        request: OpenVINO's ``InferRequest``, which knows of the last run.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        self.request = compiled.create_infer_request()
+        self._outputs = range(len(compiled.outputs))
+
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        self.request.infer(list(inputs), share_inputs=True)
+        return [np.array(self.request.get_output_tensor(index).data) for index in self._outputs]
 
 
 def _open_torch(model: Path, portable: bool, threads: int | None, precision: str) -> _Session:
@@ -307,4 +330,29 @@ def _open_torch(model: Path, portable: bool, threads: int | None, precision: str
     return run
 
 
-_OPEN = {'onnx': _open_onnx, 'openvino': _open_openvino, 'torch': _open_torch}
+_OPEN: dict[str, Callable[..., Any]] = {
+    'onnx': _open_onnx,
+    'openvino': _open_openvino,
+    'torch': _open_torch,
+}
+
+
+def open_session(
+    folder: str | os.PathLike, threads: int | None = None, **options: Any
+) -> Callable[..., Sequence[np.ndarray]]:
+    """Open the model of a folder alone, in float32: what :attr:`Detector.session` is.
+
+    Args:
+        folder (str | PathLike): A folder with a model and its description.
+        threads (int, optional): Threads of the runtime; by default its own choice.
+        options: ``profile=True`` has OpenVINO count the time of every node.
+
+    Returns:
+        Callable: Arrays to arrays.
+    """
+    folder = Path(folder)
+    description = json.loads((folder / DESCRIPTION).read_text(encoding='utf-8'))
+    model = folder / description['model']
+    return _OPEN[description['format']](
+        model, bool(description['portable']), threads, 'float32', **options
+    )

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops
 from ..layers import LiteEncoder, fuse_attention
 from .graph import DetectorGraph
 from .operators import decompositions, translation_table
+from .portable import portable_decompositions
 
 OUTPUTS = ('boxes', 'scores', 'labels')
 _OPSETS = range(18, 22)
@@ -81,7 +82,7 @@ def trace(
         dynamic.append(any_batch)
     with (
         exportable(model),
-        ops.use_backend('reference' if portable else 'cpu'),
+        ops.use_backend(_backend(portable)),
         torch.no_grad(),
         warnings.catch_warnings(),
     ):
@@ -91,6 +92,7 @@ def trace(
             program = torch.export.export(
                 graph, tuple(arguments), dynamic_shapes=tuple(dynamic), strict=False
             )
+            program = program.run_decompositions(portable_decompositions()) if portable else program
         except ValueError:
             raise
         except Exception as error:  # what cannot be traced fails in any way
@@ -106,6 +108,32 @@ def trace(
             'give a fixed size and batch'
         )
     return program
+
+
+def trace_encoder(
+    model: nn.Module, graph: nn.Module, tokens: Tensor, pos: Tensor, portable: bool = False
+) -> torch.export.ExportedProgram:
+    """Trace the encoder of a detector alone, for fixed sizes.
+
+    Args:
+        model (nn.Module): The detector.
+        graph (nn.Module): Calls its encoder, with the two next arguments.
+        tokens (Tensor): shape (bs, num_tokens, embed_dims).
+        pos (Tensor): Their positional embedding, same shape.
+        portable (bool): Use torch's own operators alone, instead of ours.
+
+    Returns:
+        ExportedProgram: From tokens and their positions to the memory.
+    """
+    with exportable(model), ops.use_backend(_backend(portable)), torch.no_grad():
+        program = torch.export.export(graph.eval(), (tokens, pos), strict=False)
+        return program.run_decompositions(portable_decompositions()) if portable else program
+
+
+def _backend(portable: bool) -> str:
+    """Ours, whose operators are what a portable graph is made from, too, where they are built."""
+    built = any(backend.name == 'cpu' and backend.available for backend in ops.backends())
+    return 'cpu' if built or not portable else 'reference'
 
 
 def check_opset(opset: int) -> None:
@@ -149,7 +177,7 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) 
                 opset_version=opset,
                 custom_translation_table=translation_table(),
                 input_names=inputs,
-                output_names=list(OUTPUTS),
+                output_names=list(OUTPUTS[: len(program.graph_signature.user_outputs)]),
             )
         except Exception as error:
             reason = str(error).strip().rpartition('\n')[2]

@@ -25,7 +25,8 @@ from .program import check_opset, to_onnx, trace
 
 FORMATS = ('onnx', 'openvino', 'torch')
 REPORT = 'report.json'
-_FILES = {'onnx': 'model.onnx', 'openvino': 'model.xml', 'torch': 'model.pt2'}
+# What the model is called in its folder.
+FILES = {'onnx': 'model.onnx', 'openvino': 'model.xml', 'torch': 'model.pt2'}
 _PACKAGES = {'onnx': 'onnxruntime', 'openvino': 'openvino', 'torch': 'torch'}
 
 
@@ -106,23 +107,33 @@ def write_program(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _FILES[format]
+    path = folder / FILES[format]
     if format == 'torch':
         torch.export.save(program, path)
     elif format == 'onnx':
         to_onnx(program, path, opset)
     else:
-        onnx_path = folder / _FILES['onnx']
-        to_onnx(program, onnx_path, opset)
-        _to_openvino(onnx_path, path, description['portable'])
-        for left_over in folder.glob(f'{_FILES["onnx"]}*'):
-            left_over.unlink()
+        to_openvino(program, path, description['portable'], opset)
     text = json.dumps({**description, 'format': format, 'model': path.name}, indent=2) + '\n'
     (folder / DESCRIPTION).write_text(text, encoding='utf-8')
     return load(folder)
 
 
-def _to_openvino(source: Path, path: Path, portable: bool) -> None:
+def to_openvino(
+    program: torch.export.ExportedProgram, path: Path, portable: bool = False, opset: int = 18
+) -> None:
+    """Write a traced detector as OpenVINO's own model, by way of ONNX.
+
+    Args:
+        program (ExportedProgram): What :func:`mmlite.export.program.trace` returned.
+        path (Path): The ``.xml``; a ``.bin`` goes beside it.
+        portable (bool): Whether it was traced so.
+        opset (int): Version of ONNX's operators.
+
+    Raises:
+        ImportError: openvino is missing.
+        FileNotFoundError: Our operators were not built for it.
+    """
     try:
         import openvino
     except ImportError as error:
@@ -134,7 +145,11 @@ def _to_openvino(source: Path, path: Path, portable: bool) -> None:
     core = openvino.Core()
     if not portable:
         core.add_extension(str(library('openvino')))
-    openvino.save_model(core.read_model(str(source)), str(path), compress_to_fp16=False)
+    onnx_path = path.with_name(FILES['onnx'])
+    to_onnx(program, onnx_path, opset)
+    openvino.save_model(core.read_model(str(onnx_path)), str(path), compress_to_fp16=False)
+    for left_over in path.parent.glob(f'{onnx_path.name}*'):
+        left_over.unlink()
 
 
 def describe(

@@ -131,3 +131,65 @@ def test_help_has_an_example(command):
     result = run(*command, '--help')
     assert result.exit_code == 0
     assert 'mmlite benchmark' in result.output.partition('Example')[2]
+
+
+LITE = """
+_base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
+custom_imports = dict(imports=['mmlite'])
+model = dict(
+    type='LiteDeformableDETR',
+    num_queries=20,
+    backbone=dict(depth=18, init_cfg=None),
+    neck=dict(in_channels=[128, 256, 512]),
+    encoder=dict(num_layers=2, schedule='H3L1-(2+1)x1'),
+    decoder=dict(num_layers=1),
+)
+"""
+
+
+@pytest.mark.timeout(900)
+def test_deploy(tmp_path):
+    pytest.importorskip('onnxscript')
+    from mmlite.export import library
+
+    for runtime in ('onnxruntime', 'openvino'):
+        pytest.importorskip(runtime)
+        try:
+            library(runtime)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+    config, path = tmp_path / 'lite.py', tmp_path / 'deploy.json'
+    config.write_text(LITE)
+    options = ('--image-size', '64x96', '--rounds', '2', '--warmup', '1', '--threads', '1')
+    # Whole in one runtime, whose exports are used again, and the encoder in all.
+    for part, runtimes in (('detector', ['openvino']), ('encoder', [])):
+        chosen = [word for name in runtimes for word in ('--runtime', name, '--runtime', 'pytorch')]
+        result = run(
+            *('deploy', str(config), '--part', part, *chosen, *options, '--json', str(path)),
+            *('--exports', str(tmp_path / 'exports')),
+        )
+        assert result.exit_code == 0, result.output
+        found = json.loads(path.read_text())['results']
+        forms = {
+            (
+                r['contestant']['runtime'],
+                r['contestant']['model'].split()[0],
+                r['contestant']['form'],
+            )
+            for r in found
+        }
+        for runtime in ('OpenVINO', *(['ONNX Runtime'] if part == 'encoder' else [])):
+            for model in ('stock', 'Lite'):
+                assert {(runtime, model, form) for form in ('plain', 'our operator')} <= forms
+        assert all(r['over_stock'] and len(r['timing']['seconds']) == 2 for r in found)
+        assert all(
+            bool(r['over_plain']) == (r['contestant']['runtime'] != 'PyTorch') for r in found
+        )
+        for r in found:
+            if part == 'detector':
+                assert r['stages']['encoder'] > 0 and r['stages']['backbone'] > 0
+
+    refused = run('deploy', str(config), '--dtype', 'bfloat16')
+    assert 'leave out --device, --dtype and --batch-size' in refused.output.replace('\n', ' ')
+    stock = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
+    assert 'give a Lite config' in run('deploy', stock, '--runtime', 'pytorch').output

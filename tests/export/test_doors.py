@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import json
 
 import numpy as np
 import pytest
 import torch
 
 from mmlite import ops
-from mmlite.export import doors, library
+from mmlite.export import doors, library, load
+from mmlite.export.detector import DESCRIPTION, FORMAT_VERSION
 from mmlite.export.operators import DOMAIN, VERSION
 
 onnx = pytest.importorskip('onnx')
@@ -59,7 +61,7 @@ def expected(case: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
         ).numpy()
 
 
-def model(case: str, domain_version: int = VERSION) -> bytes:
+def model(case: str) -> bytes:
     """A model of one node, all sizes free."""
     operator, names = CASES[case]
     example = tensors()
@@ -76,7 +78,7 @@ def model(case: str, domain_version: int = VERSION) -> bytes:
     graph = onnx.helper.make_graph([node], 'one_node', inputs, [output])
     opsets = [
         onnx.helper.make_opsetid('', 18),
-        onnx.helper.make_opsetid(DOMAIN, domain_version),
+        onnx.helper.make_opsetid(DOMAIN, VERSION),
     ]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
 
@@ -170,3 +172,42 @@ def test_a_missing_library_is_a_sentence(monkeypatch):
         library('onnxruntime')
     with pytest.raises(ValueError, match='runtime must be one of onnxruntime, openvino'):
         library('tensorrt')
+
+
+FORMATS = pytest.mark.parametrize('format_', ['onnx', 'openvino'])
+
+
+def exported(folder, format_: str, content: bytes):
+    """An export of a model of one node, as far as loading looks."""
+    built({'onnx': 'onnxruntime'}.get(format_, format_))
+    (folder / 'model.onnx').write_bytes(content)
+    description = {
+        **{'version': FORMAT_VERSION, 'format': format_, 'model': 'model.onnx'},
+        **{'portable': False, 'classes': []},
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description))
+    return folder
+
+
+@FORMATS
+def test_a_wrong_library_is_a_sentence(format_, tmp_path, monkeypatch):
+    folder = exported(tmp_path, format_, model('standard'))
+    load(folder)
+    other = {'onnx': 'openvino', 'openvino': 'onnxruntime'}[format_]
+    wrong = [tmp_path / 'no_library.so', built(other)]
+    wrong[0].write_bytes(b'nothing')
+    for path in wrong:
+        monkeypatch.setattr('mmlite.export.detector.library', lambda runtime, path=path: path)
+        with pytest.raises(ValueError, match='does not load the operators in') as refused:
+            load(folder)
+        assert path.name in str(refused.value) and '\n' not in str(refused.value)
+
+
+@FORMATS
+def test_an_unknown_operator_is_a_sentence(format_, tmp_path):
+    content = onnx.load_from_string(model('standard'))
+    content.graph.node[0].op_type = 'MSDeformAttnOfTomorrow'
+    folder = exported(tmp_path, format_, content.SerializeToString())
+    with pytest.raises(ValueError, match=r'does not take .*MSDeformAttnOfTomorrow') as refused:
+        load(folder)
+    assert '\n' not in str(refused.value)

@@ -1,0 +1,380 @@
+"""A detector where it is deployed: in PyTorch, ONNX Runtime and OpenVINO, in one run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.config import STOCK_TYPES, find_encoder, stock_config
+from ..export.detector import DESCRIPTION, open_session
+from ..export.doors import library
+from ..export.graph import Pyramid, encode
+from ..export.optimized import optimize
+from ..export.program import to_onnx, trace, trace_encoder
+from ..export.write import FILES, describe, predict, to_openvino, write_program
+from ..layers import fuse_attention
+from .complexity import STAGES, stage_of
+from .encoder_cost import strides
+from .inputs import encoder_inputs, level_sizes
+from .latency import Call, Ratio, Timing, speedup
+from .models import build_detector, load_config
+from .profile import profile_stages
+from .report import Report, Start, Table, milliseconds, size
+from .setting import Setting
+
+PYTORCH, ONNX, OPENVINO = RUNTIMES = ('PyTorch', 'ONNX Runtime', 'OpenVINO')
+DETECTOR, ENCODER = PARTS = ('detector', 'encoder')
+STOCK = 'stock'
+# How a model runs. In PyTorch the Lite one has our operator in any case.
+AS_IT_IS, OUR_OPERATOR, OPTIMIZED = "MMDetection's way", 'our operator', 'optimised'
+PLAIN, PLAIN_INT8, OUR_INT8 = 'plain', 'plain, 8 bits', 'our operator, 8 bits'
+_FORMATS = {ONNX: 'onnx', OPENVINO: 'openvino'}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who is measured."""
+
+    part: str  # of PARTS
+    runtime: str  # of RUNTIMES
+    model: str  # stock, or Lite and its schedule
+    form: str  # how it runs there
+
+    @property
+    def portable(self) -> bool:
+        """Whether the export does without our operators."""
+        return self.form in (PLAIN, PLAIN_INT8)
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder of its export."""
+        words = (self.part, self.model.split()[0], self.form, self.runtime)
+        return '-'.join(words).replace(',', '').replace(' ', '-').lower()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found of a contestant."""
+
+    contestant: Contestant
+    timing: Timing
+    over_stock: Ratio | None  # against the stock one in PyTorch, in MMDetection's way
+    over_plain: Ratio | None  # against the stock one, exported plainly, in the same runtime
+    stages: dict[str, float] | None  # seconds of each of STAGES, where they can be had
+
+
+def report(
+    config: str,
+    setting: Setting,
+    runtimes: Sequence[str],
+    parts: Sequence[str],
+    int8: bool,
+    folder: Path | None,
+    start: Start,
+) -> Report:
+    """All that ``mmlite benchmark deploy`` measures.
+
+    Args:
+        config (str): A Lite config, as for :func:`~mmlite.analysis.models.load_config`.
+        setting (Setting): What to run: one image, on the CPU, in float32.
+        runtimes (Sequence[str]): Of :data:`RUNTIMES`.
+        parts (Sequence[str]): Of :data:`PARTS`.
+        int8 (bool): Also measure detectors in 8 bits in OpenVINO.
+        folder (Path, optional): Where exports are kept; those that lie there are used again.
+        start (Start): Shows progress.
+
+    Raises:
+        ValueError: The config is not of a Lite detector that can be exported, or the setting is of
+            another kind.
+        ImportError: A runtime is missing.
+        FileNotFoundError: Our operators were not built for a runtime.
+    """
+    if (setting.device, setting.dtype, setting.batch_size) != ('cpu', 'float32', 1):
+        raise ValueError(
+            'mmlite benchmark deploy measures one image on the CPU, in float32 and in 8 bits: '
+            'leave out --device, --dtype and --batch-size'
+        )
+    _check_runtimes(runtimes, int8)
+    models = _models(config)
+    results: list[Result] = []
+    with ExitStack() as stack:
+        folder = folder or Path(stack.enter_context(TemporaryDirectory()))
+        for part in parts:
+            everyone = _contestants(part, list(models), runtimes, int8)
+            step = start(f'exporting, {part}', len(everyone))
+            for who in everyone:
+                if who.runtime != PYTORCH:
+                    _export(who, models[who.model], setting, folder)
+                step()
+            results += _measure(everyone, models, setting, folder, start)
+    settings = {**asdict(setting), 'config': config, 'runtimes': runtimes, 'parts': parts}
+    tables = [_table(part, results, setting) for part in parts]
+    if DETECTOR in parts:
+        tables.append(_stage_table(results))
+    return Report(settings, results, tables, [], {'versions': _versions(runtimes)})
+
+
+def _check_runtimes(runtimes: Sequence[str], int8: bool) -> None:
+    """Ask for what is missing before minutes go into exports."""
+    for runtime, package in ((ONNX, 'onnxruntime'), (OPENVINO, 'openvino')):
+        if runtime in runtimes:
+            for name in ('onnx', 'onnxscript', package):
+                if find_spec(name) is None:
+                    raise ImportError(f"{name} is missing; pip install 'mmlite-detr[deploy]'")
+            library(package)
+    if int8 and OPENVINO in runtimes:
+        from ..export.int8 import import_nncf
+
+        import_nncf()
+
+
+def _versions(runtimes: Sequence[str]) -> dict[str, str]:
+    packages = {PYTORCH: 'torch', ONNX: 'onnxruntime', OPENVINO: 'openvino'}
+    return {name: __import__(packages[name]).__version__ for name in runtimes}
+
+
+def _models(config: str) -> dict[str, nn.Module]:
+    """The stock detector and the Lite one, with random weights."""
+    cfg = load_config(config)
+    holder = find_encoder(cfg.model)[1]
+    if holder['type'] not in STOCK_TYPES:
+        raise ValueError(
+            f'{config} is of a stock detector; give a Lite config, which is measured against its '
+            'stock one: mmlite lite-config writes it'
+        )
+    stock = copy.deepcopy(cfg)
+    stock.model = stock_config(cfg.model)
+    models = {}
+    for name, one in ((STOCK, stock), (f'Lite {holder["encoder"]["schedule"]}', cfg)):
+        torch.manual_seed(0)
+        models[name] = build_detector(one)
+    return models
+
+
+def _contestants(
+    part: str, models: Sequence[str], runtimes: Sequence[str], int8: bool
+) -> list[Contestant]:
+    stock, lite = models
+    forms = {
+        PYTORCH: [(stock, AS_IT_IS), (stock, OUR_OPERATOR), (lite, AS_IT_IS)],
+        ONNX: [(name, form) for name in models for form in (PLAIN, OUR_OPERATOR)],
+        OPENVINO: [(name, form) for name in models for form in (PLAIN, OUR_OPERATOR)],
+    }
+    if part == DETECTOR:
+        forms[PYTORCH] += [(stock, OPTIMIZED), (lite, OPTIMIZED)]
+        forms[OPENVINO] += [(stock, PLAIN_INT8), (lite, OUR_INT8)] if int8 else []
+    return [
+        Contestant(part, runtime, *who)
+        for runtime in RUNTIMES
+        if runtime in runtimes
+        for who in forms[runtime]
+    ]
+
+
+# ---------------------------------------------------------------- exports
+
+
+class _Encoder(nn.Module):
+    """The encoder of a detector, from tokens and their positions to the memory."""
+
+    def __init__(self, model: nn.Module, sizes: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.model = model
+        self.sizes = list(sizes)
+
+    def forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        return encode(self.model, Pyramid(tokens, pos, self.sizes, None, None))
+
+
+def _export(who: Contestant, model: nn.Module, setting: Setting, folder: Path) -> None:
+    """Write an export, unless it lies there."""
+    target = folder / who.folder
+    if (target / DESCRIPTION).is_file():
+        found = json.loads((target / DESCRIPTION).read_text(encoding='utf-8'))
+        image_size = found.get('image_size', list(setting.image_size))
+        if (found['detector'], image_size) != (type(model).__name__, list(setting.image_size)):
+            raise ValueError(f'{target} is of another detector or size; choose other --exports')
+        return
+    if who.form in (PLAIN_INT8, OUR_INT8):
+        from ..export.int8 import quantize
+
+        form = PLAIN if who.portable else OUR_OPERATOR
+        source = Contestant(who.part, who.runtime, who.model, form)
+        quantize(folder / source.folder, target, [_image(setting)])
+    elif who.part == DETECTOR:
+        description = describe(model, portable=who.portable)
+        program = trace(model, portable=who.portable)
+        write_program(program, target, _FORMATS[who.runtime], description)
+    else:
+        _export_encoder(who, model, setting, target)
+
+
+def _export_encoder(who: Contestant, model: nn.Module, setting: Setting, target: Path) -> None:
+    inputs = _encoder_inputs(model, setting)
+    module = _Encoder(model, inputs['spatial_shapes'].tolist())
+    program = trace_encoder(model, module, inputs['query'], inputs['query_pos'], who.portable)
+    target.mkdir(parents=True, exist_ok=True)
+    format_ = _FORMATS[who.runtime]
+    path = target / FILES[format_]
+    if who.runtime == ONNX:
+        to_onnx(program, path)
+    else:
+        to_openvino(program, path, who.portable)
+    description = {
+        'detector': type(model).__name__,
+        'model': path.name,
+        'format': format_,
+        'portable': who.portable,
+        'image_size': list(setting.image_size),
+    }
+    (target / DESCRIPTION).write_text(json.dumps(description), encoding='utf-8')
+
+
+def _encoder_inputs(model: nn.Module, setting: Setting) -> dict:
+    """Keyword arguments of the encoder; exported it takes ``query`` and ``query_pos`` of them."""
+    encoder = model.encoder
+    wanted = strides(model.cfg.model, encoder.layers[0].self_attn.num_levels)
+    return encoder_inputs(level_sizes(setting.image_size, wanted), encoder.embed_dims)
+
+
+def _image(setting: Setting) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*setting.image_size, 3), np.uint8)
+
+
+# ---------------------------------------------------------------- measurements
+
+
+def _measure(
+    everyone: Sequence[Contestant],
+    models: dict[str, nn.Module],
+    setting: Setting,
+    folder: Path,
+    start: Start,
+) -> list[Result]:
+    part = everyone[0].part
+    image = np.ascontiguousarray(_image(setting).transpose(2, 0, 1)[None], np.float32)
+    # What the exported models take.
+    arrays = {name: [image] for name in models}
+    if part == ENCODER:
+        for name, model in models.items():
+            inputs = _encoder_inputs(model, setting)
+            arrays[name] = [inputs['query'].numpy(), inputs['query_pos'].numpy()]
+    runs: dict[Contestant, Call] = {}
+    in_pytorch: dict[Contestant, nn.Module] = {}
+    for who in everyone:
+        if who.runtime == PYTORCH:
+            model = in_pytorch[who] = _in_form(models[who.model], who.form)
+            runs[who] = (
+                _predicts(model, image)
+                if part == DETECTOR
+                else _encodes(model, _encoder_inputs(model, setting))
+            )
+        else:
+            runs[who] = _session(folder / who.folder, arrays[who.model])
+    timings = setting.measure(runs, start, part)
+    stages: dict[Contestant, dict[str, float]] = {}
+    if part == DETECTOR:
+        step = start('stages', len(everyone))
+        repeats = min(3, setting.rounds)
+        for who in everyone:
+            if who.runtime == PYTORCH:
+                stages[who] = profile_stages(in_pytorch[who], runs[who], repeats=repeats)
+            elif who.runtime == OPENVINO:
+                stages[who] = _openvino_stages(folder / who.folder, image, repeats)
+            step()
+
+    def over(who: Contestant, *baseline: str) -> Ratio | None:
+        other = Contestant(part, *baseline)
+        return speedup(timings[other], timings[who]) if other in timings else None
+
+    return [
+        Result(
+            who,
+            timings[who],
+            over(who, PYTORCH, STOCK, AS_IT_IS),
+            over(who, who.runtime, STOCK, PLAIN),
+            stages.get(who),
+        )
+        for who in everyone
+    ]
+
+
+def _in_form(model: nn.Module, form: str) -> nn.Module:
+    model = copy.deepcopy(model).eval()
+    if form == OPTIMIZED:
+        optimize(model)
+    elif form == OUR_OPERATOR:
+        fuse_attention(model)
+    return model
+
+
+def _predicts(model: nn.Module, image: np.ndarray) -> Call:
+    return lambda index: predict(model, image, [image.shape[-2:]])
+
+
+def _encodes(model: nn.Module, inputs: dict) -> Call:
+    def call(index: int) -> Tensor:
+        with torch.inference_mode():
+            return model.encoder(**inputs)
+
+    return call
+
+
+def _session(folder: Path, arrays: Sequence[np.ndarray]) -> Call:
+    session = open_session(folder, torch.get_num_threads())
+    return lambda index: session(*arrays)
+
+
+def _openvino_stages(folder: Path, image: np.ndarray, repeats: int) -> dict[str, float]:
+    """Medians of OpenVINO's own counters; nodes are named by their module."""
+    session = open_session(folder, torch.get_num_threads(), profile=True)
+    session(image)
+    runs = []
+    for _ in range(repeats):
+        session(image)
+        seconds = dict.fromkeys(STAGES, 0.0)
+        for node in session.request.get_profiling_info():
+            module = node.node_name.partition('/')[0]
+            seconds[stage_of(module)] += node.real_time.total_seconds()
+        runs.append(seconds)
+    return {stage: float(np.median([run[stage] for run in runs])) for stage in STAGES}
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _table(part: str, results: Sequence[Result], setting: Setting) -> Table:
+    what = 'images to boxes' if part == DETECTOR else 'tokens to memory'
+    columns = {
+        'runtime': lambda r: r.contestant.runtime,
+        'model': lambda r: r.contestant.model,
+        'form': lambda r: r.contestant.form,
+        'median ms': lambda r: milliseconds(r.timing.median),
+        'over stock MMDetection': lambda r: r.over_stock or '-',
+        'over stock, plain, same runtime': lambda r: r.over_plain or '-',
+    }
+    title = f'{part.capitalize()}, {what}, {size(setting.image_size)}, batch 1'
+    return Table.of(title, [r for r in results if r.contestant.part == part], columns)
+
+
+def _stage_table(results: Sequence[Result]) -> Table:
+    columns = {
+        'runtime': lambda r: r.contestant.runtime,
+        'model': lambda r: r.contestant.model,
+        'form': lambda r: r.contestant.form,
+        **{f'{stage} ms': lambda r, stage=stage: milliseconds(r.stages[stage]) for stage in STAGES},
+    }
+    title = (
+        "By stage, from torch's profiler and OpenVINO's counters (ONNX Runtime names no modules)"
+    )
+    return Table.of(title, [r for r in results if r.stages], columns)

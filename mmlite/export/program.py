@@ -185,7 +185,7 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) 
     _name_nodes(written.model.graph)
     for value in written.model.graph.inputs:
         names = ('batch', 'channels', 'height', 'width') if value.name == 'images' else ('batch',)
-        for axis, name in enumerate(names):
+        for axis, name in enumerate(names[: len(value.shape)]):
             if not isinstance(value.shape[axis], int):
                 value.shape[axis] = name
     written.save(str(path))

@@ -6,12 +6,13 @@
 set(CMAKE_TRY_COMPILE_PLATFORM_VARIABLES ZIG ZIG_TARGET)
 string(REGEX MATCH "^([^-]+)-([^-]+)" _ "${ZIG_TARGET}")
 set(CMAKE_SYSTEM_PROCESSOR ${CMAKE_MATCH_1})
-if(CMAKE_MATCH_2 MATCHES "^macos")
+set(system ${CMAKE_MATCH_2})  # the next match overwrites it
+if(system MATCHES "^macos")
   set(CMAKE_SYSTEM_NAME Darwin)
   # CMake insists on them; nothing here uses the first, and zig brings what the second would.
   set(CMAKE_INSTALL_NAME_TOOL true)
   set(CMAKE_OSX_SYSROOT "" CACHE STRING "")
-elseif(CMAKE_MATCH_2 STREQUAL "windows")
+elseif(system STREQUAL "windows")
   set(CMAKE_SYSTEM_NAME Windows)
 else()
   set(CMAKE_SYSTEM_NAME Linux)

@@ -18,6 +18,7 @@ from typing import Any
 _HOMES = {
     'Detections': 'detector',
     'Detector': 'detector',
+    'Segmentations': 'detector',
     'load': 'detector',
     'library': 'doors',
     'export_detector': 'write',

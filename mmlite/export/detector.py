@@ -34,8 +34,27 @@ class Detections(NamedTuple):
     labels: np.ndarray
 
 
+class Segmentations(NamedTuple):
+    """What was found in an image by a model of masks, best first.
+
+    Attributes:
+        boxes (np.ndarray): Around the masks, see :class:`Detections`.
+        scores (np.ndarray): float32, shape (n, ).
+        labels (np.ndarray): Indices into the classes, int64, shape (n, ).
+        masks (np.ndarray): bool, in pixels of the image, shape (n, h, w).
+        panoptic (np.ndarray, optional): Where the model makes panoptic maps: of each pixel label +
+            1000 * instance, and the number of classes where there is nothing; int64, shape (h, w).
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    masks: np.ndarray
+    panoptic: np.ndarray | None = None
+
+
 class _Session(Protocol):
-    """A loaded model: inputs in their order to (boxes, scores, labels)."""
+    """A loaded model: inputs in their order to (boxes, scores, labels, ...)."""
 
     def __call__(self, *inputs: np.ndarray) -> Sequence[np.ndarray]: ...
 
@@ -91,7 +110,8 @@ class Detector:
         classes (list[str]): Names of the labels.
         session: Runs the model itself: takes float32 images (bs, 3, h, w), in the channel order
             of OpenCV and with values 0 to 255, and where the model takes padded images their
-            sizes (h, w), int64 (bs, 2); returns boxes in pixels of these images, scores, labels.
+            sizes (h, w), int64 (bs, 2); returns boxes in pixels of these images, scores, labels,
+            and what else ``outputs`` of the description names.
     """
 
     def __init__(self, session: _Session, description: dict[str, Any]) -> None:
@@ -99,7 +119,7 @@ class Detector:
         self.description = description
         self.classes: list[str] = description['classes']
 
-    def detect(self, image: np.ndarray, score_threshold: float = 0.0) -> Detections:
+    def detect(self, image: np.ndarray, score_threshold: float = 0.0) -> Detections | Segmentations:
         """Find objects in an image.
 
         Args:
@@ -107,7 +127,8 @@ class Detector:
             score_threshold (float): Leave out what scores less.
 
         Returns:
-            Detections: In pixels of ``image``.
+            Detections | Segmentations: In pixels of ``image``; the second where the model makes
+            masks.
 
         Raises:
             ValueError: This is no image, or one too small for the model.
@@ -116,7 +137,7 @@ class Detector:
 
     def detect_batch(
         self, images: Sequence[np.ndarray], score_threshold: float = 0.0
-    ) -> list[Detections]:
+    ) -> list[Detections | Segmentations]:
         """Find objects in several images, in one run where the model takes several.
 
         Args:
@@ -124,13 +145,13 @@ class Detector:
             score_threshold (float): Leave out what scores less.
 
         Returns:
-            list[Detections]: One an image, in pixels of the image.
+            list[Detections | Segmentations]: One an image, in pixels of the image.
 
         Raises:
             ValueError: Something is no image, or too small for the model.
         """
         most = self.description['input']['batch']
-        found: list[Detections] = []
+        found: list[Detections | Segmentations] = []
         step = most or len(images)
         for start in range(0, len(images), max(step, 1)):
             found += self._run(images[start : start + step], most, score_threshold)
@@ -138,30 +159,53 @@ class Detector:
 
     def _run(
         self, images: Sequence[np.ndarray], batch: int | None, score_threshold: float
-    ) -> list[Detections]:
-        inputs = self.description['input']
+    ) -> list[Detections | Segmentations]:
         resized = [self.preprocess(image) for image in images]
+        outputs = self.session(*self.arguments(resized, batch or len(resized)))
+        found: list[Detections | Segmentations] = []
+        for number, (image, content) in enumerate(zip(images, resized)):
+            boxes, scores, labels, *maps = (output[number] for output in outputs)
+            height, width = content.shape[1:]
+            scale = np.array([width / image.shape[1], height / image.shape[0]] * 2, np.float32)
+            keep = scores >= score_threshold
+            boxes, scores, labels = boxes[keep] / scale, scores[keep], labels[keep]
+            if not maps:
+                found.append(Detections(boxes, scores, labels))
+                continue
+            size = image.shape[:2]
+            masks = [resized_mask(mask[:height, :width], size) for mask in maps[0][keep]]
+            found.append(
+                Segmentations(
+                    boxes,
+                    scores,
+                    labels,
+                    np.stack(masks) if masks else np.zeros((0, *size), bool),
+                    *(resized_map(segments[:height, :width], size) for segments in maps[1:]),
+                )
+            )
+        return found
+
+    def arguments(self, resized: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        """What :attr:`session` takes for preprocessed images, in a batch of ``count``.
+
+        Args:
+            resized (Sequence[np.ndarray]): What :meth:`preprocess` returned.
+            count (int): As many as these, or more: what is missing is black.
+
+        Returns:
+            list[np.ndarray]: The images, and their sizes where the model takes them.
+        """
+        inputs = self.description['input']
         sizes = [image.shape[1:] for image in resized]
-        height = inputs['height'] or max(h for h, _ in sizes)
-        width = inputs['width'] or max(w for _, w in sizes)
-        # A model of a fixed batch gets its missing images as copies of the first size, black.
-        count = batch or len(resized)
+        divisor = inputs.get('divisor', 1)
+        height = inputs['height'] or -(-max(h for h, _ in sizes) // divisor) * divisor
+        width = inputs['width'] or -(-max(w for _, w in sizes) // divisor) * divisor
         canvas = np.zeros((count, 3, height, width), np.float32)
         for number, image in enumerate(resized):
             canvas[number, :, : image.shape[1], : image.shape[2]] = image
-        arguments = [canvas]
-        if inputs['padded']:
-            padding = [sizes[0]] * (count - len(sizes))
-            arguments.append(np.array([*sizes, *padding], np.int64))
-        boxes, scores, labels = self.session(*arguments)
-        found = []
-        for number, (image, (h, w)) in enumerate(zip(images, sizes)):
-            scale = np.array([w / image.shape[1], h / image.shape[0]] * 2, np.float32)
-            keep = scores[number] >= score_threshold
-            found.append(
-                Detections(boxes[number][keep] / scale, scores[number][keep], labels[number][keep])
-            )
-        return found
+        if not inputs['padded']:
+            return [canvas]
+        return [canvas, np.array([*sizes, *[sizes[0]] * (count - len(sizes))], np.int64)]
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """Resize an image as in the test pipeline of the config.
@@ -217,6 +261,23 @@ def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[
     else:
         return resize['scale'][1], resize['scale'][0]
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+
+
+def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A bool mask (h, w) in another size, its border between pixels where it was."""
+    import cv2
+
+    if mask.shape == size:
+        return mask
+    grey = cv2.resize(mask.astype(np.uint8) * 255, size[::-1], interpolation=cv2.INTER_LINEAR)
+    return grey > 127
+
+
+def resized_map(segments: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A map of segments, int64 (h, w), in another size, by the nearest pixel."""
+    rows = np.arange(size[0]) * segments.shape[0] // size[0]
+    columns = np.arange(size[1]) * segments.shape[1] // size[1]
+    return segments[rows][:, columns]
 
 
 # ---------------------------------------------------------------- runtimes
@@ -318,6 +379,8 @@ def _open_torch(model: Path, portable: bool, threads: int | None, precision: str
         raise _missing('torch', error) from error
     if not portable:
         from .. import ops  # noqa: F401  (the operators register on import)
+    from . import nms  # noqa: F401  (so does this one, which DDQ-DETR has in any case)
+
     program = torch.export.load(model).module()
     if threads:
         torch.set_num_threads(threads)

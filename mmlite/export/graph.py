@@ -10,6 +10,7 @@ of the last decoder layer alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,10 @@ from ..detectors.lite import LiteDetectorMixin
 from ..layers import LiteEncoder
 from ..nn.geometry import LevelSizes, encoder_reference_points
 
-_FAMILIES = 'Deformable DETR, DINO and H-Deformable-DETR, stock and Lite'
+_FAMILIES = (
+    'Deformable DETR, DINO, H-Deformable-DETR, DDQ-DETR, Grounding DINO and Mask2Former, '
+    'stock and Lite'
+)
 # Methods in which a subclass would hide what the functions here do in their place.
 _REPLACED = (
     'predict',
@@ -66,7 +70,9 @@ class Pyramid(NamedTuple):
 
 
 class DetectorGraph(nn.Module):
-    """From images to boxes, scores and labels.
+    """From images to boxes, scores and labels: Deformable DETR, DINO and H-Deformable-DETR.
+
+    The other families build on it (:mod:`.families`).
 
     Args:
         model (nn.Module): A detector of MMDetection or mmlite, in eval mode. Its modules are
@@ -78,13 +84,34 @@ class DetectorGraph(nn.Module):
         ValueError: The detector is none of those that can be exported; the message says which can.
     """
 
+    outputs: tuple[str, ...] = ('boxes', 'scores', 'labels')
+
     def __init__(self, model: nn.Module, normalize: bool = True) -> None:
         super().__init__()
-        check_detector(model)
+        self.check(model)
         self.model = model
         self.normalize = normalize
         self.num_classes = model.bbox_head.cls_out_channels
-        self.num_predictions = num_predictions(model)
+
+    @property
+    def num_predictions(self) -> int:
+        """How many boxes an image gets."""
+        most = self.model.num_queries * self.num_classes
+        return min((self.model.bbox_head.test_cfg or {}).get('max_per_img', most), most)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a detector that this graph would compute wrongly; see :func:`check_detector`."""
+        check_detector(model)
+
+    def score(self, images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the last decoder layer says of every query.
+
+        Returns:
+            tuple[Tensor, Tensor]: Scores (bs, num_queries, num_classes) and boxes, cxcywh in
+            [0, 1], (bs, num_queries, 4).
+        """
+        logits, boxes = last_layer(self.model, images, image_sizes)
+        return logits.sigmoid(), boxes
 
     def forward(
         self, images: Tensor, image_sizes: Tensor | None = None
@@ -102,16 +129,11 @@ class DetectorGraph(nn.Module):
             (bs, num_predictions).
         """
         height, width = images.shape[-2:]
-        valid = None
-        if image_sizes is not None:
-            valid = (
-                valid_sides(image_sizes[:, 0], height, height),
-                valid_sides(image_sizes[:, 1], width, width),
-            )
         if self.normalize:
-            images = preprocess(self.model.data_preprocessor, images, valid)
-        logits, boxes = last_layer(self.model, images, image_sizes)
-        scores, index = logits.sigmoid().flatten(1).topk(self.num_predictions, 1)
+            inside = image_sides(images, image_sizes)
+            images = preprocess(self.model.data_preprocessor, images, inside)
+        scores, boxes = self.score(images, image_sizes)
+        scores, index = scores.flatten(1).topk(self.num_predictions, 1)
         labels = index % self.num_classes
         chosen = (index // self.num_classes).unsqueeze(-1)
         # A query may be chosen for several classes; so all boxes, which are few, are computed.
@@ -149,38 +171,46 @@ def last_layer(
     return head.cls_branches[last](hidden), boxes
 
 
-def num_predictions(model: nn.Module) -> int:
-    """How many boxes a detector gives an image."""
-    most = model.num_queries * model.bbox_head.cls_out_channels
-    return min((model.bbox_head.test_cfg or {}).get('max_per_img', most), most)
-
-
-def check_detector(model: nn.Module) -> None:
-    """Refuse what :class:`DetectorGraph` would compute wrongly.
+def check_detector(
+    model: nn.Module, kind: type[nn.Module] = DeformableDETR, known: tuple[type, ...] = ()
+) -> None:
+    """Refuse what a graph would compute wrongly.
 
     Args:
         model (nn.Module): Any module.
+        kind (type[nn.Module]): The family.
+        known (tuple[type, ...]): Classes whose forward methods the graph knows of, beside those of
+            Deformable DETR, DINO and H-Deformable-DETR.
 
     Raises:
         ValueError: It is not a detector of a known family, or scores with a softmax.
     """
     name = type(model).__name__
-    if not isinstance(model, DeformableDETR):
+    if not isinstance(model, kind):
         raise ValueError(f'{name} cannot be exported: that works for {_FAMILIES}')
     for method in _REPLACED:
         owner = next(cls for cls in type(model).__mro__ if method in vars(cls))
-        if owner not in _KNOWN:
+        if owner not in (*_KNOWN, *known):
             raise ValueError(
                 f'{name} has a {method} of its own and cannot be exported: that works for '
                 f'{_FAMILIES}'
             )
-    if not isinstance(model.encoder, (LiteEncoder, DeformableDetrTransformerEncoder)):
-        raise ValueError(
-            f'the encoder of {name}, {type(model.encoder).__name__}, cannot be exported: that '
-            f'works for {_FAMILIES}'
-        )
+    check_encoder(name, model.encoder)
     if not model.bbox_head.loss_cls.use_sigmoid:
         raise ValueError(f'{name} scores with a softmax; only sigmoid scores can be exported')
+
+
+def check_encoder(name: str, encoder: nn.Module) -> None:
+    """Refuse an encoder that is neither Lite nor stock.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    if not isinstance(encoder, (LiteEncoder, DeformableDetrTransformerEncoder)):
+        raise ValueError(
+            f'the encoder of {name}, {type(encoder).__name__}, cannot be exported: that works for '
+            f'{_FAMILIES}'
+        )
 
 
 def make_pyramid(model: nn.Module, images: Tensor, image_sizes: Tensor | None) -> Pyramid:
@@ -220,6 +250,17 @@ def preprocess(
         inside = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
         images = images.masked_fill(~inside, float(preprocessor.pad_value))
     return images
+
+
+def image_sides(images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Which rows and which columns of ``images`` lie in each image, or None without padding."""
+    if image_sizes is None:
+        return None
+    height, width = images.shape[-2:]
+    return (
+        valid_sides(image_sizes[:, 0], height, height),
+        valid_sides(image_sizes[:, 1], width, width),
+    )
 
 
 def valid_sides(image_side: Tensor, padded_side: int, side: int) -> Tensor:
@@ -280,7 +321,11 @@ def sine_features(numbers: Tensor, num_feats: int, temperature: float = 10000) -
 
 def encode(model: nn.Module, pyramid: Pyramid) -> Tensor:
     """The encoder, Lite or stock: the memory, shape (bs, num_tokens, embed_dims)."""
-    encoder = model.encoder
+    return run_encoder(model.encoder, pyramid)
+
+
+def run_encoder(encoder: nn.Module, pyramid: Pyramid) -> Tensor:
+    """:func:`encode`, given the encoder itself."""
     tokens, pos, level_sizes, mask, _ = pyramid
     valid_ratios = pyramid.valid_ratios
     pos = pos.expand(tokens.shape[0], -1, -1)
@@ -301,9 +346,16 @@ def encode(model: nn.Module, pyramid: Pyramid) -> Tensor:
 
 
 def select_queries(
-    model: nn.Module, memory: Tensor, pyramid: Pyramid
+    model: nn.Module, memory: Tensor, pyramid: Pyramid, text: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """What the decoder starts with.
+
+    Args:
+        model (nn.Module): The detector.
+        memory (Tensor): The encoder's, shape (bs, num_tokens, embed_dims).
+        pyramid (Pyramid): What was encoded.
+        text (Tensor, optional): The encoded text that tokens are compared with in place of having
+            classes, shape (bs, num_words, embed_dims).
 
     Returns:
         tuple[Tensor, Tensor | None, Tensor]: Queries and their positional embedding (None where
@@ -316,10 +368,8 @@ def select_queries(
         return query, query_pos, model.reference_points_fc(query_pos).sigmoid()
 
     head = model.bbox_head
-    proposals, usable = token_proposals(pyramid, memory)
-    features = memory.masked_fill(~usable, 0.0)
-    features = model.memory_trans_norm(model.memory_trans_fc(features))
-    logits = head.cls_branches[model.decoder.num_layers](features)
+    features, proposals = propose(model, memory, pyramid)
+    logits = classify(model, model.decoder.num_layers, features, text)
     # DINO ranks tokens by their best class, the others by the first one alone.
     ranked_by = logits.amax(-1) if isinstance(model, DINO) else logits.select(-1, 0)
     chosen = ranked_by.topk(model.num_queries, 1).indices.unsqueeze(-1)
@@ -339,6 +389,32 @@ def select_queries(
     position = model.pos_trans_norm(model.pos_trans_fc(position))
     query_pos, query = position.split(channels, -1)
     return query, query_pos, reference
+
+
+def propose(model: nn.Module, memory: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+    """What the first stage looks at.
+
+    Returns:
+        tuple[Tensor, Tensor]: Features of every token, shape (bs, num_tokens, embed_dims), and the
+        logits of the box that it proposes, see :func:`token_proposals`.
+    """
+    proposals, usable = token_proposals(pyramid, memory)
+    features = memory.masked_fill(~usable, 0.0)
+    return model.memory_trans_norm(model.memory_trans_fc(features)), proposals
+
+
+def classify(model: nn.Module, branch: int, features: Tensor, text: Tensor | None = None) -> Tensor:
+    """Logits of classes, or of words where there is a text: (bs, n, num_classes or num_words)."""
+    head = model.bbox_head.cls_branches[branch]
+    if text is None:
+        return head(features)
+    # Grounding DINO's ContrastiveEmbed, with no words beyond those of the text.
+    logits = features @ text.transpose(1, 2)
+    if isinstance(head.log_scale, nn.Parameter):
+        logits = logits * head.log_scale.exp()
+    elif head.log_scale == 'auto':
+        logits = logits / math.sqrt(features.shape[-1])
+    return logits if head.bias is None else logits + head.bias
 
 
 def token_proposals(pyramid: Pyramid, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -376,8 +452,23 @@ def decode(
     reference: Tensor,
     memory: Tensor,
     pyramid: Pyramid,
+    text: Tensor | None = None,
+    block: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The decoder.
+
+    Args:
+        model (nn.Module): The detector.
+        query (Tensor): These three are what :func:`select_queries` returned.
+        query_pos (Tensor, optional): Positional embedding.
+        reference (Tensor): Reference points.
+        memory (Tensor): The encoder's, shape (bs, num_tokens, embed_dims).
+        pyramid (Pyramid): What was encoded.
+        text (Tensor, optional): Encoded text that layers of Grounding DINO attend to, shape
+            (bs, num_words, embed_dims).
+        block (Callable, optional): Which queries do not see each other in the next layer: from the
+            number of a layer, its queries and their new boxes to a bool tensor, True where one
+            query must not see another, shape (bs, num_queries, num_queries).
 
     Returns:
         tuple[Tensor, Tensor]: Hidden states of the last layer, (bs, num_queries, embed_dims), and
@@ -387,6 +478,7 @@ def decode(
     is_dino = isinstance(model, DINO)
     ratios = pyramid.valid_ratios
     num_levels = len(pyramid.level_sizes)
+    blocked = None
     for index, layer in enumerate(decoder.layers):
         points = reference.unsqueeze(2)
         if ratios is not None:
@@ -396,7 +488,10 @@ def decode(
             x, y, *size = (points.select(2, 0) * (2 * math.pi)).split(1, -1)
             features = sine_features(torch.cat([y, x, *size], -1), 128).flatten(2)
             query_pos = decoder.ref_point_head(features)
-        query = layer.norms[0](self_attend(layer.self_attn, query, query_pos))
+        query = layer.norms[0](self_attend(layer.self_attn, query, query_pos, blocked))
+        if text is not None:
+            query = attend(layer.cross_attn_text, query, query_pos, text)
+            query = layer.norms[1](query)
         query = layer.cross_attn(
             query,
             value=memory,
@@ -405,27 +500,69 @@ def decode(
             reference_points=points.expand(-1, -1, num_levels, -1),
             spatial_shapes=pyramid.level_sizes,
         )
-        query = layer.norms[2](layer.ffn(layer.norms[1](query)))
+        query = layer.norms[-1](layer.ffn(layer.norms[-2](query)))
         if model.with_box_refine and index < len(decoder.layers) - 1:
             offset = model.bbox_head.reg_branches[index](query)
             eps = 1e-3 if is_dino else 1e-5
             reference = refine(offset, inverse_sigmoid(reference, eps=eps))
+            if block is not None:
+                blocked = block(index, query, reference)
     return (decoder.norm(query) if is_dino else query), reference
 
 
-def self_attend(attention: nn.Module, query: Tensor, query_pos: Tensor) -> Tensor:
-    """mmcv's ``MultiheadAttention`` of queries to each other, without the mean of its weights."""
-    inner = attention.attn
-    channels = inner.embed_dim
-    weight, bias = inner.in_proj_weight, inner.in_proj_bias
+def self_attend(
+    attention: nn.Module, query: Tensor, query_pos: Tensor, blocked: Tensor | None = None
+) -> Tensor:
+    """mmcv's ``MultiheadAttention`` of queries to each other, without the mean of its weights.
+
+    ``blocked`` is True where one must not see another, bool, (bs, num_queries, num_queries).
+    """
     placed = query + query_pos
+    channels = attention.attn.embed_dim
     projected = [
-        F.linear(tokens, weight.narrow(0, start, size), bias.narrow(0, start, size))
+        _project(attention, tokens, start, size)
         for tokens, start, size in ((placed, 0, 2 * channels), (query, 2 * channels, channels))
     ]
-    heads = torch.cat(projected, -1).unflatten(-1, (3, inner.num_heads, -1)).transpose(1, 3)
-    output = F.scaled_dot_product_attention(*heads.unbind(2))
-    return query + inner.out_proj(output.transpose(1, 2).flatten(2))
+    heads = torch.cat(projected, -1).unflatten(-1, (3, attention.attn.num_heads, -1))
+    return query + _attention(attention, *heads.transpose(1, 3).unbind(2), blocked)
+
+
+def attend(
+    attention: nn.Module,
+    query: Tensor,
+    query_pos: Tensor,
+    value: Tensor,
+    key_pos: Tensor | None = None,
+    blocked: Tensor | None = None,
+) -> Tensor:
+    """mmcv's ``MultiheadAttention`` of queries to other tokens; see :func:`self_attend`.
+
+    ``blocked`` is bool, (bs, num_queries, num_values).
+    """
+    channels = attention.attn.embed_dim
+    key = value if key_pos is None else value + key_pos
+    heads = [
+        _project(attention, tokens, index * channels, channels)
+        .unflatten(-1, (attention.attn.num_heads, -1))
+        .transpose(1, 2)
+        for index, tokens in enumerate((query + query_pos, key, value))
+    ]
+    return query + _attention(attention, *heads, blocked)
+
+
+def _project(attention: nn.Module, tokens: Tensor, start: int, size: int) -> Tensor:
+    """Some of the joint projection of queries, keys and values."""
+    weight, bias = attention.attn.in_proj_weight, attention.attn.in_proj_bias
+    return F.linear(tokens, weight.narrow(0, start, size), bias.narrow(0, start, size))
+
+
+def _attention(
+    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None
+) -> Tensor:
+    """Projected heads (bs, num_heads, n, channels) to the output, (bs, n, embed_dims)."""
+    seen = None if blocked is None else ~blocked.unsqueeze(1)
+    output = F.scaled_dot_product_attention(query, key, value, seen)
+    return attention.attn.out_proj(output.transpose(1, 2).flatten(2))
 
 
 def refine(offset: Tensor, logits: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 
 from ..ops import reference
+from . import nms  # noqa: F401  (registers distinct_boxes)
 
 DOMAIN, VERSION = 'mmlite', 1
 _INPUTS = {
@@ -62,6 +63,7 @@ def translation_table() -> dict[Callable, Callable]:
     from typing import Optional
 
     from onnxscript import FLOAT, INT64
+    from onnxscript import opset18 as onnx
     from onnxscript.values import Opset
 
     _define()
@@ -74,12 +76,32 @@ def translation_table() -> dict[Callable, Callable]:
     def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
         return nodes.MSDeformAttn(value, spatial_shapes, sampling_locations, attention_weights)
 
+    def distinct_boxes(boxes, scores, iou_threshold, most):
+        """ONNX's own operator, and the boxes that it names as a mask."""
+        chosen = onnx.NonMaxSuppression(
+            boxes,
+            onnx.Unsqueeze(scores, onnx.Constant(value_ints=[1])),
+            onnx.Constant(value_ints=[most]),
+            onnx.Constant(value_floats=[iou_threshold]),
+            onnx.Constant(value_floats=[-0.5]),  # a negative score stands for no box
+        )
+        # (image, class, box) of each.
+        places = onnx.Gather(chosen, onnx.Constant(value_ints=[0, 2]), axis=1)
+        ones = onnx.Expand(
+            onnx.Constant(value_floats=[1.0]),
+            onnx.Shape(places, start=0, end=1),
+        )
+        nothing = onnx.Mul(scores, onnx.Constant(value_float=0.0))
+        marked = onnx.ScatterND(nothing, places, ones)
+        return onnx.Greater(marked, onnx.Constant(value_float=0.5))
+
     # The exporter reads types from annotations that hold objects: an int64 tensor has it join the
     # level sizes, symbols and numbers, to one.
     tensors = {name: FLOAT for inputs in _INPUTS.values() for name in inputs}
     tensors |= {'spatial_shapes': INT64, 'key': Optional[FLOAT]}
     table = {}
-    for function in (key_aware_deform_attn, ms_deform_attn):
+    tensors |= {'boxes': FLOAT, 'scores': FLOAT, 'iou_threshold': float, 'most': int}
+    for function in (key_aware_deform_attn, ms_deform_attn, distinct_boxes):
         arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
         function.__annotations__ = {name: tensors[name] for name in arguments}
         table[getattr(torch.ops.mmlite, function.__name__).default] = function

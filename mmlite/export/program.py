@@ -7,7 +7,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layers import LiteEncoder, fuse_attention
-from .graph import DetectorGraph
+from .families import encoder_of, low_levels_of, make_graph, padding_divisor
 from .operators import decompositions, translation_table
 from .portable import portable_decompositions
 
-OUTPUTS = ('boxes', 'scores', 'labels')
+# What the outputs are called, as many as there are.
+OUTPUTS = ('boxes', 'scores', 'labels', 'masks', 'panoptic')
 _OPSETS = range(18, 22)
 # Sizes that a graph of free sizes is traced with: no level of the pyramid is one pixel wide, which
 # would make its size a constant.
@@ -32,13 +33,13 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its attention on our operators, as it was again behind the ``with`` block."""
     classes = {module: type(module) for module in model.modules()}
     training = model.training
-    encoder = model.encoder
+    encoder = encoder_of(model)
     low_levels = getattr(encoder, 'low_levels', None)
     model.eval()
     fuse_attention(model)
     if isinstance(encoder, LiteEncoder) and low_levels is None:
-        # Comparing the maps' sizes would bind a graph to them; the neck gives the largest first.
-        encoder.low_levels = tuple(range(encoder.schedule.num_low_levels))
+        # Comparing the maps' sizes would bind a graph to them.
+        encoder.low_levels = low_levels_of(model)
     try:
         yield model
     finally:
@@ -55,23 +56,31 @@ def trace(
     batch: int | None = 1,
     padded: bool = False,
     portable: bool = False,
+    text: Sequence[str] | None = None,
 ) -> torch.export.ExportedProgram:
-    """Trace a detector from images to boxes, scores and labels; see :class:`DetectorGraph`.
+    """Trace a detector from images to boxes, scores and labels; see :mod:`.families`.
 
     Args:
         model (nn.Module): The detector.
         size (tuple[int, int], optional): (h, w) of the images; None for any.
         batch (int, optional): Images at a time; None for any number.
         padded (bool): Give the graph a second input, the sizes of the images without padding.
-        portable (bool): Use torch's own operators alone, instead of ours.
+        portable (bool): Use no attention of ours.
+        text (Sequence[str], optional): What Grounding DINO looks for, one name a class.
 
     Returns:
-        ExportedProgram: Its inputs are those of :class:`DetectorGraph`.
+        ExportedProgram: Its inputs are those of :class:`.graph.DetectorGraph`.
 
     Raises:
         ValueError: The detector cannot be exported, or not with images of any size.
     """
+    divisor = padding_divisor(model)
     height, width = size or _EXAMPLE_SIZE
+    if height % divisor or width % divisor:
+        raise ValueError(
+            f'{type(model).__name__} pads images to multiples of {divisor}; choose such a size, '
+            f'not {height} x {width}'
+        )
     count = batch or 2
     arguments = [torch.zeros(count, 3, height, width)]
     any_size = {} if size else dict.fromkeys((2, 3), torch.export.Dim.AUTO)
@@ -87,7 +96,7 @@ def trace(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter('ignore')
-        graph = DetectorGraph(model).eval()
+        graph = make_graph(model, text)
         try:
             program = torch.export.export(
                 graph, tuple(arguments), dynamic_shapes=tuple(dynamic), strict=False

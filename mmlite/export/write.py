@@ -7,20 +7,31 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mmdet.models.detectors import GroundingDINO
 from mmdet.registry import DATASETS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from torch import nn
 
 from .. import __version__
-from .detector import DESCRIPTION, FORMAT_VERSION, Detections, Detector, load
-from .graph import num_predictions
+from .detector import (
+    DESCRIPTION,
+    FORMAT_VERSION,
+    Detections,
+    Detector,
+    Segmentations,
+    load,
+)
+from .families import encoder_of, make_graph, padding_divisor
+from .grounding_dino import GroundingGraph
+from .mask2former import SegmenterGraph
 from .program import check_opset, to_onnx, trace
 
 FORMATS = ('onnx', 'openvino', 'torch')
@@ -36,10 +47,12 @@ class Difference(NamedTuple):
     Attributes:
         boxes (float): Largest difference of a side of a box, in parts of the image's side.
         scores (float): Largest difference of a score.
+        masks (float): Largest part of the pixels of a mask, or of a panoptic map, that differs.
     """
 
     boxes: float
     scores: float
+    masks: float = 0.0
 
 
 def export_detector(
@@ -51,12 +64,13 @@ def export_detector(
     batch: int | None = 1,
     portable: bool = False,
     opset: int = 18,
+    text: Sequence[str] | None = None,
 ) -> Detector:
     """Write a detector, from image to boxes, scores and labels, and load it again.
 
     Args:
-        model (nn.Module): A detector of MMDetection or mmlite: Deformable DETR, DINO or
-            H-Deformable-DETR, stock or Lite.
+        model (nn.Module): A detector of MMDetection or mmlite: Deformable DETR, DINO,
+            H-Deformable-DETR, DDQ-DETR, Grounding DINO or Mask2Former, stock or Lite.
         folder (str | PathLike): Where ``model.*`` and ``detector.json`` go.
         format (str): ``'onnx'``, ``'openvino'`` or ``'torch'`` (torch.export).
         config (Config, optional): Where the names of the classes and the test pipeline's
@@ -66,6 +80,8 @@ def export_detector(
         batch (int, optional): Images at a time; None for any number.
         portable (bool): Use no operators of ours: slower, for runtimes that take none.
         opset (int): Version of ONNX's operators.
+        text (Sequence[str], optional): What Grounding DINO looks for, one name a class; by default
+            the classes of ``config``.
 
     Returns:
         Detector: The exported detector, loaded.
@@ -78,12 +94,11 @@ def export_detector(
     if format not in FORMATS:
         raise ValueError(f'format must be one of {", ".join(FORMATS)}; got {format!r}')
     check_opset(opset)
-    # A single image of any size is never padded, and then nothing need be masked.
-    padded = batch != 1 or size is not None
-    program = trace(model, size, batch, padded, portable)
-    return write_program(
-        program, folder, format, describe(model, config, size, batch, portable), opset
-    )
+    if text is None and isinstance(model, GroundingDINO):
+        text = class_names(config, model)
+    description = describe(model, config, size, batch, portable, text)
+    program = trace(model, size, batch, description['input']['padded'], portable, text)
+    return write_program(program, folder, format, description, opset)
 
 
 def write_program(
@@ -158,6 +173,7 @@ def describe(
     size: tuple[int, int] | None = None,
     batch: int | None = 1,
     portable: bool = False,
+    text: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """What ``detector.json`` says, but for the file; arguments as in :func:`export_detector`."""
     preprocessor = model.data_preprocessor
@@ -165,20 +181,25 @@ def describe(
     resize = _resize(config)
     if size is not None:
         resize = {'canvas': list(size)}
-    schedule = getattr(model.encoder, 'schedule', None)
-    return {
+    schedule = getattr(encoder_of(model), 'schedule', None)
+    graph = make_graph(model, text)
+    divisor = padding_divisor(model)
+    described = {
         'version': FORMAT_VERSION,
         'mmlite': __version__,
         'detector': type(model).__name__,
         'schedule': None if schedule is None else str(schedule),
-        'classes': _classes(model, config),
-        'num_predictions': num_predictions(model),
+        'classes': list(text or class_names(config, model, graph.num_classes)),
+        'num_predictions': graph.num_predictions,
+        'outputs': list(graph.outputs),
         'portable': portable,
         'input': {
             'batch': batch,
             'height': size and size[0],
             'width': size and size[1],
-            'padded': batch != 1 or size is not None,
+            # A single image of any size is never padded, and then nothing need be masked.
+            'padded': batch != 1 or size is not None or divisor > 1,
+            'divisor': divisor,
         },
         'preprocessing': {
             'resize': resize,
@@ -191,6 +212,12 @@ def describe(
             },
         },
     }
+    if isinstance(graph, GroundingGraph):
+        # Fixed in the model: another text needs another export.
+        described['text'] = {'prompt': graph.prompt, 'names': list(graph.text)}
+    if isinstance(graph, SegmenterGraph):
+        described['num_things'] = model.num_things_classes
+    return described
 
 
 def _resize(config: Config | None) -> dict[str, Any] | None:
@@ -206,9 +233,19 @@ def _resize(config: Config | None) -> dict[str, Any] | None:
     return None
 
 
-def _classes(model: nn.Module, config: Config | None) -> list[str]:
-    """Names of the labels: the model's, the config's, the data set's, or numbers."""
-    count = model.bbox_head.num_classes
+def class_names(
+    config: Config | None, model: nn.Module | None = None, count: int | None = None
+) -> list[str]:
+    """Names of the classes: what a checkpoint told the model, the config's, the data set's.
+
+    Args:
+        config (Config, optional): Whose test data set is asked.
+        model (nn.Module, optional): What is asked first.
+        count (int, optional): How many there must be.
+
+    Returns:
+        list[str]: The first names that are as many; else numbers, or none without ``count``.
+    """
     dataset = (config or {}).get('test_dataloader', {}).get('dataset', {})
     kind = DATASETS.get(dataset.get('type', '')) if dataset else None
     for meta in (
@@ -217,9 +254,9 @@ def _classes(model: nn.Module, config: Config | None) -> list[str]:
         getattr(kind, 'METAINFO', None),
     ):
         names = (meta or {}).get('classes', ())
-        if len(names) == count and not isinstance(names, str):
+        if names and not isinstance(names, str) and len(names) == (count or len(names)):
             return list(names)
-    return [str(label) for label in range(count)]
+    return [str(label) for label in range(count or 0)]
 
 
 # ---------------------------------------------------------------- comparison
@@ -240,21 +277,23 @@ def compare(
         dict: ``boxes`` and ``scores`` of the largest :class:`Difference`, ``latency_ms`` of both
         (the model alone, on one image, resized), and versions.
     """
+    text = detector.description.get('text', {}).get('names')
     worst = Difference(0.0, 0.0)
     for image in images:
-        arguments = _arguments(detector, image)
-        boxes, scores, labels = (output[0] for output in detector.session(*arguments))
-        expected = predict(model, arguments[0], [detector.preprocess(image).shape[1:]])[0]
-        found = difference(expected, Detections(boxes, scores, labels), arguments[0].shape[-2:])
+        arguments, size = _arguments(detector, image)
+        outputs = detector.session(*arguments)
+        expected = predict(model, arguments[0], [size], text)[0]
+        found = difference(expected, detections_of(outputs, 0, size), arguments[0].shape[-2:])
         worst = Difference(*map(max, worst, found))
-    arguments = _arguments(detector, images[0])
-    size = detector.preprocess(images[0]).shape[1:]
+    arguments, size = _arguments(detector, images[0])
     kind = detector.description['format']
     return {
         **worst._asdict(),
         'images': len(images),
         'latency_ms': {
-            'pytorch': _milliseconds(lambda: predict(model, arguments[0][:1], [size]), repeats),
+            'pytorch': _milliseconds(
+                lambda: predict(model, arguments[0][:1], [size], text), repeats
+            ),
             kind: _milliseconds(lambda: detector.session(*arguments), repeats),
         },
         'batch': len(arguments[0]),
@@ -267,21 +306,48 @@ def compare(
     }
 
 
-def _arguments(detector: Detector, image: np.ndarray) -> list[np.ndarray]:
-    """What the exported model takes for one image, in as many copies as its batch has."""
-    inputs = detector.description['input']
+def _arguments(detector: Detector, image: np.ndarray) -> tuple[list[np.ndarray], tuple[int, int]]:
+    """What the exported model takes for one image, in as many copies as its batch has, and (h, w)
+    of the image in it."""
     content = detector.preprocess(image)
+    count = detector.description['input']['batch'] or 1
     height, width = content.shape[1:]
-    count = inputs['batch'] or 1
-    canvas = np.zeros((count, 3, inputs['height'] or height, inputs['width'] or width), np.float32)
-    canvas[:, :, :height, :width] = content
-    sizes = np.array([[height, width]] * count, np.int64)
-    return [canvas, sizes] if inputs['padded'] else [canvas]
+    return detector.arguments([content] * count, count), (height, width)
+
+
+def detections_of(
+    outputs: Sequence[np.ndarray], number: int, size: tuple[int, int]
+) -> Detections | Segmentations:
+    """What a session says of one image of a batch.
+
+    Args:
+        outputs (Sequence[np.ndarray]): What ``Detector.session`` returned.
+        number (int): Which image.
+        size (tuple[int, int]): (h, w) of it, without padding.
+
+    Returns:
+        Detections | Segmentations: In pixels of the batch.
+    """
+    boxes, scores, labels, *maps = (output[number] for output in outputs)
+    if not maps:
+        return Detections(boxes, scores, labels)
+    things = scores >= 0
+    height, width = size
+    return Segmentations(
+        boxes[things],
+        scores[things],
+        labels[things],
+        maps[0][things, :height, :width],
+        *(segments[:height, :width] for segments in maps[1:]),
+    )
 
 
 def predict(
-    model: nn.Module, images: np.ndarray, sizes: Sequence[tuple[int, int]]
-) -> list[Detections]:
+    model: nn.Module,
+    images: np.ndarray,
+    sizes: Sequence[tuple[int, int]],
+    text: Sequence[str] | None = None,
+) -> list[Detections | Segmentations]:
     """MMDetection's own predictions.
 
     Args:
@@ -289,9 +355,10 @@ def predict(
         images (np.ndarray): As the exported model takes them: padded, float32, BGR, shape
             (bs, 3, h, w).
         sizes (Sequence[tuple[int, int]]): (h, w) of each without padding.
+        text (Sequence[str], optional): What Grounding DINO looks for.
 
     Returns:
-        list[Detections]: In pixels of ``images``, one an image.
+        list[Detections | Segmentations]: In pixels of ``images``, one an image.
     """
     preprocessor = model.data_preprocessor
     batch = torch.zeros(images.shape)
@@ -313,38 +380,86 @@ def predict(
                 )
             )
         )
-    with torch.inference_mode():
+        if text is not None:
+            samples[-1].set_metainfo(dict(text=tuple(text), custom_entities=True))
+    with torch.inference_mode(), _instances_on(model):
         results = model.predict(batch[: len(sizes)], samples, rescale=False)
-    return [
-        Detections(*(results_of[name].numpy() for name in ('bboxes', 'scores', 'labels')))
-        for results_of in (result.pred_instances for result in results)
-    ]
+    found: list[Detections | Segmentations] = []
+    for result in results:
+        names = ('bboxes', 'scores', 'labels')
+        fields = [result.pred_instances[name].numpy() for name in names]
+        if 'masks' not in result.pred_instances:
+            found.append(Detections(*fields))
+            continue
+        # MMDetection does not sort these.
+        best_first = np.argsort(-fields[1], kind='stable')
+        fields.append(result.pred_instances.masks.numpy())
+        panoptic = result.get('pred_panoptic_seg')
+        found.append(
+            Segmentations(
+                *(field[best_first] for field in fields),
+                None if panoptic is None else panoptic.sem_seg[0].numpy(),
+            )
+        )
+    return found
 
 
-def difference(expected: Detections, actual: Detections, size: tuple[int, int]) -> Difference:
+@contextmanager
+def _instances_on(model: nn.Module) -> Iterator[None]:
+    """A Mask2Former of panoptic maps alone tells its instances, too."""
+    head = getattr(model, 'panoptic_fusion_head', None)
+    if head is None:
+        yield
+        return
+    config = head.test_cfg
+    head.test_cfg = {**(config or {}), 'instance_on': True}
+    try:
+        yield
+    finally:
+        head.test_cfg = config
+
+
+def difference(
+    expected: Detections | Segmentations,
+    actual: Detections | Segmentations,
+    size: tuple[int, int],
+) -> Difference:
     """Compare two lists of detections, whose order may differ where scores are equal.
 
     Args:
-        expected (Detections): The right ones.
-        actual (Detections): As many others.
+        expected (Detections | Segmentations): The right ones.
+        actual (Detections | Segmentations): As many others.
         size (tuple[int, int]): (h, w) of the image.
 
     Returns:
         Difference: Scores are compared rank by rank. Each expected box is compared with the
-        nearest of its label; those whose score is the lowest kept, where rounding decides which
-        come along, are left out.
+        nearest of its label, or the one with the nearest mask; those whose score is the lowest
+        kept, where rounding decides which come along, are left out.
     """
+    if len(expected.scores) != len(actual.scores):
+        return Difference(1.0, 1.0, 1.0)
     scores = float(np.abs(expected.scores - actual.scores).max(initial=0.0))
     sides = np.array([size[1], size[0]] * 2, np.float32)
-    boxes = 0.0
+    boxes = masks = 0.0
     lowest = expected.scores.min(initial=1.0) + 2 * scores
-    for box, score, label in zip(*expected):
+    for rank, (box, score, label) in enumerate(zip(*expected[:3])):
         if score <= lowest and len(expected.scores) > 1:
             continue
-        others = actual.boxes[actual.labels == label]
-        distances = (np.abs(others - box) / sides).max(1)
-        boxes = max(boxes, float(distances.min(initial=1.0)))
-    return Difference(boxes, scores)
+        same = actual.labels == label
+        if not same.any():
+            return Difference(1.0, scores, 1.0 if isinstance(expected, Segmentations) else 0.0)
+        distances = (np.abs(actual.boxes[same] - box) / sides).max(1)
+        nearest = distances.argmin()
+        if isinstance(expected, Segmentations) and isinstance(actual, Segmentations):
+            mask = expected.masks[rank]
+            differ = (actual.masks[same] != mask).sum((1, 2)) / max(int(mask.sum()), 1)
+            nearest = differ.argmin()
+            masks = max(masks, float(differ[nearest]))
+        boxes = max(boxes, float(distances[nearest]))
+    maps = [getattr(found, 'panoptic', None) for found in (expected, actual)]
+    if all(segments is not None for segments in maps):
+        masks = max(masks, float((maps[0] != maps[1]).mean()))
+    return Difference(boxes, scores, masks)
 
 
 def _milliseconds(function, repeats: int) -> float:

@@ -11,6 +11,7 @@ from mmengine.hub import get_config
 from small_detectors import SMALL
 
 import mmlite  # noqa: F401  (registers the Lite detectors)
+from mmlite.detectors.bert import adapt_bert
 
 register_all_modules()
 
@@ -18,6 +19,36 @@ DINO = 'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py'
 DEFORMABLE = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
 REFINE = 'mmdet::deformable_detr/deformable-detr-refine_r50_16xb2-50e_coco.py'
 TWO_STAGE = 'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py'
+DDQ = 'mmdet::ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py'
+GROUNDING = 'mmdet::grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py'
+INSTANCE = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
+PANOPTIC = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py'
+SMALL_TEXT = dict(
+    encoder=dict(
+        num_cp=-1,
+        fusion_layer_cfg=dict(dropout=0.0, embed_dim=64, init_values=0.5),
+        text_layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)),
+    )
+)
+SMALL_FFN = dict(num_layers=2, layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)))
+SMALL_MASK2FORMER = dict(
+    backbone=dict(depth=18, init_cfg=None, frozen_stages=-1),
+    panoptic_head=dict(
+        in_channels=[64, 128, 256, 512],
+        num_queries=20,
+        pixel_decoder=dict(encoder=SMALL_FFN),
+        transformer_decoder=SMALL_FFN,
+    ),
+    # Less sure than a trained model, so that random weights draw something.
+    test_cfg=dict(max_per_image=10, object_mask_thr=0.02, iou_thr=0.1),
+)
+LITE_PIXELS = dict(
+    panoptic_head=dict(
+        pixel_decoder=dict(
+            type='LiteMSDeformAttnPixelDecoder', encoder=dict(schedule='H2L1-(2+1)x1')
+        )
+    )
+)
 SCHEDULE = dict(schedule='H3L1-(2+1)x1')
 
 
@@ -44,26 +75,49 @@ DETECTORS = {
     'LiteDINO with the same locations': (DINO, lite(same_loc=True)),
     'LiteDINO with a key-aware decoder': (DINO, lite() | dict(decoder=dict(key_aware=True))),
     'LiteDeformableDETR': (TWO_STAGE, dict(type='LiteDeformableDETR', encoder=SCHEDULE)),
+    'DDQDETR': (DDQ, {}),
+    'LiteDDQDETR with a key-aware decoder': (
+        DDQ,
+        dict(type='LiteDDQDETR', encoder=SCHEDULE, decoder=dict(key_aware=True)),
+    ),
+    'GroundingDINO': (GROUNDING, SMALL_TEXT),
+    'LiteGroundingDINO': (
+        GROUNDING,
+        dict(type='LiteGroundingDINO', encoder=dict(**SMALL_TEXT['encoder'], **SCHEDULE)),
+    ),
+    'Mask2Former': (INSTANCE, {}),
+    'LiteMask2Former': (INSTANCE, LITE_PIXELS),
+    'LiteMask2Former panoptic': (PANOPTIC, LITE_PIXELS),
 }
 
 
-@pytest.fixture
-def detector():
+@pytest.fixture(scope='session')
+def detector(tiny_bert):
     """Build a detector of :data:`DETECTORS` whose parameters all matter."""
 
     def build(name: str) -> torch.nn.Module:
         base, changes = DETECTORS[name]
         config = get_config(base)
-        config.merge_from_dict(dict(model=SMALL))
+        is_mask2former = 'Mask2Former' in name
+        config.merge_from_dict(dict(model=SMALL_MASK2FORMER if is_mask2former else SMALL))
         config.merge_from_dict(dict(model=changes))
+        if 'Grounding' in name:
+            config.model.language_model.name = tiny_bert
         torch.manual_seed(0)
         model = MODELS.build(config.model)
+        if is_mask2former:
+            return speak_masks(model, 20.0 if name == 'Mask2Former' else 0.0).eval()
         for module in (model.encoder, model.decoder, model.bbox_head):
             for parameter in module.parameters():
                 torch.nn.init.normal_(parameter, std=0.05)
         torch.nn.init.normal_(model.level_embed)
-        for branch in model.bbox_head.cls_branches:
-            torch.nn.init.normal_(branch.weight, std=0.3)
+        if 'Grounding' in name:
+            adapt_bert(model.language_model)
+            for embedding in model.bbox_head.cls_branches:
+                torch.nn.init.constant_(embedding.bias, -1.0)
+        else:
+            for branch in model.bbox_head.cls_branches:
+                torch.nn.init.normal_(branch.weight, std=0.3)
         for branch in model.bbox_head.reg_branches:
             torch.nn.init.normal_(branch[-1].weight, std=0.2)
         return model.eval()
@@ -71,7 +125,24 @@ def detector():
     return build
 
 
-@pytest.fixture
+def speak_masks(model: torch.nn.Module, lower: float) -> torch.nn.Module:
+    """A Mask2Former whose queries see different masks, some of them surely."""
+    head = model.panoptic_head
+    for parameter in head.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.08)
+    for embedding in (head.query_feat, head.query_embed, head.level_embed):
+        torch.nn.init.normal_(embedding.weight)
+    torch.nn.init.normal_(head.cls_embed.weight, std=0.5)
+    # One channel that lowers every mask, so that they are no larger than objects.
+    features, embedding = head.pixel_decoder.mask_feature, head.mask_embed[-1]
+    with torch.no_grad():
+        features.weight[0], features.bias[0] = 0.0, 1.0
+        embedding.weight[0], embedding.bias[0] = 0.0, -lower
+    return model
+
+
+@pytest.fixture(scope='session')
 def images():
     """Two images of different sizes, and one without anything in it."""
     random = np.random.default_rng(0)

@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from exported import CLEAN, needs
 from small_detectors import SMALL
 
 from mmlite.cli import main
-from mmlite.export import export_detector, library, load
+from mmlite.export import export_detector, load
 from mmlite.export.detector import resized_size
 from mmlite.export.program import trace
 from mmlite.export.write import compare, describe, difference, predict, write_program
@@ -24,38 +25,9 @@ pytest.importorskip('onnxscript')
 pytestmark = pytest.mark.timeout(900)
 
 
-def needs(format_: str) -> None:
-    """Skip where the runtime of a format, or its operators, are not there."""
-    if format_ == 'torch':
-        return
-    runtime = {'onnx': 'onnxruntime'}.get(format_, format_)
-    pytest.importorskip(runtime)
-    try:
-        library(runtime)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
 def assert_agrees(model, detector, images) -> None:
     report = compare(model, detector, images, repeats=1)
     assert max(report['boxes'], report['scores']) < 1e-4, report
-
-
-# Without torch and all of the framework, as where an exported detector runs.
-CLEAN = """
-import json, sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in {'torch', 'mmdet', 'mmcv', 'mmengine', 'onnx', 'onnxscript'}:
-            raise ImportError(f'{name} is blocked')
-
-sys.meta_path.insert(0, Blocked())
-import cv2
-from mmlite.export import load
-found = load(sys.argv[1]).detect(cv2.imread(sys.argv[2]))
-print(json.dumps([array.tolist() for array in found]))
-"""
 
 
 def test_any_size_without_torch(detector, images, tmp_path):

@@ -1,0 +1,134 @@
+"""Grounding DINO as one function of its images, for a text that is fixed when it is exported.
+
+The language model reads the text once, while the graph is built. What comes out of it is a constant
+of the graph; the fusion of image and text, which depends on the image, is part of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mmdet.models.detectors import GroundingDINO
+from mmdet.models.layers import inverse_sigmoid
+from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
+from torch import Tensor, nn
+
+from ..detectors.bert import adapt_bert
+from ..layers import LiteEncoder
+from ..nn.geometry import encoder_reference_points
+from .graph import (
+    DetectorGraph,
+    Pyramid,
+    check_detector,
+    classify,
+    decode,
+    make_pyramid,
+    refine,
+    select_queries,
+    self_attend,
+)
+
+
+class GroundingGraph(DetectorGraph):
+    """Grounding DINO and MM-Grounding DINO for one text.
+
+    Args:
+        model (nn.Module): The detector, in eval mode.
+        text (Sequence[str]): What to look for, one name a class.
+        normalize (bool): See :class:`DetectorGraph`.
+
+    Raises:
+        ValueError: There is no text, or the detector is read in parts or padded, which is not
+            exported.
+    """
+
+    def __init__(self, model: nn.Module, text: Sequence[str], normalize: bool = True) -> None:
+        super().__init__(model, normalize)
+        if not text or isinstance(text, str):
+            raise ValueError(
+                f'{type(model).__name__} needs a text, which is fixed in what is exported: one '
+                'name a class (--text "cat . dog" on the command line)'
+            )
+        self.text = tuple(text)
+        adapt_bert(model.language_model)
+        with torch.no_grad():
+            tokens, self.prompt, _, _ = model.get_tokens_positive_and_prompts(self.text, True)
+            words = model.language_model([self.prompt])
+            embedded = model.text_feat_map(words['embedded'])
+        self.num_classes = len(self.text)
+        # The score of a class is the mean of those of its words.
+        means = torch.zeros(model.bbox_head.max_text_len, self.num_classes)
+        for label, places in tokens.items():
+            if not places:
+                raise ValueError(f'{self.text[label - 1]!r} of the text has no words')
+            means[places, label - 1] = 1 / len(places)
+        self.register_buffer('means', means[: embedded.shape[1]].contiguous(), persistent=False)
+        self.register_buffer('words', embedded, persistent=False)
+        self.register_buffer('places', words['position_ids'], persistent=False)
+        self.register_buffer('sees', words['masks'], persistent=False)
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a detector that this graph would compute wrongly."""
+        check_detector(model, GroundingDINO, (GroundingDINO,))
+        if model.test_cfg.get('chunked_size', -1) > 0:
+            raise ValueError(
+                f'{type(model).__name__} reads its text in parts (test_cfg.chunked_size), which '
+                'cannot be exported; set it to -1 and give a shorter text'
+            )
+        if model.language_model.pad_to_max or not model.language_model.use_sub_sentence_represent:
+            raise ValueError(
+                f'the language model of {type(model).__name__} must have pad_to_max=False and '
+                'use_sub_sentence_represent=True to be exported'
+            )
+
+    def score(self, images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See :meth:`DetectorGraph.score`."""
+        model = self.model
+        pyramid = make_pyramid(model, images, image_sizes)
+        memory, text = self.encode(pyramid)
+        query, query_pos, reference = select_queries(model, memory, pyramid, text)
+        hidden, reference = decode(model, query, query_pos, reference, memory, pyramid, text)
+        last = model.decoder.num_layers - 1
+        boxes = refine(model.bbox_head.reg_branches[last](hidden), inverse_sigmoid(reference))
+        return classify(model, last, hidden, text).sigmoid() @ self.means, boxes
+
+    def encode(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
+        """The memory of the image, (bs, num_tokens, embed_dims), and that of the text."""
+        encoder = self.model.encoder
+        tokens, pos, level_sizes, mask, _ = pyramid
+        batch = tokens.shape[0]
+        pos = pos.expand(batch, -1, -1)
+        text = self.words.expand(batch, -1, -1)
+        sees = self.sees.expand(batch, -1, -1)
+        places = self.places.expand(batch, -1)
+        if isinstance(encoder, LiteEncoder):
+            return encoder(
+                query=tokens,
+                query_pos=pos,
+                key_padding_mask=mask,
+                spatial_shapes=tuple(level_sizes),
+                level_start_index=None,
+                valid_ratios=pyramid.valid_ratios,
+                memory_text=text,
+                text_attention_mask=None,
+                position_ids=places,
+                text_self_attention_masks=sees,
+            )
+        text_pos = get_text_sine_pos_embed(
+            places.unsqueeze(-1), num_pos_feats=encoder.embed_dims, exchange_xy=False
+        )
+        points = encoder_reference_points(level_sizes, pyramid.valid_ratios, device=tokens.device)
+        for fusion, words, layer in zip(encoder.fusion_layers, encoder.text_layers, encoder.layers):
+            # Nothing of the text is padding.
+            tokens, text = fusion(tokens, text, mask, None)
+            text = words.norms[0](self_attend(words.self_attn, text, text_pos, ~sees))
+            text = words.norms[1](words.ffn(text))
+            tokens = layer(
+                tokens,
+                query_pos=pos,
+                key_padding_mask=mask,
+                reference_points=points,
+                spatial_shapes=level_sizes,
+            )
+        return tokens, text

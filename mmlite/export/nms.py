@@ -1,0 +1,55 @@
+"""Non-maximum suppression as an operator of fixed output size, which graphs can hold.
+
+What is kept is said by a mask over all boxes, so that no size depends on data. ONNX has an operator
+for it, which :mod:`.operators` uses. Needs torch alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..integrations.mmcv_ext import nms
+
+_LIBRARY = torch.library.Library('mmlite', 'FRAGMENT')
+_LIBRARY.define(
+    'distinct_boxes(Tensor boxes, Tensor scores, float iou_threshold, SymInt most) -> Tensor'
+)
+
+
+def distinct_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float, most: int) -> Tensor:
+    """Which boxes are not too near to a better one.
+
+    Args:
+        boxes (Tensor): (x1, y1, x2, y2), float32, shape (bs, n, 4).
+        scores (Tensor): float32, shape (bs, n). A box of a negative score is none.
+        iou_threshold (float): A box that overlaps a better one, which is kept, by more is not kept.
+        most (int): Keep only so many, the best.
+
+    Returns:
+        Tensor: bool, shape (bs, n).
+    """
+    return torch.ops.mmlite.distinct_boxes.default(boxes, scores, iou_threshold, most)
+
+
+def _distinct_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float, most: int) -> Tensor:
+    if boxes.dim() != 3 or boxes.shape[-1] != 4 or scores.shape != boxes.shape[:2]:
+        raise ValueError(
+            'boxes must be (B, N, 4) and scores (B, N); got shapes '
+            f'{tuple(boxes.shape)} and {tuple(scores.shape)}'
+        )
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for image in range(len(scores)):
+        candidates = (scores[image] >= 0).nonzero().squeeze(1)
+        chosen = nms(boxes[image, candidates], scores[image, candidates], iou_threshold, 0)
+        kept[image, candidates[chosen[:most]]] = True
+    return kept
+
+
+_LIBRARY.impl('distinct_boxes', _distinct_boxes, 'CPU')
+_LIBRARY.impl('distinct_boxes', _distinct_boxes, 'CUDA')
+_LIBRARY.impl(
+    'distinct_boxes',
+    lambda boxes, scores, iou_threshold, most: scores.new_empty(scores.shape, dtype=torch.bool),
+    'Meta',
+)

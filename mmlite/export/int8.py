@@ -21,6 +21,7 @@ from .doors import library
 # our operators' inputs; the operators themselves compute in float, having no weights.
 KEPT_IN_FLOAT = (
     r'bbox_head\..*',
+    r'panoptic_head\.(cls_embed|mask_embed)[./].*',
     r'memory_trans_fc/.*',
     r'.*\.sampling_offsets/.*',
     r'.*\.attention_weights/.*',
@@ -28,6 +29,7 @@ KEPT_IN_FLOAT = (
     r'reference_points_fc/.*',
     r'pos_trans_fc/.*',
 )
+_ENCODERS = ('encoder.', 'panoptic_head.pixel_decoder.encoder.')
 
 
 def quantize(
@@ -82,9 +84,9 @@ def quantize(
     if not description['portable']:
         core.add_extension(str(library('openvino')))
     model = core.read_model(str(source / description['model']))
-    if not any(node.get_friendly_name().startswith('encoder.') for node in model.get_ops()):
+    if not any(node.get_friendly_name().startswith(_ENCODERS) for node in model.get_ops()):
         raise ValueError(f'{source} was written by an older mmlite; export again')
-    calibration = nncf.Dataset(images, lambda image: _arguments(detector, image))
+    calibration = nncf.Dataset(images, lambda image: _arguments(detector, image)[0])
     quantized = nncf.quantize(
         model,
         calibration,
@@ -149,7 +151,7 @@ def coco_ap(detector: Detector, annotations: str | os.PathLike, images: str | os
             image = cv2.imread(str(path))
             if image is None:
                 raise ValueError(f'{path} cannot be read as an image')
-            for box, score, label in zip(*detector.detect(image)):
+            for box, score, label in zip(*detector.detect(image)[:3]):
                 corner, size = box[:2], box[2:] - box[:2]
                 found.append(
                     {

@@ -99,8 +99,8 @@ def translation_table() -> dict[Callable, Callable]:
     # level sizes, symbols and numbers, to one.
     tensors = {name: FLOAT for inputs in _INPUTS.values() for name in inputs}
     tensors |= {'spatial_shapes': INT64, 'key': Optional[FLOAT]}
-    table = {}
     tensors |= {'boxes': FLOAT, 'scores': FLOAT, 'iou_threshold': float, 'most': int}
+    table = {}
     for function in (key_aware_deform_attn, ms_deform_attn, distinct_boxes):
         arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
         function.__annotations__ = {name: tensors[name] for name in arguments}

@@ -33,6 +33,11 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its attention on our operators, as it was again behind the ``with`` block."""
     classes = {module: type(module) for module in model.modules()}
     training = model.training
+    # torch.export puts copies in their place, and the parts of DDQ-DETR speak through a shared one.
+    shared = {
+        module: {name: value for name, value in vars(module).items() if name == 'cache_dict'}
+        for module in classes
+    }
     encoder = encoder_of(model)
     low_levels = getattr(encoder, 'low_levels', None)
     model.eval()
@@ -47,6 +52,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
             encoder.low_levels = low_levels
         for module, cls in classes.items():
             module.__class__ = cls
+            vars(module).update(shared[module])
         model.train(training)
 
 

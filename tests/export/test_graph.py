@@ -113,3 +113,12 @@ def test_difference():
     assert difference(expected, relabelled, (100, 100)).boxes == 1
     swapped = Detections(*(array[[1, 0, 2]] for array in expected))
     assert difference(expected, swapped, (100, 100)).boxes == 0
+
+
+def test_tracing_leaves_the_parts_of_ddq_connected(detector):
+    model = detector('DDQDETR')
+    shared = model.cache_dict
+    with exportable(model):
+        for module in model.modules():  # as torch.export does
+            module.cache_dict = dict(module.cache_dict)
+    assert all(module.cache_dict is shared for module in model.modules())

@@ -22,7 +22,7 @@ pytest.importorskip('onnxscript')
 pytestmark = pytest.mark.timeout(900)
 
 TEXT = ('red circle', 'green square', 'square')
-FAMILIES = ('LiteDDQDETR with a key-aware decoder', 'LiteGroundingDINO', 'LiteMask2Former panoptic')
+FAMILIES = ('LiteDDQDETR with a key-aware decoder', 'LiteGroundingDINO')
 RUNTIMES = pytest.mark.parametrize('format_', ['onnx', 'openvino'])
 
 
@@ -49,13 +49,7 @@ def family(request, detector, tmp_path_factory):
 def test_agrees_with_pytorch(family, format_, images):
     model, exported, _ = family(format_)
     report = compare(model, exported, images, repeats=1)
-    # A pixel of a mask whose logit is next to zero may fall on either side.
-    tolerated = (
-        report['masks'] < 2e-3
-        if 'masks' in exported.description['outputs']
-        else (report['boxes'] < 1e-4)
-    )
-    assert tolerated and report['scores'] < 1e-4, report
+    assert report['boxes'] < 1e-4 and report['scores'] < 1e-4, report
     # A padded batch says what each image says in it alone, in its own canvas.
     for found in exported.detect_batch(images):
         assert np.isfinite(found.boxes).all() and len(found.scores)
@@ -71,12 +65,18 @@ def test_runs_without_torch(family, format_, images, tmp_path):
     found = exported.detect(images[0])
     for expected, actual in zip(found, json.loads(clean.stdout)):
         np.testing.assert_allclose(actual, expected, atol=1e-3)
-    if hasattr(found, 'masks'):
-        assert found.masks.shape[1:] == found.panoptic.shape == images[0].shape[:2]
-        assert found.masks.dtype == bool
-        # Boxes are around the masks.
-        rows = found.masks[0].any(1).nonzero()[0]
-        assert abs(rows[0] - found.boxes[0, 1]) <= 1 and abs(rows[-1] + 1 - found.boxes[0, 3]) <= 1
+
+
+def test_masks(detector, images, tmp_path):
+    """Of the right shapes. Their pixels are compared in test_graph.py: where a query attends is cut
+    at one half, layer after layer, and with random weights many pixels are near it."""
+    needs('openvino')
+    model = detector('LiteMask2Former panoptic')
+    program = trace(model, batch=None, padded=True)
+    write_program(program, tmp_path, 'openvino', describe(model, batch=None))
+    found = load(tmp_path).detect(images[0])
+    assert found.masks.shape[1:] == found.panoptic.shape == images[0].shape[:2]
+    assert found.masks.dtype == bool and len(found.scores) == len(found.masks) == len(found.boxes)
 
 
 def test_the_text_is_described(detector):

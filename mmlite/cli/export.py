@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..integrations import require
+from .shared import image_files, read_image
 
 # What float32 leaves of a box, in parts of the image, and of a score.
 TOLERANCE = 1e-4
@@ -101,7 +102,7 @@ def export(
 
     console = Console()
     count = _batch(batch)
-    images = _images(image_paths)
+    images = [read_image(file) for file in image_files(image_paths)] if image_paths else [_drawn()]
     names = None if text is None else [name.strip() for name in text.split('.') if name.strip()]
     cfg = load_config(config)
     model = build_detector(cfg, checkpoint)
@@ -142,28 +143,6 @@ def _batch(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--batch must be a number of images or 'any'; got {text!r}")
     return int(text)
-
-
-def _images(paths: tuple[Path, ...]) -> list:
-    """The images of files and folders, or a drawn one."""
-    import cv2
-
-    if not paths:
-        return [_drawn()]
-    kinds = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
-    images = []
-    for path in paths:
-        files = [path]
-        if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in kinds)
-        for file in files:
-            image = cv2.imread(str(file))
-            if image is None:
-                raise ValueError(f'{file} cannot be read as an image')
-            images.append(image)
-    if not images:
-        raise ValueError(f'there are no images in {", ".join(map(str, paths))}')
-    return images
 
 
 def _drawn():

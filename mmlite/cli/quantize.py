@@ -8,6 +8,8 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
+from .shared import image_files, read_image
+
 
 @click.command()
 @click.argument('source', type=click.Path(file_okay=False, path_type=Path))
@@ -67,17 +69,17 @@ def quantize(
     from ..export import load
     from ..export import quantize as write_quantized
     from ..export.int8 import coco_ap, import_nncf
-    from .export import _images
 
     import_nncf()
     if (annotations is None) != (annotated_images is None):
         raise ValueError('--annotations and --annotated-images go together')
     if annotations is not None:
         Dataset(annotations, annotated_images).check()
-    images = _images(image_paths)
-    step = max(len(images) // count, 1)
+    files = image_files(image_paths)
+    count = min(count, len(files))
+    images = [read_image(files[index * len(files) // count]) for index in range(count)]
     console = Console()
-    detector = write_quantized(source, output, images[::step][:count])
+    detector = write_quantized(source, output, images)
     console.print(f'[bold]{escape(str(output))}[/bold]: {detector.description["model"]}')
     if annotations is not None:
         before = coco_ap(load(source), annotations, annotated_images)

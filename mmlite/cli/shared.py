@@ -10,11 +10,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -54,6 +58,39 @@ class Point(click.ParamType):
         except ValueError:
             self.fail('write x,y in pixels, for example 320,240')
         return x, y
+
+
+# What a folder of images is searched for.
+_IMAGE_KINDS = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """The files among ``paths``, and the images in the folders among them, in order.
+
+    Raises:
+        ValueError: There are none.
+    """
+    files: list[Path] = []
+    for path in paths:
+        found = path.iterdir() if path.is_dir() else [path]
+        files += sorted(f for f in found if f == path or f.suffix.lower() in _IMAGE_KINDS)
+    if not files:
+        raise ValueError(f'there are no images in {", ".join(map(str, paths))}')
+    return files
+
+
+def read_image(file: Path) -> np.ndarray:
+    """An image as OpenCV reads it, (h, w, 3), BGR.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    import cv2
+
+    image = cv2.imread(str(file))
+    if image is None:
+        raise ValueError(f'{file} cannot be read as an image')
+    return image
 
 
 def check_device(device: str) -> None:

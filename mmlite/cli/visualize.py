@@ -17,14 +17,14 @@ from .shared import (
     count_option,
     device_option,
     file_option,
+    image_files,
     json_option,
     option,
     path_option,
     progress,
+    read_image,
     write_json,
 )
-
-_IMAGES = ('.jpg', '.jpeg', '.png', '.bmp')
 
 
 @click.group(context_settings=HELP)
@@ -161,9 +161,7 @@ def levels(config, images, against, max_images, json_path, device, out) -> None:
     check_device(device)
     if not images.is_dir():
         raise FileNotFoundError(f'image folder {images} does not exist')
-    paths = sorted(p for p in images.iterdir() if p.suffix.lower() in _IMAGES)[:max_images]
-    if not paths:
-        raise ValueError(f'{images} holds no images ({", ".join(_IMAGES)})')
+    paths = image_files([images])[:max_images]
     masses = {}
     with progress() as start:
         for model, name, run in _detectors((config, *against), device):
@@ -211,14 +209,9 @@ def _detectors(references: tuple[str, ...], device: str):
 
 
 def _read(image: Path):
-    import cv2
-
     if not image.is_file():
         raise FileNotFoundError(f'image {image} does not exist')
-    pixels = cv2.imread(str(image))
-    if pixels is None:
-        raise ValueError(f'{image} is not an image that OpenCV can read')
-    return pixels[..., ::-1]
+    return read_image(image)[..., ::-1]
 
 
 def _ground_truth(annotations: Path, image: Path):

@@ -207,6 +207,18 @@ class Detector:
             return [canvas]
         return [canvas, np.array([*sizes, *[sizes[0]] * (count - len(sizes))], np.int64)]
 
+    def arguments_of(self, image: np.ndarray) -> tuple[list[np.ndarray], tuple[int, int]]:
+        """What :attr:`session` takes for one image, in as many copies as its batch has.
+
+        Returns:
+            tuple[list[np.ndarray], tuple[int, int]]: The arguments, and (h, w) of the image
+            in them.
+        """
+        content = self.preprocess(image)
+        count = self.description['input']['batch'] or 1
+        height, width = content.shape[1:]
+        return self.arguments([content] * count, count), (height, width)
+
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """Resize an image as in the test pipeline of the config.
 

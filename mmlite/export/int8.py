@@ -63,8 +63,6 @@ def quantize(
     import nncf
     import openvino
 
-    from .write import _arguments
-
     source, folder = Path(source), Path(folder)
     detector = load(source)
     description = detector.description
@@ -86,7 +84,7 @@ def quantize(
     model = core.read_model(str(source / description['model']))
     if not any(node.get_friendly_name().startswith(_ENCODERS) for node in model.get_ops()):
         raise ValueError(f'{source} was written by an older mmlite; export again')
-    calibration = nncf.Dataset(images, lambda image: _arguments(detector, image)[0])
+    calibration = nncf.Dataset(images, lambda image: detector.arguments_of(image)[0])
     quantized = nncf.quantize(
         model,
         calibration,

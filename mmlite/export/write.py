@@ -280,12 +280,12 @@ def compare(
     text = detector.description.get('text', {}).get('names')
     worst = Difference(0.0, 0.0)
     for image in images:
-        arguments, size = _arguments(detector, image)
+        arguments, size = detector.arguments_of(image)
         outputs = detector.session(*arguments)
         expected = predict(model, arguments[0], [size], text)[0]
         found = difference(expected, detections_of(outputs, 0, size), arguments[0].shape[-2:])
         worst = Difference(*map(max, worst, found))
-    arguments, size = _arguments(detector, images[0])
+    arguments, size = detector.arguments_of(images[0])
     kind = detector.description['format']
     return {
         **worst._asdict(),
@@ -304,15 +304,6 @@ def compare(
             _PACKAGES[kind]: __import__(_PACKAGES[kind]).__version__,
         },
     }
-
-
-def _arguments(detector: Detector, image: np.ndarray) -> tuple[list[np.ndarray], tuple[int, int]]:
-    """What the exported model takes for one image, in as many copies as its batch has, and (h, w)
-    of the image in it."""
-    content = detector.preprocess(image)
-    count = detector.description['input']['batch'] or 1
-    height, width = content.shape[1:]
-    return detector.arguments([content] * count, count), (height, width)
 
 
 def detections_of(

@@ -120,10 +120,10 @@ def test_levels(folder, tmp_path):
         (['attention', 'lite.py', 'IMAGE', '--level', '9'], 'level must be between 0 and 3'),
         (['attention', 'lite.py', 'IMAGE', '--object', '99'], 'object must be between 0 and 9'),
         (['attention', 'lite.py', 'nothing.png'], 'image nothing.png does not exist'),
-        (['attention', 'lite.py', 'lite.py'], 'is not an image'),
+        (['attention', 'lite.py', 'lite.py'], 'cannot be read as an image'),
         (['detections', 'lite.py,no.pth', 'IMAGE'], 'no.pth does not exist'),
         (['detections', 'lite.py', 'IMAGE', '--annotations', 'no.json'], 'no.json does not exist'),
-        (['levels', 'lite.py', 'annotations'], 'holds no images'),
+        (['levels', 'lite.py', 'annotations'], 'there are no images'),
         (['levels', 'lite.py', 'nowhere'], 'image folder nowhere does not exist'),
         (
             ['attention', 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', 'IMAGE'],

@@ -171,16 +171,14 @@ MMLITE_INLINE void backward_head(
   C product_outside = 0;  // as in the forward pass
   if (kHasQuery) {
     get_row(p, p.query, slice, q, row, 0, row.vectors, query);
-    V product = {};
-    for (int v = 0; v < row.vectors; ++v) product += query[v] * C(0);
-    if (any<C>(product != product)) product_outside = C(NAN);
+    product_outside = product_with_zeros<C>(query, row.vectors);
   }
 
   for (int n = 0; n < num_chunks; ++n) {
     BackwardChunk<C>& chunk = chunks[n];
     const int first = n * kChunk;
     chunk.count = num_points - first < kChunk ? num_points - first : kChunk;
-    alignas(64) C buffer[2 * kChunk];
+    alignas(64) C buffer[kChunk];
     locate_points<C, true>(p, table, slice, q, first, chunk.count, &chunk.at, &chunk.cell);
     if (!kHasQuery) {
       const C* const weights = points_of<C>(p.weights.data, p.point_dtype, weight_offset + first,

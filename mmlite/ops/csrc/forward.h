@@ -102,14 +102,11 @@ MMLITE_INLINE void key_aware_head(
 
   V query[R::kCapacity], total[R::kCapacity];
   get_row(p, p.query, slice, q, row, 0, row.vectors, query);
-  V product = {};
   for (int v = 0; v < row.vectors; ++v) {
     query[v] *= scale;
-    product += query[v] * C(0);
     total[v] = V{};
   }
-  // The logit of a point outside the map: zero, or NaN for an infinite query.
-  const C logit_outside = any<C>(product != product) ? C(NAN) : C(0);
+  const C logit_outside = product_with_zeros<C>(query, row.vectors);
   C reference = 0;
   bool has_reference = false;
   V weight_sums = {};

@@ -160,18 +160,21 @@ struct Origins {
   }
 };
 
+// Where offsets lead to from reference points or boxes, on maps of the given size.
+template <class C, class V = typename Simd<C>::V>
+MMLITE_INLINE V moved(const Problem& p, V centre, V extent, V size, V offset) {
+  if (p.sampling == kFromPoints) return centre + offset / size;
+  const C half = C(0.5) / static_cast<C>(p.points);
+  return centre + offset * (extent * half);
+}
+
 // Offsets become locations, in place.
 template <class C>
 MMLITE_INLINE void add_origins(const Problem& p, const Origins<C>& origins, const Table<C>& table,
                                int64_t first, C* xy) {
   for (int i = 0; i < 2 * kChunk; i += Simd<C>::kWidth) {
-    const typename Simd<C>::V centre = load(origins.centre + i), offset = load(xy + i);
-    if (p.sampling == kFromPoints) {
-      store(xy + i, centre + offset / load(table.size + 2 * first + i));
-    } else {
-      const C half = C(0.5) / static_cast<C>(p.points);
-      store(xy + i, centre + offset * (load(origins.extent + i) * half));
-    }
+    store(xy + i, moved<C>(p, load(origins.centre + i), load(origins.extent + i),
+                           load(table.size + 2 * first + i), load(xy + i)));
   }
 }
 
@@ -213,8 +216,7 @@ MMLITE_INLINE void locations_from_offsets(
   const bool shared = p.offset_levels != p.levels, same = points % kPairs == 0;
   const T* const offsets = row_of<const T>(p.locations, slice.batch, q, slice.head);
   const C* const reference = reference_of<C>(p, slice.batch, q, 0);
-  const int stride = static_cast<int>(p.reference.head_stride);
-  const C half = C(0.5) / static_cast<C>(points);
+  const int64_t stride = p.reference.head_stride;
   for (int i = 0; i < kChunk; i += kPairs) {
     const int point = first + i, place = shared ? point % places : point;
     V offset;
@@ -231,12 +233,9 @@ MMLITE_INLINE void locations_from_offsets(
     }
     const auto at = [&](int k) { return reference + table.level[point + k] * stride; };
     const V centre = load_pairs<C>(same, at);
-    if (p.sampling == kFromPoints) {
-      store(xy + 2 * i, centre + offset / load(table.size + 2 * point));
-    } else {
-      const V extent = load_pairs<C>(same, [&](int k) { return at(k) + 2; });
-      store(xy + 2 * i, centre + offset * (extent * half));
-    }
+    V extent{};
+    if (p.sampling == kFromBoxes) extent = load_pairs<C>(same, [&](int k) { return at(k) + 2; });
+    store(xy + 2 * i, moved<C>(p, centre, extent, load(table.size + 2 * point), offset));
   }
 }
 
@@ -314,6 +313,14 @@ MMLITE_INLINE void put_row(const Problem& p, const Rows& rows, const Slice& slic
         rows, slice.batch, q, slice.head);
     for (int v = 0; v < row.vectors; ++v) row.put(to, v, from[v]);
   });
+}
+
+// The product of a row with a sample of zeros: zero, or NaN where the row has something infinite.
+template <class C>
+MMLITE_INLINE C product_with_zeros(const typename Simd<C>::V* row, int vectors) {
+  typename Simd<C>::V product = {};
+  for (int v = 0; v < vectors; ++v) product += row[v] * C(0);
+  return any<C>(product != product) ? C(NAN) : C(0);
 }
 
 inline int64_t bytes_of(int32_t dtype) {

@@ -109,19 +109,10 @@ model = dict(
 """
 
 
-DDQ = """
-_base_ = 'mmdet::ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py'
-custom_imports = dict(imports=['mmlite'])
-model = dict(
-    type='{type}',
-    num_queries=20,
-    backbone=dict(depth=18, init_cfg=None),
-    neck=dict(in_channels=[128, 256, 512]),
-    encoder=dict(num_layers=2, {encoder}),
-    decoder=dict(num_layers=2),
-    test_cfg=dict(max_per_img=20),
-)
-"""
+DDQ = TINY.replace(
+    'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+    'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py',
+).replace('decoder=dict(num_layers=1)', 'decoder=dict(num_layers=2), test_cfg=dict(max_per_img=20)')
 
 
 @pytest.mark.parametrize('family', ['ddq', 'mask2former', 'grounding_dino'])

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
-import cv2
 import numpy as np
 import pytest
 import torch
-from exported import CLEAN, needs
+from exported import assert_runs_alone, needs
 
 from mmlite.export import load
 from mmlite.export.families import make_graph
@@ -56,15 +51,9 @@ def test_agrees_with_pytorch(family, format_, images):
 
 
 @RUNTIMES
-def test_runs_without_torch(family, format_, images, tmp_path):
+def test_runs_without_torch(family, format_, images):
     _, exported, folder = family(format_)
-    cv2.imwrite(str(tmp_path / 'image.png'), images[0])
-    command = [sys.executable, '-c', CLEAN, folder, tmp_path / 'image.png']
-    clean = subprocess.run(command, capture_output=True, text=True)
-    assert clean.returncode == 0, clean.stderr
-    found = exported.detect(images[0])
-    for expected, actual in zip(found, json.loads(clean.stdout)):
-        np.testing.assert_allclose(actual, expected, atol=1e-3)
+    assert_runs_alone(exported, folder, images[0])
 
 
 def test_masks(detector, images, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mmlite.export.graph import Pyramid, encode
+from mmlite.export.operators import decompositions
 from mmlite.export.portable import key_aware_deform_attn, ms_deform_attn
 from mmlite.export.program import trace_encoder
 from mmlite.ops import reference
@@ -36,6 +37,23 @@ def test_agrees_with_the_reference(own_key):
         key_aware_deform_attn(query, key, value, FLAT, locations),
         reference.key_aware_deform_attn(query, key, value, LEVELS, locations),
     )
+
+
+@pytest.mark.parametrize('boxes', [False, True])
+@pytest.mark.parametrize('offset_levels', [1, len(LEVELS)])
+def test_operators_from_offsets_decompose(boxes, offset_levels):
+    query = torch.randn(2, 30, 4, 16)
+    value = torch.randn(2, TOKENS, 4, 16)
+    points = torch.rand(2, 30, len(LEVELS), 4 if boxes else 2)
+    offsets = torch.randn(2, 30, 4, offset_levels, 3, 2)
+    weights = torch.rand(2, 30, 4, len(LEVELS), 3)
+    arguments = {
+        'key_aware_deform_attn_from_offsets': (query, None, value, FLAT, points, offsets),
+        'ms_deform_attn_from_offsets': (value, FLAT, points, offsets, weights),
+    }
+    for operator, decomposed in decompositions().items():
+        inputs = arguments[operator.name().split('::')[1]]
+        torch.testing.assert_close(decomposed(*inputs), operator(*inputs))
 
 
 class Encoder(nn.Module):

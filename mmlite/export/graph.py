@@ -335,14 +335,21 @@ def run_encoder(encoder: nn.Module, pyramid: Pyramid) -> Tensor:
         )
     points = encoder_reference_points(level_sizes, valid_ratios, device=tokens.device)
     for layer in encoder.layers:
-        tokens = layer(
-            tokens,
-            query_pos=pos,
-            key_padding_mask=mask,
-            reference_points=points,
-            spatial_shapes=level_sizes,
-        )
+        tokens = run_layer(layer, tokens, pos, points, pyramid)
     return tokens
+
+
+def run_layer(
+    layer: nn.Module, tokens: Tensor, pos: Tensor, points: Tensor, pyramid: Pyramid
+) -> Tensor:
+    """A layer of a stock encoder: the tokens that it gives, (bs, num_tokens, embed_dims)."""
+    return layer(
+        tokens,
+        query_pos=pos,
+        key_padding_mask=pyramid.mask,
+        reference_points=points,
+        spatial_shapes=pyramid.level_sizes,
+    )
 
 
 def select_queries(

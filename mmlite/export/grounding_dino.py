@@ -25,6 +25,7 @@ from .graph import (
     decode,
     make_pyramid,
     refine,
+    run_layer,
     select_queries,
     self_attend,
 )
@@ -124,11 +125,5 @@ class GroundingGraph(DetectorGraph):
             tokens, text = fusion(tokens, text, mask, None)
             text = words.norms[0](self_attend(words.self_attn, text, text_pos, ~sees))
             text = words.norms[1](words.ffn(text))
-            tokens = layer(
-                tokens,
-                query_pos=pos,
-                key_padding_mask=mask,
-                reference_points=points,
-                spatial_shapes=level_sizes,
-            )
+            tokens = run_layer(layer, tokens, pos, points, pyramid)
         return tokens, text

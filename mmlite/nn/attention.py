@@ -300,9 +300,16 @@ class KeyAwareDeformableAttention(SamplingAttention):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Directional grid as offset bias, Xavier projections, zero biases."""
+        """Directional grid as offset bias, Xavier projections, zero biases.
+
+        The query's projection starts at a tenth of Xavier's, so that all points weigh nearly the
+        same at first, as they do in standard attention, whose weights start at zero. At full size
+        a fresh attention prefers points at random, and short training ends lower (docs/results.md).
+        """
         super().init_weights()
         _init_projection(self.query_proj)
+        with torch.no_grad():
+            self.query_proj.weight.mul_(0.1)
         if self.key_proj is not None:
             _init_projection(self.key_proj)
 

@@ -112,6 +112,19 @@ def test_initial_offsets_are_the_directional_grid():
     torch.testing.assert_close(shared.sampling_offsets.bias.view(4, 4, 2), grid)
 
 
+@pytest.mark.parametrize('proj_key', [False, True])
+def test_fresh_points_weigh_nearly_the_same(proj_key):
+    attention = KeyAwareDeformableAttention(
+        embed_dims=256, num_heads=8, num_levels=3, batch_first=True, proj_key=proj_key
+    )
+    torch.nn.init.normal_(attention.query_proj.weight)
+    attention.init_weights()
+    tokens = torch.randn(1, TOKENS, 256)
+    logits = attention.logits(tokens, tokens, None, torch.rand(1, TOKENS, 3, 2), SHAPES)
+    weights = logits.softmax(-1) * logits.shape[-1]
+    assert 0.01 < weights.std() < 0.2  # those of standard attention start at 1, alike
+
+
 def test_has_only_the_parameters_it_uses():
     names = {name.split('.')[0] for name, _ in KeyAwareDeformableAttention().named_parameters()}
     assert names == {'sampling_offsets', 'value_proj', 'query_proj', 'output_proj'}

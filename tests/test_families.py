@@ -1,12 +1,9 @@
-"""The newer families as a user meets them: mim train, resume and test, and the commands."""
+"""The newer families as a user meets them: train, resume and test, and the commands."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,14 +12,13 @@ import torch
 from click.testing import CliRunner
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
+from mmdet_tools import run_tools
 from mmengine.config import Config
 
 from mmlite.checkpoints import load_checkpoint, stock_config
 from mmlite.checkpoints.config import find_encoder
 from mmlite.cli import main
 from mmlite.datasets import generate_panoptic, generate_shapes
-
-pytest.importorskip('mim', reason='openmim is not installed')
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = {
@@ -36,20 +32,10 @@ FAMILIES = {
 }
 
 
-# The first epoch of all families in one process; what a user does comes after.
-TRAIN = """
-import sys
-from mmengine.config import Config
-from mmengine.runner import Runner
-
-for name in sys.argv[1:]:
-    Runner.from_cfg(Config.fromfile(f'{name}.py')).train()
-"""
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory, tiny_bert):
-    """A working directory with a tiny data set, and the families' configs trained for an epoch."""
+    """A working directory with a tiny data set and the families' configs, trained for an epoch in
+    one process, and in another one resumed for a second and tested."""
     folder = tmp_path_factory.mktemp('families')
     generate_shapes(folder / 'data/shapes', {'train': 4, 'val': 2})
     for split in ('train', 'val'):
@@ -62,49 +48,31 @@ def folder(tmp_path_factory, tiny_bert):
             f'work_dir = {name!r}\n'
         )
     names = [name for name in FAMILIES if name != 'panoptic' or find_spec('panopticapi')]
-    run_python('-c', TRAIN, *names, cwd=folder, bert=tiny_bert)
+    run_tools([('train', f'{name}.py') for name in names], cwd=folder, BERT=tiny_bert)
+    runs = []
+    for name in names:
+        more = ('--resume', '--cfg-options', 'train_cfg.max_epochs=2')
+        test = (f'{name}.py', f'{name}/epoch_2.pth', '--work-dir', f'{name}_test')
+        runs += [('train', f'{name}.py', *more), ('test', *test)]
+    run_tools(runs, cwd=folder, BERT=tiny_bert)
     return folder
 
 
-def mim(*arguments: str | Path, cwd: Path, bert: str) -> str:
-    return run_python('-c', 'from mim.cli import cli; cli()', *arguments, cwd=cwd, bert=bert)
-
-
-def run_python(*arguments: str | Path, cwd: Path, bert: str) -> str:
-    path = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
-    process = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1', 'BERT': bert},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-3000:]
-    return process.stdout
-
-
-@pytest.fixture(scope='module', params=FAMILIES)
-def trained(request, folder, tiny_bert):
-    """A family's name, its config, and its weights after a second epoch, which mim resumed."""
+@pytest.fixture(params=FAMILIES)
+def trained(request, folder, tiny_bert, monkeypatch):
+    """A family's name, its config, and its weights after a second epoch."""
     name = request.param
     if name == 'panoptic':
         pytest.importorskip('panopticapi', reason='panopticapi is not installed')
-    config = folder / f'{name}.py'
-    train = ('train', 'mmdet', config, '--work-dir', folder / name, '--gpus', '0', '--resume')
-    mim(*train, '--cfg-options', 'train_cfg.max_epochs=2', cwd=folder, bert=tiny_bert)
-    os.environ['BERT'] = tiny_bert
-    yield name, config, folder / name / 'epoch_2.pth'
-    del os.environ['BERT']
+    monkeypatch.setenv('BERT', tiny_bert)
+    return name, folder / f'{name}.py', folder / name / 'epoch_2.pth'
 
 
-def test_resumes_and_tests(trained, folder, tiny_bert):
-    name, config, checkpoint = trained
+def test_resumes_and_tests(trained, folder):
+    name, _, checkpoint = trained
     content = load_checkpoint(checkpoint)
     assert (content['meta']['epoch'], content['meta']['iter']) == (2, 4)
     assert len(content['message_hub']['log_scalars']['train/loss'].data[0]) == 4
-    test = ('test', 'mmdet', config, '--checkpoint', checkpoint, '--gpus', '0')
-    mim(*test, '--work-dir', folder / f'{name}_test', cwd=folder, bert=tiny_bert)
     (metrics,) = (folder / f'{name}_test').glob('*/*.json')
     assert FAMILIES[name][1] in json.loads(metrics.read_text())
 

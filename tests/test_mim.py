@@ -6,21 +6,17 @@ mim does not know the continuation under MMDetection's name: there it is MMDetec
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import mmdet
 import pytest
+from mmdet_tools import run_python, run_tools
 
 from mmlite.checkpoints import load_checkpoint
 from mmlite.datasets import generate_shapes
 
 pytest.importorskip('mim', reason='openmim is not installed')
 
-TOOLS = Path(mmdet.__path__[0]) / '.mim/tools'
 CONFIG = 'mmlite::small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
 
 
@@ -43,21 +39,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    process = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.returncode == 0, process.stdout[-3000:]
-    return process.stdout
-
-
 def mim(*arguments: str | Path, cwd: Path) -> str:
-    return run('-c', 'from mim.cli import cli; cli()', *arguments, cwd=cwd)
+    return run_python('-c', 'from mim.cli import cli; cli()', *arguments, cwd=cwd)
 
 
 def mmdetection(tool: str, config: str, *arguments: str | Path, cwd: Path) -> str:
@@ -66,7 +49,7 @@ def mmdetection(tool: str, config: str, *arguments: str | Path, cwd: Path) -> st
         version('mmdet')
     except PackageNotFoundError:
         positional = [word for word in arguments if word != '--checkpoint']
-        return run(TOOLS / f'{tool}.py', config, *positional, cwd=cwd)
+        return run_tools([(tool, config, *positional)], cwd=cwd)
     return mim(tool, 'mmdet', config, '--gpus', '0', *arguments, cwd=cwd)
 
 

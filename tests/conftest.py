@@ -17,6 +17,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')
 
+# Beside each other, the processes of pytest-xdist share the cores; so do those that tests start.
+WORKERS = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', '1'))
+if WORKERS > 1:
+    threads = max(1, (os.cpu_count() or 1) // WORKERS)
+    os.environ.setdefault('OMP_NUM_THREADS', str(threads))
+    torch.set_num_threads(threads)
+
 GOLDEN = Path(__file__).parent / 'data/golden'
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
 import pytest
+from torch import nn
 
 from mmlite.export import Detector, library
+from mmlite.export.program import to_onnx, trace
+from mmlite.export.write import describe, write_program
 
 # Without torch and all of the framework, as where an exported detector runs.
 CLEAN = """
@@ -30,9 +35,21 @@ print(json.dumps([array.tolist() for array in found if array is not None]))
 """
 
 
-def assert_runs_alone(exported: Detector, folder: Path, image: np.ndarray) -> None:
+def batch_of(
+    images: list[np.ndarray], divisor: int = 1
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Images at the top left of a canvas full of rubbish, and their sizes."""
+    sizes = [image.shape[:2] for image in images]
+    height, width = -(-np.max(sizes, axis=0) // divisor) * divisor
+    canvas = np.full((len(images), 3, height, width), 300.0, np.float32)
+    for number, (h, w) in enumerate(sizes):
+        canvas[number, :, :h, :w] = images[number].transpose(2, 0, 1)
+    return canvas, sizes
+
+
+def assert_runs_alone(exported: Detector, folder: Path, image: np.ndarray, tmp_path: Path) -> None:
     """Without torch and the framework an export finds in an image what it finds here."""
-    file = folder / 'image.png'
+    file = tmp_path / 'image.png'
     cv2.imwrite(str(file), image)
     command = [sys.executable, '-c', CLEAN, folder, file]
     clean = subprocess.run(command, capture_output=True, text=True)
@@ -51,3 +68,29 @@ def needs(format_: str) -> None:
         library(runtime)
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+def export_for_both(model: nn.Module, folder: Path, **options) -> None:
+    """Export for ONNX Runtime and OpenVINO, where they are, to ``folder/onnx`` and
+    ``folder/openvino``.
+
+    Tracing and writing ONNX is what takes long, so both are done once.
+    """
+    description = describe(model, **options)
+    text, batch = options.get('text'), options.get('batch', 1)
+    program = trace(model, batch=batch, padded=description['input']['padded'], text=text)
+    folder.mkdir(parents=True)
+    to_onnx(program, folder / 'model.onnx')
+
+    def copy_onnx(program, path: Path, opset: int) -> None:
+        for file in folder.glob('model.onnx*'):
+            shutil.copy(file, path.parent)
+
+    with mock.patch('mmlite.export.write.to_onnx', copy_onnx):
+        for format_, runtime in (('onnx', 'onnxruntime'), ('openvino', 'openvino')):
+            try:
+                __import__(runtime)
+                library(runtime)
+            except (ImportError, FileNotFoundError):
+                continue
+            write_program(program, folder / format_, format_, description)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from exported import export_for_both
+from filelock import FileLock
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.hub import get_config
@@ -127,6 +132,22 @@ def detector(tiny_bert):
         return model.eval()
 
     return build
+
+
+@pytest.fixture(scope='session')
+def exported_lite_dino(detector, tmp_path_factory) -> Path:
+    """A folder with LiteDINO for images of any size, in ``onnx`` and in ``openvino``.
+
+    For what is done with an export, not for its numbers. All processes of pytest-xdist have it from
+    the first that asks.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        folder = folder.parent
+    with FileLock(folder / 'lite_dino.lock'):
+        if not (folder / 'lite_dino').exists():
+            export_for_both(detector('LiteDINO'), folder / 'lite_dino')
+    return folder / 'lite_dino'
 
 
 def speak_masks(model: torch.nn.Module, lower: float) -> torch.nn.Module:

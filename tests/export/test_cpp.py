@@ -10,7 +10,7 @@ from shutil import which
 import numpy as np
 import pytest
 
-from mmlite.export import export_detector, library
+from mmlite.export import library, load
 
 openvino = pytest.importorskip('openvino')
 pytest.importorskip('onnxscript')
@@ -25,14 +25,14 @@ def block(language: str) -> str:
 
 
 @pytest.mark.skipif(not which('cmake') or not which('c++'), reason='needs CMake and a C++ compiler')
-def test_openvino(detector, images, tmp_path):
+def test_openvino(exported_lite_dino, images, tmp_path):
     from openvino.utils import get_cmake_path
 
     try:
         extension = library('openvino')
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    exported = export_detector(detector('LiteDINO'), tmp_path / 'exported', 'openvino')
+    exported = load(exported_lite_dino / 'openvino')
     (tmp_path / 'detect.cpp').write_text(block('cpp'))
     (tmp_path / 'CMakeLists.txt').write_text(block('cmake'))
     build = tmp_path / 'build'
@@ -49,7 +49,7 @@ def test_openvino(detector, images, tmp_path):
     def run(*arguments: Path) -> subprocess.CompletedProcess:
         return subprocess.run([build / 'detect', *arguments], capture_output=True, text=True)
 
-    model = tmp_path / 'exported/model.xml'
+    model = exported_lite_dino / 'openvino/model.xml'
     result = run(model, extension, tmp_path / 'image.ppm')
     assert result.returncode == 0, result.stderr
     printed = np.array([line.split() for line in result.stdout.splitlines()], np.float32)

@@ -8,14 +8,13 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from exported import assert_runs_alone, needs
+from exported import assert_runs_alone, export_for_both, needs
 from small_detectors import SMALL
 
 from mmlite.cli import main
 from mmlite.export import export_detector, load
 from mmlite.export.detector import resized_size
-from mmlite.export.program import trace
-from mmlite.export.write import compare, describe, difference, predict, write_program
+from mmlite.export.write import compare
 
 pytest.importorskip('onnxscript')
 
@@ -28,39 +27,29 @@ def assert_agrees(model, detector, images) -> None:
     assert max(report['boxes'], report['scores']) < 1e-4, report
 
 
-def test_any_size_without_torch(detector, images, tmp_path):
+@pytest.fixture(scope='module')
+def any_size(detector, tmp_path_factory):
+    """A detector, and a folder with its export for each runtime."""
     model = detector('LiteDINO with a key-aware decoder')
-    # One tracing for both runtimes.
-    program = trace(model)
-    for format_ in ('onnx', 'openvino'):
-        needs(format_)
-        folder = tmp_path / format_
-        exported = write_program(program, folder, format_, describe(model, None, None))
-        assert_agrees(model, exported, images)
-        assert exported.description['schedule'] == 'H3L1-(2+1)x1'
-
-        assert_runs_alone(exported, folder, images[0])
-        found = exported.detect(images[0])
-        threshold = float(found.scores[3])
-        confident = exported.detect(images[0], threshold)
-        assert 4 <= len(confident.scores) < len(found.scores)
-        assert confident.scores.min() >= threshold
+    folder = tmp_path_factory.mktemp('any_size') / 'exported'
+    export_for_both(model, folder)
+    return model, folder
 
 
-def test_padded_batches_of_any_number(detector, images, tmp_path):
-    needs('onnx')
-    model = detector('DINO')
-    exported = export_detector(model, tmp_path, 'onnx', batch=None)
-    assert_agrees(model, exported, images[:1])
-    sizes = [image.shape[:2] for image in images]
-    height, width = np.max(sizes, axis=0)
-    canvas = np.zeros((3, 3, height, width), np.float32)
-    for number, (h, w) in enumerate(sizes):
-        canvas[number, :, :h, :w] = images[number].transpose(2, 0, 1)
-    expected = predict(model, canvas, sizes)
-    for one, other in zip(expected, exported.detect_batch(images)):
-        assert max(difference(one, other, (height, width))) < 1e-4
-    assert exported.detect_batch([]) == []
+@pytest.mark.parametrize('format_', ['onnx', 'openvino'])
+def test_any_size_without_torch(format_, any_size, images, tmp_path):
+    needs(format_)
+    model, folder = any_size
+    exported = load(folder / format_)
+    assert_agrees(model, exported, images)
+    assert exported.description['schedule'] == 'H3L1-(2+1)x1'
+
+    assert_runs_alone(exported, folder / format_, images[0], tmp_path)
+    found = exported.detect(images[0])
+    threshold = float(found.scores[3])
+    confident = exported.detect(images[0], threshold)
+    assert 4 <= len(confident.scores) < len(found.scores)
+    assert confident.scores.min() >= threshold
 
 
 def test_a_fixed_canvas_and_batch(detector, images, tmp_path):

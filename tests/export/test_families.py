@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from exported import assert_runs_alone, needs
+from exported import assert_runs_alone, batch_of, export_for_both, needs
 
 from mmlite.export import load
 from mmlite.export.families import make_graph
 from mmlite.export.nms import distinct_boxes
 from mmlite.export.program import trace
-from mmlite.export.write import compare, describe, write_program
+from mmlite.export.write import compare, describe, difference, predict, write_program
 
 pytest.importorskip('onnxscript')
 pytestmark = pytest.mark.timeout(900)
@@ -23,37 +22,28 @@ RUNTIMES = pytest.mark.parametrize('format_', ['onnx', 'openvino'])
 
 @pytest.fixture(scope='module', params=FAMILIES)
 def family(request, detector, tmp_path_factory):
-    """A detector, and its export for each runtime, from one tracing."""
-    name = request.param
-    text = TEXT if 'Grounding' in name else None
-    model = detector(name)
-    description = describe(model, batch=None, text=text)
-    program = trace(model, batch=None, padded=True, text=text)
-    folder = tmp_path_factory.mktemp('family')
-
-    def export(format_: str):
-        needs(format_)
-        if not (folder / format_).exists():
-            write_program(program, folder / format_, format_, description)
-        return model, load(folder / format_), folder / format_
-
-    return export
+    """A detector, and a folder with its export for each runtime, for padded batches."""
+    text = TEXT if 'Grounding' in request.param else None
+    model = detector(request.param)
+    folder = tmp_path_factory.mktemp('family') / 'exported'
+    export_for_both(model, folder, batch=None, text=text)
+    return model, folder, text
 
 
 @RUNTIMES
-def test_agrees_with_pytorch(family, format_, images):
-    model, exported, _ = family(format_)
+def test_agrees_with_pytorch(family, format_, images, tmp_path):
+    needs(format_)
+    model, folder, text = family
+    exported = load(folder / format_)
     report = compare(model, exported, images, repeats=1)
     assert report['boxes'] < 1e-4 and report['scores'] < 1e-4, report
-    # A padded batch says what each image says in it alone, in its own canvas.
-    for found in exported.detect_batch(images):
-        assert np.isfinite(found.boxes).all() and len(found.scores)
-
-
-@RUNTIMES
-def test_runs_without_torch(family, format_, images):
-    _, exported, folder = family(format_)
-    assert_runs_alone(exported, folder, images[0])
+    canvas, sizes = batch_of(images)
+    expected, actual = predict(model, canvas, sizes, text), exported.detect_batch(images)
+    assert len(actual) == len(images)
+    for one, other in zip(expected, actual):
+        assert max(difference(one, other, canvas.shape[-2:])) < 1e-4
+    assert exported.detect_batch([]) == []
+    assert_runs_alone(exported, folder / format_, images[0], tmp_path)
 
 
 def test_masks(detector, images, tmp_path):

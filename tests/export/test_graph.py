@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from exported import batch_of
 
 from mmlite.export.families import make_graph, padding_divisor
 from mmlite.export.graph import DetectorGraph
@@ -31,18 +32,6 @@ NAMES = [
     'LiteMask2Former',
     'LiteMask2Former panoptic',
 ]
-
-
-def batch_of(
-    images: list[np.ndarray], divisor: int = 1
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Images at the top left of a canvas full of rubbish, and their sizes."""
-    sizes = [image.shape[:2] for image in images]
-    height, width = -(-np.max(sizes, axis=0) // divisor) * divisor
-    canvas = np.full((len(images), 3, height, width), 300.0, np.float32)
-    for number, (h, w) in enumerate(sizes):
-        canvas[number, :, :h, :w] = images[number].transpose(2, 0, 1)
-    return canvas, sizes
 
 
 @pytest.mark.parametrize('name', NAMES)

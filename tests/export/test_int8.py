@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from exported import needs
 
 from mmlite.cli import main
-from mmlite.export import export_detector, library, load, quantize
+from mmlite.export import library, load, quantize
 from mmlite.export.int8 import coco_ap
 
 openvino = pytest.importorskip('openvino')
@@ -19,16 +20,10 @@ pytest.importorskip('onnxscript')
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture
-def exported(detector, tmp_path):
-    try:
-        library('openvino')
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    return export_detector(detector('LiteDINO'), tmp_path / 'float', 'openvino')
-
-
-def test_quantized(exported, images, tmp_path):
+def test_quantized(exported_lite_dino, images, tmp_path):
+    needs('openvino')
+    folder = exported_lite_dino / 'openvino'
+    exported = load(folder)
     for number, image in enumerate(images):
         cv2.imwrite(str(tmp_path / f'{number}.png'), image)
     # What the float detector finds is the truth.
@@ -51,7 +46,7 @@ def test_quantized(exported, images, tmp_path):
     (tmp_path / 'truth.json').write_text(json.dumps(truth))
     assert coco_ap(exported, tmp_path / 'truth.json', tmp_path) > 50
 
-    arguments = ['quantize', str(tmp_path / 'float'), '-o', str(tmp_path / 'int8')]
+    arguments = ['quantize', str(folder), '-o', str(tmp_path / 'int8')]
     options = ['--images', str(tmp_path / '0.png'), '--images', str(tmp_path / '1.png')]
     annotated = ['--annotations', str(tmp_path / 'truth.json'), '--annotated-images', str(tmp_path)]
     result = CliRunner().invoke(main, [*arguments, *options, *annotated])
@@ -78,6 +73,6 @@ def test_quantized(exported, images, tmp_path):
     with pytest.raises(ValueError, match='quantised already'):
         quantize(tmp_path / 'int8', tmp_path / 'again', images)
     with pytest.raises(ValueError, match='needs images'):
-        quantize(tmp_path / 'float', tmp_path / 'again', [])
+        quantize(folder, tmp_path / 'again', [])
     with pytest.raises(ValueError, match='a folder of its own'):
-        quantize(tmp_path / 'float', tmp_path / 'float', images)
+        quantize(folder, folder, images)

@@ -68,6 +68,7 @@ COMMANDS = (
     *('tests/export/test_export.py', 'tests/analysis/test_complexity.py', 'tests/test_docs.py'),
     'tests/test_tools.py',
 )
+ROOT = Path(__file__).resolve().parent
 DIST = Path('.nox/dist')
 RESULTS = Path('.nox/matrix')
 REPORTED = ('torch', 'numpy', 'mmengine', 'mmcv', 'mmdet')
@@ -77,10 +78,28 @@ modules = {{name: importlib.import_module(name).__version__ for name in {REPORTE
 print(json.dumps(dict(python=platform.python_version(), **modules)))
 """
 
+IS_INSTALLED = """
+import importlib.util, sysconfig
+place = importlib.util.find_spec('mmlite').origin
+assert place.startswith(sysconfig.get_paths()['platlib']), place
+"""
+PYTEST = ('pytest', 'pytest-timeout', 'pytest-xdist')
+
 
 def numbers(version: str) -> tuple[int, int]:
     major, minor = version.split('.')[:2]
     return int(major), int(minor)
+
+
+def run_tests(session: nox.Session, *arguments: str, **options) -> None:
+    """Run pytest with what is installed, on as many cores as there are.
+
+    It starts in an empty folder: a Python that a test starts in this one would find mmlite here.
+    """
+    paths = [f'{ROOT}/{word}' if word.startswith('tests') else word for word in arguments]
+    with session.chdir(session.create_tmp()):
+        session.run('python', '-c', IS_INSTALLED)
+        session.run('pytest', '-q', '-n', 'auto', f'-c={ROOT}/pyproject.toml', *paths, **options)
 
 
 @nox.session
@@ -122,7 +141,7 @@ def tests(session: nox.Session, family: str, torch: str) -> None:
         versions[1] += '<2'
     (wheel,) = DIST.glob('*.whl')
     try:
-        session.install(*versions, *packages, 'pytest', 'pytest-timeout', 'openmim', str(wheel))
+        session.install(*versions, *packages, *PYTEST, 'openmim', str(wheel))
         # openmim asks for an older one, which knows no Python after 3.11.
         session.install('setuptools==79.0.1')
     except CommandFailed:
@@ -135,9 +154,8 @@ def tests(session: nox.Session, family: str, torch: str) -> None:
     found = json.loads(session.run('python', '-c', VERSIONS, silent=True).splitlines()[-1])
 
     report = Path(f'{cell}.xml')
-    # The entry point, unlike `python -m pytest`, leaves this folder off the path.
     arguments = session.posargs or SELECTION
-    session.run('pytest', '-q', f'--junit-xml={report}', *arguments, success_codes=[0, 1])
+    run_tests(session, f'--junit-xml={report}', *arguments, success_codes=[0, 1])
     suite = xml.etree.ElementTree.parse(report).getroot().find('testsuite')
     count = {name: int(suite.get(name)) for name in ('tests', 'failures', 'errors', 'skipped')}
     write(**found, **count, arguments=session.posargs)
@@ -193,14 +211,15 @@ def wheel(session: nox.Session) -> None:
     """The wheel in wheelhouse/ that fits this machine, installed beside torch alone."""
     install_wheel(session)
     # Its dependencies. What pip finds installed it leaves alone.
-    session.install('--find-links=wheelhouse', 'mmlite-detr', 'pytest', 'pytest-timeout')
+    session.install('--find-links=wheelhouse', 'mmlite-detr', *PYTEST)
     session.run(
         'python',
+        '-I',
         '-c',
         'from mmlite import ops; cpu = ops.backends()[0]; print(ops.__file__, cpu); '
         'assert cpu.name == "cpu" and cpu.available and "baseline" not in cpu.detail',
     )
-    session.run('pytest', '-q', *(session.posargs or KERNELS))
+    run_tests(session, *(session.posargs or KERNELS))
 
 
 @nox.session(python='3.11')
@@ -212,6 +231,6 @@ def commands(session: nox.Session) -> None:
     session.install('--find-links=wheelhouse', extras, env=alone)
     small = ('--epochs=1', '--train-images=80', '--val-images=20')
     session.run('mmlite', 'demo', *small, f'--out={session.create_tmp()}/demo', env=alone)
-    session.install('pytest', 'pytest-timeout', 'openmim')
+    session.install(*PYTEST, 'openmim')
     session.install('setuptools==79.0.1')
-    session.run('pytest', '-q', *(session.posargs or COMMANDS))
+    run_tests(session, *(session.posargs or COMMANDS))

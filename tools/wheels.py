@@ -4,7 +4,8 @@
     python tools/wheels.py linux-aarch64     # one
 
 The kernels are a plain C interface without torch or Python, so one cross-compiler builds them all;
-``make wheels`` sets its environment up. A Linux wheel must pass auditwheel. Each library is run
+``make wheels`` sets its environment up. A Linux wheel must pass auditwheel, and every wheel must
+hold two libraries in the format and for the processor of its system. That of the operators is run
 through its C interface by tests/ops/library_test.cpp where something to run it is installed:
 qemu-user with libc6-arm64-cross for aarch64, Wine for Windows.
 """
@@ -15,6 +16,7 @@ import argparse
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,11 +24,14 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import ziglang
-
 ROOT = Path(__file__).parents[1]
-ZIG = Path(ziglang.__file__).with_name('zig')
-LIBRARIES = ('libmmlite_cpu.so', 'libmmlite_cpu.dylib', 'libmmlite_cpu.dll')
+KERNELS = 'mmlite/ops/libmmlite_cpu'
+LIBRARIES = (KERNELS, 'mmlite/export/libmmlite_onnxruntime')  # without the suffix
+# How a library begins, by the system's suffix, and where its processor's number is. The numbers are
+# those of elf.h, mach/machine.h and winnt.h.
+ELF_MACHINES = {62: 'x86_64', 183: 'aarch64'}
+MACH_O_MACHINES = {0x01000007: 'x86_64', 0x0100000C: 'aarch64'}
+PE_MACHINES = {0x8664: 'x86_64'}
 
 
 class Target(NamedTuple):
@@ -44,6 +49,16 @@ class Target(NamedTuple):
     run: tuple[str, ...] | None = None
     kernels_compiler: str = ''
 
+    @property
+    def machine(self) -> str:
+        return self.zig.partition('-')[0]
+
+    @property
+    def suffix(self) -> str:
+        """How the names of its libraries end."""
+        system = self.zig.split('-')[1].partition('.')[0]
+        return {'linux': '.so', 'macos': '.dylib', 'windows': '.dll'}[system]
+
 
 TARGETS = {
     # GCC makes faster AVX2 code of the kernels than clang: docs/kernels-cpu.md.
@@ -57,13 +72,19 @@ TARGETS = {
 }
 
 
+def find_zig() -> Path:
+    import ziglang  # is in the environment of `make wheels` alone
+
+    return Path(ziglang.__file__).with_name('zig')
+
+
 def build(name: str, folder: Path) -> Path:
     """Build the wheel of one target in ``folder``."""
     target = TARGETS[name]
     options = {
         'build-dir': ROOT / 'build' / name,
         'cmake.define.CMAKE_TOOLCHAIN_FILE': ROOT / 'tools/zig.cmake',
-        'cmake.define.ZIG': ZIG,
+        'cmake.define.ZIG': find_zig(),
         'cmake.define.ZIG_TARGET': target.zig,
         'cmake.define.MMLITE_KERNELS_COMPILER': target.kernels_compiler,
         'wheel.tags': f'py3-none-{target.platform}',
@@ -98,23 +119,54 @@ def repair(wheel: Path) -> Path:
     return repaired
 
 
+def kind(library: bytes) -> tuple[str, str] | None:
+    """The suffix of the systems that a library is made for, and the processor."""
+    if library[:6] == b'\x7fELF\x02\x01':  # 64 bits, little-endian
+        return '.so', ELF_MACHINES.get(*struct.unpack_from('<H', library, 18))
+    if library[:4] == b'\xcf\xfa\xed\xfe':
+        return '.dylib', MACH_O_MACHINES.get(*struct.unpack_from('<I', library, 4))
+    if library[:2] == b'MZ':
+        (header,) = struct.unpack_from('<I', library, 0x3C)
+        if library[header : header + 4] == b'PE\0\0':
+            return '.dll', PE_MACHINES.get(*struct.unpack_from('<H', library, header + 4))
+    return None
+
+
+def check_libraries(target: Target, wheel: Path) -> None:
+    """Look whether a wheel holds its libraries, and those of its system.
+
+    Raises:
+        RuntimeError: A library is missing (scikit-build-core builds a wheel all the same where
+            the compiler failed), there is another one, or one is for another system.
+    """
+    expected = sorted(name + target.suffix for name in LIBRARIES)
+    with zipfile.ZipFile(wheel) as content:
+        names = sorted(n for n in content.namelist() if n.endswith(('.so', '.dylib', '.dll')))
+        if names != expected:
+            raise RuntimeError(f'{wheel.name} must have the libraries {expected}, and has {names}')
+        for name in names:
+            found = kind(content.read(name))
+            if found != (target.suffix, target.machine):
+                raise RuntimeError(
+                    f'{name} of {wheel.name} must be a {target.suffix} for {target.machine}, '
+                    f'and is {" for ".join(map(str, found)) if found else "no library"}'
+                )
+
+
 def test(target: Target, wheel: Path, folder: Path) -> str:
     """Run the library of a wheel through its C interface, and say how that went.
 
     Raises:
-        RuntimeError: The wheel has no library (scikit-build-core builds one all the same where
-            the compiler failed), or the library does not pass.
+        RuntimeError: The library does not pass.
     """
     with zipfile.ZipFile(wheel) as content:
-        names = [name for name in content.namelist() if name.endswith(LIBRARIES)]
-        if len(names) != 1:
-            raise RuntimeError(f'{wheel.name} must have one library of kernels, and has {names}')
-        library = content.extract(names[0], folder)
+        library = content.extract(KERNELS + target.suffix, folder)
     if target.run is None or (target.run and shutil.which(target.run[0]) is None):
         return 'compiled only: its programs cannot be run here'
     program = folder / 'library_test.exe'
-    compile_ = [ZIG, 'c++', '-target', target.zig, '-std=c++17', '-O2', f'-I{ROOT}/mmlite/ops/csrc']
-    libraries = [] if 'windows' in target.zig else ['-ldl']
+    compile_ = [find_zig(), 'c++', '-target', target.zig, '-std=c++17', '-O2']
+    compile_ += [f'-I{ROOT}/mmlite/ops/csrc']
+    libraries = [] if target.suffix == '.dll' else ['-ldl']
     source = ROOT / 'tests/ops/library_test.cpp'
     subprocess.run([*compile_, source, '-o', program, *libraries], check=True)
     result = subprocess.run(
@@ -149,6 +201,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             wheel = build(name, folder / 'wheel')
+            check_libraries(TARGETS[name], wheel)
             outcome = test(TARGETS[name], wheel, folder)
             shutil.copy(wheel, args.outdir)
         print(f'\n==> {wheel.name}: {outcome}\n', flush=True)

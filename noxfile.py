@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import platform
 import re
 import xml.etree.ElementTree
 from pathlib import Path
@@ -61,6 +62,8 @@ SELECTION = (
     *('tests/integrations/test_imports.py', 'tests/integrations/test_mmcv_ext.py'),
     'tests/test_mim.py',
     '--deselect=tests/detectors/test_lite.py::test_bfloat16_autocast_stays_close',
+    # The best instruction set is enough: what differs from cell to cell is around the machine code.
+    *('-k', 'not baseline' if platform.machine() in ('x86_64', 'AMD64') else ''),
 )
 # What runs the commands that README and docs name; tests/test_commands.py has the list.
 COMMANDS = (

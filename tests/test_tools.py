@@ -111,3 +111,21 @@ def test_company_measures_an_operator_and_a_step():
     assert ready == {}
     assert measured.keys() == {'call', 'step'}
     assert all(milliseconds > 0 for milliseconds in measured.values())
+
+
+def test_compare_builds_times_both(tmp_path):
+    library = Path(mmlite.__path__[0], 'ops/libmmlite_cpu.so')
+    if not library.exists():
+        pytest.skip('the kernels were not compiled, or are not for Linux')
+    wheel = write_wheel(tmp_path / 'a.whl', '.so', library.read_bytes())
+    options = ('--small', '--rounds', '1', '--threads', '1')
+    printed = subprocess.check_output(
+        [sys.executable, TOOLS / 'compare_builds.py', library, wheel, *options], text=True
+    ).splitlines()
+    assert printed[0].startswith('libmmlite_cpu.so: ') and ' kernels on 1 threads' in printed[0]
+    assert printed[1].startswith('a.whl: ')
+    assert [line.partition(':')[0] for line in printed[2:]] == [
+        f'{operator}, forward{rest}'
+        for operator in ('key aware', 'standard')
+        for rest in ('', ' and backward')
+    ]

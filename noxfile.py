@@ -100,9 +100,10 @@ def run_tests(session: nox.Session, *arguments: str, **options) -> None:
     It starts in an empty folder: a Python that a test starts in this one would find mmlite here.
     """
     paths = [f'{ROOT}/{word}' if word.startswith('tests') else word for word in arguments]
+    config = f'-c={ROOT}/pyproject.toml'
     with session.chdir(session.create_tmp()):
         session.run('python', '-c', IS_INSTALLED)
-        session.run('pytest', '-q', '-n', 'auto', f'-c={ROOT}/pyproject.toml', *paths, **options)
+        session.run('pytest', '-q', '-n=auto', '--timeout=900', config, *paths, **options)
 
 
 @nox.session

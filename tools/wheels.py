@@ -81,8 +81,11 @@ def find_zig() -> Path:
 def build(name: str, folder: Path) -> Path:
     """Build the wheel of one target in ``folder``."""
     target = TARGETS[name]
+    build_dir = ROOT / 'build' / name
+    # CMake asks once what system it builds for, and keeps to that when the toolchain file changes.
+    shutil.rmtree(build_dir, ignore_errors=True)
     options = {
-        'build-dir': ROOT / 'build' / name,
+        'build-dir': build_dir,
         'cmake.define.CMAKE_TOOLCHAIN_FILE': ROOT / 'tools/zig.cmake',
         'cmake.define.ZIG': find_zig(),
         'cmake.define.ZIG_TARGET': target.zig,

@@ -49,6 +49,7 @@ RUN_BY = {
     'python tools/wheels.py': ('Makefile', 'tools/wheels.py'),
     'python tools/company.py': ('tests/test_tools.py', "'company.py'"),
     'python tools/compare_builds.py': ('tests/test_tools.py', "'compare_builds.py'"),
+    'python tools/decompositions.py': ('tests/test_tools.py', "'decompositions.py'"),
     'python tests/triton_compile.py': ('tests/ops/test_triton.py', 'triton_compile'),
 }
 

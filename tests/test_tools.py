@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import struct
 import subprocess
 import sys
@@ -129,3 +130,13 @@ def test_compare_builds_times_both(tmp_path):
         for operator in ('key aware', 'standard')
         for rest in ('', ' and backward')
     ]
+
+
+def test_decompositions_are_the_same_and_timed():
+    for needed in ('onnxscript', 'onnxruntime', 'openvino'):
+        pytest.importorskip(needed)
+    printed = subprocess.check_output(
+        [sys.executable, TOOLS / 'decompositions.py', '--rounds', '1', '--image-size', '64', '96'],
+        text=True,
+    )
+    assert len(re.findall(r'(?:ONNX Runtime|OpenVINO) +\d+ ms$', printed, re.MULTILINE)) == 12

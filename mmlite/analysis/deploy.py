@@ -19,10 +19,12 @@ from ..checkpoints.config import STOCK_TYPES, find_encoder, stock_config
 from ..export.detector import DESCRIPTION, open_session
 from ..export.doors import library
 from ..export.graph import Pyramid, encode
+from ..export.operators import decompositions
 from ..export.optimized import optimize
 from ..export.program import to_onnx, trace, trace_encoder
 from ..export.write import FILES, describe, predict, to_openvino, write_program
 from ..layers import fuse_attention
+from ..ops import reference
 from .complexity import STAGES, stage_of
 from .encoder_cost import strides
 from .inputs import encoder_inputs, level_sizes
@@ -37,7 +39,9 @@ DETECTOR, ENCODER = PARTS = ('detector', 'encoder')
 STOCK = 'stock'
 # How a model runs. In PyTorch the Lite one has our operator in any case.
 AS_IT_IS, OUR_OPERATOR, OPTIMIZED = "MMDetection's way", 'our operator', 'optimised'
-PLAIN, PLAIN_INT8, OUR_INT8 = 'plain', 'plain, 8 bits', 'our operator, 8 bits'
+# Exported without our operators: attention as MMCV writes it, or in our portable form.
+PLAIN, PORTABLE = 'plain', 'portable'
+PORTABLE_INT8, OUR_INT8 = 'portable, 8 bits', 'our operator, 8 bits'
 _FORMATS = {ONNX: 'onnx', OPENVINO: 'openvino'}
 
 
@@ -53,7 +57,7 @@ class Contestant:
     @property
     def portable(self) -> bool:
         """Whether the export does without our operators."""
-        return self.form in (PLAIN, PLAIN_INT8)
+        return self.form in (PLAIN, PORTABLE, PORTABLE_INT8)
 
     @property
     def folder(self) -> str:
@@ -167,12 +171,12 @@ def _contestants(
     stock, lite = models
     forms = {
         PYTORCH: [(stock, AS_IT_IS), (stock, OUR_OPERATOR), (lite, AS_IT_IS)],
-        ONNX: [(name, form) for name in models for form in (PLAIN, OUR_OPERATOR)],
-        OPENVINO: [(name, form) for name in models for form in (PLAIN, OUR_OPERATOR)],
+        ONNX: [(name, form) for name in models for form in (PLAIN, PORTABLE, OUR_OPERATOR)],
+        OPENVINO: [(name, form) for name in models for form in (PLAIN, PORTABLE, OUR_OPERATOR)],
     }
     if part == DETECTOR:
         forms[PYTORCH] += [(stock, OPTIMIZED), (lite, OPTIMIZED)]
-        forms[OPENVINO] += [(stock, PLAIN_INT8), (lite, OUR_INT8)] if int8 else []
+        forms[OPENVINO] += [(stock, PORTABLE_INT8), (lite, OUR_INT8)] if int8 else []
     return [
         Contestant(part, runtime, *who)
         for runtime in RUNTIMES
@@ -201,28 +205,61 @@ def _export(who: Contestant, model: nn.Module, setting: Setting, folder: Path) -
     target = folder / who.folder
     if (target / DESCRIPTION).is_file():
         found = json.loads((target / DESCRIPTION).read_text(encoding='utf-8'))
-        image_size = found.get('image_size', list(setting.image_size))
-        if (found['detector'], image_size) != (type(model).__name__, list(setting.image_size)):
+        fixed = found.get('input') or {}
+        size = found.get('image_size') or [fixed.get('height'), fixed.get('width')]
+        if found['detector'] != type(model).__name__ or (
+            size != [None, None] and size != list(setting.image_size)
+        ):
             raise ValueError(f'{target} is of another detector or size; choose other --exports')
         return
-    if who.form in (PLAIN_INT8, OUR_INT8):
+    if who.form in (PORTABLE_INT8, OUR_INT8):
         from ..export.int8 import quantize
 
-        form = PLAIN if who.portable else OUR_OPERATOR
-        source = Contestant(who.part, who.runtime, who.model, form)
-        quantize(folder / source.folder, target, [_image(setting)])
+        # A model in 8 bits is for one size: mmlite export --size, then mmlite quantize.
+        size = setting.image_size
+        description = describe(model, size=size, portable=who.portable)
+        program = trace(model, size, padded=description['input']['padded'], portable=who.portable)
+        with TemporaryDirectory() as source:
+            write_program(program, source, _FORMATS[who.runtime], description)
+            quantize(source, target, [_image(setting)])
     elif who.part == DETECTOR:
         description = describe(model, portable=who.portable)
-        program = trace(model, portable=who.portable)
+        program = _decomposed(trace(model, portable=who.form == PORTABLE), who)
         write_program(program, target, _FORMATS[who.runtime], description)
     else:
         _export_encoder(who, model, setting, target)
 
 
+def _decomposed(program: torch.export.ExportedProgram, who: Contestant):
+    """The program with attention in the obvious operators, where it is to be exported plainly."""
+    if who.form != PLAIN:
+        return program
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+    def sizes(flat: Sequence[int]) -> list[tuple[int, int]]:
+        return list(zip(flat[::2], flat[1::2]))
+
+    def ms_deform_attn(value, spatial_shapes, locations, weights):
+        return multi_scale_deformable_attn_pytorch(value, sizes(spatial_shapes), locations, weights)
+
+    def key_aware_deform_attn(query, key, value, spatial_shapes, locations):
+        return reference.key_aware_deform_attn(query, key, value, sizes(spatial_shapes), locations)
+
+    return program.run_decompositions(
+        {
+            **decompositions(),
+            torch.ops.mmlite.ms_deform_attn.default: ms_deform_attn,
+            torch.ops.mmlite.key_aware_deform_attn.default: key_aware_deform_attn,
+        }
+    )
+
+
 def _export_encoder(who: Contestant, model: nn.Module, setting: Setting, target: Path) -> None:
     inputs = _encoder_inputs(model, setting)
     module = _Encoder(model, inputs['spatial_shapes'].tolist())
-    program = trace_encoder(model, module, inputs['query'], inputs['query_pos'], who.portable)
+    arguments = (inputs['query'], inputs['query_pos'])
+    program = trace_encoder(model, module, *arguments, portable=who.form == PORTABLE)
+    program = _decomposed(program, who)
     target.mkdir(parents=True, exist_ok=True)
     format_ = _FORMATS[who.runtime]
     path = target / FILES[format_]
@@ -263,12 +300,16 @@ def _measure(
 ) -> list[Result]:
     part = everyone[0].part
     image = np.ascontiguousarray(_image(setting).transpose(2, 0, 1)[None], np.float32)
-    # What the exported models take.
-    arrays = {name: [image] for name in models}
-    if part == ENCODER:
-        for name, model in models.items():
-            inputs = _encoder_inputs(model, setting)
-            arrays[name] = [inputs['query'].numpy(), inputs['query_pos'].numpy()]
+
+    def arrays(who: Contestant) -> list[np.ndarray]:
+        """What an exported model takes."""
+        if part == ENCODER:
+            inputs = _encoder_inputs(models[who.model], setting)
+            return [inputs['query'].numpy(), inputs['query_pos'].numpy()]
+        if who.form in (PORTABLE_INT8, OUR_INT8):
+            return [image, np.array([setting.image_size])]
+        return [image]
+
     runs: dict[Contestant, Call] = {}
     in_pytorch: dict[Contestant, nn.Module] = {}
     for who in everyone:
@@ -280,8 +321,10 @@ def _measure(
                 else _encodes(model, _encoder_inputs(model, setting))
             )
         else:
-            runs[who] = _session(folder / who.folder, arrays[who.model])
+            runs[who] = _session(folder / who.folder, arrays(who))
     timings = setting.measure(runs, start, part)
+    # A session holds gigabytes, and the next step opens one after the other anew.
+    runs = {who: run for who, run in runs.items() if who.runtime == PYTORCH}
     stages: dict[Contestant, dict[str, float]] = {}
     if part == DETECTOR:
         step = start('stages', len(everyone))
@@ -290,7 +333,7 @@ def _measure(
             if who.runtime == PYTORCH:
                 stages[who] = profile_stages(in_pytorch[who], runs[who], repeats=repeats)
             elif who.runtime == OPENVINO:
-                stages[who] = _openvino_stages(folder / who.folder, image, repeats)
+                stages[who] = _openvino_stages(folder / who.folder, arrays(who), repeats)
             step()
 
     def over(who: Contestant, *baseline: str) -> Ratio | None:
@@ -335,13 +378,13 @@ def _session(folder: Path, arrays: Sequence[np.ndarray]) -> Call:
     return lambda index: session(*arrays)
 
 
-def _openvino_stages(folder: Path, image: np.ndarray, repeats: int) -> dict[str, float]:
+def _openvino_stages(folder: Path, arrays: Sequence[np.ndarray], repeats: int) -> dict[str, float]:
     """Medians of OpenVINO's own counters; nodes are named by their module."""
     session = open_session(folder, torch.get_num_threads(), profile=True)
-    session(image)
+    session(*arrays)
     runs = []
     for _ in range(repeats):
-        session(image)
+        session(*arrays)
         seconds = dict.fromkeys(STAGES, 0.0)
         for node in session.request.get_profiling_info():
             module = node.node_name.partition('/')[0]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +43,8 @@ def quantize(
     """Write an exported detector once more, its convolutions and matrix products in 8 bits.
 
     Weights get a scale for each channel, activations one for each tensor from what is seen on the
-    calibration images.
+    calibration images. Only a model for images of one size is much faster in 8 bits: there OpenVINO
+    can run all products as convolutions.
 
     Args:
         source (str | PathLike): The folder of an export for OpenVINO.
@@ -84,6 +87,8 @@ def quantize(
     model = core.read_model(str(source / description['model']))
     if not any(node.get_friendly_name().startswith(_ENCODERS) for node in model.get_ops()):
         raise ValueError(f'{source} was written by an older mmlite; export again')
+    if all(port.get_partial_shape().is_static for port in model.inputs):
+        as_convolutions(model, kept_in_float)
     calibration = nncf.Dataset(images, lambda image: detector.arguments_of(image)[0])
     quantized = nncf.quantize(
         model,
@@ -97,6 +102,47 @@ def quantize(
     text = json.dumps({**description, 'int8': {'calibration_images': len(images)}}, indent=2)
     (folder / DESCRIPTION).write_text(text + '\n', encoding='utf-8')
     return load(folder)
+
+
+def as_convolutions(model: Any, kept_in_float: Sequence[str]) -> None:
+    """Make the products of tokens with weights convolutions of one pixel, in place.
+
+    Without VNNI, OpenVINO multiplies matrices in 8 bits no faster than in float, but convolves
+    twice as fast. Where shapes are fixed it sees that tokens lie in memory as the channels-last
+    picture that a convolution wants, and transposes nothing.
+
+    Args:
+        model (openvino.Model): Of fixed shapes.
+        kept_in_float (Sequence[str]): As for :func:`quantize`; these are left as they are.
+    """
+    import openvino
+    from openvino import opset13
+
+    kept = re.compile('|'.join(f'(?:{pattern})' for pattern in kept_in_float) or r'(?!)')
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != 'MatMul' or kept.fullmatch(node.get_friendly_name()):
+            continue
+        tokens, weights = (port.get_source_output() for port in node.inputs())
+        constant, transposed = weights.get_node(), node.get_attributes()
+        if (
+            constant.get_type_name() != 'Constant'
+            or (len(tokens.get_shape()), len(weights.get_shape())) != (3, 2)
+            or transposed['transpose_a']
+        ):
+            continue
+        kernel = np.asarray(constant.data)
+        kernel = kernel if transposed['transpose_b'] else kernel.T  # (out, in)
+        picture = opset13.transpose(opset13.unsqueeze(tokens, 2), [0, 3, 1, 2])  # (B, C, N, 1)
+        product = opset13.convolution(
+            picture,
+            openvino.op.Constant(np.ascontiguousarray(kernel[:, :, None, None])),
+            *([1, 1], [0, 0], [0, 0], [1, 1]),  # strides, both paddings, dilations
+        )
+        product.set_friendly_name(node.get_friendly_name())
+        outcome = opset13.squeeze(opset13.transpose(product, [0, 2, 3, 1]), 2)
+        for port in node.output(0).get_target_inputs():
+            port.replace_source_output(outcome.output(0))
+    model.validate_nodes_and_infer_types()
 
 
 def import_nncf() -> None:

@@ -178,7 +178,7 @@ def test_deploy(tmp_path, monkeypatch):
 
     encoders = measured('encoder', 'onnxruntime')
     for model in ('stock', 'Lite'):
-        for form in ('plain', 'our operator'):
+        for form in ('plain', 'portable', 'our operator'):
             result = encoders['ONNX Runtime', model, form]
             assert result['over_stock'] and result['over_plain']
     assert encoders['PyTorch', 'stock', "MMDetection's way"]['over_stock']['median'] == 1

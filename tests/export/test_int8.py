@@ -12,7 +12,7 @@ from exported import needs
 
 from mmlite.cli import main
 from mmlite.export import library, load, quantize
-from mmlite.export.int8 import coco_ap
+from mmlite.export.int8 import KEPT_IN_FLOAT, as_convolutions, coco_ap
 
 openvino = pytest.importorskip('openvino')
 pytest.importorskip('nncf')
@@ -76,3 +76,30 @@ def test_quantized(exported_lite_dino, images, tmp_path):
         quantize(folder, tmp_path / 'again', [])
     with pytest.raises(ValueError, match='a folder of its own'):
         quantize(folder, folder, images)
+
+
+def test_convolutions_are_the_products(exported_lite_dino, images):
+    needs('openvino')
+    core = openvino.Core()
+    core.add_extension(str(library('openvino')))
+    model = core.read_model(str(exported_lite_dino / 'openvino/model.xml'))
+    height, width = images[0].shape[:2]
+    model.reshape([1, 3, height, width])
+    image = np.ascontiguousarray(images[0].transpose(2, 0, 1)[None], np.float32)
+
+    def outputs():
+        compiled = core.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+        return list(compiled([image]).values())
+
+    def names(kind: str) -> set[str]:
+        nodes = (node for node in model.get_ops() if node.get_type_name() == kind)
+        return {node.get_friendly_name().partition('/')[0] for node in nodes}
+
+    expected, products = outputs(), names('MatMul')
+    as_convolutions(model, KEPT_IN_FLOAT)
+    # Rounding may exchange two queries with nearly the same score.
+    for actual, wanted in zip(outputs(), expected):
+        np.testing.assert_allclose(np.sort(actual, 1), np.sort(wanted, 1), rtol=1e-3, atol=1e-3)
+    moved = names('Convolution') & products
+    assert {'encoder.layers.0.self_attn.value_proj', 'encoder.layers.0.ffn.layers.1'} <= moved
+    assert 'encoder.layers.0.self_attn.sampling_offsets' in names('MatMul') - moved

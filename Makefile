@@ -27,9 +27,11 @@ demo: setup
 	$(call say,mmlite demo)
 	@$(BIN)/mmlite demo $(ARGS)
 
+# A process for each core, up to four, and each of them does whole files, whose tests share what is
+# slow to make; ARGS="-n 0" is one process for all.
 test: setup
 	$(call say,Tests)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: setup
 	$(call say,ruff)

@@ -27,6 +27,20 @@ if WORKERS > 1:
 GOLDEN = Path(__file__).parent / 'data/golden'
 
 
+@pytest.fixture(autouse=True)
+def default_scope():
+    """MMEngine's default scope is behind a test what it was before: a runner sets it for good."""
+    registry = sys.modules.get('mmengine.registry')
+    if registry is None:
+        yield
+        return
+    scopes = registry.DefaultScope._instance_dict
+    before = dict(scopes)
+    yield
+    scopes.clear()
+    scopes.update(before)
+
+
 @pytest.fixture(scope='session')
 def golden():
     """Load a file of the golden vectors as tensors, with its meta data as a dict."""

@@ -70,11 +70,11 @@ def needs(format_: str) -> None:
         pytest.skip(str(error))
 
 
-def export_for_both(model: nn.Module, folder: Path, **options) -> None:
-    """Export for ONNX Runtime and OpenVINO, where they are, to ``folder/onnx`` and
-    ``folder/openvino``.
+def export_for_all(model: nn.Module, folder: Path, **options) -> None:
+    """Export for ONNX Runtime and OpenVINO, where they are, and as a program of torch.
 
-    Tracing and writing ONNX is what takes long, so both are done once.
+    Each lies in a folder of its format's name. Tracing and writing ONNX is what takes long, so both
+    are done once.
     """
     description = describe(model, **options)
     text, batch = options.get('text'), options.get('batch', 1)
@@ -86,6 +86,7 @@ def export_for_both(model: nn.Module, folder: Path, **options) -> None:
         for file in folder.glob('model.onnx*'):
             shutil.copy(file, path.parent)
 
+    write_program(program, folder / 'torch', 'torch', description)
     with mock.patch('mmlite.export.write.to_onnx', copy_onnx):
         for format_, runtime in (('onnx', 'onnxruntime'), ('openvino', 'openvino')):
             try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported import export_for_both
+from exported import export_for_all
 from filelock import FileLock
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -146,7 +146,7 @@ def exported_lite_dino(detector, tmp_path_factory) -> Path:
         folder = folder.parent
     with FileLock(folder / 'lite_dino.lock'):
         if not (folder / 'lite_dino').exists():
-            export_for_both(detector('LiteDINO'), folder / 'lite_dino')
+            export_for_all(detector('LiteDINO'), folder / 'lite_dino')
     return folder / 'lite_dino'
 
 

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from exported import assert_runs_alone, export_for_both, needs
+from exported import assert_runs_alone, export_for_all, needs
 from small_detectors import SMALL
 
 from mmlite.cli import main
@@ -32,7 +32,7 @@ def any_size(detector, tmp_path_factory):
     """A detector, and a folder with its export for each runtime."""
     model = detector('LiteDINO with a key-aware decoder')
     folder = tmp_path_factory.mktemp('any_size') / 'exported'
-    export_for_both(model, folder)
+    export_for_all(model, folder)
     return model, folder
 
 

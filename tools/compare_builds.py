@@ -31,17 +31,14 @@ def operators(sizes: tuple[tuple[int, int], ...]) -> dict[str, Callable[[], obje
     import torch
 
     from mmlite import ops
+    from mmlite.nn import encoder_reference_points
 
     torch.manual_seed(0)
     tokens = sum(height * width for height, width in sizes)
     value, query = torch.randn(2, 1, tokens, 8, 32).unbind()
     weights = torch.rand(1, tokens, 8, 4, 4).flatten(3).softmax(-1).unflatten(3, (4, 4))
-    centers = [
-        torch.cartesian_prod((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w).flip(-1)
-        for h, w in sizes
-    ]
-    locations = torch.cat(centers).view(1, tokens, 1, 1, 1, 2)
-    locations = locations + 0.02 * torch.randn(1, tokens, 8, 4, 4, 2)
+    centres = encoder_reference_points(sizes).view(1, tokens, 1, 4, 1, 2)
+    locations = centres + 0.02 * torch.randn(1, tokens, 8, 4, 4, 2)
     inputs = [value, query, weights, locations]
 
     def key_aware():

@@ -119,7 +119,7 @@ def test_compare_builds_times_both(tmp_path):
     if not library.exists():
         pytest.skip('the kernels were not compiled, or are not for Linux')
     wheel = write_wheel(tmp_path / 'a.whl', '.so', library.read_bytes())
-    options = ('--small', '--rounds', '1', '--threads', '1')
+    options = ('--image-size', '32', '48', '--rounds', '1', '--threads', '1')
     printed = subprocess.check_output(
         [sys.executable, TOOLS / 'compare_builds.py', library, wheel, *options], text=True
     ).splitlines()

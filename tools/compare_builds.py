@@ -3,8 +3,8 @@
     python tools/compare_builds.py mmlite/ops/libmmlite_cpu.so wheelhouse/*manylinux*_x86_64.whl
 
 Each is a library, or a wheel with one. Both run on the same machine in the same minutes: a process
-for each waits for orders, and in every second round they change places. The sizes are those of an
-800x1333 image: 22,223 tokens, 8 heads of 32 channels, 4 levels, 4 points, float32.
+for each waits for orders, and in every second round they change places. What runs is the attention
+of an encoder over all tokens of an image: 8 heads of 32 channels, 4 levels, 4 points, float32.
 """
 
 from __future__ import annotations
@@ -21,31 +21,27 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-SIZES = ((100, 167), (50, 84), (25, 42), (13, 21))
 KERNELS = 'mmlite/ops/libmmlite_cpu.so'
 CALLS = 3  # of each operator in a round
 
 
-def operators(sizes: tuple[tuple[int, int], ...]) -> dict[str, Callable[[], object]]:
+def operators(image_size: tuple[int, int]) -> dict[str, Callable[[], object]]:
     """What is timed, on points around each query."""
     import torch
 
     from mmlite import ops
-    from mmlite.nn import encoder_reference_points
+    from mmlite.analysis.inputs import level_sizes, operator_inputs
 
-    torch.manual_seed(0)
-    tokens = sum(height * width for height, width in sizes)
-    value, query = torch.randn(2, 1, tokens, 8, 32).unbind()
-    weights = torch.rand(1, tokens, 8, 4, 4).flatten(3).softmax(-1).unflatten(3, (4, 4))
-    centres = encoder_reference_points(sizes).view(1, tokens, 1, 4, 1, 2)
-    locations = centres + 0.02 * torch.randn(1, tokens, 8, 4, 4, 2)
-    inputs = [value, query, weights, locations]
+    x = operator_inputs(level_sizes(image_size))
+    inputs = [x.query, x.value, x.sampling_locations, x.attention_weights]
 
     def key_aware():
-        return ops.key_aware_deform_attn(query, value, value, sizes, locations)
+        return ops.key_aware_deform_attn(
+            x.query, x.value, x.value, x.level_sizes, x.sampling_locations
+        )
 
     def standard():
-        return ops.ms_deform_attn(value, sizes, locations, weights)
+        return ops.ms_deform_attn(x.value, x.level_sizes, x.sampling_locations, x.attention_weights)
 
     def forward(operator):
         with torch.no_grad():
@@ -63,11 +59,11 @@ def operators(sizes: tuple[tuple[int, int], ...]) -> dict[str, Callable[[], obje
     }
 
 
-def serve(sizes: tuple[tuple[int, int], ...]) -> None:
+def serve(image_size: tuple[int, int]) -> None:
     """Print what runs, and for each line that comes in a round's milliseconds."""
     from mmlite.ops import cpu
 
-    timed = operators(sizes)
+    timed = operators(image_size)
     print(json.dumps(cpu.status()), flush=True)
     for _ in sys.stdin:
         round_ = {}
@@ -93,11 +89,11 @@ def main() -> None:
     parser.add_argument('builds', nargs=2, type=Path, metavar='BUILD', help='a library or a wheel')
     parser.add_argument('--rounds', type=int, default=20)
     parser.add_argument('--threads', type=int, default=2)
-    parser.add_argument('--small', action='store_true', help='tiny sizes, to see that it runs')
+    parser.add_argument('--image-size', type=int, nargs=2, default=(800, 1333), metavar=('H', 'W'))
     parser.add_argument('--serve', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        return serve(((4, 6), (2, 3), (1, 2), (1, 1)) if args.small else SIZES)
+        return serve(tuple(args.image_size))
 
     with tempfile.TemporaryDirectory() as temporary:
         processes = []

@@ -24,13 +24,11 @@ import torch.nn.functional as F
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from torch import Tensor, nn
 
-from mmlite.analysis.inputs import level_sizes
+from mmlite.analysis.inputs import level_sizes, operator_inputs
 from mmlite.export import portable
-from mmlite.nn import encoder_reference_points
 from mmlite.ops import reference
 
 SIZES: list[tuple[int, int]] = []  # of the maps; main() fills it in
-HEADS, DIM, POINTS = 8, 32, 4
 
 
 def flat() -> list[int]:
@@ -123,23 +121,14 @@ def main() -> None:
     SIZES[:] = level_sizes(arguments.image_size, (8, 16, 32, 64))
 
     logging.disable(logging.WARNING)  # the exporter's, of torchvision
-    torch.manual_seed(0)
-    tokens = sum(height * width for height, width in SIZES)
-    value = torch.randn(1, tokens, HEADS, DIM)
-    middle = encoder_reference_points(SIZES).view(1, tokens, 1, len(SIZES), 1, 2)
-    pixel = torch.tensor([[1 / width, 1 / height] for height, width in SIZES]).view(
-        1, 1, 1, -1, 1, 2
-    )
-    spread = torch.randn(1, tokens, HEADS, len(SIZES), POINTS, 2)
-    locations = (middle + 2 * pixel * spread).contiguous()
-    weights = torch.rand(locations.shape[:-1])
-    query = torch.randn(1, tokens, HEADS, DIM)
+    x = operator_inputs(SIZES)
+    value, locations = x.value, x.sampling_locations
     runs = {}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for kind, forms, third in (
-            ('standard', STANDARD, weights),
-            ('key-aware', KEY_AWARE, query),
+            ('standard', STANDARD, x.attention_weights),
+            ('key-aware', KEY_AWARE, x.query),
         ):
             inputs = (value, locations, third)
             expected = next(iter(forms.values()))(*inputs).numpy()

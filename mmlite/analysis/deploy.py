@@ -19,7 +19,7 @@ from ..checkpoints.config import STOCK_TYPES, find_encoder, stock_config
 from ..export.detector import DESCRIPTION, open_session
 from ..export.doors import library
 from ..export.graph import Pyramid, encode
-from ..export.operators import decompositions
+from ..export.operators import attention_as
 from ..export.optimized import optimize
 from ..export.program import to_onnx, trace, trace_encoder
 from ..export.write import FILES, describe, predict, to_openvino, write_program
@@ -245,13 +245,7 @@ def _decomposed(program: torch.export.ExportedProgram, who: Contestant):
     def key_aware_deform_attn(query, key, value, spatial_shapes, locations):
         return reference.key_aware_deform_attn(query, key, value, sizes(spatial_shapes), locations)
 
-    return program.run_decompositions(
-        {
-            **decompositions(),
-            torch.ops.mmlite.ms_deform_attn.default: ms_deform_attn,
-            torch.ops.mmlite.key_aware_deform_attn.default: key_aware_deform_attn,
-        }
-    )
+    return program.run_decompositions(attention_as(ms_deform_attn, key_aware_deform_attn))
 
 
 def _export_encoder(who: Contestant, model: nn.Module, setting: Setting, target: Path) -> None:

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from ..integrations import require
-from .shared import count_option, option, print_table, progress, write_json
+from .shared import FOLDER, count_option, option, print_table, progress, write_json
 
 # What is to be learnt -> the config, what of it COCO's metrics measure, and where it goes.
 TASKS = {
@@ -42,7 +42,7 @@ SHOWN_SCORE = 0.3
 )
 @option(
     '--out',
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     help='Folder for the data, the checkpoint, the results and the picture. Default: '
     'work_dirs/demo, or work_dirs/demo-segmentation.',
 )

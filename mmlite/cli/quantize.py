@@ -8,43 +8,27 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from .shared import image_files, read_image
+from .shared import (
+    FOLDER,
+    count_option,
+    file_option,
+    image_files,
+    images_option,
+    option,
+    output_option,
+    read_image,
+)
 
 
 @click.command()
-@click.argument('source', type=click.Path(file_okay=False, path_type=Path))
-@click.option(
-    '-o',
-    '--output',
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help='The folder to write.',
+@click.argument('source', type=FOLDER)
+@output_option
+@images_option(
+    required=True, help='An image, or a folder of them, to calibrate on; can be repeated.'
 )
-@click.option(
-    '--images',
-    'image_paths',
-    multiple=True,
-    required=True,
-    type=click.Path(exists=True, path_type=Path),
-    help='An image, or a folder of them, to calibrate on; can be repeated.',
-)
-@click.option(
-    '--count',
-    default=128,
-    show_default=True,
-    type=click.IntRange(1),
-    help='Calibrate on so many of the images, evenly spread.',
-)
-@click.option(
-    '--annotations',
-    type=click.Path(dir_okay=False, path_type=Path),
-    help='COCO annotations to measure AP on, before and after.',
-)
-@click.option(
-    '--annotated-images',
-    type=click.Path(file_okay=False, path_type=Path),
-    help='Folder of the images of --annotations.',
-)
+@count_option('--count', default=128, help='Calibrate on so many of the images, evenly spread.')
+@file_option('--annotations', help='COCO annotations to measure AP on, before and after.')
+@option('--annotated-images', type=FOLDER, help='Folder of the images of --annotations.')
 def quantize(
     source: Path,
     output: Path,
@@ -56,11 +40,11 @@ def quantize(
     """Write the OpenVINO export in SOURCE once more, in 8 bits, calibrated on your images.
 
     It needs NNCF: pip install 'mmlite-detr[quantize]'. Heads, sampling offsets and positions stay
-    in float32.
+    in float32. An export for images of one size gains most.
 
     \b
     Example:
-      mmlite export my_config.py epoch_12.pth --format openvino -o exported
+      mmlite export my_config.py epoch_12.pth --format openvino --size 800 1333 -o exported
       mmlite quantize exported -o exported-int8 --images data/train
       mmlite quantize exported -o exported-int8 --images data/train \\
           --annotations data/val.json --annotated-images data/val

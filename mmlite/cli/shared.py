@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
+FOLDER = click.Path(file_okay=False, path_type=Path)
 HELP = {'help_option_names': ['-h', '--help']}
 
 option = partial(click.option, show_default=True)
@@ -30,6 +31,14 @@ path_option = partial(option, type=PATH)
 file_option = partial(option, type=FILE)
 flag = partial(click.option, is_flag=True)
 device_option = option('--device', default='cpu', help='cpu, cuda or cuda:1.')
+output_option = option('-o', '--output', required=True, type=FOLDER, help='The folder to write.')
+images_option = partial(
+    option,
+    '--images',
+    'image_paths',
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+)
 json_option = file_option('--json', 'json_path', help='Write the results here, too.')
 
 

@@ -11,7 +11,7 @@ import click
 
 from ..integrations import require
 from . import shared
-from .shared import HELP, count_option, flag, option
+from .shared import FOLDER, HELP, count_option, flag, option
 
 
 class _DataFolder(click.ParamType):
@@ -43,7 +43,7 @@ class _DataFolder(click.ParamType):
 @option('--gpus', type=click.IntRange(0), default=0, help='GPUs of each run; they run in turn.')
 @option(
     '--out',
-    type=click.Path(file_okay=False, path_type=Path),
+    type=FOLDER,
     default='work_dirs/study',
     help="Folder of the studies; this one's is in it.",
 )

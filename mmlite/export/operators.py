@@ -127,3 +127,16 @@ def decompositions() -> dict[Callable, Callable]:
         torch.ops.mmlite.key_aware_deform_attn_from_offsets.default: key_aware_deform_attn,
         torch.ops.mmlite.ms_deform_attn_from_offsets.default: ms_deform_attn,
     }
+
+
+def attention_as(ms_deform_attn: Callable, key_aware_deform_attn: Callable) -> dict:
+    """All of our operators in terms of these functions, which take the arguments of the two.
+
+    Returns:
+        dict[Callable, Callable]: For ``ExportedProgram.run_decompositions``.
+    """
+    return {
+        **decompositions(),
+        torch.ops.mmlite.ms_deform_attn.default: ms_deform_attn,
+        torch.ops.mmlite.key_aware_deform_attn.default: key_aware_deform_attn,
+    }

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operators import decompositions
+from .operators import attention_as
 
 
 def ms_deform_attn(
@@ -71,8 +71,4 @@ def _weighted_sum(samples: Sequence[Tensor], weights: Sequence[Tensor], value: T
 
 def portable_decompositions() -> dict[Callable, Callable]:
     """Our operators -> the same in torch's own, for ``ExportedProgram.run_decompositions``."""
-    return {
-        **decompositions(),
-        torch.ops.mmlite.ms_deform_attn.default: ms_deform_attn,
-        torch.ops.mmlite.key_aware_deform_attn.default: key_aware_deform_attn,
-    }
+    return attention_as(ms_deform_attn, key_aware_deform_attn)

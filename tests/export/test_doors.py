@@ -11,7 +11,7 @@ import torch
 
 from mmlite import ops
 from mmlite.export import doors, library, load
-from mmlite.export.detector import DESCRIPTION, FORMAT_VERSION
+from mmlite.export.detector import DESCRIPTION, FORMAT_VERSION, open_session
 from mmlite.export.operators import DOMAIN, VERSION
 
 onnx = pytest.importorskip('onnx')
@@ -211,3 +211,39 @@ def test_an_unknown_operator_is_a_sentence(format_, tmp_path):
     with pytest.raises(ValueError, match=r'does not take .*MSDeformAttnOfTomorrow') as refused:
         load(folder)
     assert '\n' not in str(refused.value)
+
+
+ADDITION_AND_NORM = """
+<ir_version: 9, opset_import: ["": 18]>
+norm (float[2, 10, 64] x, float[2, 10, 64] y) => (float[2, 10, 64] output) {
+    sum = Add(x, y)
+    one = Constant<value_floats = [1.0]>()
+    length = Constant<value_ints = [64]>()
+    scale = Expand(one, length)
+    output = LayerNormalization(sum, scale, scale)
+}
+"""
+
+
+def test_onnxruntime_keeps_the_norm_behind_an_addition(tmp_path, monkeypatch):
+    """Fused, the two are slower than apart."""
+    runtime = pytest.importorskip('onnxruntime')
+    source, written = tmp_path / 'model.onnx', tmp_path / 'optimized.onnx'
+    onnx.save(onnx.parser.parse_model(ADDITION_AND_NORM), source)
+
+    def writing_options(make=runtime.SessionOptions):
+        options = make()
+        options.optimized_model_filepath, options.log_severity_level = str(written), 4
+        return options
+
+    def operators() -> set[str]:
+        return {node.op_type for node in onnx.load(written).graph.node}
+
+    runtime.InferenceSession(str(source), writing_options())
+    assert operators() == {'SkipLayerNormalization'}  # or else there is nothing to turn off
+
+    monkeypatch.setattr(runtime, 'SessionOptions', writing_options)
+    description = {'model': source.name, 'format': 'onnx', 'portable': True}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
+    open_session(tmp_path)
+    assert operators() == {'Add', 'LayerNormalization'}

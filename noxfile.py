@@ -36,6 +36,7 @@ TORCHES = ['2.1.2', '2.4.1', PINNED]
 FIRST_TORCH = {'3.12': (2, 2), '3.13': (2, 5)}
 LAST_TORCH = {'3.9': (2, 8)}
 FIRST_TORCH_WITH_NUMPY_2 = (2, 3)
+FIRST_TORCH_OF_ONEDL = (2, 3)
 
 OPENMMLAB = ('mmengine>=0.10,<1', 'mmdet>=3.3,<3.4')
 ONEDL = ('onedl-mmengine>=0.10,<1', 'onedl-mmdetection>=3.5,<3.6')
@@ -134,6 +135,8 @@ def tests(session: nox.Session, family: str, torch: str) -> None:
     first, last = (limit.get(str(session.python)) for limit in (FIRST_TORCH, LAST_TORCH))
     if (first and numbers(torch) < first) or (last and numbers(torch) > last):
         skip('PyTorch has no wheel for this Python')
+    if family.startswith('onedl') and numbers(torch) < FIRST_TORCH_OF_ONEDL:
+        skip("the continuation's MMEngine needs PyTorch 2.3")
     packages = FAMILIES[family]
     if family.endswith('-compiled'):
         try:

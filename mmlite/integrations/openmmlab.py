@@ -18,6 +18,9 @@ _STACK = {
     'mmdet': {'mmdet': '>=3.3,<3.4', 'onedl-mmdetection': '>=3.5,<3.6'},
 }
 
+# The continuation's MMEngine cannot be imported beside an earlier PyTorch.
+_CONTINUATION_TORCH = '>=2.3'
+
 # MMDetection's registry -> our modules that register something in it.
 _REGISTERED = {
     'MODELS': (
@@ -117,6 +120,8 @@ def _check_stack() -> tuple[list[str], list[str]]:
             missing.append(f'{package} is not installed')
         elif not any(_fits(found, distributions[name]) for name, found in installed.items()):
             unfit.append(' and '.join(f'{name} is {found}' for name, found in installed.items()))
+        if 'onedl-mmengine' in installed and not _fits(version('torch'), _CONTINUATION_TORCH):
+            unfit.append(f'torch is {version("torch")}')
     return missing, unfit
 
 
@@ -136,5 +141,5 @@ def _advice(problems: list[str]) -> str:
     return (
         f'mmlite does not fit the installed MMDetection ({", ".join(problems)}): uninstall what '
         f"does not fit, then install either OpenMMLab's packages (pip install {openmmlab}) or "
-        f'their maintained continuation (pip install {continuation})'
+        f"their maintained continuation (pip install 'torch{_CONTINUATION_TORCH}' {continuation})"
     )

@@ -23,9 +23,10 @@ def installed(monkeypatch):
 
     def install(distributions):
         def version(name):
-            if name not in distributions:
+            found = {'torch': '2.3.0+cpu', **distributions}
+            if name not in found:
                 raise PackageNotFoundError(name)
-            return distributions[name]
+            return found[name]
 
         monkeypatch.setattr(openmmlab, 'version', version)
 
@@ -58,6 +59,16 @@ def test_a_version_that_does_not_fit(installed, monkeypatch, name, found):
     with pytest.warns(UserWarning) as warned:
         openmmlab.register()
     assert [str(warning.message) for warning in warned] == [text]
+
+
+def test_the_continuation_needs_a_later_pytorch(installed):
+    installed({**FITTING, 'torch': '2.1.2'})
+    openmmlab.require()
+    installed({**CONTINUATION, 'torch': '2.2.2+cu121'})
+    with pytest.raises(
+        ImportError, match=r"torch is 2\.2\.2\+cu121.*pip install 'torch>=2\.3' 'onedl"
+    ):
+        openmmlab.require()
 
 
 def test_a_missing_package_is_named_where_it_is_needed(installed, monkeypatch, recwarn):

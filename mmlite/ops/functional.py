@@ -37,7 +37,9 @@ _HAS_CUDA = torch.version.cuda is not None or torch.version.hip is not None
 class _Choice(threading.local):
     """The backend that a thread has forced. (Dynamo does not trace context variables.)"""
 
-    backend: str | None = None
+    # No default of the class: dynamo of torch 2.8 reads that instead of the thread's value.
+    def __init__(self) -> None:
+        self.backend: str | None = None
 
 
 _choice = _Choice()

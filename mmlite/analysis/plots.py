@@ -30,6 +30,11 @@ def plot(draw: Callable[..., None], *arguments) -> str:
     return svg[svg.index('<svg') :]
 
 
+def on_white(svg: str) -> str:
+    """The same to stand in a file, which may be shown on a page of any colour."""
+    return svg.replace('<svg', '<svg style="background: white"', 1)
+
+
 def scatter(
     axes: Axes, points: list[tuple[str, float, float, dict]], x_label: str, y_label: str
 ) -> None:

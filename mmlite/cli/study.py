@@ -62,8 +62,8 @@ def study(
 
     PLAN is a YAML file or one that ships: small or coco. A study that was stopped, in whichever
     way, goes on where it was when the same command is given again. Results, tables and plots are
-    in OUT/NAME: report.html, report.md, runs.csv, summary.csv, and of each run its config and
-    result.json.
+    in OUT/NAME: report.html, report.md, plots/, runs.csv, summary.csv, and of each run its config
+    and result.json.
 
     \b
     Example:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 import small_study
@@ -29,6 +30,9 @@ def test_trains_reports_and_does_nothing_twice(tmp_path):
     page = (folder / 'report.html').read_text()
     for text in ('2 of 2 runs finished', '<svg', 'learning curves', 'warm'):
         assert text in page
+    shown = re.findall(r'!\[.*\]\((.*)\)', (folder / 'report.md').read_text())
+    assert len(shown) == page.count('<svg')
+    assert all((folder / path).read_text().startswith('<svg') for path in shown)
     with (folder / 'runs.csv').open() as file:
         assert [line['row'] for line in csv.DictReader(file)] == ['stock', 'warm']
 

@@ -10,11 +10,11 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from ..accuracy import METRICS
-from ..plots import BASELINE, COLORS, plot, scatter
+from ..plots import BASELINE, COLORS, on_white, plot, scatter
 from ..published import PRESETS, Published, preset
 from ..report import Report, Table
 from .execute import Study, unfinished
-from .plan import Data, Run
+from .plan import Data, Run, slug
 from .statistics import Sample, by_metric, paired, sample
 
 _PUBLISHED = {
@@ -41,7 +41,7 @@ def write_report(study: Study, command: str) -> Report:
 
     Returns:
         Report: What is in ``report.md`` and ``report.html``; ``runs.csv`` and ``summary.csv`` hold
-        the same figures.
+        the same figures, ``plots/`` the plots as SVG.
 
     Raises:
         ValueError: Nothing has been finished yet, or a run was made with another config.
@@ -54,7 +54,8 @@ def write_report(study: Study, command: str) -> Report:
         )
     report = make_report(study, results)
     report.command = command
-    (study.folder / 'report.md').write_text(report.markdown())
+    plots = _write_plots(study.folder, report.page['figures'])
+    (study.folder / 'report.md').write_text('\n\n'.join([report.markdown(), *plots]) + '\n')
     (study.folder / 'report.html').write_text(report.html())
     _write_csv(study.folder / 'runs.csv', [_line(run, results[run]) for run in results])
     _write_csv(study.folder / 'summary.csv', _summary(study, results))
@@ -301,6 +302,17 @@ def _summary(study: Study, results: Mapping[Run, dict]) -> list[dict]:
                             difference=round(pairs.mean, 3), low=round(low, 3), high=round(high, 3)
                         )
                 lines.append(line)
+    return lines
+
+
+def _write_plots(folder: Path, figures: Sequence[tuple[str, str]]) -> list[str]:
+    """Write them to files and return the lines of Markdown that show those."""
+    (folder / 'plots').mkdir(exist_ok=True)
+    lines = []
+    for title, svg in figures:
+        path = folder / 'plots' / f'{slug(title)}.svg'
+        path.write_text(on_white(svg))
+        lines.append(f'![{title}]({path.relative_to(folder)})')
     return lines
 
 

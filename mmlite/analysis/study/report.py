@@ -312,7 +312,7 @@ def _write_plots(folder: Path, figures: Sequence[tuple[str, str]]) -> list[str]:
     for title, svg in figures:
         path = folder / 'plots' / f'{slug(title)}.svg'
         path.write_text(on_white(svg))
-        lines.append(f'![{title}]({path.relative_to(folder)})')
+        lines.append(f'![{title}]({path.relative_to(folder).as_posix()})')
     return lines
 
 

@@ -28,10 +28,12 @@ demo: setup
 	@$(BIN)/mmlite demo $(ARGS)
 
 # A process for each core, up to four, and each of them does whole files, whose tests share what is
-# slow to make; ARGS="-n 0" is one process for all.
+# slow to make; ARGS="-n 0" is one process for all. One that crashes ends the tests: pytest-xdist
+# can wait for ever for the process that it starts in its place.
 test: setup
 	$(call say,Tests)
-	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+		--max-worker-restart 0 $(ARGS)
 
 lint: setup
 	$(call say,ruff)

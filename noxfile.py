@@ -104,7 +104,8 @@ def run_tests(session: nox.Session, *arguments: str, **options) -> None:
     config = f'-c={ROOT}/pyproject.toml'
     with session.chdir(session.create_tmp()):
         session.run('python', '-c', IS_INSTALLED)
-        session.run('pytest', '-q', '-n=auto', '--timeout=900', config, *paths, **options)
+        how = ('-q', '-n=auto', '--max-worker-restart=0', '--timeout=900', config)
+        session.run('pytest', *how, *paths, **options)
 
 
 @nox.session

@@ -27,18 +27,25 @@ if WORKERS > 1:
 GOLDEN = Path(__file__).parent / 'data/golden'
 
 
+def _mmengine_instances(manager: type | None = None) -> dict[type, dict]:
+    """What MMEngine keeps by name, of each of its kinds: loggers, scopes, visualizers, ..."""
+    if manager is None:
+        module = sys.modules.get('mmengine.utils.manager')
+        return _mmengine_instances(module.ManagerMixin) if module else {}
+    found = {manager: dict(manager._instance_dict)}
+    for kind in manager.__subclasses__():
+        found |= _mmengine_instances(kind)
+    return found
+
+
 @pytest.fixture(autouse=True)
-def default_scope():
-    """MMEngine's default scope is behind a test what it was before: a runner sets it for good."""
-    registry = sys.modules.get('mmengine.registry')
-    if registry is None:
-        yield
-        return
-    scopes = registry.DefaultScope._instance_dict
-    before = dict(scopes)
+def mmengine_as_it_was():
+    """A runner leaves nothing: the next would find its scope, and a visualizer of its folder."""
+    before = _mmengine_instances()
     yield
-    scopes.clear()
-    scopes.update(before)
+    for manager in _mmengine_instances():
+        manager._instance_dict.clear()
+        manager._instance_dict.update(before.get(manager, {}))
 
 
 @pytest.fixture(scope='session')

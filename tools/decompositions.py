@@ -18,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import openvino
 import torch
 import torch.nn.functional as F
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from torch import Tensor, nn
 
 from mmlite.analysis.inputs import level_sizes, operator_inputs
-from mmlite.export import portable
+from mmlite.export import openvino_core, portable
 from mmlite.ops import reference
 
 SIZES: list[tuple[int, int]] = []  # of the maps; main() fills it in
@@ -105,7 +104,7 @@ def sessions(path: Path, arrays: list[np.ndarray], threads: int) -> dict:
         'INFERENCE_PRECISION_HINT': 'f32',
         'INFERENCE_NUM_THREADS': str(threads),
     }
-    request = openvino.Core().compile_model(str(path), 'CPU', hints).create_infer_request()
+    request = openvino_core().compile_model(str(path), 'CPU', hints).create_infer_request()
     return {
         'ONNX Runtime': lambda: session.run(None, inputs)[0],
         'OpenVINO': lambda: request.infer(arrays, share_inputs=True)[0],

@@ -21,6 +21,7 @@ _HOMES = {
     'Segmentations': 'detector',
     'load': 'detector',
     'library': 'doors',
+    'openvino_core': 'doors',
     'export_detector': 'write',
     'optimize': 'optimized',
     'quantize': 'int8',

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .doors import library
+from .doors import library, openvino_core
 
 DESCRIPTION = 'detector.json'
 # Counts up whenever what the files of an export mean changes.
@@ -344,7 +344,6 @@ def _open_openvino(
         import openvino
     except ImportError as error:
         raise _missing('openvino', error) from error
-    core = openvino.Core()
     hints = {
         'PERFORMANCE_HINT': 'LATENCY',
         # Its own choice would be bfloat16 wherever the processor is fast at it.
@@ -354,15 +353,14 @@ def _open_openvino(
         hints['INFERENCE_NUM_THREADS'] = str(threads)
     if profile:
         hints['PERF_COUNT'] = 'YES'
-    if not portable:
-        operators = library('openvino')
-        try:
-            core.add_extension(str(operators))
-        except Exception as error:
-            raise ValueError(
-                f'OpenVINO {openvino.__version__} does not load the operators in {operators} (they '
-                f'are built for one version of it; build them again): {_one_line(error)}'
-            ) from error
+    operators = None if portable else library('openvino')
+    try:
+        core = openvino_core(operators)
+    except Exception as error:
+        raise ValueError(
+            f'OpenVINO {openvino.__version__} does not load the operators in {operators} (they '
+            f'are built for one version of it; build them again): {_one_line(error)}'
+        ) from error
     try:
         compiled = core.compile_model(str(model), 'CPU', hints)
     except Exception as error:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .detector import DESCRIPTION, Detector, load
-from .doors import library
+from .doors import library, openvino_core
 
 # Left in float, by the module that a layer belongs to:
 # - heads, whose numbers are boxes and scores themselves, and the first stage, whose scores rank
@@ -81,9 +81,7 @@ def quantize(
     if not images:
         raise ValueError('quantising needs images to calibrate on, and there are none')
 
-    core = openvino.Core()
-    if not description['portable']:
-        core.add_extension(str(library('openvino')))
+    core = openvino_core(None if description['portable'] else library('openvino'))
     model = core.read_model(str(source / description['model']))
     if not any(node.get_friendly_name().startswith(_ENCODERS) for node in model.get_ops()):
         raise ValueError(f'{source} was written by an older mmlite; export again')

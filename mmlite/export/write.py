@@ -155,11 +155,9 @@ def to_openvino(
         raise ImportError(
             f'openvino cannot be imported ({error}); install it: pip install openvino'
         ) from error
-    from .doors import library
+    from .doors import library, openvino_core
 
-    core = openvino.Core()
-    if not portable:
-        core.add_extension(str(library('openvino')))
+    core = openvino_core(None if portable else library('openvino'))
     onnx_path = path.with_name(FILES['onnx'])
     to_onnx(program, onnx_path, opset)
     openvino.save_model(core.read_model(str(onnx_path)), str(path), compress_to_fp16=False)

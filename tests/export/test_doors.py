@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,9 +97,8 @@ def in_onnxruntime(content: bytes):
 
 
 def in_openvino(content: bytes):
-    runtime = pytest.importorskip('openvino')
-    core = runtime.Core()
-    core.add_extension(str(built('openvino')))
+    pytest.importorskip('openvino')
+    core = doors.openvino_core(built('openvino'))
     compiled = core.compile_model(core.read_model(content), 'CPU')
     return lambda arrays: compiled([arrays[port.any_name] for port in compiled.inputs])[0]
 
@@ -187,6 +188,24 @@ def exported(folder, format_: str, content: bytes):
     }
     (folder / DESCRIPTION).write_text(json.dumps(description))
     return folder
+
+
+DETECTORS_COME_AND_GO = """
+import signal, subprocess, sys
+from mmlite.export import load
+
+signal.signal(signal.SIGCHLD, lambda *arguments: None)
+first, second = load(sys.argv[1]), load(sys.argv[1])
+del first
+del second
+subprocess.run([sys.executable, '-c', ''])
+"""
+
+
+@FORMATS
+def test_signals_arrive_after_detectors_were_freed(format_, tmp_path):
+    folder = exported(tmp_path, format_, model('standard'))
+    subprocess.run([sys.executable, '-c', DETECTORS_COME_AND_GO, str(folder)], check=True)
 
 
 @FORMATS

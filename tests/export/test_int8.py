@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from exported import needs
 
 from mmlite.cli import main
-from mmlite.export import library, load, quantize
+from mmlite.export import library, load, openvino_core, quantize
 from mmlite.export.int8 import KEPT_IN_FLOAT, as_convolutions, coco_ap
 
 openvino = pytest.importorskip('openvino')
@@ -53,8 +53,7 @@ def test_quantized(exported_lite_dino, images, tmp_path):
     assert result.exit_code == 0, result.output
     assert 'before' in result.output
 
-    core = openvino.Core()
-    core.add_extension(str(library('openvino')))
+    core = openvino_core(library('openvino'))
     model = core.read_model(str(tmp_path / 'int8/model.xml'))
     types = [node.get_type_name() for node in model.get_ops()]
     assert types.count('FakeQuantize') > 20
@@ -80,8 +79,7 @@ def test_quantized(exported_lite_dino, images, tmp_path):
 
 def test_convolutions_are_the_products(exported_lite_dino, images):
     needs('openvino')
-    core = openvino.Core()
-    core.add_extension(str(library('openvino')))
+    core = openvino_core(library('openvino'))
     model = core.read_model(str(exported_lite_dino / 'openvino/model.xml'))
     height, width = images[0].shape[:2]
     model.reshape([1, 3, height, width])

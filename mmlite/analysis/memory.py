@@ -17,8 +17,8 @@ def peak_memory(call: Callable[[], object], device: torch.device | str = 'cpu') 
     """Bytes that ``call`` needs at its peak, its result included.
 
     On CUDA this is what torch's allocator hands out. On the CPU it is the high-water mark of the
-    process, which also sees the scratch memory of kernels; it is exact to a few hundred KiB, and
-    what was allocated but never touched does not count.
+    process, which also sees the scratch memory of kernels. It is exact to about 1 MiB, as pages
+    that the system had taken away come back; what was allocated but never touched does not count.
 
     Run it before, too: what a first call sets up for good would count. None on a CPU whose
     operating system does not tell (other than Linux).

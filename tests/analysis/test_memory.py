@@ -11,7 +11,7 @@ MIB = 2**20
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='the high-water mark is read from Linux')
-@pytest.mark.parametrize(('kept', 'freed'), [(8, 0), (8, 24), (0, 40), (1, 0)])
+@pytest.mark.parametrize(('kept', 'freed'), [(32, 0), (32, 96), (0, 160), (4, 0)])
 def test_peak_on_the_cpu(kept, freed):
     def call():
         result = torch.ones(kept * MIB, dtype=torch.uint8)
@@ -20,4 +20,4 @@ def test_peak_on_the_cpu(kept, freed):
         return result
 
     call()
-    assert peak_memory(call) / MIB == pytest.approx(kept + freed, abs=0.75)
+    assert peak_memory(call) / MIB == pytest.approx(kept + freed, abs=2)

@@ -32,7 +32,7 @@ def test_blocks_run(page):
 
 def test_first_screen_draws_its_picture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ('--epochs', '1', '--train-images', '8', '--val-images', '47')
+    small = ('--epochs', '1', '--train-images', '8', '--val-images', '6')
     result = CliRunner().invoke(main, ['demo', *small])
     assert result.exit_code == 0, result.output
     Path('work_dirs/demo/epoch_1.pth').rename('work_dirs/demo/epoch_14.pth')

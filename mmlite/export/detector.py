@@ -353,14 +353,16 @@ def _open_openvino(
         hints['INFERENCE_NUM_THREADS'] = str(threads)
     if profile:
         hints['PERF_COUNT'] = 'YES'
-    operators = None if portable else library('openvino')
-    try:
-        core = openvino_core(operators)
-    except Exception as error:
-        raise ValueError(
-            f'OpenVINO {openvino.__version__} does not load the operators in {operators} (they '
-            f'are built for one version of it; build them again): {_one_line(error)}'
-        ) from error
+    core = openvino_core()
+    if not portable:
+        operators = library('openvino')
+        try:
+            openvino_core(operators)
+        except Exception as error:
+            raise ValueError(
+                f'OpenVINO {openvino.__version__} does not load the operators in {operators} (they '
+                f'are built for one version of it; build them again): {_one_line(error)}'
+            ) from error
     try:
         compiled = core.compile_model(str(model), 'CPU', hints)
     except Exception as error:

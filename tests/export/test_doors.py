@@ -202,6 +202,7 @@ subprocess.run([sys.executable, '-c', ''])
 """
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no such signals')
 @FORMATS
 def test_signals_arrive_after_detectors_were_freed(format_, tmp_path):
     folder = exported(tmp_path, format_, model('standard'))

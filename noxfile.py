@@ -59,8 +59,12 @@ KERNELS = (
 # detectors, loading, and training through mim.
 SELECTION = (
     *KERNELS,
-    *('tests/layers', 'tests/detectors/test_lite.py', 'tests/checkpoints/test_loading.py'),
-    *('tests/integrations/test_imports.py', 'tests/integrations/test_mmcv_ext.py'),
+    *(
+        'tests/openmmlab/layers',
+        'tests/openmmlab/detectors/test_lite.py',
+        'tests/openmmlab/checkpoints/test_loading.py',
+    ),
+    *('tests/openmmlab/test_startup.py', 'tests/openmmlab/test_mmcv_ext.py'),
     'tests/test_mim.py',
     '--deselect=tests/detectors/test_lite.py::test_bfloat16_autocast_stays_close',
     # The best instruction set is enough: what differs from cell to cell is around the machine code.

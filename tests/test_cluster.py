@@ -13,8 +13,8 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-from mmlite.checkpoints import load_checkpoint
 from mmlite.datasets import generate_shapes
+from mmlite.openmmlab.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SMALL = 'lite-dino-4scale_r18_h3l1-3p1x1_{}2xb4-14e_shapes.py'
@@ -68,7 +68,7 @@ def train(
     """Train a small config with torchrun, as docs/cluster.md says, and give what it printed."""
     lines = (
         f'_base_ = {str(ROOT / "configs/small" / SMALL.format(kind))!r}',
-        "custom_imports = dict(imports=['mmlite', 'mmlite.integrations.gloo', 'faults'])",
+        "custom_imports = dict(imports=['mmlite', 'mmlite.openmmlab.gloo', 'faults'])",
         'train_dataloader = dict(batch_size=2)',
         *settings,
     )

@@ -15,10 +15,10 @@ from mmdet.utils import register_all_modules
 from mmdet_tools import run_tools
 from mmengine.config import Config
 
-from mmlite.checkpoints import load_checkpoint, stock_config
-from mmlite.checkpoints.config import find_encoder
 from mmlite.cli import main
 from mmlite.datasets import generate_panoptic, generate_shapes
+from mmlite.openmmlab.checkpoints import load_checkpoint, stock_config
+from mmlite.openmmlab.families import find_encoder
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = {

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from mmdet_tools import run_python, run_tools
 
-from mmlite.checkpoints import load_checkpoint
 from mmlite.datasets import generate_shapes
+from mmlite.openmmlab.checkpoints import load_checkpoint
 
 pytest.importorskip('mim', reason='openmim is not installed')
 

@@ -16,10 +16,10 @@ from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from ..detectors import encoder_name
-from ..layers import level_sizes
 from ..nn import StepTokens
 from ..nn.attention import DeformableAttention, SamplingAttention
+from ..openmmlab.detectors import encoder_name
+from ..openmmlab.layers import level_sizes
 from .complexity import called_with
 
 # Positional parameters of mmcv's forward, in order.

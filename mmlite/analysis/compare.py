@@ -11,15 +11,16 @@ import torch
 from mmdet.datasets import CocoDataset
 from torch import nn
 
-from ..detectors import encoder_name
+from ..openmmlab.build import build_detector, load_config
+from ..openmmlab.detectors import encoder_name
 from .accuracy import Dataset, evaluate
 from .complexity import Complexity, count_detector
 from .inputs import image_batch
 from .latency import Call, Ratio, Timing, speedup
 from .memory import peak_memory
-from .models import DetectorSpec, build_detector, load_config
 from .modes import EAGER, in_mode, label, why_not
 from .profile import profile_stages
+from .published import DetectorSpec
 from .report import Start, size
 from .setting import Setting
 

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from .. import ops  # noqa: F401  (defines torch.ops.mmlite)
-from ..detectors import encoder_name
-from ..layers import level_sizes
 from ..nn.attention import KeyAwareDeformableAttention, SamplingAttention
+from ..openmmlab.detectors import encoder_name
+from ..openmmlab.layers import level_sizes
 
 _HEADS = ('bbox_head', 'head', 'panoptic_head', 'track_head')
 _HEAD_PARTS = {'pixel_decoder': 'neck', 'transformer_decoder': 'decoder'}

@@ -15,21 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.config import STOCK_TYPES, find_encoder, stock_config
 from ..export.detector import DESCRIPTION, open_session
-from ..export.doors import library
 from ..export.graph import Pyramid, encode
 from ..export.operators import attention_as
-from ..export.optimized import optimize
+from ..export.optimize import optimize
 from ..export.program import to_onnx, trace, trace_encoder
+from ..export.runtimes import library
 from ..export.write import FILES, describe, predict, to_openvino, write_program
-from ..layers import fuse_attention
+from ..openmmlab.build import build_detector, load_config
+from ..openmmlab.families import STOCK_TYPES, find_encoder, stock_config
+from ..openmmlab.layers import fuse_attention
 from ..ops import reference
 from .complexity import STAGES, stage_of
 from .encoder_cost import strides
 from .inputs import encoder_inputs, level_sizes
 from .latency import Call, Ratio, Timing, speedup
-from .models import build_detector, load_config
 from .profile import profile_stages
 from .report import Report, Start, Table, milliseconds, size
 from .setting import Setting
@@ -89,7 +89,7 @@ def report(
     """All that ``mmlite benchmark deploy`` measures.
 
     Args:
-        config (str): A Lite config, as for :func:`~mmlite.analysis.models.load_config`.
+        config (str): A Lite config, as for :func:`~mmlite.openmmlab.build.load_config`.
         setting (Setting): What to run: one image, on the CPU, in float32.
         runtimes (Sequence[str]): Of :data:`RUNTIMES`.
         parts (Sequence[str]): Of :data:`PARTS`.

@@ -10,7 +10,7 @@ from mmdet.models.layers.transformer import GroundingDinoTransformerEncoder
 from mmdet.registry import MODELS
 from torch import nn
 
-from ..checkpoints.config import STOCK_TYPES, find_encoder
+from ..openmmlab.families import STOCK_TYPES, find_encoder
 from .complexity import count_flops
 from .inputs import encoder_inputs, level_sizes
 

@@ -10,7 +10,7 @@ import torch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from torch import nn
 
-from ..layers import LiteEncoder, fuse_attention
+from ..openmmlab.layers import LiteEncoder, fuse_attention
 from .complexity import count_flops, count_parameters
 from .inputs import encoder_inputs, level_sizes
 from .latency import Call, speedup

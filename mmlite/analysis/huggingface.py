@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..integrations.transformers import fuse_attention, to_lite
-from ..integrations.transformers.attention import check_version
+from ..huggingface import fuse_attention, to_lite
+from ..huggingface.attention import check_version
 from .complexity import count_flops
 from .latency import Call, Ratio, Timing, speedup
 from .report import Report, Start, Table, giga, milliseconds, size

@@ -224,7 +224,7 @@ def compare(
     from ..analysis import compare_report, published
     from ..analysis.accuracy import Dataset
     from ..analysis.compare import compare as compare_detectors
-    from ..analysis.models import DetectorSpec
+    from ..analysis.published import DetectorSpec
     from ..analysis.setting import Setting
 
     if bool(configs) == bool(preset):

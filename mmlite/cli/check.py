@@ -11,7 +11,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from ..integrations import require
+from ..openmmlab import require
 from .shared import console, count_option, json_option, print_table, progress, write_json
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def check(ctx: click.Context, config: str, workers: int, json_path: Path | None)
       mmlite check my_config.py --workers 8 --json report.json
     """
     require()
-    from ..analysis.models import build_detector, load_config
     from ..datasets.check import Findings, check_data, check_model
+    from ..openmmlab.build import build_detector, load_config
 
     cfg = load_config(config)
     findings = Findings()

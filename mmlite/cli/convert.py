@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from mmengine.config import Config
 
-    from ..checkpoints import Conversion
+    from ..openmmlab.checkpoints import Conversion
 
 
 @click.command()
@@ -87,7 +87,7 @@ def convert(source, target, to_official, lite_config, images, json_path, **optio
 def _from_official(source, target, family, schedule, classes, ema, num_queries) -> dict:
     import torch
 
-    from .. import checkpoints
+    from ..openmmlab import checkpoints
 
     checkpoint = checkpoints.load_checkpoint(source, allow=[Namespace])
     conversion = checkpoints.from_official(checkpoint, family, schedule, classes == 'coco', ema)
@@ -108,7 +108,7 @@ def _from_official(source, target, family, schedule, classes, ema, num_queries) 
 def _to_official(source, target, family, classes, **_) -> dict:
     import torch
 
-    from .. import checkpoints
+    from ..openmmlab import checkpoints
 
     checkpoint = checkpoints.load_checkpoint(source, allow=[Namespace])
     state, _ = checkpoints.unpack(checkpoint)
@@ -135,7 +135,7 @@ def _from_stock(
     from mmdet.utils import register_all_modules
     from mmengine.config import Config
 
-    from ..checkpoints import load_checkpoint, unpack, warm_start
+    from ..openmmlab.checkpoints import load_checkpoint, unpack, warm_start
 
     if lite_config is None or not images:
         raise ValueError(
@@ -194,7 +194,7 @@ def _report(conversion: Conversion, source: Path, written: list[Path]) -> dict:
 
 
 def _print(report: dict) -> None:
-    from ..checkpoints.official import FAMILIES
+    from ..openmmlab.checkpoints.official import FAMILIES
 
     parts = Counter(map(_part, report['mapped'].values()))
     rows = [(part, str(count)) for part, count in parts.items()]

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from ..integrations import require
+from ..openmmlab import require
 from .shared import FOLDER, count_option, option, print_table, progress, write_json
 
 # What is to be learnt -> the config, what of it COCO's metrics measure, and where it goes.
@@ -194,7 +194,7 @@ def _encoder_gflops(cfg) -> list[float]:
     from mmdet.registry import MODELS
 
     from ..analysis.complexity import count_detector
-    from ..checkpoints import stock_config
+    from ..openmmlab.checkpoints import stock_config
 
     stock = stock_config(cfg.model)
     return [

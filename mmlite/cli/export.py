@@ -9,7 +9,7 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from ..integrations import require
+from ..openmmlab import require
 from .shared import flag, image_files, images_option, option, output_option, read_image
 
 # What float32 leaves of a box, in parts of the image, and of a score.
@@ -76,8 +76,8 @@ def export(
       mmlite export my_config.py epoch_12.pth --format openvino -o exported
     """
     require()
-    from ..analysis.models import build_detector, load_config
     from ..export.write import REPORT, compare, export_detector
+    from ..openmmlab.build import build_detector, load_config
 
     console = Console()
     count = _batch(batch)

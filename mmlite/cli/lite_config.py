@@ -28,8 +28,8 @@ def lite_config(stock: str, schedule: str | None, out: Path | None, image_size) 
       mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py
       mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py --schedule 'H3L1-(2+1)x3' -o lite.py
     """  # noqa: E501
-    from ..analysis.models import load_config
-    from ..checkpoints import lite_config as text_of
+    from ..openmmlab.build import load_config
+    from ..openmmlab.checkpoints import lite_config as text_of
 
     config = load_config(stock)
     if schedule is None:
@@ -56,7 +56,7 @@ def _show(stock: str, config, image_size: tuple[int, int]) -> None:
 
     from ..analysis.encoder_cost import encoder_flops
     from ..analysis.report import giga, size
-    from ..checkpoints import fitting_schedules, lite_change
+    from ..openmmlab.checkpoints import fitting_schedules, lite_change
 
     schedules = fitting_schedules(config.model)
     changes = {schedule: lite_change(config.model, schedule) for schedule in schedules}

@@ -185,8 +185,9 @@ def _detectors(references: tuple[str, ...], device: str):
     from mmdet.apis import inference_detector
 
     from ..analysis.attention import deformable_attentions
-    from ..analysis.models import DetectorSpec, build_detector, load_config
-    from ..detectors import encoder_name
+    from ..analysis.published import DetectorSpec
+    from ..openmmlab.build import build_detector, load_config
+    from ..openmmlab.detectors import encoder_name
 
     for reference in references:
         spec = DetectorSpec.parse(reference)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .details import DETAILS
+from benchmarks.study.details import DETAILS
+
 from .shapes import CLASSES, SHAPES, Style, generate_panoptic, generate_shapes
 
 if TYPE_CHECKING:

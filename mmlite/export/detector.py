@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .doors import library, openvino_core
+from .runtimes import library, openvino_core
 
 DESCRIPTION = 'detector.json'
 # Counts up whenever what the files of an export mean changes.
@@ -394,8 +394,7 @@ def _open_torch(model: Path, portable: bool, threads: int | None, precision: str
     except ImportError as error:
         raise _missing('torch', error) from error
     if not portable:
-        from .. import ops  # noqa: F401  (the operators register on import)
-    from . import nms  # noqa: F401  (so does this one, which DDQ-DETR has in any case)
+        pass  # noqa: F401(the operators register on import)
 
     program = torch.export.load(model).module()
     if threads:

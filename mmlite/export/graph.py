@@ -19,10 +19,10 @@ from mmdet.models.detectors import DINO, DeformableDETR, DetectionTransformer
 from mmdet.models.layers import DeformableDetrTransformerEncoder, inverse_sigmoid
 from torch import Tensor, nn
 
-from ..detectors.h_deformable_detr import HDeformableDETR
-from ..detectors.lite import LiteDetectorMixin
-from ..layers import LiteEncoder
 from ..nn.geometry import LevelSizes, encoder_reference_points
+from ..openmmlab.detectors.h_deformable_detr import HDeformableDETR
+from ..openmmlab.detectors.lite import LiteDetectorMixin
+from ..openmmlab.layers import LiteEncoder
 
 _FAMILIES = (
     'Deformable DETR, DINO, H-Deformable-DETR, DDQ-DETR, Grounding DINO and Mask2Former, '

@@ -14,9 +14,9 @@ from mmdet.models.layers import inverse_sigmoid
 from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
 from torch import Tensor, nn
 
-from ..detectors.bert import adapt_bert
-from ..layers import LiteEncoder
 from ..nn.geometry import encoder_reference_points
+from ..openmmlab.detectors.bert import adapt_bert
+from ..openmmlab.layers import LiteEncoder
 from .graph import (
     DetectorGraph,
     Pyramid,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .detector import DESCRIPTION, Detector, load
-from .doors import library, openvino_core
+from .runtimes import library, openvino_core
 
 # Left in float, by the module that a layer belongs to:
 # - heads, whose numbers are boxes and scores themselves, and the first stage, whose scores rank

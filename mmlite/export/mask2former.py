@@ -13,7 +13,7 @@ from mmdet.models.layers import MSDeformAttnPixelDecoder
 from mmdet.models.seg_heads import MaskFormerFusionHead
 from torch import Tensor, nn
 
-from ..detectors.mask2former import LiteMSDeformAttnPixelDecoder
+from ..openmmlab.detectors.mask2former import LiteMSDeformAttnPixelDecoder
 from .graph import (
     Pyramid,
     attend,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..integrations.mmcv_ext import nms
+from ..openmmlab.mmcv_ext import nms
 
 _LIBRARY = torch.library.Library('mmlite', 'FRAGMENT')
 _LIBRARY.define(

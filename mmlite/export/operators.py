@@ -17,7 +17,6 @@ from functools import cache
 import torch
 
 from ..ops import reference
-from . import nms  # noqa: F401  (registers distinct_boxes)
 
 DOMAIN, VERSION = 'mmlite', 1
 _INPUTS = {

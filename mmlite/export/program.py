@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..layers import LiteEncoder, fuse_attention
+from ..openmmlab.layers import LiteEncoder, fuse_attention
 from .families import encoder_of, low_levels_of, make_graph, padding_divisor
 from .operators import decompositions, translation_table
 from .portable import portable_decompositions

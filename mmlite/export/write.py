@@ -155,7 +155,7 @@ def to_openvino(
         raise ImportError(
             f'openvino cannot be imported ({error}); install it: pip install openvino'
         ) from error
-    from .doors import library, openvino_core
+    from .runtimes import library, openvino_core
 
     core = openvino_core(None if portable else library('openvino'))
     onnx_path = path.with_name(FILES['onnx'])

@@ -1,11 +1,11 @@
 """The core of mmlite in plain PyTorch: schedule, attention, encoder.
 
 Nothing here knows of MMDetection; shapes are Python ints, and no value is read out of a tensor, so
-that everything compiles, exports and can be captured. :mod:`mmlite.layers` is its MMDetection face.
+that everything compiles, exports and can be captured.
 """
 
 from .attention import DeformableAttention, KeyAwareDeformableAttention, directional_grid
-from .capture import GraphReplay
+from .cuda_graphs import GraphReplay
 from .encoder import FFN, LiteEncoder, LiteEncoderLayer
 from .geometry import encoder_reference_points, sampling_locations
 from .schedule import EncoderSchedule, EncoderStep

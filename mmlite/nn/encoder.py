@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import DeformableAttention, KeyAwareDeformableAttention, SamplingAttention
-from .capture import GraphReplay, is_tracing
+from .cuda_graphs import GraphReplay, is_tracing
 from .geometry import LevelSizes, encoder_reference_points
 from .schedule import EncoderSchedule, EncoderStep
 from .tokens import StepTokens

@@ -15,7 +15,7 @@ from mmlite.analysis.attention import (
     record_attention,
 )
 from mmlite.analysis.inputs import encoder_inputs
-from mmlite.layers import KeyAwareDeformableAttention, LiteEncoder
+from mmlite.openmmlab.layers import KeyAwareDeformableAttention, LiteEncoder
 from mmlite.ops.reference import sample
 
 SIZES = [(6, 7), (3, 4), (2, 2), (1, 1)]

@@ -16,7 +16,7 @@ from mmlite.analysis.complexity import (
     deform_attn_flops,
 )
 from mmlite.analysis.inputs import encoder_inputs, image_batch, level_sizes
-from mmlite.layers import LiteEncoder
+from mmlite.openmmlab.layers import LiteEncoder
 
 DIMS, HEADS, LEVELS, POINTS = 256, 8, 4, 4
 PUBLISHED_SIZE = (850, 1040)

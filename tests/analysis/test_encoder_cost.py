@@ -9,8 +9,8 @@ from mmengine.hub import get_config
 
 from mmlite.analysis.complexity import count_detector
 from mmlite.analysis.encoder_cost import encoder_flops, strides
-from mmlite.analysis.models import build_detector
-from mmlite.checkpoints import lite_change
+from mmlite.openmmlab.build import build_detector
+from mmlite.openmmlab.checkpoints import lite_change
 
 register_all_modules()
 SIZE = (192, 256)

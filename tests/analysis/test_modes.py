@@ -7,7 +7,7 @@ from torch import nn
 from mmlite.analysis import modes
 from mmlite.analysis.compare import Result, _in_modes
 from mmlite.analysis.encoders import STOCK, STOCK_FUSED, build_encoders, report
-from mmlite.analysis.models import DetectorSpec
+from mmlite.analysis.published import DetectorSpec
 from mmlite.analysis.setting import Setting
 from mmlite.nn import LiteEncoder
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mmlite.analysis.models import load_config
 from mmlite.analysis.published import PRESETS, preset
+from mmlite.openmmlab.build import load_config
 
 
 @pytest.mark.parametrize('name', PRESETS)

@@ -102,7 +102,7 @@ def test_transformers_without_our_kernels(monkeypatch):
 
 
 def test_transformers_as_it_was_called_before():
-    from mmlite.integrations.transformers.benchmark import translate
+    from mmlite.huggingface.benchmark import translate
 
     line = translate(['mask2former', '--size', '64', '96', '--repeat', '2', '--threads', '1'])
     expected = 'benchmark transformers mask2former --image-size 64x96 --rounds 2 --threads 1'

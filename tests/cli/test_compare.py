@@ -13,8 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mmlite.analysis.models import build_detector, load_config
 from mmlite.cli import main
+from mmlite.openmmlab.build import build_detector, load_config
 
 TINY = """
 _base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'

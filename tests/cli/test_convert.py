@@ -12,9 +12,9 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.runner import load_checkpoint
 
-from mmlite.checkpoints import load_checkpoint as read_checkpoint
-from mmlite.checkpoints import to_official
 from mmlite.cli import main
+from mmlite.openmmlab.checkpoints import load_checkpoint as read_checkpoint
+from mmlite.openmmlab.checkpoints import to_official
 
 CONFIG = """
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py'

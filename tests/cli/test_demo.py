@@ -9,8 +9,8 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from mmlite.checkpoints import load_checkpoint
 from mmlite.cli import main
+from mmlite.openmmlab.checkpoints import load_checkpoint
 
 
 def run(*arguments):

@@ -9,10 +9,10 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
-from mmlite.analysis.models import build_detector
 from mmlite.datasets import CLASSES, check, generate_shapes
 from mmlite.datasets.check import Findings, check_data, check_model
 from mmlite.datasets.images import decode
+from mmlite.openmmlab.build import build_detector
 
 CONFIG = Path(__file__).parents[2] / (
     'configs/small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'

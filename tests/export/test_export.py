@@ -65,7 +65,7 @@ def test_a_fixed_canvas_and_batch(detector, images, tmp_path):
 def test_portable(detector, images, tmp_path, monkeypatch):
     pytest.importorskip('onnxruntime')
     # No library is looked for.
-    monkeypatch.setattr('mmlite.export.doors._SUFFIX', 'nothing')
+    monkeypatch.setattr('mmlite.export.runtimes._SUFFIX', 'nothing')
     model = detector('LiteDINO with a key of its own')
     exported = export_detector(model, tmp_path, size=(128, 128), portable=True)
     assert_agrees(model, exported, images[:1])

@@ -10,8 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mmlite import layers
-from mmlite.checkpoints import convert_encoder_state
 from mmlite.nn import LiteEncoder, StepTokens
+from mmlite.openmmlab.checkpoints import convert_encoder_state
 
 SIZES = [(8, 11), (4, 6), (2, 3), (1, 2)]
 THIN = dict(embed_dims=32, num_heads=4, feedforward_channels=64)

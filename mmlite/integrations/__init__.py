@@ -1,5 +1,0 @@
-"""Other people's frameworks, one a file. Importing this package loads none of them."""
-
-from .openmmlab import require
-
-__all__ = ['require']

@@ -1,0 +1,182 @@
+"""Detectors from configs, built to be looked at: nothing is downloaded."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from mmdet.datasets import CocoDataset
+from mmdet.registry import MODELS
+from mmengine.config import Config, ConfigDict
+from mmengine.hub import get_config
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+from torch import nn
+
+from .checkpoints.loading import load_checkpoint
+from .detectors.bert import adapt_bert
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def load_config(reference: str) -> Config:
+    """Read a config.
+
+    Args:
+        reference (str): A path, ``mmdet::folder/config.py`` or ``mmlite::folder/config.py``.
+
+    Returns:
+        Config: The config, its custom imports done.
+
+    Raises:
+        FileNotFoundError: There is no such config.
+        ValueError: It cannot be read, or has no model.
+    """
+    package, found, name = reference.partition('::')
+    try:
+        if found and package != 'mmlite':
+            config = get_config(reference)
+        else:
+            # mmengine finds packaged configs of pip's packages alone; a source tree has its own.
+            path = _PACKAGE / '.mim' / 'configs' / name if found else Path(reference)
+            if not path.is_file():
+                raise FileNotFoundError(f'config {reference} does not exist')
+            config = Config.fromfile(path)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a config is a program and may fail in any way
+        raise ValueError(f'config {reference} cannot be read: {_one_line(error)}') from error
+    if 'model' not in config:
+        raise ValueError(f'config {reference} has no model')
+    return config
+
+
+def build_detector(
+    config: Config, checkpoint: str | None = None, device: torch.device | str = 'cpu'
+) -> nn.Module:
+    """Build the detector of a config, with random weights or those of a checkpoint.
+
+    Args:
+        config (Config): As read by :func:`load_config`; it is not changed.
+        checkpoint (str, optional): Weights, loaded strictly.
+        device (torch.device | str): Where the detector goes.
+
+    Returns:
+        nn.Module: The detector in eval mode, with the ``cfg`` and ``dataset_meta`` that
+        MMDetection's ``inference_detector`` wants.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The detector cannot be built or the checkpoint does not fit it.
+    """
+    init_default_scope(config.get('default_scope', 'mmdet'))
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # mmengine would tell how it initialised each parameter
+    try:
+        with _text_without_weights(config.model, checkpoint) as model_config:
+            model = MODELS.build(_without_pretraining(model_config))
+        model.init_weights()
+    except Exception as error:
+        raise ValueError(
+            f'the model of {_name(config)} cannot be built: {_one_line(error)}'
+        ) from error
+    finally:
+        logger.setLevel(level)
+    if hasattr(model, 'language_model'):
+        adapt_bert(model.language_model)
+    if checkpoint is not None:
+        _load(model, checkpoint, _name(config))
+    dataset = config.get('test_dataloader', {}).get('dataset', {})
+    classes = (dataset.get('metainfo') or {}).get('classes', CocoDataset.METAINFO['classes'])
+    model.cfg, model.dataset_meta = config, {'classes': classes}
+    return model.to(device).eval()
+
+
+def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:
+    content = load_checkpoint(checkpoint)
+    state = content.get('state_dict', content) if isinstance(content, dict) else {}
+    # DDQ in training writes these of its head a second time.
+    state = {k: v for k, v in state.items() if not k.startswith('decoder.aux_reg_branches.')}
+    wanted = model.state_dict()
+    missing = wanted.keys() - state.keys()
+    unknown = state.keys() - wanted.keys()
+    reshaped = {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}
+    found = {'missing': missing, 'unknown to the model': unknown, 'of another shape': reshaped}
+    problems = [
+        f'{len(names)} {problem} (such as {min(names)})'
+        for problem, names in found.items()
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            f'checkpoint {checkpoint} does not fit {config_name}: parameters are '
+            f'{", ".join(problems)}'
+        )
+    model.load_state_dict(state)
+
+
+@contextmanager
+def _text_without_weights(model_config: ConfigDict, checkpoint: str | None) -> Iterator[ConfigDict]:
+    """The config of a model with what a Grounding DINO needs of other packages made or left out.
+
+    Without a checkpoint its BERT need not be fetched: one of the same size is made that knows the
+    words of COCO's classes. And activations are not recomputed where the stock encoder lacks
+    fairscale for that, neither there nor in the Lite one, which could.
+    """
+    if 'language_model' not in model_config:
+        yield model_config
+        return
+    model_config = copy.deepcopy(model_config)
+    if find_spec('fairscale') is None:
+        model_config.encoder.num_cp = 0
+    if checkpoint is not None or Path(model_config.language_model.name).is_dir():
+        yield model_config
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        _write_untrained_bert(Path(folder))
+        model_config.language_model.name = folder
+        yield model_config
+
+
+def _write_untrained_bert(folder: Path) -> None:
+    """Write a folder for transformers to read: a tokenizer, and a BERT without weights."""
+    from safetensors.torch import save_file
+    from transformers import BertConfig
+    from transformers.utils.logging import set_verbosity_error
+
+    set_verbosity_error()  # it would list every weight that is not there
+    words = dict.fromkeys(' '.join(CocoDataset.METAINFO['classes']).split())
+    vocabulary = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '.', '?', *words]
+    (folder / 'vocab.txt').write_text('\n'.join(vocabulary) + '\n')
+    (folder / 'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer"}')
+    BertConfig().save_pretrained(folder)
+    save_file({}, folder / 'model.safetensors', {'format': 'pt'})
+
+
+def _without_pretraining(config):
+    """The config with everything gone that would fetch weights from somewhere."""
+    if isinstance(config, dict):
+        return ConfigDict(
+            (name, _without_pretraining(value))
+            for name, value in config.items()
+            if name != 'pretrained'
+            and not (isinstance(value, dict) and value.get('type') == 'Pretrained')
+        )
+    if isinstance(config, (list, tuple)):
+        return type(config)(_without_pretraining(value) for value in config)
+    return config
+
+
+def _name(config: Config) -> str:
+    return Path(config.filename).name if config.filename else 'this config'
+
+
+def _one_line(error: Exception) -> str:
+    return ' '.join(str(error).split()) or type(error).__name__

@@ -1,0 +1,429 @@
+"""A starting point for a Lite detector from the trained weights of its stock detector.
+
+Whatever has a counterpart in the stock detector is copied. What is new is fitted, layer by layer
+and without gradients, to what the stock detector computes on a few images:
+
+- the query projection of key-aware attention, so that its logits come close to those that the stock
+  attention predicts from the query alone (weighted least squares, solved by conjugate gradients);
+- the small FFN, made of those hidden units of the stock FFN that contribute most, with an output
+  layer that least squares solves for. Its target is the stock encoder's token at the same depth, so
+  it also makes up for the updates that the schedule leaves out.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.registry import MODELS
+from mmdet.structures.bbox import bbox_overlaps
+from mmengine.config import ConfigDict
+from torch import Tensor, nn
+
+from ...nn import StepTokens, encoder_reference_points
+from ...ops.reference import sample
+from ..detectors import encoder_name
+from ..detectors.bert import adapt_bert
+from ..families import stock_config
+from ..layers import KeyAwareDeformableAttention, LiteEncoder, level_sizes
+
+# Tokens that a fit looks at; more change nothing that can be seen.
+_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close a Lite detector is to its stock detector on some images.
+
+    Attributes:
+        memory (float): Norm of the difference of the encoders' outputs, relative to the stock's.
+        found (float): Share of the stock detector's detections that the Lite detector has too: the
+            same class with an IoU of at least 0.5. Of each image the 20 best are asked for.
+        score (float): Mean difference of the scores of those that were found.
+    """
+
+    memory: float
+    found: float
+    score: float
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """What :func:`warm_start` did.
+
+    Attributes:
+        copied (list[str]): Entries that are the stock detector's.
+        fitted (list[str]): Entries that were fitted to it.
+        unused (list[str]): Entries of the stock detector that the Lite one has no place for.
+        copied_only (Agreement): With the fitted entries still at their usual random start.
+        result (Agreement): In the end.
+    """
+
+    copied: list[str]
+    fitted: list[str]
+    unused: list[str]
+    copied_only: Agreement
+    result: Agreement
+
+    def __str__(self) -> str:
+        before, after = self.copied_only, self.result
+        return (
+            f'{len(self.copied)} entries copied, {len(self.fitted)} fitted; encoder output within '
+            f'{after.memory:.1%} of the stock detector ({before.memory:.1%} before the fit), '
+            f'{after.found:.1%} of its detections found ({before.found:.1%}), scores within '
+            f'{after.score:.3f}'
+        )
+
+
+@torch.no_grad()
+def warm_start(
+    model: nn.Module,
+    model_config: ConfigDict,
+    stock_state: Mapping[str, Tensor],
+    data: dict,
+) -> WarmStart:
+    """Turn trained stock weights into a starting point for a Lite detector, in place.
+
+    Args:
+        model (nn.Module): The Lite detector, initialised.
+        model_config (ConfigDict): Its config.
+        stock_state (Mapping[str, Tensor]): State dict of the trained stock detector.
+        data (dict): Images to fit to, as the detector's data preprocessor returns them: ``inputs``
+            (batch, 3, height, width) and ``data_samples``. A few images are enough.
+
+    Returns:
+        WarmStart: What was copied and fitted, and how close the two detectors are on ``data``.
+
+    Raises:
+        ValueError: If the weights are not those of the stock detector.
+    """
+    stock = MODELS.build(stock_config(model_config))
+    if hasattr(stock, 'language_model'):
+        adapt_bert(stock.language_model)
+    unused = _load_stock(stock, stock_state)
+    stock.to(data['inputs'].device)
+    copied, new = copy_counterparts(model, stock)
+    with _evaluating(model), _evaluating(stock):
+        expected = _outputs(stock, data)
+        before = _agreement(expected, _outputs(model, data))
+        _fit_encoder(model, stock, data)
+        _fit_decoder(model, stock, data)
+        after = _agreement(expected, _outputs(model, data))
+    return WarmStart(copied, new, unused, before, after)
+
+
+# --- Copies -----------------------------------------------------------------------------------
+
+
+def _load_stock(stock: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Load the stock weights; only what the stock detector cannot miss may be missing."""
+    own = stock.state_dict()
+    # A neck with biases of zero is a neck without.
+    filled = {
+        name: torch.zeros_like(value)
+        for name, value in own.items()
+        if name.startswith('neck.') and name.endswith('.conv.bias')
+    }
+    state = {**filled, **state}
+    wrong = [name for name in own if name not in state and 'num_batches' not in name]
+    wrong += [name for name in own if name in state and state[name].shape != own[name].shape]
+    if wrong:
+        raise ValueError(
+            f'the weights are not those of the {type(stock).__name__} behind this config: '
+            f'{", ".join(wrong[:3])}{" ..." if len(wrong) > 3 else ""} '
+            f'({len(wrong)} of {len(own)} entries) are missing or of another shape'
+        )
+    stock.load_state_dict(state, strict=False)
+    return [name for name in state if name not in own]
+
+
+@torch.no_grad()
+def copy_counterparts(model: nn.Module, stock: nn.Module) -> tuple[list[str], list[str]]:
+    """Copy into a Lite model what has a counterpart in its stock model.
+
+    Args:
+        model (nn.Module): The Lite model, changed in place.
+        stock (nn.Module): The stock model.
+
+    Returns:
+        tuple[list[str], list[str]]: The names of the entries copied, and of those that are new.
+    """
+    stock_state, copied, new = stock.state_dict(), [], []
+    encoder = encoder_name(model)
+    stock_layer_of = stock_layers(model.get_submodule(encoder))
+    # Grounding DINO has layers of three kinds.
+    of_layer = re.compile(rf'({re.escape(encoder)}\.(?:\w+_)?layers)\.(\d+)\.(.+)')
+    for name, value in model.state_dict().items():
+        match = of_layer.fullmatch(name)
+        source = f'{match[1]}.{stock_layer_of[int(match[2])]}.{match[3]}' if match else name
+        if source in stock_state and stock_state[source].shape == value.shape:
+            value.copy_(stock_state[source])
+            copied.append(name)
+        elif name != f'{encoder}.schedule_code':
+            new.append(name)
+    return copied, new
+
+
+def stock_layers(encoder: LiteEncoder) -> list[int]:
+    """For each layer of a Lite encoder the stock layer it stands for.
+
+    That is the one that updates the high-level tokens as often. A layer that updates the low-level
+    tokens alone stands for the same one as the layer before it.
+    """
+    layers, updates = [], -1
+    for step in encoder.steps:
+        updates += step.updates_high
+        layers.append(updates)
+    return layers
+
+
+# --- Fits -------------------------------------------------------------------------------------
+
+
+def _fit_encoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
+    stock_encoder, encoder = _encoder(stock), _encoder(model)
+    inputs = {}  # keyword arguments of the stock encoder
+    targets = {}  # of each stock layer, the tokens before its last norm
+    hooks = [
+        layer.norms[1].register_forward_pre_hook(
+            lambda _, args, index=index: targets.__setitem__(index, args[0])
+        )
+        for index, layer in enumerate(stock_encoder.layers)
+    ]
+    hooks.append(
+        stock_encoder.register_forward_pre_hook(
+            lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True
+        )
+    )
+    _outputs(stock, data)
+    for hook in hooks:
+        hook.remove()
+
+    sizes = level_sizes(inputs['spatial_shapes'])
+    mask = inputs['key_padding_mask']
+    references = encoder_reference_points(sizes, inputs['valid_ratios'])
+    stock_layer_of = stock_layers(encoder)
+
+    def fit(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
+        layer, stock_index = encoder.layers[index], stock_layer_of[index]
+        stock_layer = stock_encoder.layers[stock_index]
+        call = dict(
+            query=step_tokens.pick(memory),
+            value=memory,
+            query_pos=step_tokens.pick(inputs['query_pos']),
+            key_padding_mask=mask,
+            reference_points=step_tokens.pick(references),
+            spatial_shapes=sizes,
+        )
+        if isinstance(layer.self_attn, KeyAwareDeformableAttention):
+            _fit_attention(layer.self_attn, stock_layer.self_attn, **call)
+        if layer.has_small_ffn:
+            attended = layer.norms[0](layer.self_attn(**call))
+            target = step_tokens.pick(targets[stock_index])
+            tokens, target = step_tokens.low(attended), step_tokens.low(target)
+            if mask is not None:
+                keep = ~step_tokens.low(step_tokens.pick(mask))
+                tokens, target = tokens[keep], target[keep]
+            _fit_small_ffn(layer, stock_layer, tokens.flatten(0, -2), target.flatten(0, -2))
+        return memory
+
+    encoder(**inputs, before_layer=fit)
+
+
+def _fit_decoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
+    """Fit key-aware cross-attention where the decoder has it, each layer behind fitted ones."""
+    hooks = []
+    if not hasattr(model, 'decoder'):  # Mask2Former's attends to masked maps
+        return
+    for layer, stock_layer in zip(model.decoder.layers, stock.decoder.layers):
+        if not isinstance(layer.cross_attn, KeyAwareDeformableAttention):
+            continue
+
+        def fit(attention, args, kwargs, stock_attention=stock_layer.cross_attn):
+            names = ('query', 'key', 'value', 'identity', 'query_pos')
+            call = {**dict(zip(names, args)), **kwargs}
+            wanted = ('query', 'value', 'query_pos', 'key_padding_mask')
+            _fit_attention(
+                attention,
+                stock_attention,
+                **{name: call.get(name) for name in wanted},
+                reference_points=call['reference_points'],
+                spatial_shapes=level_sizes(call['spatial_shapes']),
+            )
+
+        hooks.append(layer.cross_attn.register_forward_pre_hook(fit, with_kwargs=True))
+    if hooks:
+        _outputs(model, data)
+    for hook in hooks:
+        hook.remove()
+
+
+def _fit_attention(
+    attention: KeyAwareDeformableAttention,
+    stock: MultiScaleDeformableAttention,
+    query: Tensor,
+    value: Tensor,
+    query_pos: Tensor | None,
+    key_padding_mask: Tensor | None,
+    reference_points: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+) -> None:
+    """Fit the query projection so that <q, k> comes close to the logits of the stock attention.
+
+    The logits are linear in the projection. A softmax of logits that are off by e differs from the
+    wanted weights p by a Kullback-Leibler divergence of half the variance of e under p, to second
+    order; the sum of these variances is minimised. Arguments are those of the attention's call.
+    """
+    heads, head_dim = attention.num_heads, attention.embed_dims // attention.num_heads
+    if attention.proj_key:
+        attention.key_proj.load_state_dict(attention.value_proj.state_dict())
+    if attention.same_loc:
+        for name, parameter in attention.sampling_offsets.named_parameters():
+            levels = getattr(stock.sampling_offsets, name)
+            levels = levels.unflatten(0, (heads, attention.num_levels, -1))
+            parameter.copy_(levels.mean(1).flatten(0, 1))
+    projection = attention.key_proj if attention.proj_key else attention.value_proj
+    keys = attention.project(projection, value, key_padding_mask)
+
+    query = query if query_pos is None else query + query_pos
+    chosen = torch.randperm(query.shape[1], generator=torch.Generator().manual_seed(0))[
+        : max(_TOKENS // len(query), 1)
+    ].to(query.device)
+    query, reference_points = query[:, chosen], reference_points[:, chosen]
+    locations = attention.locate(query, reference_points, spatial_shapes)
+    sampled = sample(keys, spatial_shapes, locations) * head_dim**-0.5  # (B, Q, M, L*P, D)
+    logits = stock.attention_weights(query).unflatten(-1, (heads, -1))
+    weights = logits.softmax(-1)
+    query = torch.cat([query, torch.ones_like(query[..., :1])], -1)
+
+    def centred(errors: Tensor) -> Tensor:
+        return weights * (errors - (weights * errors).sum(-1, keepdim=True))
+
+    def transposed(errors: Tensor) -> Tensor:
+        gradient = torch.einsum('bqmk,bqmkd->bqmd', centred(errors), sampled)
+        return torch.einsum('bqmd,bqc->mdc', gradient, query)
+
+    def normal(projection: Tensor) -> Tensor:
+        projected = torch.einsum('bqc,mdc->bqmd', query, projection)
+        errors = torch.einsum('bqmd,bqmkd->bqmk', projected, sampled)
+        return transposed(errors) + ridge * projection
+
+    ridge = 1e-2 * float((query**2).sum() * (sampled**2).mean())
+    projection = _conjugate_gradients(normal, transposed(logits))
+    attention.query_proj.weight.copy_(projection[..., :-1].flatten(0, 1))
+    attention.query_proj.bias.copy_(projection[..., -1].flatten())
+
+
+def _conjugate_gradients(normal, right: Tensor, steps: int = 60) -> Tensor:
+    """Solve ``normal(x) = right`` for a symmetric positive operator, head by head."""
+    solution = torch.zeros_like(right)
+    residual = right.clone()
+    direction = residual.clone()
+    norm = residual.flatten(1).pow(2).sum(1)
+    start = norm.clone()
+    for _ in range(steps):
+        image = normal(direction)
+        length = norm / (direction * image).flatten(1).sum(1).clamp(min=1e-30)
+        solution += length[:, None, None] * direction
+        residual -= length[:, None, None] * image
+        previous, norm = norm, residual.flatten(1).pow(2).sum(1)
+        if bool((norm <= 1e-10 * start).all()):
+            break
+        direction = residual + (norm / previous.clamp(min=1e-30))[:, None, None] * direction
+    return solution
+
+
+def _fit_small_ffn(layer: nn.Module, stock: nn.Module, tokens: Tensor, target: Tensor) -> None:
+    """Make the small FFN of the stock FFN's most useful hidden units.
+
+    Args:
+        layer (nn.Module): Lite layer with ``small_ffn`` and ``small_norm``.
+        stock (nn.Module): The stock layer it stands for.
+        tokens (Tensor): Input of the small FFN, (tokens, embed_dims).
+        target (Tensor): What the stock layer gives to its last norm for these tokens.
+    """
+    layer.small_norm.load_state_dict(stock.norms[1].state_dict())
+    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
+    chosen = chosen[: 4 * _TOKENS].to(tokens.device)
+    tokens, target = tokens[chosen], target[chosen]
+    hidden = stock.ffn.layers[0](tokens)
+    wanted = target - tokens
+
+    units = layer.small_ffn.feedforward_channels
+    stock_weight = stock.ffn.layers[1].weight.T
+    weight, _ = _least_squares(hidden, wanted, stock_weight)
+    contribution = hidden.pow(2).mean(0) * weight.pow(2).sum(1)
+    best = contribution.topk(min(units, len(contribution))).indices
+    weight, bias = _least_squares(hidden[:, best], wanted, stock_weight[best])
+
+    first, last = layer.small_ffn.layers[0][0], layer.small_ffn.layers[1]
+    for parameter in (*first.parameters(), *last.parameters()):
+        parameter.zero_()
+    first.weight[: len(best)] = stock.ffn.layers[0][0].weight[best]
+    first.bias[: len(best)] = stock.ffn.layers[0][0].bias[best]
+    last.weight[:, : len(best)] = weight.T
+    last.bias.copy_(bias)
+
+
+def _least_squares(features: Tensor, wanted: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (features, outputs) and bias (outputs,) of the best linear layer close to a prior."""
+    mean, wanted_mean = features.mean(0), wanted.mean(0)
+    features, wanted = (features - mean).double(), (wanted - wanted_mean).double()
+    gram = features.T @ features
+    # The fewer tokens there are to a feature, the more of what they show is chance.
+    ridge = 0.2 * features.shape[1] / len(features)
+    gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
+    change = torch.linalg.solve(gram, features.T @ (wanted - features @ prior.double()))
+    weight = prior + change.to(prior)
+    return weight, wanted_mean - mean @ weight
+
+
+# --- How close --------------------------------------------------------------------------------
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _encoder(model: nn.Module) -> nn.Module:
+    return model.get_submodule(encoder_name(model))
+
+
+def _outputs(model: nn.Module, data: dict) -> tuple[Tensor, list]:
+    """Memory and detections of every image, the boxes in pixels of the network's input."""
+    memories = []
+    hook = _encoder(model).register_forward_hook(
+        lambda _, args, output: memories.append(output)  # of Grounding DINO with that of the text
+    )
+    results = model.predict(data['inputs'], copy.deepcopy(data['data_samples']), rescale=False)
+    hook.remove()
+    memory = memories[0] if isinstance(memories[0], Tensor) else memories[0][0]
+    return memory, [result.pred_instances for result in results]
+
+
+def _agreement(expected: tuple, actual: tuple) -> Agreement:
+    memory = (actual[0] - expected[0]).norm() / expected[0].norm()
+    found, score, wanted = 0, 0.0, 0
+    for stock, lite in zip(expected[1], actual[1]):
+        stock = stock[stock.scores.argsort(descending=True)[:20]]
+        overlaps = bbox_overlaps(stock.bboxes, lite.bboxes)
+        overlaps[stock.labels[:, None] != lite.labels[None]] = 0
+        differences = (lite.scores[None] - stock.scores[:, None]).abs()
+        # Of boxes on top of each other, the one with the closer score is meant.
+        best = (overlaps - 1e-3 * differences).argmax(1, keepdim=True)
+        hit = overlaps.gather(1, best) >= 0.5
+        found += int(hit.sum())
+        wanted += len(hit)
+        score += float(differences.gather(1, best)[hit].sum())
+    return Agreement(float(memory), found / max(wanted, 1), score / max(found, 1))

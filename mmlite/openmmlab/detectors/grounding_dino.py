@@ -1,0 +1,169 @@
+"""Lite Grounding DINO, and MM-Grounding DINO, which is the same detector trained otherwise."""
+
+from __future__ import annotations
+
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
+from mmdet.models.detectors import GroundingDINO
+from mmdet.models.layers.transformer import (
+    DetrTransformerEncoderLayer,
+    GroundingDinoTransformerDecoderLayer,
+)
+from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
+from mmdet.models.utils.vlfuse_helper import SingleScaleBiAttentionBlock
+from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+from mmengine.model import ModuleList
+from torch import Tensor, nn
+
+from ...nn import StepTokens
+from ...nn.encoder import BeforeLayer
+from ..layers import KeyAwareDeformableAttention, LiteEncoder
+from .bert import adapt_bert
+from .decoder import LiteDINODecoder
+from .lite import LiteDetectorMixin
+
+
+class LiteGroundingDINOEncoder(LiteEncoder):
+    """The interleaved encoder with Grounding DINO's fusion of image and text before each layer.
+
+    The tokens that a layer updates are those that are fused with the text before it: both are
+    updated from each other. The others wait. So where a layer updates the high-level tokens alone,
+    the text reads these alone, and the cost of the fusion falls with that of the layer; in a
+    layer that updates all tokens, the text reads all. The text has its own layer, as before,
+    every time.
+
+    Args:
+        *args: Those of :class:`LiteEncoder`.
+        text_layer_cfg (dict): Config of the text's layers.
+        fusion_layer_cfg (dict): Config of the fusion's layers.
+        **kwargs: Those of :class:`LiteEncoder`. ``num_cp`` counts the fusion's layers, too.
+    """
+
+    def __init__(
+        self,
+        *args,
+        text_layer_cfg: ConfigDict | dict,
+        fusion_layer_cfg: ConfigDict | dict,
+        **kwargs,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.text_layers = ModuleList(
+            DetrTransformerEncoderLayer(**text_layer_cfg) for _ in self.layers
+        )
+        self.fusion_layers = ModuleList(
+            SingleScaleBiAttentionBlock(**fusion_layer_cfg) for _ in self.layers
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        query_pos: Tensor,
+        key_padding_mask: Tensor | None,
+        spatial_shapes: Tensor | tuple[tuple[int, int], ...],
+        level_start_index: Tensor | None,
+        valid_ratios: Tensor | None,
+        memory_text: Tensor,
+        text_attention_mask: Tensor,
+        position_ids: Tensor,
+        text_self_attention_masks: Tensor,
+        before_layer: BeforeLayer | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode image and text.
+
+        Args:
+            query (Tensor): Tokens of all levels, shape (bs, num_tokens, embed_dims). These and the
+                next five are those of :meth:`LiteEncoder.forward`.
+            query_pos (Tensor): Their positional embedding, same shape.
+            key_padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
+            spatial_shapes (Tensor | tuple[tuple[int, int], ...]): (h, w) of each level.
+            level_start_index (Tensor, optional): Not used.
+            valid_ratios (Tensor, optional): Valid part (w, h) of each level, shape
+                (bs, num_levels, 2).
+            memory_text (Tensor): Tokens of the text, shape (bs, num_words, embed_dims).
+            text_attention_mask (Tensor): bool, True on padding, shape (bs, num_words).
+            position_ids (Tensor): Place of each word in its phrase, int, shape (bs, num_words).
+            text_self_attention_masks (Tensor): bool, True where a word sees another, shape
+                (bs, num_words, num_words).
+            before_layer (Callable, optional): See :meth:`mmlite.nn.LiteEncoder.forward`; comes
+                behind the fusion.
+
+        Returns:
+            tuple[Tensor, Tensor]: Memory of the image and of the text, shaped as they came.
+        """
+        text_pos = get_text_sine_pos_embed(
+            position_ids[..., None], num_pos_feats=self.embed_dims, exchange_xy=False
+        )
+
+        def fuse(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
+            nonlocal memory_text
+            padding = None if key_padding_mask is None else step_tokens.pick(key_padding_mask)
+            image, memory_text = self._run(
+                index,
+                self.fusion_layers[index],
+                step_tokens.pick(memory),
+                memory_text,
+                padding,
+                text_attention_mask,
+            )
+            layer = self.text_layers[index]
+            heads = layer.self_attn_cfg['num_heads']
+            memory_text = layer(
+                query=memory_text,
+                query_pos=text_pos,
+                attn_mask=~text_self_attention_masks.repeat(heads, 1, 1),
+                key_padding_mask=None,
+            )
+            memory = step_tokens.put_back(memory, [run for _, run in step_tokens.split(image)])
+            return memory if before_layer is None else before_layer(index, memory, step_tokens)
+
+        memory = super().forward(
+            query,
+            query_pos,
+            key_padding_mask,
+            spatial_shapes,
+            level_start_index,
+            valid_ratios,
+            before_layer=fuse,
+        )
+        return memory, memory_text
+
+
+class KeyAwareDecoderLayer(GroundingDinoTransformerDecoderLayer):
+    """A decoder layer whose attention to the image is key-aware."""
+
+    def _init_layers(self) -> None:
+        self.self_attn = MultiheadAttention(**self.self_attn_cfg)
+        self.cross_attn_text = MultiheadAttention(**self.cross_attn_text_cfg)
+        self.cross_attn = KeyAwareDeformableAttention(**self.cross_attn_cfg)
+        self.embed_dims = self.self_attn.embed_dims
+        self.ffn = FFN(**self.ffn_cfg)
+        self.norms = ModuleList(
+            build_norm_layer(self.norm_cfg, self.embed_dims)[1] for _ in range(4)
+        )
+
+
+class LiteGroundingDINODecoder(LiteDINODecoder):
+    """Decoder of Grounding DINO: DINO's, of layers that attend to the text, too."""
+
+    layer_class = GroundingDinoTransformerDecoderLayer
+    key_aware_layer_class = KeyAwareDecoderLayer
+
+
+@MODELS.register_module()
+class LiteGroundingDINO(LiteDetectorMixin, GroundingDINO):
+    """Grounding DINO (arXiv 2303.05499) with the interleaved encoder.
+
+    Arguments are those of MMDetection's ``GroundingDINO`` and of :class:`LiteDetectorMixin`.
+    """
+
+    encoder_class = LiteGroundingDINOEncoder
+    decoder_class = LiteGroundingDINODecoder
+
+    def _init_queries(self) -> None:
+        self.query_embedding = nn.Embedding(self.num_queries, self.embed_dims)
+        self._init_memory_trans()
+        self.language_model = adapt_bert(MODELS.build(self.language_model_cfg))
+        self.text_feat_map = nn.Linear(
+            self.language_model.language_backbone.body.language_dim, self.embed_dims
+        )

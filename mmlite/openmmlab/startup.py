@@ -1,0 +1,92 @@
+"""Acting on a module when somebody imports it, and not before.
+
+The installed package has this file a second time, beside the package, and a ``.pth`` file that
+calls :func:`at_startup` whenever Python starts. So it imports nothing that takes time.
+"""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False  # typing's own takes milliseconds to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    Action = Callable[[ModuleType], None]
+
+
+def at_startup() -> None:
+    """What has to be in place before anybody imports mmlite; nothing is imported for it.
+
+    - MMDetection's tools import ``mmcv.ops`` before they read a config, hence before any
+      ``custom_imports``. Where mmcv has no compiled operators, the last finder in line answers for
+      them: it is asked when nobody has found an ``mmcv._ext``.
+    - mmengine resolves ``_base_ = 'mmlite::folder/config.py'`` before ``custom_imports``, too.
+    """
+    when_imported('mmengine.config.utils', add_configs)
+    sys.meta_path.append(_StandIn)  # type: ignore[arg-type]
+
+
+def add_configs(config_utils: ModuleType) -> None:
+    """Add mmlite to the packages whose configs mmengine knows by name."""
+    config_utils.MODULE2PACKAGE.setdefault('mmlite', 'mmlite')
+
+
+def when_imported(name: str, action: Action) -> None:
+    """Call ``action`` with a module: at once if it is imported, otherwise right after it will be.
+
+    Args:
+        name (str): The module's full name.
+        action (Callable): What to do with it. The importer sees the exceptions that it raises.
+    """
+    if name in sys.modules:
+        action(sys.modules[name])
+        return
+    if _WAITING not in sys.meta_path:
+        sys.meta_path.insert(0, _WAITING)
+    _WAITING.actions.setdefault(name, []).append(action)
+
+
+class _StandIn:
+    """Finds ``mmcv._ext`` in mmlite, where no other finder has found it."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != 'mmcv._ext':
+            return None
+        from mmlite.openmmlab.mmcv_ext import spec
+
+        return spec()
+
+
+class _Waiting:
+    """Leaves finding a module to the finders after it, and adds the actions to its execution."""
+
+    def __init__(self) -> None:
+        self.actions: dict[str, list[Action]] = {}
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in self.actions:
+            return None
+        after = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        specs = (finder.find_spec(name, path, target) for finder in after)
+        spec = next(filter(None, specs), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module: ModuleType) -> None:
+                execute(module)
+                for action in self.actions[name]:
+                    action(module)
+
+            spec.loader.exec_module = execute_and_act
+        return spec
+
+
+_WAITING = _Waiting()

@@ -1,0 +1,65 @@
+"""The detector optimised in PyTorch: the same predictions, and itself again afterwards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import mmlite
+from mmlite.export.optimize import OptimizeHook
+from mmlite.export.write import difference, predict
+
+
+@pytest.mark.parametrize('name', ['DINO', 'LiteDINO', 'HDeformableDETR', 'DeformableDETR'])
+def test_predictions_stay_and_it_can_be_undone(name, detector, images):
+    model = detector(name)
+    for module in model.backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    sizes = [image.shape[:2] for image in images]
+    height, width = np.max(sizes, axis=0)
+    canvas = np.zeros((3, 3, height, width), np.float32)
+    for number, (h, w) in enumerate(sizes):
+        canvas[number, :, :h, :w] = images[number].transpose(2, 0, 1)
+    batches = [(canvas, sizes), (canvas[:1, :, : sizes[0][0], : sizes[0][1]], sizes[:1])]
+    expected = [predict(model, *batch) for batch in batches]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    types = [type(module) for module in model.modules()]
+    model.train()
+
+    optimized = mmlite.optimize(model)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.backbone.modules())
+    assert not model.training
+    for batch, right in zip(batches, expected):
+        for one, other in zip(right, predict(model, *batch)):
+            assert max(difference(one, other, batch[0].shape[-2:])) < 1e-4
+
+    optimized.undo()
+    assert model.training and [type(module) for module in model.modules()] == types
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]) and value.stride() == state[key].stride()
+    model.eval()
+    for one, other in zip(expected[0], predict(model, *batches[0])):
+        for array, same in zip(one, other):
+            np.testing.assert_array_equal(same, array)
+
+
+def test_hook(detector):
+    class FakeRunner:
+        model = detector('LiteDINO')
+        logger = type('Logger', (), {'info': staticmethod(print)})
+
+    hook = OptimizeHook()
+    before = type(FakeRunner.model).predict
+    hook.before_test(FakeRunner)
+    assert FakeRunner.model.predict is not before
+    hook.after_test(FakeRunner)
+    assert 'predict' not in vars(FakeRunner.model)
+
+
+def test_refuses_other_models():
+    with pytest.raises(ValueError, match='Linear cannot be'):
+        mmlite.optimize(torch.nn.Linear(1, 1))

@@ -1,0 +1,269 @@
+"""Our operators inside ONNX Runtime and OpenVINO: PyTorch's numbers, and refusals in a sentence."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from mmlite import ops
+from mmlite.export import runtimes, library, load
+from mmlite.export.detector import DESCRIPTION, FORMAT_VERSION, open_session
+from mmlite.export.operators import DOMAIN, VERSION
+
+onnx = pytest.importorskip('onnx')
+
+LEVELS = [(8, 10), (4, 5), (2, 3)]
+KDA = ('query', 'value', 'spatial_shapes', 'sampling_locations')
+CASES = {
+    'shared key': ('KeyAwareDeformAttn', KDA),
+    'key apart': ('KeyAwareDeformAttn', (*KDA, 'key')),
+    'standard': (
+        'MSDeformAttn',
+        ('value', 'spatial_shapes', 'sampling_locations', 'attention_weights'),
+    ),
+}
+
+
+def tensors(levels=LEVELS, batch: int = 2, queries: int = 50) -> dict[str, np.ndarray]:
+    generator = torch.Generator().manual_seed(0)
+    heads, dim, points = 4, 16, 4
+    tokens = sum(height * width for height, width in levels)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).numpy()
+
+    locations = torch.rand(batch, queries, heads, len(levels), points, 2, generator=generator)
+    return {
+        'query': normal(batch, queries, heads, dim),
+        'key': normal(batch, tokens, heads, dim),
+        'value': normal(batch, tokens, heads, dim),
+        'spatial_shapes': np.array(levels, np.int64).flatten(),
+        'sampling_locations': (locations * 1.2 - 0.1).numpy(),
+        'attention_weights': normal(batch, queries, heads, len(levels), points),
+    }
+
+
+def expected(case: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    named = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    levels = arrays['spatial_shapes'].reshape(-1, 2).tolist()
+    with ops.use_backend('reference'):
+        if case == 'standard':
+            return ops.ms_deform_attn(
+                named['value'], levels, named['sampling_locations'], named['attention_weights']
+            ).numpy()
+        key = named['value' if case == 'shared key' else 'key']
+        return ops.key_aware_deform_attn(
+            named['query'], key, named['value'], levels, named['sampling_locations']
+        ).numpy()
+
+
+def model(case: str) -> bytes:
+    """A model of one node, all sizes free."""
+    operator, names = CASES[case]
+    example = tensors()
+    inputs = [
+        onnx.helper.make_tensor_value_info(
+            name,
+            onnx.helper.np_dtype_to_tensor_dtype(example[name].dtype),
+            [f'{name}_{axis}' for axis in range(example[name].ndim)],
+        )
+        for name in names
+    ]
+    output = onnx.helper.make_tensor_value_info('output', onnx.TensorProto.FLOAT, ['b', 'q', 'c'])
+    node = onnx.helper.make_node(operator, names, ['output'], domain=DOMAIN)
+    graph = onnx.helper.make_graph([node], 'one_node', inputs, [output])
+    opsets = [
+        onnx.helper.make_opsetid('', 18),
+        onnx.helper.make_opsetid(DOMAIN, VERSION),
+    ]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+
+
+def in_onnxruntime(content: bytes):
+    runtime = pytest.importorskip('onnxruntime')
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(built('onnxruntime')))
+    session = runtime.InferenceSession(content, options)
+    return lambda arrays: session.run(
+        None, {argument.name: arrays[argument.name] for argument in session.get_inputs()}
+    )[0]
+
+
+def in_openvino(content: bytes):
+    pytest.importorskip('openvino')
+    core = runtimes.openvino_core(built('openvino'))
+    compiled = core.compile_model(core.read_model(content), 'CPU')
+    return lambda arrays: compiled([arrays[port.any_name] for port in compiled.inputs])[0]
+
+
+def built(runtime: str):
+    try:
+        return library(runtime)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+RUNTIMES = pytest.mark.parametrize('run_in', [in_onnxruntime, in_openvino])
+
+
+@RUNTIMES
+@pytest.mark.parametrize('case', CASES)
+def test_agrees_with_pytorch(case, run_in):
+    run = run_in(model(case))
+    for arrays in (tensors(), tensors([(3, 2), (9, 7), (1, 1)], batch=1, queries=3)):
+        np.testing.assert_allclose(run(arrays), expected(case, arrays), atol=2e-6, rtol=2e-5)
+    assert run(tensors(queries=0)).shape == (2, 0, 64)
+
+
+@RUNTIMES
+@pytest.mark.parametrize(
+    'case, changes, sentence',
+    [
+        ('standard', {'spatial_shapes': [8, 10, 4, 5, 2, 4]}, 'does not stand for the 106 tokens'),
+        ('standard', {'spatial_shapes': [8, 10, 4, 5]}, 'must be 3 pairs'),
+        ('standard', {'spatial_shapes': [-8, -10, 4, 5, 2, 3]}, 'does not stand for'),
+        ('standard', {'attention_weights': (2, 50, 4, 3, 3)}, 'attention_weights must have shape'),
+        ('standard', {'sampling_locations': (2, 50, 4, 3, 4, 3)}, 'sampling_locations must be'),
+        ('standard', {'value': (1, 106, 4, 16)}, 'but value has batch 1 and 4 heads'),
+        ('shared key', {'query': (2, 50, 4, 8)}, 'query must have shape'),
+        ('key apart', {'key': (2, 105, 4, 16)}, 'key must have shape'),
+    ],
+)
+def test_refuses_inputs_that_do_not_fit(case, changes, sentence, run_in):
+    run = run_in(model(case))
+    arrays = tensors()
+    for name, change in changes.items():
+        is_shape = isinstance(change, tuple)
+        arrays[name] = np.zeros(change, np.float32) if is_shape else np.array(change)
+    with pytest.raises(Exception, match=sentence):
+        run(arrays)
+
+
+def test_an_old_onnxruntime_is_told_in_a_sentence():
+    """The runtime here is a table of functions that knows no version beyond 16."""
+    said = []
+    create_status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(
+        lambda code, message: said.append(message.decode()) or 1
+    )
+    table = (ctypes.c_void_p * 200)(ctypes.cast(create_status, ctypes.c_void_p).value)
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(
+        lambda version: ctypes.addressof(table) if version <= 16 else None
+    )
+    get_version = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(version))
+    version = ctypes.create_string_buffer(b'1.16.3')
+    base = (ctypes.c_void_p * 2)(
+        *(ctypes.cast(function, ctypes.c_void_p).value for function in (get_api, get_version))
+    )
+    register = ctypes.CDLL(str(built('onnxruntime'))).RegisterCustomOps
+    register.restype = ctypes.c_void_p
+    assert register(None, ctypes.byref(base))
+    assert said == ["mmlite's operators need ONNX Runtime 1.17 or later; this is 1.16.3"]
+
+
+def test_a_missing_library_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(runtimes, '_SUFFIX', 'nothing')
+    with pytest.raises(FileNotFoundError, match=r'not built .* is missing.*--portable'):
+        library('onnxruntime')
+    with pytest.raises(ValueError, match='runtime must be one of onnxruntime, openvino'):
+        library('tensorrt')
+
+
+FORMATS = pytest.mark.parametrize('format_', ['onnx', 'openvino'])
+
+
+def exported(folder, format_: str, content: bytes):
+    """An export of a model of one node, as far as loading looks."""
+    built({'onnx': 'onnxruntime'}.get(format_, format_))
+    (folder / 'model.onnx').write_bytes(content)
+    description = {
+        **{'version': FORMAT_VERSION, 'format': format_, 'model': 'model.onnx'},
+        **{'portable': False, 'classes': []},
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description))
+    return folder
+
+
+DETECTORS_COME_AND_GO = """
+import signal, subprocess, sys
+from mmlite.export import load
+
+signal.signal(signal.SIGCHLD, lambda *arguments: None)
+first, second = load(sys.argv[1]), load(sys.argv[1])
+del first
+del second
+subprocess.run([sys.executable, '-c', ''])
+"""
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no such signals')
+@FORMATS
+def test_signals_arrive_after_detectors_were_freed(format_, tmp_path):
+    folder = exported(tmp_path, format_, model('standard'))
+    subprocess.run([sys.executable, '-c', DETECTORS_COME_AND_GO, str(folder)], check=True)
+
+
+@FORMATS
+def test_a_wrong_library_is_a_sentence(format_, tmp_path, monkeypatch):
+    folder = exported(tmp_path, format_, model('standard'))
+    load(folder)
+    other = {'onnx': 'openvino', 'openvino': 'onnxruntime'}[format_]
+    wrong = [tmp_path / 'no_library.so', built(other)]
+    wrong[0].write_bytes(b'nothing')
+    for path in wrong:
+        monkeypatch.setattr('mmlite.export.detector.library', lambda runtime, path=path: path)
+        with pytest.raises(ValueError, match='does not load the operators in') as refused:
+            load(folder)
+        assert path.name in str(refused.value) and '\n' not in str(refused.value)
+
+
+@FORMATS
+def test_an_unknown_operator_is_a_sentence(format_, tmp_path):
+    content = onnx.load_from_string(model('standard'))
+    content.graph.node[0].op_type = 'MSDeformAttnOfTomorrow'
+    folder = exported(tmp_path, format_, content.SerializeToString())
+    with pytest.raises(ValueError, match=r'does not take .*MSDeformAttnOfTomorrow') as refused:
+        load(folder)
+    assert '\n' not in str(refused.value)
+
+
+ADDITION_AND_NORM = """
+<ir_version: 9, opset_import: ["": 18]>
+norm (float[2, 10, 64] x, float[2, 10, 64] y) => (float[2, 10, 64] output) {
+    sum = Add(x, y)
+    one = Constant<value_floats = [1.0]>()
+    length = Constant<value_ints = [64]>()
+    scale = Expand(one, length)
+    output = LayerNormalization(sum, scale, scale)
+}
+"""
+
+
+def test_onnxruntime_keeps_the_norm_behind_an_addition(tmp_path, monkeypatch):
+    """Fused, the two are slower than apart."""
+    runtime = pytest.importorskip('onnxruntime')
+    source, written = tmp_path / 'model.onnx', tmp_path / 'optimized.onnx'
+    onnx.save(onnx.parser.parse_model(ADDITION_AND_NORM), source)
+
+    def writing_options(make=runtime.SessionOptions):
+        options = make()
+        options.optimized_model_filepath, options.log_severity_level = str(written), 4
+        return options
+
+    def operators() -> set[str]:
+        return {node.op_type for node in onnx.load(written).graph.node}
+
+    runtime.InferenceSession(str(source), writing_options())
+    assert operators() == {'SkipLayerNormalization'}  # or else there is nothing to turn off
+
+    monkeypatch.setattr(runtime, 'SessionOptions', writing_options)
+    description = {'model': source.name, 'format': 'onnx', 'portable': True}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
+    open_session(tmp_path)
+    assert operators() == {'Add', 'LayerNormalization'}

@@ -1,0 +1,221 @@
+"""The Lite encoder in models of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip('transformers')
+
+import transformers_models as models
+
+from mmlite.huggingface import fuse_attention, load_lite, to_lite
+from mmlite.nn import LiteEncoder, StepTokens
+
+# Builders, and the levels of a schedule that fits: all of these have four layers.
+FAMILIES = {
+    'deformable_detr': 'H3L1',
+    'grounding_dino': 'H3L1',
+    'mm_grounding_dino': 'H2L2',
+    'mask2former': 'H2L1',
+    'oneformer': 'H2L1',
+}
+
+
+def build(family: str) -> nn.Module:
+    return models.MODELS[family]()
+
+
+def lite_encoder(model: nn.Module) -> LiteEncoder:
+    (encoder,) = [part for part in model.modules() if isinstance(part, LiteEncoder)]
+    return encoder
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    for ours, theirs in zip(actual, expected):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_level_in_every_layer_is_the_stock_model(family):
+    model = build(family)
+    stock = copy.deepcopy(model)
+    schedule = f'{FAMILIES[family]}-(1+1)x4'
+    assert to_lite(model, schedule, key_aware=False, small_ffn=False) is model
+    assert_same(models.outputs(model), models.outputs(stock))
+    grads = []
+    for each in (model.double(), stock.double()):
+        # Behind the padded text the logits are infinite.
+        finite = [output[output.isfinite()] for output in models.outputs(each)]
+        sum(output.square().mean() for output in finite).backward()
+        grads.append(
+            {name: p.grad for name, p in each.named_parameters() if 'encoder.' not in name}
+        )
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[1].items():
+        if grad is not None:
+            torch.testing.assert_close(grads[0][name], grad, rtol=1e-4, atol=1e-4)
+
+
+# What `to_lite` can be asked for beside the defaults.
+OPTIONS = {
+    'default': {},
+    'standard': dict(key_aware=False),
+    'proj_key': dict(proj_key=True),
+    'same_loc': dict(same_loc=True),
+    'one_ffn': dict(small_ffn=False),
+    'sequential': dict(update='sequential'),
+    'recomputed': dict(num_cp=2),
+}
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+@pytest.mark.parametrize('family', FAMILIES)
+def test_training_reaches_every_parameter(family, options):
+    model = to_lite(build(family), f'{FAMILIES[family]}-(2+1)x2', **OPTIONS[options]).train()
+    predicted = models.outputs(model)
+    # By two losses: softmax and masks make a plain sum constant in some of them.
+    sum(output[output.isfinite()].square().sum() for output in predicted).backward()
+    encoder = lite_encoder(model)
+    missing = [
+        name
+        for name, p in encoder.named_parameters()
+        if p.grad is None or not p.grad.isfinite().all()
+    ]
+    if 'grounding' in family:  # whose last text layer only the proposals' scores read
+        missing = [name for name in missing if not name.startswith('text_enhancer_layers')]
+    assert not missing
+
+
+@pytest.mark.parametrize('update', ['joint', 'sequential'])
+@pytest.mark.parametrize('family', ['deformable_detr', 'grounding_dino', 'mask2former'])
+def test_what_has_a_counterpart_is_copied(family, update):
+    model = build(family)
+    stock = copy.deepcopy(model)
+    to_lite(model, f'{FAMILIES[family]}-(2+1)x2', update=update)
+    name = next(name for name, part in model.named_modules() if isinstance(part, LiteEncoder))
+    before = stock.get_submodule(name)
+    sources = [0, 1, 2, 3] if update == 'joint' else [0, 1, 1, 2, 3, 3]
+    for layer, source in zip(lite_encoder(model).layers, sources):
+        theirs = before.layers[source]
+        theirs = getattr(theirs, 'deformable_layer', theirs)
+        assert torch.equal(layer.self_attn.value_proj.weight, theirs.self_attn.value_proj.weight)
+        assert torch.equal(layer.norms[0].bias, theirs.self_attn_layer_norm.bias)
+        if hasattr(layer, 'ffn'):
+            ffn = getattr(theirs, 'mlp', theirs)
+            assert torch.equal(layer.ffn.layers[1].weight, ffn.fc2.weight)
+            assert torch.equal(layer.norms[1].weight, theirs.final_layer_norm.weight)
+    if family == 'grounding_dino':
+        for layer, source in zip(lite_encoder(model).fusion_layers, sources):
+            theirs = before.layers[source].fusion_layer
+            assert torch.equal(layer.attn.vision_proj.weight, theirs.attn.vision_proj.weight)
+
+
+def test_small_maps_are_the_high_level_ones():
+    """Mask2Former's pyramid starts with its smallest map, Deformable DETR's with its largest."""
+    sizes = [(2, 3), (4, 6), (8, 12)]
+    for family, ordered in (('mask2former', sizes), ('deformable_detr', [*sizes[::-1], (1, 2)])):
+        model = to_lite(build(family), f'{FAMILIES[family]}-(2+1)x2')
+        encoder = lite_encoder(model)
+        step = StepTokens(encoder.steps[0], ordered, encoder.low_levels)
+        waiting = [run for run in step.runs if not run.is_updated]
+        assert [run.stop - run.start for run in waiting] == [8 * 12]
+
+
+def test_the_text_meets_the_tokens_of_the_step():
+    model = to_lite(build('grounding_dino'), 'H3L1-(2+1)x2')
+    seen = []
+    for layer in lite_encoder(model).fusion_layers:
+        layer.register_forward_hook(
+            lambda _, args, kwargs, output: seen.append(kwargs['vision_features'].shape[1]),
+            with_kwargs=True,
+        )
+    models.outputs(model)
+    high = 6 * 8 + 3 * 4 + 2 * 2
+    assert seen == [high, 12 * 16 + high] * 2
+
+
+@pytest.mark.parametrize('family', ['deformable_detr', 'grounding_dino', 'mask2former'])
+def test_saving_and_loading(family, tmp_path):
+    model = to_lite(build(family), f'{FAMILIES[family]}-(2+1)x2')
+    if family != 'mask2former':  # of which transformers makes a model that cannot be pickled
+        model = pickle.loads(pickle.dumps(model))
+    expected = models.outputs(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_lite(type(model), tmp_path).eval()
+    assert type(loaded) is type(model)
+    assert_same(models.outputs(loaded), expected)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert_same(models.outputs(copy.deepcopy(model)), expected)
+
+
+def test_loading_what_is_not_lite(tmp_path):
+    model = build('deformable_detr')
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='saved without a Lite encoder'):
+        load_lite(type(model), tmp_path)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_with_fused_attention(family):
+    model = to_lite(build(family), f'{FAMILIES[family]}-(2+1)x2')
+    expected = models.outputs(model)
+    fused = fuse_attention(model)
+    assert (fused == 0) == (family in ('mask2former', 'oneformer'))
+    assert_same(models.outputs(model), expected)
+    again = build(family)
+    fuse_attention(again)
+    to_lite(again, f'{FAMILIES[family]}-(2+1)x2', key_aware=False, small_ffn=False)
+    models.outputs(again)
+
+
+def test_options():
+    model = to_lite(
+        build('deformable_detr'), 'H3L1-(2+1)x2', proj_key=True, same_loc=True, num_cp=2
+    )
+    assert lite_encoder(model).layers[0].self_attn.same_loc
+    assert lite_encoder(model).num_cp == 2
+    with pytest.raises(ValueError, match='set key_aware=True'):
+        to_lite(build('deformable_detr'), 'H3L1-(2+1)x2', proj_key=True, key_aware=False)
+
+
+def test_other_activations():
+    model = models.deformable_detr(activation_function='gelu')
+    expected = models.outputs(model)
+    to_lite(model, 'H3L1-(1+1)x4', key_aware=False, small_ffn=False)
+    assert_same(models.outputs(model), expected)
+
+
+@pytest.mark.parametrize(
+    ('schedule', 'sentence'),
+    [
+        ('H3L1-(2+1)x3', r'num_layers is 4; use one of H3L1-\(1\+1\)x4, H3L1-\(2\+1\)x2'),
+        ('H2L1-(2+1)x2', r'num_levels=4; use H3L1-\(2\+1\)x2, H2L2-\(2\+1\)x2'),
+        ('H3L1', 'is not of the form'),
+    ],
+)
+def test_a_schedule_that_does_not_fit(schedule, sentence):
+    model = build('deformable_detr')
+    before = type(model.model.encoder)
+    with pytest.raises(ValueError, match=sentence):
+        to_lite(model, schedule)
+    assert type(model.model.encoder) is before
+
+
+def test_models_that_cannot_be_lite():
+    with pytest.raises(ValueError, match='RTDetrForObjectDetection holds no encoder'):
+        to_lite(build('rt_detr'), 'H2L1-(2+1)x2')
+    model = to_lite(build('deformable_detr'), 'H3L1-(2+1)x2')
+    with pytest.raises(ValueError, match='has a Lite encoder already'):
+        to_lite(model, 'H3L1-(2+1)x2')
+
+
+def test_a_version_that_is_too_old(monkeypatch):
+    model = build('deformable_detr')
+    monkeypatch.setattr('transformers.__version__', '4.57.6')
+    with pytest.raises(ImportError, match=r'transformers 4\.57\.6 is too old'):
+        to_lite(model, 'H3L1-(2+1)x2')

@@ -1,0 +1,255 @@
+"""Warm starts: what is copied is exact, what is fitted comes closer than a random start."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+
+import mmlite  # noqa: F401
+from mmlite.cli import main
+from mmlite.openmmlab.checkpoints import stock_config, warm_start
+from mmlite.openmmlab.checkpoints.hooks import WarmStartHook
+from mmlite.openmmlab.checkpoints.warm_start import (
+    _conjugate_gradients,
+    _least_squares,
+    stock_layers,
+)
+
+register_all_modules()
+
+ROOT = Path(__file__).parents[3]
+
+CONFIG = """
+_base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+custom_imports = dict(imports=['mmlite'])
+ffn_cfg = dict(feedforward_channels=512)
+model = dict(
+    type='LiteDINO',
+    num_queries=30,
+    backbone=dict(depth=18, base_channels=16, init_cfg=None, frozen_stages=-1),
+    neck=dict(in_channels=[32, 64, 128]),
+    encoder=dict(schedule='H3L1-(2+1)x1', num_layers=2, layer_cfg=dict(ffn_cfg=ffn_cfg)),
+    decoder=dict(num_layers=1, layer_cfg=dict(ffn_cfg=ffn_cfg)),
+    bbox_head=dict(num_classes=5),
+    test_cfg=dict(max_per_img=30),
+)
+"""
+
+
+def lite_config(**changes) -> Config:
+    config = Config.fromstring(CONFIG, '.py')
+    config.merge_from_dict(dict(model=changes))
+    return config.model
+
+
+@pytest.fixture(scope='module')
+def stock():
+    return trained(lite_config())
+
+
+def trained(config):
+    """State dict of the stock detector, its attention doing something of its own."""
+    torch.manual_seed(0)
+    model = MODELS.build(stock_config(config))
+    model.init_weights()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if 'attention_weights' in name or 'sampling_offsets' in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.state_dict()
+
+
+def start(stock, **changes):
+    return start_from(lite_config(**changes), stock)
+
+
+def start_from(config, stock):
+    torch.manual_seed(1)
+    model = MODELS.build(copy.deepcopy(config))
+    model.init_weights()
+    packed = demo_mm_inputs(2, [(3, 96, 128), (3, 128, 96)], num_items=[2, 1], num_classes=5)
+    return model, warm_start(model, config, stock, model.data_preprocessor(packed))
+
+
+def test_where_everything_has_a_counterpart_nothing_differs(stock):
+    _, report = start(
+        stock, encoder=dict(schedule='H3L1-(1+1)x2', key_aware=False, small_ffn=False)
+    )
+    assert not report.fitted and not report.unused
+    assert report.result.memory < 1e-5
+    assert report.result.found == 1 and report.result.score < 1e-5
+    assert report.copied_only == report.result
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(),
+        dict(encoder=dict(key_aware=False)),
+        dict(encoder=dict(small_ffn=False)),
+        dict(encoder=dict(update='sequential')),
+        dict(
+            encoder=dict(layer_cfg=dict(self_attn_cfg=dict(proj_key=True, same_loc=True))),
+            decoder=dict(key_aware=True),
+        ),
+    ],
+    ids=['joint', 'standard attention', 'no small FFN', 'sequential', 'everything'],
+)
+def test_new_parts_come_close(stock, changes):
+    model, report = start(stock, **changes)
+    # A fresh attention weighs all points alike, which is no bad start.
+    assert report.result.memory < 0.98 * report.copied_only.memory
+    assert report.result.found >= report.copied_only.found
+    state, layers = model.state_dict(), stock_layers(model.encoder)
+    for name in report.copied:
+        source = name.split('.')
+        if name.startswith('encoder.layers.'):
+            source[2] = str(layers[int(source[2])])
+        assert torch.equal(state[name], stock['.'.join(source)]), name
+    assert set(report.copied) | set(report.fitted) == set(state) - {'encoder.schedule_code'}
+    new = ('query_proj', 'key_proj', 'small_')
+    same_loc = 'same_loc' in str(changes)
+    for name in report.fitted:
+        assert any(part in name for part in new) or (same_loc and 'sampling_offsets' in name)
+
+
+@pytest.mark.parametrize(
+    ('base', 'lite', 'stock_type'),
+    [
+        (
+            'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py',
+            'LiteDeformableDETR',
+            'DeformableDETR',
+        ),
+        (
+            str(ROOT / 'configs/h_deformable_detr/h-deformable-detr_r50_8xb2-12e_coco.py'),
+            'LiteHDeformableDETR',
+            'HDeformableDETR',
+        ),
+    ],
+)
+def test_other_families(base, lite, stock_type):
+    text = CONFIG.replace('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py', base)
+    config = Config.fromstring(text.replace('LiteDINO', lite), '.py').model
+    assert stock_config(config).type == stock_type
+    _, report = start_from(config, trained(config))
+    # A fresh attention weighs all points alike, which is no bad start.
+    assert report.result.memory < 0.98 * report.copied_only.memory
+
+
+def test_a_small_ffn_that_holds_all_units_is_the_stock_ffn(stock):
+    config = dict(layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)))
+    encoder = dict(schedule='H3L1-(1+1)x2', key_aware=False, **config)
+    small = {
+        name: value[:64]
+        if 'encoder' in name and 'ffn.layers.0' in name
+        else value[:, :64]
+        if 'encoder' in name and 'ffn.layers.1.weight' in name
+        else value
+        for name, value in stock.items()
+    }
+    _, report = start(small, encoder=encoder)
+    assert report.result.memory < 1e-4 < report.copied_only.memory
+
+
+def test_layers_stand_for_stock_layers():
+    def layers(**encoder):
+        encoder = dict(schedule='H3L1-(2+1)x3', num_layers=6, **encoder)
+        return stock_layers(MODELS.build(lite_config(encoder=encoder)).encoder)
+
+    assert layers() == [0, 1, 2, 3, 4, 5]
+    assert layers(update='sequential') == [0, 1, 1, 2, 3, 3, 4, 5, 5]
+
+
+def test_solvers():
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(3, 10, 10, generator=generator, dtype=torch.float64)
+    matrices = matrices @ matrices.mT + torch.eye(10)
+    right = torch.randn(3, 2, 5, generator=generator, dtype=torch.float64)
+
+    def normal(x):
+        return (matrices @ x.flatten(1)[..., None]).view_as(x)
+
+    expected = torch.linalg.solve(matrices, right.flatten(1)[..., None]).view_as(right)
+    torch.testing.assert_close(_conjugate_gradients(normal, right), expected, atol=1e-4, rtol=1e-4)
+
+    features = torch.randn(5000, 4, generator=generator)
+    wanted = features @ torch.arange(8.0).view(4, 2) + torch.tensor([1.0, -2.0])
+    weight, bias = _least_squares(features, wanted, torch.zeros(4, 2))
+    torch.testing.assert_close(weight, torch.arange(8.0).view(4, 2), atol=1e-2, rtol=0)
+    torch.testing.assert_close(bias, torch.tensor([1.0, -2.0]), atol=1e-2, rtol=0)
+
+
+def test_refuses_other_weights_and_configs(stock):
+    with pytest.raises(ValueError, match='DINO is no Lite detector'):
+        stock_config(lite_config(type='DINO'))
+    with pytest.raises(ValueError, match=r'weights are not those of the DINO behind this config.*'):
+        start({name: value for name, value in stock.items() if 'decoder' not in name})
+    with pytest.raises(ValueError, match=r'cls_branches\S+ .*another shape'):
+        start(stock, bbox_head=dict(num_classes=7))
+
+
+def test_hook(stock, tmp_path):
+    torch.save(dict(state_dict=stock), tmp_path / 'stock.pth')
+    hook = WarmStartHook(str(tmp_path / 'stock.pth'))
+    config = Config(dict(model=lite_config()))
+    model = MODELS.build(copy.deepcopy(config.model))
+    model.init_weights()
+    loader = [demo_mm_inputs(2, [(3, 96, 128)] * 2, num_items=[2, 1], num_classes=5)]
+    logger = MMLogger.get_instance('warm start')
+    runner = SimpleNamespace(
+        iter=5, model=model, cfg=config, train_dataloader=loader, logger=logger
+    )
+    before = model.query_embedding.weight.clone()
+    hook.before_train(runner)  # a resumed training
+    assert torch.equal(model.query_embedding.weight, before)
+    runner.iter = 0
+    hook.before_train(runner)
+    assert torch.equal(model.query_embedding.weight, stock['query_embedding.weight'])
+    with pytest.raises(FileNotFoundError, match='does not exist'):
+        WarmStartHook(str(tmp_path / 'none.pth'))
+
+
+def test_command(stock, tmp_path):
+    torch.save(dict(state_dict=stock), tmp_path / 'stock.pth')
+    picture = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    cv2.imwrite(str(tmp_path / 'image.png'), picture)
+    arguments = [str(tmp_path / name) for name in ('stock.pth', 'start.pth')]
+
+    def run(*more):
+        return CliRunner().invoke(main, ['convert', *arguments, *map(str, more)])
+
+    (tmp_path / 'small.py').write_text(
+        CONFIG.replace('num_queries=30', 'data_preprocessor=dict(mean=[0, 0, 0]), num_queries=30')
+        + '\ntest_dataloader = dict(dataset=dict(pipeline=['
+        "dict(type='LoadImageFromFile'), dict(type='Resize', scale=(128, 96), keep_ratio=True),"
+        "dict(type='PackDetInputs')]))\n"
+    )
+    options = ('--from-stock', tmp_path / 'small.py', '--image', tmp_path / 'image.png')
+    result = run(*options, '--json', tmp_path / 'report.json', '--schedule', 'H2L2-(2+1)x1')
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / 'report.json').read_text())
+    assert report['result']['memory'] < report['copied_only']['memory']
+    state = torch.load(tmp_path / 'start.pth', weights_only=True)['state_dict']
+    assert state['encoder.schedule_code'].tolist() == [2, 2, 2, 1, 0]
+
+    for wrong, message in (
+        (('--from-stock', tmp_path / 'small.py'), 'an image or more to fit on'),
+        ((*options[:2], '--image', tmp_path / 'none.png'), 'none.png does not exist'),
+        ((*options, '--ema'), '--schedule and --image alone'),
+    ):
+        result = run(*wrong)
+        assert result.exit_code == 1 and message in ' '.join(result.output.split())

@@ -1,0 +1,155 @@
+import pytest
+import torch
+from mmcv.ops import MultiScaleDeformableAttention
+
+from mmlite.openmmlab.layers import FusedDeformableAttention, KeyAwareDeformableAttention
+
+SHAPES = torch.tensor([(7, 9), (4, 5), (2, 3)])
+TOKENS = int(SHAPES.prod(1).sum())
+
+
+def relative_error(actual, expected):
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize('name', ['kda_ref2', 'kda_ref2_sameloc', 'kda_ref4_projkey'])
+def test_golden(golden, name):
+    arrays, meta = golden(f'{name}.npz')
+    attention = KeyAwareDeformableAttention(
+        embed_dims=meta['embed_dims'],
+        num_heads=meta['num_heads'],
+        num_levels=meta['num_levels'],
+        num_points=meta['num_points'],
+        proj_key=meta['proj_key'],
+        same_loc=meta['same_loc'],
+        dropout=0.0,
+        batch_first=True,
+    )
+    parameters = {k[len('param.') :]: v for k, v in arrays.items() if k.startswith('param.')}
+    attention.load_state_dict(parameters)
+    query = arrays['query'].requires_grad_()
+    value = arrays['value'].requires_grad_()
+    output = attention(
+        query,
+        value=value,
+        identity=torch.zeros_like(query),
+        key_padding_mask=arrays['key_padding_mask'],
+        reference_points=arrays['reference_points'],
+        spatial_shapes=arrays['spatial_shapes'],
+    )
+    torch.testing.assert_close(output, arrays['output'], atol=1e-5, rtol=0)
+    output.backward(arrays['grad_output'])
+    assert relative_error(query.grad, arrays['grad_query']) < 1e-4
+    assert relative_error(value.grad, arrays['grad_value']) < 1e-4
+    for parameter_name, parameter in attention.named_parameters():
+        assert relative_error(parameter.grad, arrays[f'grad.{parameter_name}']) < 1e-4
+
+
+@pytest.mark.parametrize('batch_first', [True, False])
+@pytest.mark.parametrize('reference_dim', [2, 4])
+@pytest.mark.parametrize('padded', [True, False])
+def test_standard_attention_equals_mmcv(batch_first, reference_dim, padded):
+    torch.manual_seed(0)
+    arguments = dict(
+        embed_dims=32, num_heads=4, num_levels=3, num_points=2, dropout=0.0, batch_first=batch_first
+    )
+    stock = MultiScaleDeformableAttention(**arguments)
+    torch.nn.init.normal_(stock.sampling_offsets.weight, std=0.3)
+    torch.nn.init.normal_(stock.attention_weights.weight, std=0.3)
+    fused = FusedDeformableAttention(**arguments)
+    fused.load_state_dict(stock.state_dict())
+
+    def run(attention):
+        torch.manual_seed(1)
+        query, query_pos = torch.randn(2, 2, 11, 32).unbind()
+        value = torch.randn(2, TOKENS, 32)
+        query.requires_grad_(), value.requires_grad_()
+        turn = (lambda t: t) if batch_first else (lambda t: t.transpose(0, 1))
+        output = attention(
+            turn(query),
+            value=turn(value),
+            query_pos=turn(query_pos),
+            key_padding_mask=torch.rand(2, TOKENS) < 0.2 if padded else None,
+            reference_points=torch.rand(2, 11, 3, reference_dim),
+            spatial_shapes=SHAPES,
+            level_start_index=None,
+        )
+        torch.manual_seed(2)
+        gradients = torch.autograd.grad(
+            turn(output), [query, value, *attention.parameters()], torch.randn(2, 11, 32)
+        )
+        return [output, *gradients]
+
+    for actual, expected in zip(run(fused), run(stock)):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_query_defaults_to_value_and_identity():
+    torch.manual_seed(0)
+    attention = KeyAwareDeformableAttention(
+        embed_dims=32, num_heads=4, num_levels=3, dropout=0.0, batch_first=True
+    )
+    query = torch.randn(1, TOKENS, 32)
+    arguments = dict(reference_points=torch.rand(1, TOKENS, 3, 2), spatial_shapes=SHAPES)
+    torch.testing.assert_close(
+        attention(query, **arguments), attention(query, value=query, identity=query, **arguments)
+    )
+
+
+def test_initial_offsets_are_the_directional_grid():
+    stock = MultiScaleDeformableAttention(embed_dims=32, num_heads=4, num_levels=3)
+    attention = KeyAwareDeformableAttention(embed_dims=32, num_heads=4, num_levels=3)
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter)
+    attention.init_weights()
+    torch.testing.assert_close(attention.sampling_offsets.bias, stock.sampling_offsets.bias)
+    assert not attention.sampling_offsets.weight.any()
+    assert not attention.query_proj.bias.any()
+    assert attention.query_proj.weight.any()
+
+    shared = KeyAwareDeformableAttention(embed_dims=32, num_heads=4, num_levels=3, same_loc=True)
+    grid = stock.sampling_offsets.bias.view(4, 3, 4, 2)[:, 0]
+    torch.testing.assert_close(shared.sampling_offsets.bias.view(4, 4, 2), grid)
+
+
+@pytest.mark.parametrize('proj_key', [False, True])
+def test_fresh_points_weigh_nearly_the_same(proj_key):
+    attention = KeyAwareDeformableAttention(
+        embed_dims=256, num_heads=8, num_levels=3, batch_first=True, proj_key=proj_key
+    )
+    torch.nn.init.normal_(attention.query_proj.weight)
+    attention.init_weights()
+    tokens = torch.randn(1, TOKENS, 256)
+    logits = attention.logits(tokens, tokens, None, torch.rand(1, TOKENS, 3, 2), SHAPES)
+    weights = logits.softmax(-1) * logits.shape[-1]
+    assert 0.01 < weights.std() < 0.2  # those of standard attention start at 1, alike
+
+
+def test_has_only_the_parameters_it_uses():
+    names = {name.split('.')[0] for name, _ in KeyAwareDeformableAttention().named_parameters()}
+    assert names == {'sampling_offsets', 'value_proj', 'query_proj', 'output_proj'}
+    with_key = KeyAwareDeformableAttention(proj_key=True)
+    assert 'key_proj.weight' in with_key.state_dict()
+    assert isinstance(with_key, MultiScaleDeformableAttention)
+
+
+def test_unfitting_inputs():
+    attention = KeyAwareDeformableAttention(
+        embed_dims=32, num_heads=4, num_levels=3, batch_first=True
+    )
+    query, value = torch.randn(1, 5, 32), torch.randn(1, TOKENS, 32)
+    with pytest.raises(ValueError, match='reference_points is for 2 feature levels'):
+        attention(
+            query, value=value, reference_points=torch.rand(1, 5, 2, 2), spatial_shapes=SHAPES
+        )
+    with pytest.raises(ValueError, match=r'reference_points must be .*\(cx, cy, w, h\)'):
+        attention(
+            query, value=value, reference_points=torch.rand(1, 5, 3, 3), spatial_shapes=SHAPES
+        )
+    with pytest.raises(ValueError, match='spatial_shapes'):
+        attention(
+            query,
+            value=value[:, 1:],
+            reference_points=torch.rand(1, 5, 3, 2),
+            spatial_shapes=SHAPES,
+        )

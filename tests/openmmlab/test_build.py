@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmlite.openmmlab.build import build_detector, load_config
+
+STOCK = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
+
+
+@pytest.mark.parametrize(
+    ('reference', 'kind', 'message'),
+    [
+        ('nowhere.py', FileNotFoundError, 'config nowhere.py does not exist'),
+        ('mmlite::nowhere.py', FileNotFoundError, 'mmlite::nowhere.py does not exist'),
+        ('mmdet::dino/nowhere.py', FileNotFoundError, 'nowhere.py'),
+    ],
+)
+def test_missing_config(reference, kind, message):
+    with pytest.raises(kind, match=message):
+        load_config(reference)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('model = dict(', 'cannot be read'),
+        ("_base_ = 'mmdet::dino/nowhere.py'", 'nowhere'),
+        ('optimizer = 1', 'has no model'),
+    ],
+)
+def test_unreadable_config(tmp_path, text, message):
+    path = tmp_path / 'broken.py'
+    path.write_text(text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_config(str(path))
+
+
+def test_packaged_config():
+    config = load_config('mmlite::lite_dino/lite-dino-4scale_r50_h3l1-2p1x3_8xb2-36e_coco.py')
+    assert config.model.encoder.schedule == 'H3L1-(2+1)x3'
+
+
+@pytest.fixture
+def config():
+    config = load_config(STOCK)
+    config.model.backbone.update(depth=18)
+    config.model.neck.in_channels = [128, 256, 512]
+    config.model.encoder.num_layers = config.model.decoder.num_layers = 1
+    return config
+
+
+def test_nothing_is_downloaded(config, monkeypatch):
+    from mmengine.runner import checkpoint
+
+    monkeypatch.setattr(checkpoint, '_load_checkpoint', lambda *_, **__: pytest.fail('download'))
+    assert config.model.backbone.init_cfg.type == 'Pretrained'
+    model = build_detector(config)
+    assert not model.training
+    assert config.model.backbone.init_cfg.type == 'Pretrained'  # the config is left as it was
+
+
+def test_grounding_dino_without_the_bert_it_names(monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    config = load_config('mmdet::grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py')
+    config.model.backbone.update(depth=18)
+    config.model.neck.in_channels = [128, 256, 512]
+    config.model.encoder.num_layers = config.model.decoder.num_layers = 1
+    tiny = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    small = transformers.BertConfig
+    monkeypatch.setattr(transformers, 'BertConfig', lambda: small(**tiny))
+    model = build_detector(config)
+    text = 'person. traffic light. '
+    words = model.language_model.tokenizer.tokenize(text)
+    assert words == ['person', '.', 'traffic', 'light', '.']
+    with torch.no_grad():
+        assert model.language_model([text])['embedded'].shape == (1, 7, 32)
+    assert config.model.language_model.name == 'bert-base-uncased'
+
+
+def test_model_that_cannot_be_built(config):
+    config.model.encoder.layer_cfg.self_attn_cfg.embed_dims = 255
+    with pytest.raises(ValueError, match=r'deformable-detr_r50.* cannot be built: .*255'):
+        build_detector(config)
+
+
+def test_checkpoint(config, tmp_path):
+    state = build_detector(config).state_dict()
+    state['level_embed'] += 1
+    path = tmp_path / 'good.pth'
+    torch.save({'state_dict': state}, path)
+    loaded = build_detector(config, str(path))
+    torch.testing.assert_close(loaded.level_embed, state['level_embed'])
+
+    state['extra'] = state.pop('level_embed')
+    state['query_embedding.weight'] = torch.zeros(3)
+    torch.save({'state_dict': state}, path)
+    with pytest.raises(ValueError) as error:
+        build_detector(config, str(path))
+    assert 'does not fit' in str(error.value)
+    for part in ('1 missing (such as level_embed)', 'unknown to the model', 'another shape'):
+        assert part in str(error.value)
+    with pytest.raises(FileNotFoundError, match='does not exist'):
+        build_detector(config, str(tmp_path / 'nothing.pth'))

@@ -1,0 +1,95 @@
+"""Stock and Lite configs: from either to the other, and why there is none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
+from mmengine.hub import get_config
+
+import mmlite  # noqa: F401
+from mmlite.openmmlab import families as configs
+from mmlite.openmmlab.checkpoints import fitting_schedules, lite_change, lite_config, stock_config
+
+register_all_modules()
+SCHEDULE = 'H3L1-(2+1)x3'
+STOCK = {
+    'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py': SCHEDULE,
+    'dino/dino-5scale_swin-l_8xb2-12e_coco.py': 'H4L1-(2+1)x3',
+    'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py': SCHEDULE,
+    'grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py': SCHEDULE,
+    'mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365.py': SCHEDULE,
+    'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py': 'H2L1-(2+1)x3',
+    'mask2former_vis/mask2former_r50_8xb2-8e_youtubevis2019.py': 'H2L1-(2+1)x3',
+}
+
+
+@pytest.mark.parametrize('name', STOCK)
+def test_lite_and_back(tmp_path, name):
+    stock, schedule = get_config(f'mmdet::{name}'), STOCK[name]
+    path = tmp_path / 'lite.py'
+    path.write_text(lite_config(stock, f'mmdet::{name}', schedule))
+    assert len(path.read_text().splitlines()) == 3
+    lite = Config.fromfile(path)
+    _, part = configs.find_encoder(lite.model)
+    assert part.type in configs.STOCK_TYPES and part.encoder.schedule == schedule
+    expected = copy.deepcopy(stock.model)
+    # Recomputed activations are asked for in the stock encoder's own way.
+    configs.find_encoder(expected)[1].encoder.pop('num_cp', None)
+    found = stock_config(lite.model)
+    found.pop('_scope_')  # mmengine's, in what is inherited across packages
+    assert found == expected
+
+
+def test_imports_of_the_base_are_kept():
+    stock = Config(dict(model=dict(type='DINO', encoder=dict(num_layers=6, layer_cfg=dict()))))
+    stock.custom_imports = dict(imports=['mine'])
+    assert "imports=['mine', 'mmlite']" in lite_config(stock, 'mine.py', SCHEDULE)
+
+
+def test_every_type_is_registered():
+    from mmdet.registry import MODELS
+
+    for stock, lite in configs.LITE_TYPES.items():
+        assert issubclass(MODELS.get(lite), MODELS.get(stock))
+
+
+def test_fitting_schedules():
+    model = get_config('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py').model
+    schedules = fitting_schedules(model)
+    assert schedules == [
+        *('H3L1-(2+1)x3', 'H3L1-(3+1)x2', 'H3L1-(6+1)x1'),
+        *('H2L2-(2+1)x3', 'H2L2-(3+1)x2', 'H2L2-(6+1)x1'),
+    ]
+    for schedule in schedules:
+        assert lite_change(model, schedule)['type'] == 'LiteDINO'
+    model.encoder.layer_cfg.self_attn_cfg.num_levels = 1
+    with pytest.raises(ValueError, match='sees a single map'):
+        fitting_schedules(model)
+
+
+@pytest.mark.parametrize(
+    ('name', 'schedule', 'message'),
+    [
+        ('yolox/yolox_s_8xb8-300e_coco.py', SCHEDULE, 'YOLOX has no deformable encoder'),
+        ('detr/detr_r50_8xb2-150e_coco.py', SCHEDULE, 'DETR has no deformable encoder'),
+        ('dino/dino-4scale_r50_8xb2-12e_coco.py', 'H2L1-(2+1)x3', 'is for 3 feature levels'),
+        ('dino/dino-4scale_r50_8xb2-12e_coco.py', 'H3L1-(2+1)x2', 'makes 4 layers'),
+        ('dino/dino-4scale_r50_8xb2-12e_coco.py', 'H3L1', 'is not of the form'),
+        ('mask2former/mask2former_r50_8xb2-lsj-50e_coco.py', SCHEDULE, 'use H2L1'),
+    ],
+)
+def test_why_there_is_none(name, schedule, message):
+    with pytest.raises(ValueError, match=message):
+        lite_change(get_config(f'mmdet::{name}').model, schedule)
+
+
+def test_lite_is_no_stock_and_stock_no_lite():
+    model = get_config('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py').model
+    with pytest.raises(ValueError, match='DINO is no Lite detector'):
+        stock_config(model)
+    model.type, model.encoder.schedule = 'LiteDINO', SCHEDULE
+    with pytest.raises(ValueError, match=r'LiteDINO is Lite already, with schedule H3L1'):
+        lite_change(model, SCHEDULE)

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+from mmlite.openmmlab import register as openmmlab
+
+FITTING = {'mmengine': '0.10.7', 'mmcv': '2.1.0', 'mmdet': '3.3.0'}
+CONTINUATION = {
+    'onedl-mmengine': '0.10.12',
+    'onedl-mmcv': '2.3.6',
+    'onedl-mmdetection': '3.5.1',
+}
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Sets which distributions the check finds."""
+
+    def install(distributions):
+        def version(name):
+            found = {'torch': '2.3.0+cpu', **distributions}
+            if name not in found:
+                raise PackageNotFoundError(name)
+            return found[name]
+
+        monkeypatch.setattr(openmmlab, 'version', version)
+
+    return install
+
+
+LITE = {'mmengine': '0.10.7', 'mmcv-lite': '2.1.0', 'mmdet': '3.3.0'}
+
+
+@pytest.mark.parametrize('distributions', [FITTING, LITE, CONTINUATION])
+def test_accepts_both_families(installed, distributions):
+    installed(distributions)
+    openmmlab.require()
+
+
+@pytest.mark.parametrize(
+    ('name', 'found'),
+    [('mmengine', '0.8.0'), ('mmcv', '1.7.2'), ('mmcv', '2.2.0'), ('mmdet', '2.28.2')],
+)
+def test_a_version_that_does_not_fit(installed, monkeypatch, name, found):
+    monkeypatch.setattr(openmmlab, 'when_imported', lambda *_: None)
+    installed({**FITTING, name: found})
+    with pytest.raises(ImportError) as raised:
+        openmmlab.require()
+    text = str(raised.value)
+    assert f'{name} is {found}' in text
+    assert f"'mmcv-lite{openmmlab._STACK['mmcv']['mmcv-lite']}'" in text
+    assert "'onedl-mmdetection>=3.5,<3.6'" in text
+    assert '\n' not in text
+    with pytest.warns(UserWarning) as warned:
+        openmmlab.register()
+    assert [str(warning.message) for warning in warned] == [text]
+
+
+def test_the_continuation_needs_a_later_pytorch(installed):
+    installed({**FITTING, 'torch': '2.1.2'})
+    openmmlab.require()
+    installed({**CONTINUATION, 'torch': '2.2.2+cu121'})
+    with pytest.raises(
+        ImportError, match=r"torch is 2\.2\.2\+cu121.*pip install 'torch>=2\.3' 'onedl"
+    ):
+        openmmlab.require()
+
+
+def test_a_missing_package_is_named_where_it_is_needed(installed, monkeypatch, recwarn):
+    monkeypatch.setattr(openmmlab, 'when_imported', pytest.fail)
+    installed({name: FITTING[name] for name in ('mmengine', 'mmcv')})
+    openmmlab.register()  # the operators work without it
+    assert not recwarn.list
+    with pytest.raises(ImportError, match='mmdet is not installed'):
+        openmmlab.require()
+
+
+def run(code: str, path: str | os.PathLike = '') -> str:
+    """The output of ``code`` in a fresh interpreter that looks in ``path`` first."""
+    path = os.pathsep.join([str(path), os.environ.get('PYTHONPATH', '')])
+    return subprocess.run(
+        [sys.executable, '-c', code],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': path},
+    ).stdout
+
+
+@pytest.fixture
+def unfit(tmp_path):
+    """A folder that makes an installed mmdet look like an old one."""
+    folder = tmp_path / 'mmdet-3.0.0.dist-info'
+    folder.mkdir()
+    (folder / 'METADATA').write_text('Metadata-Version: 2.1\nName: mmdet\nVersion: 3.0.0\n')
+    return tmp_path
+
+
+HEAVY = (
+    'import sys\n'
+    "stack = {'cv2', 'mmcv', 'mmdet', 'mmengine'}\n"
+    "print('loaded:', *sorted(stack & set(sys.modules)))\n"
+)
+
+
+@pytest.mark.parametrize('name', ['mmlite', 'mmlite.openmmlab', 'mmlite.nn', 'mmlite.ops'])
+@pytest.mark.parametrize('fits', [True, False])
+def test_import_loads_nothing_of_the_stack(request, name, fits):
+    path = '' if fits else request.getfixturevalue('unfit')
+    output = run(f'import {name}\n{HEAVY}', path)
+    assert output.splitlines()[-1] == 'loaded:'
+    assert ('mmlite does not fit the installed MMDetection (mmdet is 3.0.0)' in output) != fits
+
+
+def test_operators_need_torch_alone():
+    output = run(
+        'import sys\n'
+        "for name in ('mmcv', 'mmengine', 'mmdet'): sys.modules[name] = None\n"
+        'from importlib import metadata\n'
+        'found = metadata.version\n'
+        'def version(name):\n'
+        "    if name.partition('-')[2].startswith('mm') or name.startswith('mm'):\n"
+        '        raise metadata.PackageNotFoundError(name)\n'
+        '    return found(name)\n'
+        'metadata.version = version\n'
+        'import mmlite.ops\n'
+        'print(len(mmlite.ops.backends()) > 0)\n'
+    )
+    assert output.split() == ['True']
+
+
+def test_operators_work_beside_a_stack_that_does_not_fit(unfit):
+    output = run('import mmlite.ops\nprint(len(mmlite.ops.backends()) > 0)\n', unfit)
+    assert output.split()[-1] == 'True'
+
+
+def test_a_config_for_a_stack_that_does_not_fit_ends_in_the_advice(unfit):
+    output = run(
+        'from mmengine.config import Config\n'
+        "Config.fromstring(\"custom_imports = dict(imports=['mmlite'])\", '.py')\n"
+        'from mmdet.registry import MODELS\n'
+        "print(MODELS.get('DINO').__module__, MODELS._locations)\n"
+        'try:\n'
+        "    MODELS.build(dict(type='LiteDINO', num_queries=3))\n"
+        'except ImportError as error:\n'
+        '    print(error)\n',
+        unfit,
+    )
+    stock, advice = output.splitlines()[-2:]
+    assert stock == "mmdet.models.detectors.dino ['mmdet.models']"
+    assert 'mmdet is 3.0.0' in advice
+    assert 'pip install' in advice
+
+
+@pytest.mark.parametrize('first', ['import mmlite', 'import mmengine.runner', 'import mmdet.apis'])
+def test_adds_to_the_stack_whichever_is_imported_first(first):
+    output = run(
+        f'{first}\n'
+        'import mmlite\n'
+        'from mmengine.config.utils import MODULE2PACKAGE\n'
+        'from mmengine.runner import CheckpointLoader\n'
+        'from mmdet.registry import DATASETS, HOOKS, MODELS\n'
+        "print(MODULE2PACKAGE['mmlite'])\n"
+        "print(CheckpointLoader._schemes[''].__module__)\n"  # before any model is built
+        "print(MODELS.get('LiteDINO').__module__)\n"
+        "print(HOOKS.get('FusedAttentionHook').__name__)\n"
+        "print(DATASETS.get('CheckedCocoDataset').__name__)\n"
+    )
+    assert output.split()[-5:] == [
+        'mmlite',
+        'mmlite.openmmlab.register',
+        'mmlite.openmmlab.detectors.dino',
+        'FusedAttentionHook',
+        'CheckedCocoDataset',
+    ]
+
+
+def test_importing_leaves_the_models_to_whoever_builds_one():
+    output = run("import mmlite, mmdet.registry, sys\nprint('mmdet.models' in sys.modules)")
+    assert output.split()[-1] == 'False'
+
+
+def test_registers_after_the_registries_were_filled():
+    output = run(
+        'from mmdet.registry import MODELS\n'
+        "MODELS.get('DINO')\n"
+        'import mmlite\n'
+        "print(MODELS.get('LiteDINO').__module__)\n"
+    )
+    assert output.split()[-1] == 'mmlite.openmmlab.detectors.dino'
+
+
+def test_takes_no_name_of_the_stack():
+    """The registries hold what they held, under every name that they knew."""
+    names = "('DATASETS', 'HOOKS', 'MODELS', 'TRANSFORMS', 'METRICS', 'TASK_UTILS')"
+    snapshot = (
+        'import mmdet.registry as registry\n'
+        'def snapshot():\n'
+        f'    kinds = [getattr(registry, name) for name in {names}]\n'
+        '    kinds += [kind.parent for kind in kinds]\n'
+        '    for kind in kinds: kind.import_from_location()\n'
+        '    return [dict(kind._module_dict) for kind in kinds]\n'
+    )
+    output = run(
+        f'{snapshot}'
+        'before = snapshot()\n'
+        'import mmlite\n'
+        'after = snapshot()\n'
+        'unchanged = all(b.items() <= a.items() for b, a in zip(before, after))\n'
+        'print(unchanged, "LiteDINO" in registry.MODELS)\n'
+    )
+    assert output.split()[-2:] == ['True', 'True']

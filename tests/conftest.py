@@ -27,6 +27,18 @@ if WORKERS > 1:
 GOLDEN = Path(__file__).parent / 'data/golden'
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption('--slow', action='store_true', help='also run what is slow and rare')
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption('--slow'):
+        skip = pytest.mark.skip(reason='slow: run with --slow')
+        for item in items:
+            if 'slow' in item.keywords:
+                item.add_marker(skip)
+
+
 def _mmengine_instances(manager: type | None = None) -> dict[type, dict]:
     """What MMEngine keeps by name, of each of its kinds: loggers, scopes, visualizers, ..."""
     if manager is None:

@@ -10,7 +10,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 import mmlite  # noqa: F401  (registers the detectors)
-from mmlite.openmmlab.detectors import encoder_name
+from mmlite.openmmlab.families import encoder_name
 
 register_all_modules()
 CONFIGS = Path(__file__).parents[1] / 'configs'

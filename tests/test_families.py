@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmlite.cli import main
 from mmlite.datasets import generate_panoptic, generate_shapes
 from mmlite.openmmlab.checkpoints import load_checkpoint, stock_config
-from mmlite.openmmlab.families import find_encoder
+from mmlite.openmmlab.families import find_holder
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = {
@@ -81,7 +81,7 @@ def test_another_schedule_is_refused(trained):
     _, config, checkpoint = trained
     register_all_modules()
     model = Config.fromfile(config).model
-    encoder = find_encoder(model)[1].encoder
+    encoder = find_holder(model)[1].encoder
     schedule = str(encoder.schedule)
     encoder.schedule = 'H1L2-(3+1)x1' if schedule.startswith('H2') else 'H2L2-(3+1)x1'
     with pytest.raises(ValueError, match='were trained with schedule ' + schedule[:4]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
+from mmlite.datasets import STYLES
 from mmlite.datasets.shapes import Drawn, Style, background, overlap
 
 CLASSES = ('stripes', 'checks', 'rim')
@@ -106,3 +107,6 @@ def _paint(
 
 
 DETAILS = Style(CLASSES, draw_details, smallest_image=64)
+
+
+STYLES['details'] = DETAILS

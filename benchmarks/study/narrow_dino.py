@@ -19,6 +19,9 @@ from torch import nn
 
 from mmlite.openmmlab.detectors.decoder import LiteDINODecoder
 from mmlite.openmmlab.detectors.dino import LiteDINO
+from mmlite.openmmlab.families import FAMILIES, Family
+
+FAMILIES.append(Family('NarrowDINO', 'LiteNarrowDINO', is_dino=True))
 
 _BOX_CHANNELS = 4 * 128
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..nn import StepTokens
 from ..nn.attention import DeformableAttention, SamplingAttention
-from ..openmmlab.detectors import encoder_name
+from ..openmmlab.families import encoder_name
 from ..openmmlab.layers import level_sizes
 from .complexity import called_with
 

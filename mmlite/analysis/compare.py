@@ -12,7 +12,7 @@ from mmdet.datasets import CocoDataset
 from torch import nn
 
 from ..openmmlab.build import build_detector, load_config
-from ..openmmlab.detectors import encoder_name
+from ..openmmlab.families import encoder_name
 from .accuracy import Dataset, evaluate
 from .complexity import Complexity, count_detector
 from .inputs import image_batch

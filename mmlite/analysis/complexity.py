@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..nn.attention import KeyAwareDeformableAttention, SamplingAttention
-from ..openmmlab.detectors import encoder_name
+from ..openmmlab.families import encoder_name
 from ..openmmlab.layers import level_sizes
 
 _HEADS = ('bbox_head', 'head', 'panoptic_head', 'track_head')

@@ -23,8 +23,9 @@ from ..export.program import to_onnx, trace, trace_encoder
 from ..export.runtimes import library
 from ..export.write import FILES, describe, predict, to_openvino, write_program
 from ..openmmlab.build import build_detector, load_config
-from ..openmmlab.families import STOCK_TYPES, find_encoder, stock_config
+from ..openmmlab.families import find_holder, is_lite
 from ..openmmlab.layers import fuse_attention
+from ..openmmlab.lite_config import stock_config
 from ..ops import reference
 from .complexity import STAGES, stage_of
 from .encoder_cost import strides
@@ -150,8 +151,8 @@ def _versions(runtimes: Sequence[str]) -> dict[str, str]:
 def _models(config: str) -> dict[str, nn.Module]:
     """The stock detector and the Lite one, with random weights."""
     cfg = load_config(config)
-    holder = find_encoder(cfg.model)[1]
-    if holder['type'] not in STOCK_TYPES:
+    _, holder, _ = find_holder(cfg.model)
+    if not is_lite(holder['type']):
         raise ValueError(
             f'{config} is of a stock detector; give a Lite config, which is measured against its '
             'stock one: mmlite lite-config writes it'

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from mmdet.models.layers.transformer import GroundingDinoTransformerEncoder
-from mmdet.registry import MODELS
 from torch import nn
 
-from ..openmmlab.families import STOCK_TYPES, find_encoder
+from ..openmmlab.families import find_holder, is_lite, resolve
 from .complexity import count_flops
 from .inputs import encoder_inputs, level_sizes
 
@@ -31,12 +30,12 @@ def encoder_flops(model_config: dict, image_size: tuple[int, int]) -> int:
     Raises:
         ValueError: The config has no such encoder.
     """
-    _, part = find_encoder(model_config)
+    _, part, family = find_holder(model_config)
     encoder = _build(part).eval()
     attention = part['encoder']['layer_cfg'].get('self_attn_cfg') or {}
     dims = attention.get('embed_dims', 256)
     sizes = level_sizes(image_size, strides(model_config, attention.get('num_levels', 4)))
-    if part['type'].endswith('PixelDecoder'):
+    if family.smallest_first:
         sizes = sizes[::-1]
     inputs = encoder_inputs(sizes, dims)
     if 'text_layer_cfg' in part['encoder']:
@@ -53,7 +52,7 @@ def strides(model_config: dict, num_levels: int) -> Sequence[int]:
     """Strides of the encoder's levels, largest map first, read off backbone and neck."""
     indices = model_config['backbone'].get('out_indices', (0, 1, 2, 3))
     found = [4 * 2**index for index in indices]
-    if find_encoder(model_config)[1]['type'].endswith('PixelDecoder'):
+    if find_holder(model_config)[2].smallest_first:
         return found[-num_levels:]
     while len(found) < num_levels:  # made by strided convolutions
         found.append(2 * found[-1])
@@ -62,8 +61,8 @@ def strides(model_config: dict, num_levels: int) -> Sequence[int]:
 
 def _build(part: dict) -> nn.Module:
     config = {name: value for name, value in part['encoder'].items() if name != 'num_cp'}
-    if part['type'] in STOCK_TYPES:
-        return MODELS.get(part['type']).encoder_class(**config)
+    if is_lite(part['type']):
+        return resolve(part['type']).encoder_class(**config)
     is_fused = 'text_layer_cfg' in config
     return (GroundingDinoTransformerEncoder if is_fused else DeformableDetrTransformerEncoder)(
         **config

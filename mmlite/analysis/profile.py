@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import profile, record_function
 
-from ..openmmlab.detectors import encoder_name
+from ..openmmlab.families import encoder_name
 from .complexity import STAGES, deform_attn_modules, stage_of
 from .latency import Call, measure
 

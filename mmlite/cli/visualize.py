@@ -187,7 +187,7 @@ def _detectors(references: tuple[str, ...], device: str):
     from ..analysis.attention import deformable_attentions
     from ..analysis.published import DetectorSpec
     from ..openmmlab.build import build_detector, load_config
-    from ..openmmlab.detectors import encoder_name
+    from ..openmmlab.families import encoder_name
 
     for reference in references:
         spec = DetectorSpec.parse(reference)

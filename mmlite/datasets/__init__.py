@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.study.details import DETAILS
-
 from .shapes import CLASSES, SHAPES, Style, generate_panoptic, generate_shapes
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ __all__ = [
 ]
 
 # What can be drawn, by name.
-STYLES = {'shapes': SHAPES, 'details': DETAILS}
+STYLES = {'shapes': SHAPES}
 
 
 def __getattr__(name: str) -> type:

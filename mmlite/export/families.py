@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mmdet.models.detectors import DDQDETR, GroundingDINO, Mask2Former
 from torch import nn
 
+from ..openmmlab.families import encoder_name, family_of
 from .ddq_detr import DDQGraph
 from .graph import DetectorGraph
 from .grounding_dino import GroundingGraph
@@ -40,18 +41,14 @@ def make_graph(
 
 def encoder_of(model: nn.Module) -> nn.Module:
     """The deformable encoder."""
-    if isinstance(model, Mask2Former):
-        return model.panoptic_head.pixel_decoder.encoder
-    return model.encoder
+    return model.get_submodule(encoder_name(model))
 
 
 def low_levels_of(model: nn.Module) -> tuple[int, ...]:
     """The indices of a Lite encoder's low-level maps, known from the family alone."""
     schedule = encoder_of(model).schedule
-    largest = range(schedule.num_low_levels)
-    if isinstance(model, Mask2Former):  # whose pixel decoder has the smallest map first
-        return tuple(schedule.num_levels - 1 - level for level in reversed(largest))
-    return tuple(largest)
+    holder = model.get_submodule(encoder_name(model).rpartition('.')[0])
+    return family_of(holder).low_levels(schedule.num_levels, schedule.num_low_levels)
 
 
 def padding_divisor(model: nn.Module) -> int:

@@ -1,192 +1,172 @@
-"""The one home of stock and Lite configs: from either to the other."""
+"""THE table of the families that mmlite knows, and the one place that says what a type is.
+
+A family is a kind of model with a deformable multi-scale encoder. Its *holder* is the module that
+keeps the encoder as ``holder.encoder``: the detector itself, or Mask2Former's pixel decoder. All
+code that has to know a family asks here; ``isinstance(model, DINO)`` stands nowhere else.
+
+A new family is a row here and one file a room: its Lite class in ``detectors/``, its graph in
+``mmlite/export/``.
+"""
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
-
-from ..nn import EncoderSchedule
-
-# What holds the encoder: MMDetection's type (or ours) -> its Lite variant.
-LITE_TYPES = {
-    'DeformableDETR': 'LiteDeformableDETR',
-    'DINO': 'LiteDINO',
-    'NarrowDINO': 'LiteNarrowDINO',
-    'HDeformableDETR': 'LiteHDeformableDETR',
-    'DDQDETR': 'LiteDDQDETR',
-    'GroundingDINO': 'LiteGroundingDINO',
-    'MSDeformAttnPixelDecoder': 'LiteMSDeformAttnPixelDecoder',
-}
-STOCK_TYPES = {lite: stock for stock, lite in LITE_TYPES.items()}
-_STOCK_ENCODER = ('num_layers', 'layer_cfg', 'init_cfg', 'text_layer_cfg', 'fusion_layer_cfg')
+from mmdet.registry import MODELS
+from torch import nn
 
 
-def find_encoder(model_config: dict) -> tuple[tuple[str, ...], dict]:
-    """The part of a model's config that holds a deformable encoder, stock or Lite.
+@dataclass(frozen=True)
+class Family:
+    """What the rooms have to know about a kind of model.
+
+    Attributes:
+        stock (str): Type of the holder in MMDetection's ``MODELS``.
+        lite (str): Type of its Lite variant.
+        graph (str): How it is exported: a name in :data:`mmlite.export.graphs.GRAPHS`.
+        smallest_first (bool): The smallest map is the first of the pyramid.
+        reads_text (bool): It takes a text beside the image.
+        is_dino (bool): Its proposals are ranked by their best class, and its queries' contents are
+            learned, as in DINO.
+    """
+
+    stock: str
+    lite: str
+    graph: str = 'detector'
+    smallest_first: bool = False
+    reads_text: bool = False
+    is_dino: bool = False
+
+    def low_levels(self, num_levels: int, num_low_levels: int) -> tuple[int, ...]:
+        """Indices of the largest maps, known from the family alone."""
+        if self.smallest_first:
+            return tuple(range(num_levels - num_low_levels, num_levels))
+        return tuple(range(num_low_levels))
+
+
+FAMILIES = [
+    Family('DeformableDETR', 'LiteDeformableDETR'),
+    Family('HDeformableDETR', 'LiteHDeformableDETR'),
+    Family('DINO', 'LiteDINO', is_dino=True),
+    Family('DDQDETR', 'LiteDDQDETR', graph='ddq'),
+    Family('GroundingDINO', 'LiteGroundingDINO', graph='grounding', reads_text=True, is_dino=True),
+    Family(
+        'MSDeformAttnPixelDecoder',
+        'LiteMSDeformAttnPixelDecoder',
+        graph='mask2former',
+        smallest_first=True,
+    ),
+]
+
+
+def resolve(kind: str | type) -> type | None:
+    """The class that a config's ``type`` means.
+
+    Args:
+        kind (str | type): A registered name, with or without scope (``'DINO'``, ``'mmdet.DINO'``),
+            a full name (``'mmdet.models.detectors.DINO'``), or a class, as in configs in Python's
+            own style.
+
+    Returns:
+        type, optional: None for a name that nobody has registered.
+    """
+    return kind if isinstance(kind, type) else MODELS.get(kind)
+
+
+def family_of(kind: str | type | nn.Module, subclasses: bool = True) -> Family | None:
+    """The family of a holder.
+
+    Args:
+        kind (str | type | nn.Module): The holder, its class, or a config's ``type``.
+        subclasses (bool): Whether a class that inherits a holder's counts as one.
+
+    Returns:
+        Family, optional: None where it is no holder of an encoder that mmlite knows.
+    """
+    cls = type(kind) if isinstance(kind, nn.Module) else resolve(kind)
+    for base in (cls.__mro__ if subclasses else (cls,)) if isinstance(cls, type) else ():
+        for family in FAMILIES:
+            if base in (MODELS.get(family.stock), MODELS.get(family.lite)):
+                return family
+    return None
+
+
+def is_lite(kind: str | type | nn.Module) -> bool:
+    """Whether a holder, its class or a config's ``type`` is a Lite one."""
+    cls = type(kind) if isinstance(kind, nn.Module) else resolve(kind)
+    return isinstance(cls, type) and any(
+        issubclass(cls, MODELS.get(family.lite)) for family in FAMILIES
+    )
+
+
+def reads_text(model: nn.Module) -> bool:
+    """Whether a model takes a text beside the image."""
+    family = family_of(model)
+    return family is not None and family.reads_text
+
+
+def encoder_name(model: nn.Module) -> str:
+    """Where a model of MMDetection, stock or Lite, keeps its multi-scale encoder.
+
+    Args:
+        model (nn.Module): For example a DINO or a Mask2Former.
+
+    Returns:
+        str: The name of the submodule, such as ``panoptic_head.pixel_decoder.encoder``.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if _keeps_encoder(model):
+        return 'encoder'
+    for name, part in model.named_modules():
+        if _keeps_encoder(part):
+            inside = name.partition('.')[0]
+            if hasattr(model.get_submodule(inside), 'test_cfg') and hasattr(part, 'bbox_head'):
+                raise ValueError(
+                    f'{type(model).__name__} has no multi-scale encoder of its own; take the '
+                    f'detector inside, its {inside!r}'
+                )
+            return f'{name}.encoder'
+    raise ValueError(f'{type(model).__name__} has no multi-scale encoder')
+
+
+def _keeps_encoder(module: nn.Module) -> bool:
+    # A compiled encoder has layers, too; a family's encoder may have been taken out or replaced.
+    encoder = getattr(module, 'encoder', None)
+    return hasattr(encoder, 'layers') and family_of(module) is not None
+
+
+def find_holder(model_config: dict) -> tuple[tuple[str, ...], dict, Family]:
+    """The part of a model's config that keeps a deformable encoder, stock or Lite.
 
     Args:
         model_config (dict): ``model`` of a config.
 
     Returns:
-        tuple: The keys that lead to the part, none for the model itself, and the part: its
-        ``type`` is in :data:`LITE_TYPES` or :data:`STOCK_TYPES`.
+        tuple: The keys that lead to the part, none for the model itself; the part; its family.
 
     Raises:
         ValueError: There is no such part.
     """
     found = _search(model_config, ())
     if found is None:
-        name = model_config.get('type', 'the model')
+        kind = model_config.get('type', 'the model')
         raise ValueError(
-            f'{getattr(name, "__name__", name)} has no deformable encoder that mmlite can replace; '
-            f'it serves {", ".join(LITE_TYPES)}'
+            f'{getattr(kind, "__name__", kind)} has no deformable encoder that mmlite can replace; '
+            f'it serves {", ".join(family.stock for family in FAMILIES)}'
         )
     return found
 
 
-def _search(config: Any, path: tuple[str, ...]) -> tuple[tuple[str, ...], dict] | None:
+def _search(config: Any, path: tuple[str, ...]) -> tuple[tuple[str, ...], dict, Family] | None:
     if not isinstance(config, dict):
         return None
-    if config.get('type') in {*LITE_TYPES, *STOCK_TYPES}:
-        return path, config
+    # Only what has an encoder is looked up: types of other registries would be sought in vain.
+    if 'encoder' in config and 'type' in config:
+        family = family_of(config['type'], subclasses=False)
+        if family is not None:
+            return path, config, family
     parts = (_search(value, (*path, name)) for name, value in config.items())
     return next((part for part in parts if part is not None), None)
-
-
-def encoder_shape(model_config: dict) -> tuple[int, int]:
-    """Number of levels and of layers of a stock model's encoder."""
-    encoder = find_encoder(model_config)[1]['encoder']
-    attention = encoder['layer_cfg'].get('self_attn_cfg') or {}
-    return attention.get('num_levels', 4), encoder['num_layers']
-
-
-def fitting_schedules(model_config: dict) -> list[str]:
-    """The schedules of the paper's kinds that fit a stock model, by what they keep of it.
-
-    Low-level are the one or two largest maps; a block has two high-level updates or more.
-
-    Raises:
-        ValueError: The model has no encoder to replace, or one of a single level.
-    """
-    levels, layers = encoder_shape(model_config)
-    if levels < 2:
-        raise ValueError(
-            'the encoder sees a single map; an interleaved encoder needs two or more '
-            '(num_levels of its self_attn_cfg, num_outs of the neck)'
-        )
-    return [
-        f'H{levels - low}L{low}-({updates}+1)x{layers // updates}'
-        for low in range(1, min(levels, 3))
-        for updates in range(2, layers + 1)
-        if layers % updates == 0
-    ]
-
-
-def lite_change(model_config: dict, schedule: str | EncoderSchedule) -> dict:
-    """What makes a stock model Lite: to be merged into ``model`` of its config.
-
-    Args:
-        model_config (dict): ``model`` of the stock config.
-        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
-
-    Returns:
-        dict: For example ``{'type': 'LiteDINO', 'encoder': {'schedule': 'H3L1-(2+1)x3'}}``.
-
-    Raises:
-        ValueError: The model has no encoder to replace, is Lite already, or the schedule does not
-            fit it.
-    """
-    path, part = find_encoder(model_config)
-    if part['type'] in STOCK_TYPES:
-        raise ValueError(
-            f'{part["type"]} is Lite already, with schedule {part["encoder"].get("schedule")}; '
-            'give the stock config'
-        )
-    schedule = EncoderSchedule.parse(schedule)
-    levels, layers = encoder_shape(model_config)
-    schedule.check_fit(layers, levels)
-    change: dict = {'type': LITE_TYPES[part['type']], 'encoder': {'schedule': str(schedule)}}
-    for name in reversed(path):
-        change = {name: change}
-    return change
-
-
-def lite_config(config: Config, base: str | Path, schedule: str | EncoderSchedule) -> str:
-    """The text of a Lite config that inherits a stock one.
-
-    Args:
-        config (Config): The stock config, read.
-        base (str | Path): What the text inherits: ``mmdet::folder/config.py``, or a path as seen
-            from the file that the text is for.
-        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
-
-    Returns:
-        str: A config of three entries.
-
-    Raises:
-        ValueError: See :func:`lite_change`.
-    """
-    change = lite_change(config.model, schedule)
-    # A list of a config takes the place of its base's, so the base's imports are kept.
-    imports = list((config.get('custom_imports') or {}).get('imports', ()))
-    imports = [*imports, *(() if 'mmlite' in imports else ('mmlite',))]
-    return (
-        f'_base_ = {str(base)!r}\ncustom_imports = dict(imports={imports!r})\n'
-        f'model = {_as_code(change)}\n'
-    )
-
-
-def _as_code(value: Any) -> str:
-    if not isinstance(value, dict):
-        return repr(value)
-    return f'dict({", ".join(f"{name}={_as_code(entry)}" for name, entry in value.items())})'
-
-
-def stock_config(model_config: ConfigDict) -> ConfigDict:
-    """The stock model's config behind a Lite model's.
-
-    Args:
-        model_config (ConfigDict): ``model`` of the Lite config.
-
-    Returns:
-        ConfigDict: A config of its own.
-
-    Raises:
-        ValueError: If the config is not of a Lite model.
-    """
-    config = copy.deepcopy(model_config)
-    part = _search(config, ())
-    if part is None or part[1]['type'] not in STOCK_TYPES:
-        raise ValueError(
-            f'{config.type} is no Lite detector; a warm start needs the config of the Lite model '
-            'that is to be trained'
-        )
-    holder = part[1]
-    holder['type'] = STOCK_TYPES[holder['type']]
-    holder['encoder'] = {k: v for k, v in holder['encoder'].items() if k in _STOCK_ENCODER}
-    attentions = [(holder['encoder']['layer_cfg'], 'self_attn_cfg')]
-    if 'decoder' in holder:
-        holder['decoder'].pop('key_aware', None)
-        attentions.append((holder['decoder']['layer_cfg'], 'cross_attn_cfg'))
-    for layer_cfg, attention in attentions:
-        for name in ('proj_key', 'same_loc'):
-            (layer_cfg.get(attention) or {}).pop(name, None)
-    forget_building(config)
-    return config
-
-
-def forget_building(model_config: dict) -> None:
-    """Take out of a model's config, in place, what building the model has written into it.
-
-    Building another model refuses to find it there.
-    """
-    holder = find_encoder(model_config)[1]
-    for name, entries in (
-        ('bbox_head', ('share_pred_layer', 'num_pred_layer', 'as_two_stage')),
-        ('dn_cfg', ('num_classes', 'embed_dims', 'num_matching_queries')),
-    ):
-        for entry in entries:
-            holder.get(name, {}).pop(entry, None)

@@ -40,7 +40,7 @@ _REGISTERED = {
 
 # What a config asks mmlite for by name, and is refused where the stack does not fit.
 _DETECTORS = (
-    *('LiteDINO', 'LiteNarrowDINO', 'LiteDeformableDETR', 'LiteHDeformableDETR', 'LiteDDQDETR'),
+    *('LiteDINO', 'LiteDeformableDETR', 'LiteHDeformableDETR', 'LiteDDQDETR'),
     *('LiteGroundingDINO', 'LiteMSDeformAttnPixelDecoder'),
 )
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from ..nn import EncoderSchedule
 from .checkpoints.warm_start import copy_counterparts
-from .detectors import encoder_name
-from .families import LITE_TYPES, STOCK_TYPES, find_encoder, forget_building, lite_change
+from .families import FAMILIES, encoder_name, family_of, find_holder, is_lite
+from .lite_config import forget_building, lite_change
 
 
 def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -> nn.Module:
@@ -37,12 +37,13 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
     holder_name = name.rpartition('.')[0]
     lite = copy.deepcopy(model)
     holder, stock = lite.get_submodule(holder_name), lite.get_submodule(name)
-    kind = type(holder).__name__
-    if kind not in LITE_TYPES:
-        already = (
-            f'{kind} is Lite already' if kind in STOCK_TYPES else f'{kind} has no Lite variant'
+    family = family_of(holder, subclasses=False)
+    if family is None or is_lite(holder):
+        kind = type(holder).__name__
+        already = f'{kind} is Lite already' if is_lite(holder) else f'{kind} has no Lite variant'
+        raise ValueError(
+            f'{already}; to_lite takes a stock {", ".join(family.stock for family in FAMILIES)}'
         )
-        raise ValueError(f'{already}; to_lite takes a stock {", ".join(LITE_TYPES)}')
 
     arguments = {'num_layers': stock.num_layers, 'layer_cfg': stock.layer_cfg}
     if stock.num_cp > 0:
@@ -50,14 +51,14 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
     for further in ('text_layer_cfg', 'fusion_layer_cfg'):
         if hasattr(stock, further):
             arguments[further] = getattr(stock, further)
-    lite_class = MODELS.get(LITE_TYPES[kind])
+    lite_class = MODELS.get(family.lite)
     encoder = lite_class.encoder_class(schedule=schedule, **{**arguments, **options})
     holder.__class__ = lite_class
     holder.encoder = encoder.to(next(stock.parameters()).device).train(stock.training)
     copy_counterparts(lite, model)
     if 'model' in (getattr(lite, 'cfg', None) or {}):
         change = lite_change(model.cfg.model, schedule)
-        find_encoder(change)[1]['encoder'].update(options)
+        find_holder(change)[1]['encoder'].update(options)
         lite.cfg.merge_from_dict({'model': change})
         forget_building(lite.cfg.model)
     return lite

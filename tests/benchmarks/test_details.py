@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from mmlite.datasets import STYLES, generate_shapes
 from benchmarks.study import details as module
+from mmlite.datasets import STYLES, generate_shapes
 
 
 def test_data_set(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mmlite import ops
-from mmlite.export import runtimes, library, load
+from mmlite.export import library, load, runtimes
 from mmlite.export.detector import DESCRIPTION, FORMAT_VERSION, open_session
 from mmlite.export.operators import DOMAIN, VERSION
 

@@ -123,7 +123,7 @@ def test_what_has_no_lite_variant():
         mmlite.to_lite(torch.nn.Linear(1, 1), 'H3L1-(2+1)x3')
     other = torch.nn.Module()
     other.encoder = torch.nn.Transformer(8, 1, 1, 1, 8).encoder  # as DETR's: over a single map
-    with pytest.raises(ValueError, match='Module has no Lite variant; to_lite takes a stock'):
+    with pytest.raises(ValueError, match='Module has no multi-scale encoder'):
         mmlite.to_lite(other, 'H3L1-(2+1)x3')
     model, _ = stock_model('dino/dino-4scale_r50_8xb2-12e_coco.py')
     with pytest.raises(ValueError, match='makes 6 layers, but num_layers is 2'):

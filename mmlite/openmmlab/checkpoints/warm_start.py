@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from ...nn import StepTokens, encoder_reference_points
 from ...ops.reference import sample
-from ..detectors import encoder_name
 from ..detectors.bert import adapt_bert
-from ..families import stock_config
+from ..families import encoder_name
 from ..layers import KeyAwareDeformableAttention, LiteEncoder, level_sizes
+from ..lite_config import stock_config
 
 # Tokens that a fit looks at; more change nothing that can be seen.
 _TOKENS = 4096

@@ -1,14 +1,12 @@
 """Lite detectors and H-Deformable-DETR, one family a file, in MMDetection's ``MODELS``."""
 
-from benchmarks.study.narrow_dino import LiteNarrowDINO, NarrowDINO
-
 from .ddq_detr import LiteDDQDETR
 from .deformable_detr import LiteDeformableDETR
 from .dino import LiteDINO
 from .grounding_dino import LiteGroundingDINO
 from .h_deformable_detr import HDeformableDETR, LiteHDeformableDETR
 from .h_deformable_detr_head import HDeformableDETRHead
-from .lite import LiteDetectorMixin, encoder_name
+from .lite import LiteDetectorMixin
 from .mask2former import LiteMSDeformAttnPixelDecoder
 
 __all__ = [
@@ -21,7 +19,4 @@ __all__ = [
     'LiteGroundingDINO',
     'LiteHDeformableDETR',
     'LiteMSDeformAttnPixelDecoder',
-    'LiteNarrowDINO',
-    'NarrowDINO',
-    'encoder_name',
 ]

@@ -120,38 +120,3 @@ def check_schedule(name: str, encoder: dict) -> None:
             f'{name} needs a schedule in its config: '
             f"encoder=dict(schedule='H{num_levels - 1}L1-(2+1)x3')"
         )
-
-
-# Where models keep their multi-scale encoder.
-_ENCODERS = ('encoder', *(f'{head}_head.pixel_decoder.encoder' for head in ('panoptic', 'track')))
-
-
-def encoder_name(model: nn.Module) -> str:
-    """Where a model of MMDetection, stock or Lite, keeps its multi-scale encoder.
-
-    Args:
-        model (nn.Module): For example a DINO or a Mask2Former.
-
-    Returns:
-        str: The name of the submodule, such as ``panoptic_head.pixel_decoder.encoder``.
-
-    Raises:
-        ValueError: It has none.
-    """
-    name = _find_encoder(model)
-    if name is not None:
-        return name
-    inside = next((name for name, part in model.named_children() if _find_encoder(part)), None)
-    hint = '' if inside is None else f' of its own; take the detector inside, its {inside!r}'
-    raise ValueError(f'{type(model).__name__} has no multi-scale encoder{hint}')
-
-
-def _find_encoder(model: nn.Module) -> str | None:
-    for name in _ENCODERS:
-        try:
-            encoder = model.get_submodule(name)
-        except AttributeError:
-            continue
-        if hasattr(encoder, 'layers'):  # a compiled encoder has them, too
-            return name
-    return None

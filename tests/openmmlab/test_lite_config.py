@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 
 import mmlite  # noqa: F401
-from mmlite.openmmlab import families as configs
+from mmlite.openmmlab import families
 from mmlite.openmmlab.checkpoints import fitting_schedules, lite_change, lite_config, stock_config
 
 register_all_modules()
@@ -33,11 +33,11 @@ def test_lite_and_back(tmp_path, name):
     path.write_text(lite_config(stock, f'mmdet::{name}', schedule))
     assert len(path.read_text().splitlines()) == 3
     lite = Config.fromfile(path)
-    _, part = configs.find_encoder(lite.model)
-    assert part.type in configs.STOCK_TYPES and part.encoder.schedule == schedule
+    _, part, _ = families.find_holder(lite.model)
+    assert families.is_lite(part.type) and part.encoder.schedule == schedule
     expected = copy.deepcopy(stock.model)
     # Recomputed activations are asked for in the stock encoder's own way.
-    configs.find_encoder(expected)[1].encoder.pop('num_cp', None)
+    families.find_holder(expected)[1].encoder.pop('num_cp', None)
     found = stock_config(lite.model)
     found.pop('_scope_')  # mmengine's, in what is inherited across packages
     assert found == expected
@@ -52,7 +52,7 @@ def test_imports_of_the_base_are_kept():
 def test_every_type_is_registered():
     from mmdet.registry import MODELS
 
-    for stock, lite in configs.LITE_TYPES.items():
+    for stock, lite in ((f.stock, f.lite) for f in families.FAMILIES):
         assert issubclass(MODELS.get(lite), MODELS.get(stock))
 
 

@@ -1,0 +1,150 @@
+"""The one home of stock and Lite configs: from either to the other."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from ..nn import EncoderSchedule
+from .families import find_holder, is_lite
+
+# Arguments of the stock encoder, which a Lite one has beside its own.
+_STOCK_ENCODER = ('num_layers', 'layer_cfg', 'init_cfg', 'text_layer_cfg', 'fusion_layer_cfg')
+
+
+def encoder_shape(model_config: dict) -> tuple[int, int]:
+    """Number of levels and of layers of a stock model's encoder."""
+    encoder = find_holder(model_config)[1]['encoder']
+    attention = encoder['layer_cfg'].get('self_attn_cfg') or {}
+    return attention.get('num_levels', 4), encoder['num_layers']
+
+
+def fitting_schedules(model_config: dict) -> list[str]:
+    """The schedules of the paper's kinds that fit a stock model, by what they keep of it.
+
+    Low-level are the one or two largest maps; a block has two high-level updates or more.
+
+    Raises:
+        ValueError: The model has no encoder to replace, or one of a single level.
+    """
+    levels, layers = encoder_shape(model_config)
+    if levels < 2:
+        raise ValueError(
+            'the encoder sees a single map; an interleaved encoder needs two or more '
+            '(num_levels of its self_attn_cfg, num_outs of the neck)'
+        )
+    return [
+        f'H{levels - low}L{low}-({updates}+1)x{layers // updates}'
+        for low in range(1, min(levels, 3))
+        for updates in range(2, layers + 1)
+        if layers % updates == 0
+    ]
+
+
+def lite_change(model_config: dict, schedule: str | EncoderSchedule) -> dict:
+    """What makes a stock model Lite: to be merged into ``model`` of its config.
+
+    Args:
+        model_config (dict): ``model`` of the stock config.
+        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
+
+    Returns:
+        dict: For example ``{'type': 'LiteDINO', 'encoder': {'schedule': 'H3L1-(2+1)x3'}}``.
+
+    Raises:
+        ValueError: The model has no encoder to replace, is Lite already, or the schedule does not
+            fit it.
+    """
+    path, part, family = find_holder(model_config)
+    if is_lite(part['type']):
+        raise ValueError(
+            f'{family.lite} is Lite already, with schedule {part["encoder"].get("schedule")}; '
+            'give the stock config'
+        )
+    schedule = EncoderSchedule.parse(schedule)
+    levels, layers = encoder_shape(model_config)
+    schedule.check_fit(layers, levels)
+    change: dict = {'type': family.lite, 'encoder': {'schedule': str(schedule)}}
+    for name in reversed(path):
+        change = {name: change}
+    return change
+
+
+def lite_config(config: Config, base: str | Path, schedule: str | EncoderSchedule) -> str:
+    """The text of a Lite config that inherits a stock one.
+
+    Args:
+        config (Config): The stock config, read.
+        base (str | Path): What the text inherits: ``mmdet::folder/config.py``, or a path as seen
+            from the file that the text is for.
+        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
+
+    Returns:
+        str: A config of three entries.
+
+    Raises:
+        ValueError: See :func:`lite_change`.
+    """
+    change = lite_change(config.model, schedule)
+    # A list of a config takes the place of its base's, so the base's imports are kept.
+    imports = list((config.get('custom_imports') or {}).get('imports', ()))
+    imports = [*imports, *(() if 'mmlite' in imports else ('mmlite',))]
+    return (
+        f'_base_ = {str(base)!r}\ncustom_imports = dict(imports={imports!r})\n'
+        f'model = {_as_code(change)}\n'
+    )
+
+
+def _as_code(value: Any) -> str:
+    if not isinstance(value, dict):
+        return repr(value)
+    return f'dict({", ".join(f"{name}={_as_code(entry)}" for name, entry in value.items())})'
+
+
+def stock_config(model_config: ConfigDict) -> ConfigDict:
+    """The stock model's config behind a Lite model's.
+
+    Args:
+        model_config (ConfigDict): ``model`` of the Lite config.
+
+    Returns:
+        ConfigDict: A config of its own.
+
+    Raises:
+        ValueError: If the config is not of a Lite model.
+    """
+    config = copy.deepcopy(model_config)
+    _, holder, family = find_holder(config)
+    if not is_lite(holder['type']):
+        raise ValueError(
+            f'{family.stock} is no Lite detector; a warm start needs the config of the Lite model '
+            'that is to be trained'
+        )
+    holder['type'] = family.stock
+    holder['encoder'] = {k: v for k, v in holder['encoder'].items() if k in _STOCK_ENCODER}
+    attentions = [(holder['encoder']['layer_cfg'], 'self_attn_cfg')]
+    if 'decoder' in holder:
+        holder['decoder'].pop('key_aware', None)
+        attentions.append((holder['decoder']['layer_cfg'], 'cross_attn_cfg'))
+    for layer_cfg, attention in attentions:
+        for name in ('proj_key', 'same_loc'):
+            (layer_cfg.get(attention) or {}).pop(name, None)
+    forget_building(config)
+    return config
+
+
+def forget_building(model_config: dict) -> None:
+    """Take out of a model's config, in place, what building the model has written into it.
+
+    Building another model refuses to find it there.
+    """
+    holder = find_holder(model_config)[1]
+    for name, entries in (
+        ('bbox_head', ('share_pred_layer', 'num_pred_layer', 'as_two_stage')),
+        ('dn_cfg', ('num_classes', 'embed_dims', 'num_matching_queries')),
+    ):
+        for entry in entries:
+            holder.get(name, {}).pop(entry, None)

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..export.compare import predict
 from ..export.detector import DESCRIPTION, open_session
 from ..export.graph import Pyramid, encode
 from ..export.operators import attention_as
 from ..export.optimize import optimize
-from ..export.program import to_onnx, trace, trace_encoder
+from ..export.program import Traced, trace, trace_encoder
 from ..export.runtimes import library
-from ..export.write import FILES, describe, predict, to_openvino, write_program
+from ..export.write import FILES, to_onnx, to_openvino, write
 from ..openmmlab.build import build_detector, load_config
 from ..openmmlab.families import find_holder, is_lite
 from ..openmmlab.layers import fuse_attention
@@ -198,7 +199,7 @@ class _Encoder(nn.Module):
         self.sizes = list(sizes)
 
     def forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        return encode(self.model, Pyramid(tokens, pos, self.sizes, None, None))
+        return encode(self.model.encoder, Pyramid(tokens, pos, self.sizes))
 
 
 def _export(who: Contestant, model: nn.Module, setting: Setting, folder: Path) -> None:
@@ -217,16 +218,14 @@ def _export(who: Contestant, model: nn.Module, setting: Setting, folder: Path) -
         from ..export.int8 import quantize
 
         # A model in 8 bits is for one size: mmlite export --size, then mmlite quantize.
-        size = setting.image_size
-        description = describe(model, size=size, portable=who.portable)
-        program = trace(model, size, padded=description['input']['padded'], portable=who.portable)
+        traced = trace(model, size=setting.image_size, portable=who.portable)
         with TemporaryDirectory() as source:
-            write_program(program, source, _FORMATS[who.runtime], description)
+            write(traced, source, _FORMATS[who.runtime])
             quantize(source, target, [_image(setting)])
     elif who.part == DETECTOR:
-        description = describe(model, portable=who.portable)
-        program = _decomposed(trace(model, portable=who.form == PORTABLE), who)
-        write_program(program, target, _FORMATS[who.runtime], description)
+        program, description = trace(model, portable=who.form == PORTABLE)
+        traced = Traced(_decomposed(program, who), {**description, 'portable': who.portable})
+        write(traced, target, _FORMATS[who.runtime])
     else:
         _export_encoder(who, model, setting, target)
 

@@ -76,7 +76,9 @@ def export(
       mmlite export my_config.py epoch_12.pth --format openvino -o exported
     """
     require()
-    from ..export.write import REPORT, compare, export_detector
+    from ..export.compare import REPORT, compare
+    from ..export.graphs import check_config
+    from ..export.write import export_detector
     from ..openmmlab.build import build_detector, load_config
 
     console = Console()
@@ -84,13 +86,14 @@ def export(
     images = [read_image(file) for file in image_files(image_paths)] if image_paths else [_drawn()]
     names = None if text is None else [name.strip() for name in text.split('.') if name.strip()]
     cfg = load_config(config)
+    check_config(cfg.model)
     model = build_detector(cfg, checkpoint)
     with console.status('Tracing and writing the model'):
         detector = export_detector(
             model, output, format_, cfg, size or None, count, portable, opset, names
         )
     with console.status('Comparing with PyTorch'):
-        report = compare(model, detector, images)
+        report = compare(model, detector, images, cfg)
     (output / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
 
     has_masks = 'masks' in detector.description['outputs']

@@ -3,21 +3,9 @@
 from __future__ import annotations
 
 import torch
-from mmdet.models.detectors import DDQDETR
-from mmdet.models.layers import inverse_sigmoid
 from torch import Tensor, nn
 
-from .graph import (
-    DetectorGraph,
-    Pyramid,
-    check_detector,
-    classify,
-    decode,
-    encode,
-    make_pyramid,
-    propose,
-    refine,
-)
+from .graph import DetectorGraph, Pyramid, classify, decode, encode, make_pyramid, propose
 from .nms import distinct_boxes
 
 
@@ -26,12 +14,17 @@ class DDQGraph(DetectorGraph):
 
     MMDetection takes what suppression leaves, a number of queries that changes from image to image,
     and fills up with zeros where there are too few. Here the number is the same for every image,
-    and who is left is a mask.
+    and a mask says who is left.
     """
 
+    family = 'ddq'
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.least_tokens = 0  # what is missing is filled up
+
     def check(self, model: nn.Module) -> None:
-        """Refuse a detector that this graph would compute wrongly."""
-        check_detector(model, DDQDETR, (DDQDETR,))
+        super().check(model)
         known = {'type': 'nms', 'iou_threshold': model.dqs_cfg.get('iou_threshold')}
         if dict(model.dqs_cfg) != known:
             raise ValueError(
@@ -48,7 +41,7 @@ class DDQGraph(DetectorGraph):
         """See :meth:`DetectorGraph.score`. A query that is not distinct scores 0."""
         model = self.model
         pyramid = make_pyramid(model, images, image_sizes)
-        memory = encode(model, pyramid)
+        memory = encode(model.encoder, pyramid)
         query, reference = self.select_queries(memory, pyramid)
         candidates = torch.ones_like(reference.select(-1, 0), dtype=torch.bool)
 
@@ -61,11 +54,8 @@ class DDQGraph(DetectorGraph):
             candidates = alive | alive.narrow(1, 0, 1)
             return ~(alive.unsqueeze(1) | alive.unsqueeze(2))
 
-        hidden, reference = decode(model, query, None, reference, memory, pyramid, block=block)
-        last = model.decoder.num_layers - 1
-        boxes = refine(model.bbox_head.reg_branches[last](hidden), inverse_sigmoid(reference))
-        scores = classify(model, last, hidden).sigmoid()
-        return scores.masked_fill(~candidates.unsqueeze(-1), 0.0), boxes
+        logits, boxes = decode(model, query, None, reference, memory, pyramid, block=block)
+        return logits.sigmoid().masked_fill(~candidates.unsqueeze(-1), 0.0), boxes
 
     def select_queries(self, memory: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """Queries, shape (bs, num_queries, embed_dims), and their boxes in [0, 1], cxcywh."""

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .runtimes import library, openvino_core
+from .runtimes import SESSIONS, Session
 
 DESCRIPTION = 'detector.json'
 # Counts up whenever what the files of an export mean changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class Detections(NamedTuple):
@@ -53,12 +53,6 @@ class Segmentations(NamedTuple):
     panoptic: np.ndarray | None = None
 
 
-class _Session(Protocol):
-    """A loaded model: inputs in their order to (boxes, scores, labels, ...)."""
-
-    def __call__(self, *inputs: np.ndarray) -> Sequence[np.ndarray]: ...
-
-
 def load(
     folder: str | os.PathLike, threads: int | None = None, precision: str = 'float32'
 ) -> Detector:
@@ -71,35 +65,59 @@ def load(
             processors that have it).
 
     Returns:
-        Detector: Ready to detect.
+        Detector: Ready to detect; several threads may share it.
 
     Raises:
         FileNotFoundError: The folder holds no export, or the operators' library was not built.
         ImportError: The runtime is not installed.
         ValueError: The export is of another version, or the runtime does not take it.
     """
-    folder = Path(folder)
-    path = folder / DESCRIPTION
+    path = Path(folder) / DESCRIPTION
     if not path.is_file():
         raise FileNotFoundError(
             f'{folder} holds no exported detector ({DESCRIPTION} is missing); '
             'write one with `mmlite export`'
         )
-    description = json.loads(path.read_text(encoding='utf-8'))
+    description = read_description(folder)
     if description.get('version') != FORMAT_VERSION:
         raise ValueError(
             f'{path} was written by another version of mmlite (format '
             f'{description.get("version")}, this one reads {FORMAT_VERSION}); export again'
         )
     kind = description['format']
-    if precision not in ('float32', 'bfloat16') or (precision, kind) == ('bfloat16', 'onnx'):
+    if precision != 'float32' and (precision, kind) != ('bfloat16', 'openvino'):
         raise ValueError(
             f"precision {precision!r} cannot be had from {kind}: 'float32' can, and 'bfloat16' "
             'from openvino'
         )
-    model = folder / description['model']
-    opened = _OPEN[kind](model, bool(description['portable']), threads, precision)
-    return Detector(opened, description)
+    return Detector(open_session(folder, threads, precision), description)
+
+
+def open_session(
+    folder: str | os.PathLike,
+    threads: int | None = None,
+    precision: str = 'float32',
+    profile: bool = False,
+) -> Session:
+    """Open the model of a folder alone: what :attr:`Detector.session` is.
+
+    ``profile`` has OpenVINO count the time of every node; see :func:`load` for the rest.
+    """
+    description = read_description(folder)
+    open_ = SESSIONS[description['format']]
+    model = Path(folder) / description['model']
+    return open_(model, bool(description['portable']), threads, precision, profile)
+
+
+def read_description(folder: str | os.PathLike) -> dict[str, Any]:
+    """What ``detector.json`` of an export says."""
+    return json.loads((Path(folder) / DESCRIPTION).read_text(encoding='utf-8'))
+
+
+def write_description(folder: str | os.PathLike, description: dict[str, Any]) -> None:
+    """Write ``detector.json``."""
+    text = json.dumps(description, indent=2) + '\n'
+    (Path(folder) / DESCRIPTION).write_text(text, encoding='utf-8')
 
 
 class Detector:
@@ -114,7 +132,7 @@ class Detector:
             and what else ``outputs`` of the description names.
     """
 
-    def __init__(self, session: _Session, description: dict[str, Any]) -> None:
+    def __init__(self, session: Session, description: dict[str, Any]) -> None:
         self.session = session
         self.description = description
         self.classes: list[str] = description['classes']
@@ -150,77 +168,55 @@ class Detector:
         Raises:
             ValueError: Something is no image, or too small for the model.
         """
-        most = self.description['input']['batch']
+        count = self.description['input']['batch'] or max(len(images), 1)
         found: list[Detections | Segmentations] = []
-        step = most or len(images)
-        for start in range(0, len(images), max(step, 1)):
-            found += self._run(images[start : start + step], most, score_threshold)
+        for start in range(0, len(images), count):
+            batch = images[start : start + count]
+            contents = [self.preprocess(image) for image in batch]
+            outputs = self.session(*self.arguments(contents, count))
+            for number, image in enumerate(batch):
+                size = self.resized_size(image)
+                found_here = detections_of(outputs, number, size, score_threshold)
+                found.append(in_another_size(found_here, size, image.shape[:2]))
         return found
 
-    def _run(
-        self, images: Sequence[np.ndarray], batch: int | None, score_threshold: float
-    ) -> list[Detections | Segmentations]:
-        resized = [self.preprocess(image) for image in images]
-        outputs = self.session(*self.arguments(resized, batch or len(resized)))
-        found: list[Detections | Segmentations] = []
-        for number, (image, content) in enumerate(zip(images, resized)):
-            boxes, scores, labels, *maps = (output[number] for output in outputs)
-            height, width = content.shape[1:]
-            scale = np.array([width / image.shape[1], height / image.shape[0]] * 2, np.float32)
-            keep = scores >= score_threshold
-            boxes, scores, labels = boxes[keep] / scale, scores[keep], labels[keep]
-            if not maps:
-                found.append(Detections(boxes, scores, labels))
-                continue
-            size = image.shape[:2]
-            masks = [resized_mask(mask[:height, :width], size) for mask in maps[0][keep]]
-            found.append(
-                Segmentations(
-                    boxes,
-                    scores,
-                    labels,
-                    np.stack(masks) if masks else np.zeros((0, *size), bool),
-                    *(resized_map(segments[:height, :width], size) for segments in maps[1:]),
-                )
-            )
-        return found
-
-    def arguments(self, resized: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+    def arguments(self, contents: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
         """What :attr:`session` takes for preprocessed images, in a batch of ``count``.
 
         Args:
-            resized (Sequence[np.ndarray]): What :meth:`preprocess` returned.
+            contents (Sequence[np.ndarray]): What :meth:`preprocess` returned.
             count (int): As many as these, or more: what is missing is black.
 
         Returns:
             list[np.ndarray]: The images, and their sizes where the model takes them.
+
+        Raises:
+            ValueError: The images are too small for the model.
         """
         inputs = self.description['input']
-        sizes = [image.shape[1:] for image in resized]
-        divisor = inputs.get('divisor', 1)
+        sizes = [content.shape[1:] for content in contents]
+        divisor = inputs['divisor']
         height = inputs['height'] or -(-max(h for h, _ in sizes) // divisor) * divisor
         width = inputs['width'] or -(-max(w for _, w in sizes) // divisor) * divisor
+        check_size(self.description, height, width)
         canvas = np.zeros((count, 3, height, width), np.float32)
-        for number, image in enumerate(resized):
-            canvas[number, :, : image.shape[1], : image.shape[2]] = image
+        for number, content in enumerate(contents):
+            canvas[number, :, : content.shape[1], : content.shape[2]] = content
         if not inputs['padded']:
             return [canvas]
         return [canvas, np.array([*sizes, *[sizes[0]] * (count - len(sizes))], np.int64)]
 
-    def arguments_of(self, image: np.ndarray) -> tuple[list[np.ndarray], tuple[int, int]]:
-        """What :attr:`session` takes for one image, in as many copies as its batch has.
-
-        Returns:
-            tuple[list[np.ndarray], tuple[int, int]]: The arguments, and (h, w) of the image
-            in them.
-        """
-        content = self.preprocess(image)
+    def arguments_of(self, image: np.ndarray) -> list[np.ndarray]:
+        """What :attr:`session` takes for one image, in as many copies as its batch has."""
         count = self.description['input']['batch'] or 1
-        height, width = content.shape[1:]
-        return self.arguments([content] * count, count), (height, width)
+        return self.arguments([self.preprocess(image)] * count, count)
+
+    def resized_size(self, image: np.ndarray) -> tuple[int, int]:
+        """The size (h, w) that an image is resized to."""
+        return resized_size(image.shape[:2], self.description['preprocessing']['resize'])
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """Resize an image as in the test pipeline of the config.
+        """Resize and pad an image as in the test pipeline of the config.
 
         Args:
             image (np.ndarray): See :meth:`detect`.
@@ -231,24 +227,86 @@ class Detector:
         Raises:
             ValueError: This is no image.
         """
-        import cv2
-
+        is_array = isinstance(image, np.ndarray)
         if (
-            not isinstance(image, np.ndarray)
+            not is_array
             or image.ndim != 3
             or image.shape[2] != 3
             or image.dtype != np.uint8
             or 0 in image.shape
         ):
-            got = getattr(image, 'shape', type(image).__name__)
+            got = f'{image.dtype} of shape {image.shape}' if is_array else type(image).__name__
             raise ValueError(
                 'an image must be BGR, uint8, of shape (h, w, 3), as cv2.imread gives it '
                 f'(None where it cannot read the file); got {got}'
             )
-        size = resized_size(image.shape[:2], self.description['preprocessing']['resize'])
+        preprocessing = self.description['preprocessing']
+        size = self.resized_size(image)
         if size != image.shape[:2]:
-            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+            image = resized_image(image, size, preprocessing['resize'].get('backend', 'cv2'))
+        if preprocessing['pad'] is not None:
+            image = padded_image(image, **preprocessing['pad'])
         return np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)
+
+
+def check_size(description: dict[str, Any], height: int, width: int) -> None:
+    """Refuse images whose pyramid has fewer tokens than the detector chooses.
+
+    Raises:
+        ValueError: They are too small.
+    """
+    inputs = description['input']
+    tokens = sum(-(-height // s) * -(-width // s) for s in inputs['strides'])
+    if tokens < inputs['least_tokens']:
+        raise ValueError(
+            f'an image of {height} x {width} pixels, as the model gets it, is too small for the '
+            f'model: it gives {tokens} tokens, and {inputs["least_tokens"]} queries are chosen '
+            'among them'
+        )
+
+
+def detections_of(
+    outputs: Sequence[np.ndarray], number: int, size: tuple[int, int], score_threshold: float = 0.0
+) -> Detections | Segmentations:
+    """What a session says of one image of a batch.
+
+    Args:
+        outputs (Sequence[np.ndarray]): What ``Detector.session`` returned.
+        number (int): Which image.
+        size (tuple[int, int]): (h, w) of it, without padding.
+        score_threshold (float): Leave out what scores less; what is no thing scores -1.
+
+    Returns:
+        Detections | Segmentations: In pixels of the batch.
+    """
+    boxes, scores, labels, *maps = (output[number] for output in outputs)
+    keep = scores >= max(score_threshold, 0.0)
+    kept = boxes[keep], scores[keep], labels[keep]
+    if not maps:
+        return Detections(*kept)
+    height, width = size
+    masks, *panoptic = (m[..., :height, :width] for m in maps)
+    return Segmentations(*kept, masks[keep], *panoptic)
+
+
+def in_another_size(
+    found: Detections | Segmentations, size: tuple[int, int], wanted: tuple[int, int]
+) -> Detections | Segmentations:
+    """What was found in an image of ``size`` (h, w), in pixels of one of ``wanted`` (h, w)."""
+    scale = np.array([size[1] / wanted[1], size[0] / wanted[0]] * 2, np.float32)
+    boxes = found.boxes / scale
+    if isinstance(found, Detections):
+        return found._replace(boxes=boxes)
+    masks = np.zeros((len(boxes), *wanted), bool)
+    for number, mask in enumerate(found.masks):
+        # The border stays between pixels where it was.
+        masks[number] = resized_image(mask.astype(np.uint8) * 255, wanted) > 127
+    panoptic = found.panoptic
+    if panoptic is not None:  # by the nearest pixel
+        rows = np.arange(wanted[0]) * size[0] // wanted[0]
+        columns = np.arange(wanted[1]) * size[1] // wanted[1]
+        panoptic = panoptic[rows][:, columns]
+    return found._replace(boxes=boxes, masks=masks, panoptic=panoptic)
 
 
 def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[int, int]:
@@ -256,8 +314,9 @@ def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[
 
     Args:
         size (tuple[int, int]): (h, w).
-        resize (dict, optional): ``scale`` and ``keep_ratio`` of MMDetection's ``Resize``, or the
-            ``canvas`` (h, w) that the image has to fit into.
+        resize (dict, optional): ``scale`` (w, h) and ``keep_ratio`` of MMDetection's ``Resize``,
+            with ``rounds_down`` for ``FixScaleResize``; or the ``canvas`` (h, w) that the image
+            has to fit into.
 
     Returns:
         tuple[int, int]: (h, w).
@@ -272,165 +331,32 @@ def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[
         factor = min(long_side / max(size), short_side / min(size))
     else:
         return resize['scale'][1], resize['scale'][0]
-    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+    half = 0.0 if resize.get('rounds_down') else 0.5
+    return max(int(height * factor + half), 1), max(int(width * factor + half), 1)
 
 
-def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A bool mask (h, w) in another size, its border between pixels where it was."""
+def resized_image(image: np.ndarray, size: tuple[int, int], backend: str = 'cv2') -> np.ndarray:
+    """An image, uint8 (h, w) or (h, w, 3), in another size, bilinearly, as MMCV does it."""
+    if backend == 'pillow':
+        from PIL import Image
+
+        return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
     import cv2
 
-    if mask.shape == size:
-        return mask
-    grey = cv2.resize(mask.astype(np.uint8) * 255, size[::-1], interpolation=cv2.INTER_LINEAR)
-    return grey > 127
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def resized_map(segments: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A map of segments, int64 (h, w), in another size, by the nearest pixel."""
-    rows = np.arange(size[0]) * segments.shape[0] // size[0]
-    columns = np.arange(size[1]) * segments.shape[1] // size[1]
-    return segments[rows][:, columns]
-
-
-# ---------------------------------------------------------------- runtimes
-
-
-def _missing(runtime: str, error: ImportError) -> ImportError:
-    return ImportError(f'{runtime} cannot be imported ({error}); install it: pip install {runtime}')
-
-
-def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split())
-
-
-def _open_onnx(model: Path, portable: bool, threads: int | None, precision: str) -> _Session:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise _missing('onnxruntime', error) from error
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # warnings tell of the exporter's unused constants
-    if threads:
-        options.intra_op_num_threads = threads
-    if not portable:
-        operators = library('onnxruntime')
-        try:
-            options.register_custom_ops_library(str(operators))
-        except Exception as error:  # the runtime's errors are of no common class
-            raise ValueError(
-                f'ONNX Runtime {onnxruntime.__version__} does not load the operators in '
-                f'{operators}: {_one_line(error)}'
-            ) from error
-    try:
-        session = onnxruntime.InferenceSession(
-            str(model),
-            options,
-            providers=['CPUExecutionProvider'],
-            # It fuses an addition and a norm into one node that is three times slower than both.
-            disabled_optimizers=['SkipLayerNormFusion'],
-        )
-    except Exception as error:
-        raise ValueError(
-            f'ONNX Runtime {onnxruntime.__version__} does not take {model}: {_one_line(error)}'
-        ) from error
-    names = [argument.name for argument in session.get_inputs()]
-    return lambda *inputs: session.run(None, dict(zip(names, inputs)))
-
-
-def _open_openvino(
-    model: Path, portable: bool, threads: int | None, precision: str, profile: bool = False
-) -> OpenVINOSession:
-    try:
-        import openvino
-    except ImportError as error:
-        raise _missing('openvino', error) from error
-    hints = {
-        'PERFORMANCE_HINT': 'LATENCY',
-        # Its own choice would be bfloat16 wherever the processor is fast at it.
-        'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[precision],
-    }
-    if threads:
-        hints['INFERENCE_NUM_THREADS'] = str(threads)
-    if profile:
-        hints['PERF_COUNT'] = 'YES'
-    core = openvino_core()
-    if not portable:
-        operators = library('openvino')
-        try:
-            openvino_core(operators)
-        except Exception as error:
-            raise ValueError(
-                f'OpenVINO {openvino.__version__} does not load the operators in {operators} (they '
-                f'are built for one version of it; build them again): {_one_line(error)}'
-            ) from error
-    try:
-        compiled = core.compile_model(str(model), 'CPU', hints)
-    except Exception as error:
-        raise ValueError(
-            f'OpenVINO {openvino.__version__} does not take {model}: {_one_line(error)}'
-        ) from error
-    return OpenVINOSession(compiled)
-
-
-class OpenVINOSession:
-    """A model in OpenVINO.
-
-    Attributes:
-        request: OpenVINO's ``InferRequest``, which knows of the last run.
-    """
-
-    def __init__(self, compiled: Any) -> None:
-        self.request = compiled.create_infer_request()
-        self._outputs = range(len(compiled.outputs))
-
-    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        self.request.infer(list(inputs), share_inputs=True)
-        return [np.array(self.request.get_output_tensor(index).data) for index in self._outputs]
-
-
-def _open_torch(model: Path, portable: bool, threads: int | None, precision: str) -> _Session:
-    try:
-        import torch
-    except ImportError as error:
-        raise _missing('torch', error) from error
-    if not portable:
-        pass  # noqa: F401(the operators register on import)
-
-    program = torch.export.load(model).module()
-    if threads:
-        torch.set_num_threads(threads)
-
-    def run(*inputs: np.ndarray) -> list[np.ndarray]:
-        with torch.inference_mode():
-            outputs = program(*(torch.from_numpy(array) for array in inputs))
-        return [output.numpy() for output in outputs]
-
-    return run
-
-
-_OPEN: dict[str, Callable[..., Any]] = {
-    'onnx': _open_onnx,
-    'openvino': _open_openvino,
-    'torch': _open_torch,
-}
-
-
-def open_session(
-    folder: str | os.PathLike, threads: int | None = None, **options: Any
-) -> Callable[..., Sequence[np.ndarray]]:
-    """Open the model of a folder alone, in float32: what :attr:`Detector.session` is.
-
-    Args:
-        folder (str | PathLike): A folder with a model and its description.
-        threads (int, optional): Threads of the runtime; by default its own choice.
-        options: ``profile=True`` has OpenVINO count the time of every node.
-
-    Returns:
-        Callable: Arrays to arrays.
-    """
-    folder = Path(folder)
-    description = json.loads((folder / DESCRIPTION).read_text(encoding='utf-8'))
-    model = folder / description['model']
-    return _OPEN[description['format']](
-        model, bool(description['portable']), threads, 'float32', **options
+def padded_image(
+    image: np.ndarray,
+    value: int | Sequence[int],
+    size: Sequence[int] = (0, 0),
+    size_divisor: int = 1,
+) -> np.ndarray:
+    """An image (h, w, 3) at the top left of one of a ``size`` (h, w), as MMCV's ``impad``."""
+    height, width = (
+        -(-max(side, least) // size_divisor) * size_divisor
+        for side, least in zip(image.shape, size)
     )
+    padded = np.full((height, width, 3), value, np.uint8)
+    padded[: image.shape[0], : image.shape[1]] = image
+    return padded

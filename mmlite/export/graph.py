@@ -1,34 +1,33 @@
 """A detector of MMDetection as one plain function of its images: what is traced and exported.
 
 MMDetection's own forward reads level sizes out of tensors and goes through Python lists of data
-samples. Here the same modules are called with sizes that are ints all the way (symbolic ones while
-a graph is traced), padding is described by one tensor of image sizes, and nothing is computed that
-the predictions do not need: boxes of the first stage only for the chosen tokens, classes and boxes
-of the last decoder layer alone.
+samples. Here the same modules are called with level sizes that are ints all the way (symbolic ones
+while a graph is traced), and one tensor of image sizes describes the padding. Only what predictions
+need is computed: boxes of the first stage for the chosen tokens alone, classes and boxes of the
+last decoder layer alone.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mmdet.models.detectors import DINO, DeformableDETR, DetectionTransformer
 from mmdet.models.layers import DeformableDetrTransformerEncoder, inverse_sigmoid
+from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from ..nn.geometry import LevelSizes, encoder_reference_points
-from ..openmmlab.detectors.h_deformable_detr import HDeformableDETR
-from ..openmmlab.detectors.lite import LiteDetectorMixin
+from ..openmmlab.families import family_of
 from ..openmmlab.layers import LiteEncoder
 
-_FAMILIES = (
+EXPORTABLE = (
     'Deformable DETR, DINO, H-Deformable-DETR, DDQ-DETR, Grounding DINO and Mask2Former, '
     'stock and Lite'
 )
-# Methods in which a subclass would hide what the functions here do in their place.
+# Methods of MMDetection's detectors that the functions here stand in for.
 _REPLACED = (
     'predict',
     'forward_transformer',
@@ -37,8 +36,6 @@ _REPLACED = (
     'pre_decoder',
     'forward_decoder',
 )
-# Whose methods of these names are known.
-_KNOWN = (DetectionTransformer, DeformableDETR, DINO, HDeformableDETR, LiteDetectorMixin)
 
 
 class Pyramid(NamedTuple):
@@ -49,15 +46,15 @@ class Pyramid(NamedTuple):
         pos (Tensor): Their positional embedding, shape (bs or 1, num_tokens, embed_dims).
         level_sizes (Sequence[tuple[int, int]]): (h, w) of every level.
         mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
-        valid (Tensor, optional): Valid rows and columns of every level, shape
-            (bs, num_levels, 2), (h, w).
+        valid (Tensor, optional): Valid rows and columns (h, w) of every level, float32, shape
+            (bs, num_levels, 2).
     """
 
     tokens: Tensor
     pos: Tensor
     level_sizes: LevelSizes
-    mask: Tensor | None
-    valid: Tensor | None
+    mask: Tensor | None = None
+    valid: Tensor | None = None
 
     @property
     def valid_ratios(self) -> Tensor | None:
@@ -69,39 +66,98 @@ class Pyramid(NamedTuple):
         return (self.valid / torch.cat(sides).unflatten(0, (-1, 2))).flip(-1)
 
 
-class DetectorGraph(nn.Module):
-    """From images to boxes, scores and labels: Deformable DETR, DINO and H-Deformable-DETR.
-
-    The other families build on it (:mod:`.families`).
+class Graph(nn.Module):
+    """A model from images to what it found; each family has its own.
 
     Args:
         model (nn.Module): A detector of MMDetection or mmlite, in eval mode. Its modules are
             shared, not copied.
-        normalize (bool): Take pixel values 0 to 255 in the order of the image file (OpenCV's
-            BGR), and do what the data preprocessor does. Otherwise images come preprocessed.
+
+    Attributes:
+        outputs (tuple[str, ...]): Names of what :meth:`forward` returns.
+        classes (list[str] | None): Names of the labels, where the graph itself fixes them.
+        num_classes (int): Number of labels.
+        num_predictions (int): How many boxes an image gets.
+        least_tokens (int): A pyramid of fewer tokens is too small for the model.
+        described (dict): What ``detector.json`` says of this family alone.
 
     Raises:
-        ValueError: The detector is none of those that can be exported; the message says which can.
+        ValueError: The graph would compute the model wrongly; the message says why.
     """
 
     outputs: tuple[str, ...] = ('boxes', 'scores', 'labels')
+    classes: list[str] | None = None
+    num_classes: int
+    num_predictions: int
+    least_tokens = 0
+    described: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed)
 
-    def __init__(self, model: nn.Module, normalize: bool = True) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.check(model)
         self.model = model
-        self.normalize = normalize
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that the graph would compute wrongly."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Detect objects.
+
+        Args:
+            images (Tensor): float32, shape (bs, 3, h, w), images at the top left of the padding,
+                pixel values 0 to 255, channels in OpenCV's order (BGR).
+            image_sizes (Tensor, optional): (h, w) of each image without its padding, int64, shape
+                (bs, 2). None where there is no padding.
+
+        Returns:
+            tuple[Tensor, ...]: Boxes (x1, y1, x2, y2) in pixels of ``images``, shape
+            (bs, num_predictions, 4); scores, best first, and labels, int64, both
+            (bs, num_predictions); and what else :attr:`outputs` names.
+        """
+        inside = None
+        if image_sizes is not None:
+            height, width = images.shape[-2:]
+            rows = valid_sides(image_sizes[:, 0], height, height)
+            columns = valid_sides(image_sizes[:, 1], width, width)
+            inside = rows.unsqueeze(2) & columns.unsqueeze(1)  # (bs, h, w)
+        return self.find(self.preprocess(images, inside), image_sizes, inside)
+
+    def preprocess(self, images: Tensor, inside: Tensor | None) -> Tensor:
+        """What the data preprocessor does; padding becomes its ``pad_value``."""
+        preprocessor = self.model.data_preprocessor
+        if getattr(preprocessor, '_channel_conversion', False):
+            images = images.flip(1)
+        if getattr(preprocessor, '_enable_normalize', False):
+            images = (images - preprocessor.mean) / preprocessor.std
+        if inside is not None:
+            images = images.masked_fill(~inside.unsqueeze(1), float(preprocessor.pad_value))
+        return images
+
+    def find(
+        self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """:meth:`forward` of preprocessed images; ``inside`` is bool, True on the image."""
+        raise NotImplementedError
+
+
+class DetectorGraph(Graph):
+    """Deformable DETR, DINO and H-Deformable-DETR; DDQ-DETR and Grounding DINO build on it."""
+
+    family = 'detector'
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self.num_classes = model.bbox_head.cls_out_channels
+        self.least_tokens = model.num_queries if model.as_two_stage else 0
 
     @property
     def num_predictions(self) -> int:
-        """How many boxes an image gets."""
         most = self.model.num_queries * self.num_classes
         return min((self.model.bbox_head.test_cfg or {}).get('max_per_img', most), most)
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a detector that this graph would compute wrongly; see :func:`check_detector`."""
-        check_detector(model)
+        check_detector(model, self.family)
 
     def score(self, images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the last decoder layer says of every query.
@@ -113,25 +169,9 @@ class DetectorGraph(nn.Module):
         logits, boxes = last_layer(self.model, images, image_sizes)
         return logits.sigmoid(), boxes
 
-    def forward(
-        self, images: Tensor, image_sizes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Detect objects.
-
-        Args:
-            images (Tensor): float32, shape (bs, 3, h, w), images at the top left of the padding.
-            image_sizes (Tensor, optional): (h, w) of each image without its padding, int64, shape
-                (bs, 2). None where there is no padding.
-
-        Returns:
-            tuple[Tensor, Tensor, Tensor]: Boxes (x1, y1, x2, y2) in pixels of ``images``, shape
-            (bs, num_predictions, 4); scores, best first, and labels, int64, both
-            (bs, num_predictions).
-        """
-        height, width = images.shape[-2:]
-        if self.normalize:
-            inside = image_sides(images, image_sizes)
-            images = preprocess(self.model.data_preprocessor, images, inside)
+    def find(
+        self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None
+    ) -> tuple[Tensor, ...]:
         scores, boxes = self.score(images, image_sizes)
         scores, index = scores.flatten(1).topk(self.num_predictions, 1)
         labels = index % self.num_classes
@@ -141,6 +181,7 @@ class DetectorGraph(nn.Module):
         centre, size = boxes.split(2, -1)
         boxes = torch.cat([centre - 0.5 * size, centre + 0.5 * size], -1).clamp(0, 1)
         if image_sizes is None:
+            height, width = images.shape[-2:]
             full = [boxes.new_full((1,), 1.0 * side) for side in (width, height)]
             return boxes * torch.cat(full * 2), scores, labels
         sizes = image_sizes.to(boxes.dtype).flip(-1)
@@ -155,45 +196,39 @@ def last_layer(
     Args:
         model (nn.Module): A detector that :func:`check_detector` lets pass.
         images (Tensor): Preprocessed, shape (bs, 3, h, w).
-        image_sizes (Tensor, optional): See :meth:`DetectorGraph.forward`.
+        image_sizes (Tensor, optional): See :meth:`Graph.forward`.
 
     Returns:
         tuple[Tensor, Tensor]: Logits (bs, num_queries, num_classes) and boxes, cxcywh in [0, 1],
         (bs, num_queries, 4).
     """
     pyramid = make_pyramid(model, images, image_sizes)
-    memory = encode(model, pyramid)
-    query, query_pos, reference = select_queries(model, memory, pyramid)
-    hidden, reference = decode(model, query, query_pos, reference, memory, pyramid)
-    last = model.decoder.num_layers - 1
-    head = model.bbox_head
-    boxes = refine(head.reg_branches[last](hidden), inverse_sigmoid(reference))
-    return head.cls_branches[last](hidden), boxes
+    memory = encode(model.encoder, pyramid)
+    return decode(model, *select_queries(model, memory, pyramid), memory, pyramid)
 
 
-def check_detector(
-    model: nn.Module, kind: type[nn.Module] = DeformableDETR, known: tuple[type, ...] = ()
-) -> None:
-    """Refuse what a graph would compute wrongly.
+def check_detector(model: nn.Module, graph: str = 'detector') -> None:
+    """Refuse a detector that a graph would compute wrongly.
 
     Args:
         model (nn.Module): Any module.
-        kind (type[nn.Module]): The family.
-        known (tuple[type, ...]): Classes whose forward methods the graph knows of, beside those of
-            Deformable DETR, DINO and H-Deformable-DETR.
+        graph (str): ``Family.graph`` of those that the graph is for.
 
     Raises:
-        ValueError: It is not a detector of a known family, or scores with a softmax.
+        ValueError: It is of another family, overrides a method that the graph stands in for, or
+            scores with a softmax.
     """
     name = type(model).__name__
-    if not isinstance(model, kind):
-        raise ValueError(f'{name} cannot be exported: that works for {_FAMILIES}')
+    family = family_of(model)
+    if family is None or family.graph != graph:
+        raise ValueError(f'{name} cannot be exported: that works for {EXPORTABLE}')
+    known = {cls for kind in (family.stock, family.lite) for cls in MODELS.get(kind).__mro__}
     for method in _REPLACED:
         owner = next(cls for cls in type(model).__mro__ if method in vars(cls))
-        if owner not in (*_KNOWN, *known):
+        if owner not in known:
             raise ValueError(
                 f'{name} has a {method} of its own and cannot be exported: that works for '
-                f'{_FAMILIES}'
+                f'{EXPORTABLE}'
             )
     check_encoder(name, model.encoder)
     if not model.bbox_head.loss_cls.use_sigmoid:
@@ -201,15 +236,11 @@ def check_detector(
 
 
 def check_encoder(name: str, encoder: nn.Module) -> None:
-    """Refuse an encoder that is neither Lite nor stock.
-
-    Raises:
-        ValueError: It is another one.
-    """
+    """Refuse an encoder that is neither Lite nor stock."""
     if not isinstance(encoder, (LiteEncoder, DeformableDetrTransformerEncoder)):
         raise ValueError(
             f'the encoder of {name}, {type(encoder).__name__}, cannot be exported: that works for '
-            f'{_FAMILIES}'
+            f'{EXPORTABLE}'
         )
 
 
@@ -226,8 +257,8 @@ def make_pyramid(model: nn.Module, images: Tensor, image_sizes: Tensor | None) -
             columns = valid_sides(image_sizes[:, 1], width, w)
             valid.append(torch.stack([rows.sum(1), columns.sum(1)], -1))
             masks.append(~(rows.unsqueeze(2) & columns.unsqueeze(1)).flatten(1))
-        pos = sine_encoding(model.positional_encoding, h, w, rows, columns, images)
-        positions.append(pos.flatten(1, 2) + model.level_embed[level])
+        pos = sine_encoding(model.positional_encoding, maps[level], rows, columns)
+        positions.append(pos + model.level_embed[level])
     return Pyramid(
         torch.cat([feat.flatten(2).transpose(1, 2) for feat in maps], 1),
         torch.cat(positions, 1),
@@ -237,43 +268,11 @@ def make_pyramid(model: nn.Module, images: Tensor, image_sizes: Tensor | None) -
     )
 
 
-def preprocess(
-    preprocessor: nn.Module, images: Tensor, valid: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """Channel order, mean and deviation; padding becomes zero, as in MMDetection's batches."""
-    if getattr(preprocessor, '_channel_conversion', False):
-        images = images.flip(1)
-    if getattr(preprocessor, '_enable_normalize', False):
-        images = (images - preprocessor.mean) / preprocessor.std
-    if valid is not None:
-        rows, columns = valid
-        inside = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
-        images = images.masked_fill(~inside, float(preprocessor.pad_value))
-    return images
-
-
-def image_sides(images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Which rows and which columns of ``images`` lie in each image, or None without padding."""
-    if image_sizes is None:
-        return None
-    height, width = images.shape[-2:]
-    return (
-        valid_sides(image_sizes[:, 0], height, height),
-        valid_sides(image_sizes[:, 1], width, width),
-    )
-
-
 def valid_sides(image_side: Tensor, padded_side: int, side: int) -> Tensor:
-    """Which rows (or columns) of a map lie in each image.
+    """Which rows (or columns) of a map lie in each image: bool, shape (bs, side).
 
-    Args:
-        image_side (Tensor): Rows of each image, int64, shape (bs, ).
-        padded_side (int): Rows of the padded batch.
-        side (int): Rows of the map.
-
-    Returns:
-        Tensor: bool, shape (bs, side). A row of the map is the row of the image that
-        nearest-neighbour interpolation takes.
+    ``image_side`` are the rows of each image, (bs, ); ``padded_side`` those of the padded batch. A
+    row of the map is the row of the image that nearest-neighbour interpolation takes.
     """
     rows = torch.arange(side, device=image_side.device)
     if side is not padded_side:
@@ -282,23 +281,15 @@ def valid_sides(image_side: Tensor, padded_side: int, side: int) -> Tensor:
 
 
 def sine_encoding(
-    encoding: nn.Module,
-    height: int,
-    width: int,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    like: Tensor,
+    encoding: nn.Module, feat: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
 ) -> Tensor:
-    """MMDetection's ``SinePositionalEncoding`` of a map, rows and columns apart.
+    """MMDetection's ``SinePositionalEncoding`` of a map: (bs or 1, h * w, 2 * num_feats).
 
-    On padding, which is never looked at, its values are others.
-
-    Returns:
-        Tensor: shape (bs or 1, height, width, 2 * num_feats).
+    Padding, which nothing looks at, gets other values than in MMDetection.
     """
 
     def one_axis(side: int, valid: Tensor | None) -> Tensor:
-        number = torch.arange(1, side + 1, dtype=torch.float32, device=like.device).unsqueeze(0)
+        number = torch.arange(1, side + 1, dtype=torch.float32, device=feat.device).unsqueeze(0)
         last: Tensor | float = 1.0 * side
         if valid is not None:
             last = valid.sum(1, keepdim=True).float()
@@ -307,9 +298,10 @@ def sine_encoding(
             number = (number + encoding.offset) / (last + encoding.eps) * encoding.scale
         return sine_features(number, encoding.num_feats, encoding.temperature)
 
+    height, width = feat.shape[-2:]
     y = one_axis(height, rows).unsqueeze(2).expand(-1, -1, width, -1)
     x = one_axis(width, columns).unsqueeze(1).expand(-1, height, -1, -1)
-    return torch.cat([y, x], -1)
+    return torch.cat([y, x], -1).flatten(1, 2)
 
 
 def sine_features(numbers: Tensor, num_feats: int, temperature: float = 10000) -> Tensor:
@@ -319,20 +311,13 @@ def sine_features(numbers: Tensor, num_feats: int, temperature: float = 10000) -
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
-def encode(model: nn.Module, pyramid: Pyramid) -> Tensor:
+def encode(encoder: nn.Module, pyramid: Pyramid) -> Tensor:
     """The encoder, Lite or stock: the memory, shape (bs, num_tokens, embed_dims)."""
-    return run_encoder(model.encoder, pyramid)
-
-
-def run_encoder(encoder: nn.Module, pyramid: Pyramid) -> Tensor:
-    """:func:`encode`, given the encoder itself."""
     tokens, pos, level_sizes, mask, _ = pyramid
     valid_ratios = pyramid.valid_ratios
     pos = pos.expand(tokens.shape[0], -1, -1)
     if isinstance(encoder, LiteEncoder):
-        return super(LiteEncoder, encoder).forward(
-            tokens, pos, level_sizes, padding_mask=mask, valid_ratios=valid_ratios
-        )
+        return encoder(tokens, pos, mask, tuple(level_sizes), None, valid_ratios)
     points = encoder_reference_points(level_sizes, valid_ratios, device=tokens.device)
     for layer in encoder.layers:
         tokens = run_layer(layer, tokens, pos, points, pyramid)
@@ -357,12 +342,8 @@ def select_queries(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """What the decoder starts with.
 
-    Args:
-        model (nn.Module): The detector.
-        memory (Tensor): The encoder's, shape (bs, num_tokens, embed_dims).
-        pyramid (Pyramid): What was encoded.
-        text (Tensor, optional): The encoded text that tokens are compared with in place of having
-            classes, shape (bs, num_words, embed_dims).
+    ``text`` (bs, num_words, embed_dims) is the encoded text that tokens are compared with in place
+    of having classes.
 
     Returns:
         tuple[Tensor, Tensor | None, Tensor]: Queries and their positional embedding (None where
@@ -374,27 +355,25 @@ def select_queries(
         query_pos, query = model.query_embedding.weight.expand(batch, -1, -1).split(channels, -1)
         return query, query_pos, model.reference_points_fc(query_pos).sigmoid()
 
-    head = model.bbox_head
+    is_dino = family_of(model).is_dino
     features, proposals = propose(model, memory, pyramid)
     logits = classify(model, model.decoder.num_layers, features, text)
     # DINO ranks tokens by their best class, the others by the first one alone.
-    ranked_by = logits.amax(-1) if isinstance(model, DINO) else logits.select(-1, 0)
+    ranked_by = logits.amax(-1) if is_dino else logits.select(-1, 0)
     chosen = ranked_by.topk(model.num_queries, 1).indices.unsqueeze(-1)
     # The box branch sees the chosen tokens alone.
     features = features.gather(1, chosen.expand(-1, -1, channels))
     proposals = proposals.expand(batch, -1, -1).gather(1, chosen.expand(-1, -1, 4))
-    boxes = head.reg_branches[model.decoder.num_layers](features) + proposals
-    reference = boxes.sigmoid()
-    if isinstance(model, DINO):
+    branch = model.bbox_head.reg_branches[model.decoder.num_layers]
+    reference = (branch(features) + proposals).sigmoid()
+    if is_dino:
         return model.query_embedding.weight.expand(batch, -1, -1), None, reference
-    if isinstance(model, HDeformableDETR):
-        position = sine_features(reference * (2 * math.pi), channels // 2).flatten(2)
-        position = model.pos_trans_norm(model.pos_trans_fc(position))
-        query = model.query_embedding.weight.narrow(0, 0, model.num_queries)
-        return query.expand(batch, -1, -1), position.narrow(-1, 0, channels), reference
-    position = sine_features(reference * (2 * math.pi), 128).flatten(2)
+    position = sine_features(reference * (2 * math.pi), channels // 2).flatten(2)
     position = model.pos_trans_norm(model.pos_trans_fc(position))
     query_pos, query = position.split(channels, -1)
+    if hasattr(model, 'query_embedding'):  # H-DETR learns the contents
+        learned = model.query_embedding.weight.narrow(0, 0, model.num_queries)
+        query = learned.expand(batch, -1, -1)
     return query, query_pos, reference
 
 
@@ -403,33 +382,8 @@ def propose(model: nn.Module, memory: Tensor, pyramid: Pyramid) -> tuple[Tensor,
 
     Returns:
         tuple[Tensor, Tensor]: Features of every token, shape (bs, num_tokens, embed_dims), and the
-        logits of the box that it proposes, see :func:`token_proposals`.
-    """
-    proposals, usable = token_proposals(pyramid, memory)
-    features = memory.masked_fill(~usable, 0.0)
-    return model.memory_trans_norm(model.memory_trans_fc(features)), proposals
-
-
-def classify(model: nn.Module, branch: int, features: Tensor, text: Tensor | None = None) -> Tensor:
-    """Logits of classes, or of words where there is a text: (bs, n, num_classes or num_words)."""
-    head = model.bbox_head.cls_branches[branch]
-    if text is None:
-        return head(features)
-    # Grounding DINO's ContrastiveEmbed, with no words beyond those of the text.
-    logits = features @ text.transpose(1, 2)
-    if isinstance(head.log_scale, nn.Parameter):
-        logits = logits * head.log_scale.exp()
-    elif head.log_scale == 'auto':
-        logits = logits / math.sqrt(features.shape[-1])
-    return logits if head.bias is None else logits + head.bias
-
-
-def token_proposals(pyramid: Pyramid, memory: Tensor) -> tuple[Tensor, Tensor]:
-    """The box that every token proposes (Deformable DETR, appendix A.4).
-
-    Returns:
-        tuple[Tensor, Tensor]: Logits of (cx, cy, w, h), infinite where the token is of no use,
-        shape (bs or 1, num_tokens, 4), and whether it is of use, shape (bs or 1, num_tokens, 1).
+        logits of the box that it proposes (Deformable DETR, appendix A.4), cxcywh, infinite where
+        the token is of no use, shape (bs or 1, num_tokens, 4).
     """
     proposals = []
     for level, (height, width) in enumerate(pyramid.level_sizes):
@@ -448,8 +402,23 @@ def token_proposals(pyramid: Pyramid, memory: Tensor) -> tuple[Tensor, Tensor]:
     usable = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
     if pyramid.mask is not None:
         usable = usable & ~pyramid.mask.unsqueeze(-1)
-    logits = torch.log(boxes / (1 - boxes))
-    return logits.masked_fill(~usable, math.inf), usable
+    features = memory.masked_fill(~usable, 0.0)
+    logits = torch.log(boxes / (1 - boxes)).masked_fill(~usable, math.inf)
+    return model.memory_trans_norm(model.memory_trans_fc(features)), logits
+
+
+def classify(model: nn.Module, branch: int, features: Tensor, text: Tensor | None = None) -> Tensor:
+    """Logits of classes, or of words where there is a text: (bs, n, num_classes or num_words)."""
+    head = model.bbox_head.cls_branches[branch]
+    if text is None:
+        return head(features)
+    # Grounding DINO's ContrastiveEmbed, with no words beyond those of the text.
+    logits = features @ text.transpose(1, 2)
+    if isinstance(head.log_scale, nn.Parameter):
+        logits = logits * head.log_scale.exp()
+    elif head.log_scale == 'auto':
+        logits = logits / math.sqrt(features.shape[-1])
+    return logits if head.bias is None else logits + head.bias
 
 
 def decode(
@@ -462,7 +431,7 @@ def decode(
     text: Tensor | None = None,
     block: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The decoder.
+    """The decoder, and the heads behind its last layer.
 
     Args:
         model (nn.Module): The detector.
@@ -473,16 +442,15 @@ def decode(
         pyramid (Pyramid): What was encoded.
         text (Tensor, optional): Encoded text that layers of Grounding DINO attend to, shape
             (bs, num_words, embed_dims).
-        block (Callable, optional): Which queries do not see each other in the next layer: from the
-            number of a layer, its queries and their new boxes to a bool tensor, True where one
-            query must not see another, shape (bs, num_queries, num_queries).
+        block (Callable, optional): From the number of a layer, its queries and their new boxes to
+            which queries must not see which in the next one, bool, (bs, num_queries, num_queries).
 
     Returns:
-        tuple[Tensor, Tensor]: Hidden states of the last layer, (bs, num_queries, embed_dims), and
-        the reference points that its boxes refine, (bs, num_queries, 2 or 4).
+        tuple[Tensor, Tensor]: Logits of the last layer, of classes or of words,
+        (bs, num_queries, ...), and boxes, cxcywh in [0, 1], (bs, num_queries, 4).
     """
     decoder = model.decoder
-    is_dino = isinstance(model, DINO)
+    is_dino = hasattr(decoder, 'ref_point_head')
     ratios = pyramid.valid_ratios
     num_levels = len(pyramid.level_sizes)
     blocked = None
@@ -495,7 +463,8 @@ def decode(
             x, y, *size = (points.select(2, 0) * (2 * math.pi)).split(1, -1)
             features = sine_features(torch.cat([y, x, *size], -1), 128).flatten(2)
             query_pos = decoder.ref_point_head(features)
-        query = layer.norms[0](self_attend(layer.self_attn, query, query_pos, blocked))
+        query = attend(layer.self_attn, query, query_pos, query, query_pos, blocked)
+        query = layer.norms[0](query)
         if text is not None:
             query = attend(layer.cross_attn_text, query, query_pos, text)
             query = layer.norms[1](query)
@@ -514,24 +483,9 @@ def decode(
             reference = refine(offset, inverse_sigmoid(reference, eps=eps))
             if block is not None:
                 blocked = block(index, query, reference)
-    return (decoder.norm(query) if is_dino else query), reference
-
-
-def self_attend(
-    attention: nn.Module, query: Tensor, query_pos: Tensor, blocked: Tensor | None = None
-) -> Tensor:
-    """mmcv's ``MultiheadAttention`` of queries to each other, without the mean of its weights.
-
-    ``blocked`` is True where one must not see another, bool, (bs, num_queries, num_queries).
-    """
-    placed = query + query_pos
-    channels = attention.attn.embed_dim
-    projected = [
-        _project(attention, tokens, start, size)
-        for tokens, start, size in ((placed, 0, 2 * channels), (query, 2 * channels, channels))
-    ]
-    heads = torch.cat(projected, -1).unflatten(-1, (3, attention.attn.num_heads, -1))
-    return query + _attention(attention, *heads.transpose(1, 3).unbind(2), blocked)
+    query = decoder.norm(query) if is_dino else query
+    boxes = refine(model.bbox_head.reg_branches[index](query), inverse_sigmoid(reference))
+    return classify(model, index, query, text), boxes
 
 
 def attend(
@@ -542,34 +496,21 @@ def attend(
     key_pos: Tensor | None = None,
     blocked: Tensor | None = None,
 ) -> Tensor:
-    """mmcv's ``MultiheadAttention`` of queries to other tokens; see :func:`self_attend`.
+    """mmcv's ``MultiheadAttention``, without the mean of its weights: (bs, n, embed_dims).
 
-    ``blocked`` is bool, (bs, num_queries, num_values).
+    Queries (bs, n, embed_dims) attend to ``value`` (bs, m, embed_dims). ``blocked`` is True where
+    a query must not see a value, bool, (bs, n, m).
     """
-    channels = attention.attn.embed_dim
+    attention = attention.attn
     key = value if key_pos is None else value + key_pos
+    weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
     heads = [
-        _project(attention, tokens, index * channels, channels)
-        .unflatten(-1, (attention.attn.num_heads, -1))
-        .transpose(1, 2)
-        for index, tokens in enumerate((query + query_pos, key, value))
+        F.linear(tokens, weight, bias).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for tokens, weight, bias in zip((query + query_pos, key, value), weights, biases)
     ]
-    return query + _attention(attention, *heads, blocked)
-
-
-def _project(attention: nn.Module, tokens: Tensor, start: int, size: int) -> Tensor:
-    """Some of the joint projection of queries, keys and values."""
-    weight, bias = attention.attn.in_proj_weight, attention.attn.in_proj_bias
-    return F.linear(tokens, weight.narrow(0, start, size), bias.narrow(0, start, size))
-
-
-def _attention(
-    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None
-) -> Tensor:
-    """Projected heads (bs, num_heads, n, channels) to the output, (bs, n, embed_dims)."""
     seen = None if blocked is None else ~blocked.unsqueeze(1)
-    output = F.scaled_dot_product_attention(query, key, value, seen)
-    return attention.attn.out_proj(output.transpose(1, 2).flatten(2))
+    output = F.scaled_dot_product_attention(*heads, seen)
+    return query + attention.out_proj(output.transpose(1, 2).flatten(2))
 
 
 def refine(offset: Tensor, logits: Tensor) -> Tensor:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from mmdet.models.detectors import GroundingDINO
-from mmdet.models.layers import inverse_sigmoid
 from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
 from torch import Tensor, nn
 
@@ -20,14 +18,11 @@ from ..openmmlab.layers import LiteEncoder
 from .graph import (
     DetectorGraph,
     Pyramid,
-    check_detector,
-    classify,
+    attend,
     decode,
     make_pyramid,
-    refine,
     run_layer,
     select_queries,
-    self_attend,
 )
 
 
@@ -36,42 +31,47 @@ class GroundingGraph(DetectorGraph):
 
     Args:
         model (nn.Module): The detector, in eval mode.
-        text (Sequence[str]): What to look for, one name a class.
-        normalize (bool): See :class:`DetectorGraph`.
+        text (Sequence[str], optional): What to look for, one name a class.
 
     Raises:
-        ValueError: There is no text, or the detector is read in parts or padded, which is not
-            exported.
+        ValueError: There is no text, it is too long, or the detector reads it in parts or pads it,
+            which is not exported.
     """
 
-    def __init__(self, model: nn.Module, text: Sequence[str], normalize: bool = True) -> None:
-        super().__init__(model, normalize)
+    family = 'grounding'
+
+    def __init__(self, model: nn.Module, text: Sequence[str] | None) -> None:
+        super().__init__(model)
         if not text or isinstance(text, str):
             raise ValueError(
                 f'{type(model).__name__} needs a text, which is fixed in what is exported: one '
                 'name a class (--text "cat . dog" on the command line)'
             )
-        self.text = tuple(text)
+        self.classes = list(text)
+        self.num_classes = len(self.classes)
         adapt_bert(model.language_model)
         with torch.no_grad():
-            tokens, self.prompt, _, _ = model.get_tokens_positive_and_prompts(self.text, True)
-            words = model.language_model([self.prompt])
+            tokens, prompt, _, _ = model.get_tokens_positive_and_prompts(tuple(text), True)
+            words = model.language_model([prompt])
             embedded = model.text_feat_map(words['embedded'])
-        self.num_classes = len(self.text)
+        # Another text needs another export.
+        self.described = {'text': {'prompt': prompt, 'names': self.classes}}
         # The score of a class is the mean of those of its words.
         means = torch.zeros(model.bbox_head.max_text_len, self.num_classes)
         for label, places in tokens.items():
             if not places:
-                raise ValueError(f'{self.text[label - 1]!r} of the text has no words')
+                raise ValueError(f'{self.classes[label - 1]!r} of the text has no words')
             means[places, label - 1] = 1 / len(places)
-        self.register_buffer('means', means[: embedded.shape[1]].contiguous(), persistent=False)
-        self.register_buffer('words', embedded, persistent=False)
-        self.register_buffer('places', words['position_ids'], persistent=False)
-        self.register_buffer('sees', words['masks'], persistent=False)
+        for name, tensor in (
+            ('means', means[: embedded.shape[1]].contiguous()),
+            ('words', embedded),
+            ('places', words['position_ids']),
+            ('sees', words['masks']),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
 
     def check(self, model: nn.Module) -> None:
-        """Refuse a detector that this graph would compute wrongly."""
-        check_detector(model, GroundingDINO, (GroundingDINO,))
+        super().check(model)
         if model.test_cfg.get('chunked_size', -1) > 0:
             raise ValueError(
                 f'{type(model).__name__} reads its text in parts (test_cfg.chunked_size), which '
@@ -85,34 +85,31 @@ class GroundingGraph(DetectorGraph):
 
     def score(self, images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :meth:`DetectorGraph.score`."""
-        model = self.model
-        pyramid = make_pyramid(model, images, image_sizes)
+        pyramid = make_pyramid(self.model, images, image_sizes)
         memory, text = self.encode(pyramid)
-        query, query_pos, reference = select_queries(model, memory, pyramid, text)
-        hidden, reference = decode(model, query, query_pos, reference, memory, pyramid, text)
-        last = model.decoder.num_layers - 1
-        boxes = refine(model.bbox_head.reg_branches[last](hidden), inverse_sigmoid(reference))
-        return classify(model, last, hidden, text).sigmoid() @ self.means, boxes
+        start = select_queries(self.model, memory, pyramid, text)
+        logits, boxes = decode(self.model, *start, memory, pyramid, text)
+        return logits.sigmoid() @ self.means, boxes
 
     def encode(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """The memory of the image, (bs, num_tokens, embed_dims), and that of the text."""
         encoder = self.model.encoder
         tokens, pos, level_sizes, mask, _ = pyramid
         batch = tokens.shape[0]
-        pos = pos.expand(batch, -1, -1)
-        text = self.words.expand(batch, -1, -1)
-        sees = self.sees.expand(batch, -1, -1)
-        places = self.places.expand(batch, -1)
+        pos, text, sees, places = (
+            tensor.expand(batch, *tensor.shape[1:])
+            for tensor in (pos, self.words, self.sees, self.places)
+        )
         if isinstance(encoder, LiteEncoder):
             return encoder(
-                query=tokens,
-                query_pos=pos,
-                key_padding_mask=mask,
-                spatial_shapes=tuple(level_sizes),
-                level_start_index=None,
-                valid_ratios=pyramid.valid_ratios,
+                tokens,
+                pos,
+                mask,
+                tuple(level_sizes),
+                None,
+                pyramid.valid_ratios,
                 memory_text=text,
-                text_attention_mask=None,
+                text_attention_mask=None,  # nothing of the text is padding
                 position_ids=places,
                 text_self_attention_masks=sees,
             )
@@ -121,9 +118,8 @@ class GroundingGraph(DetectorGraph):
         )
         points = encoder_reference_points(level_sizes, pyramid.valid_ratios, device=tokens.device)
         for fusion, words, layer in zip(encoder.fusion_layers, encoder.text_layers, encoder.layers):
-            # Nothing of the text is padding.
             tokens, text = fusion(tokens, text, mask, None)
-            text = words.norms[0](self_attend(words.self_attn, text, text_pos, ~sees))
+            text = words.norms[0](attend(words.self_attn, text, text_pos, text, text_pos, ~sees))
             text = words.norms[1](words.ffn(text))
             tokens = run_layer(layer, tokens, pos, points, pyramid)
         return tokens, text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .detector import DESCRIPTION, Detector, load
-from .runtimes import library, openvino_core
+from .detector import Detector, load, write_description
+from .runtimes import openvino_core
 
 # Left in float, by the module that a layer belongs to:
 # - heads, whose numbers are boxes and scores themselves, and the first stage, whose scores rank
@@ -81,13 +80,13 @@ def quantize(
     if not images:
         raise ValueError('quantising needs images to calibrate on, and there are none')
 
-    core = openvino_core(None if description['portable'] else library('openvino'))
+    core = openvino_core(with_operators=not description['portable'])
     model = core.read_model(str(source / description['model']))
     if not any(node.get_friendly_name().startswith(_ENCODERS) for node in model.get_ops()):
         raise ValueError(f'{source} was written by an older mmlite; export again')
     if all(port.get_partial_shape().is_static for port in model.inputs):
         as_convolutions(model, kept_in_float)
-    calibration = nncf.Dataset(images, lambda image: detector.arguments_of(image)[0])
+    calibration = nncf.Dataset(images, detector.arguments_of)
     quantized = nncf.quantize(
         model,
         calibration,
@@ -97,8 +96,7 @@ def quantize(
     )
     folder.mkdir(parents=True, exist_ok=True)
     openvino.save_model(quantized, str(folder / description['model']), compress_to_fp16=False)
-    text = json.dumps({**description, 'int8': {'calibration_images': len(images)}}, indent=2)
-    (folder / DESCRIPTION).write_text(text + '\n', encoding='utf-8')
+    write_description(folder, {**description, 'int8': {'calibration_images': len(images)}})
     return load(folder)
 
 

@@ -9,81 +9,70 @@ import torch.nn.functional as F
 from mmdet.evaluation.functional import INSTANCE_OFFSET
 from mmdet.models.dense_heads import Mask2FormerHead
 from mmdet.models.detectors import Mask2Former
-from mmdet.models.layers import MSDeformAttnPixelDecoder
 from mmdet.models.seg_heads import MaskFormerFusionHead
 from torch import Tensor, nn
 
-from ..openmmlab.detectors.mask2former import LiteMSDeformAttnPixelDecoder
-from .graph import (
-    Pyramid,
-    attend,
-    check_encoder,
-    image_sides,
-    preprocess,
-    run_encoder,
-    self_attend,
-    sine_encoding,
-)
+from ..openmmlab.families import family_of, is_lite
+from .graph import Graph, Pyramid, attend, check_encoder, encode, sine_encoding
 
 
-class SegmenterGraph(nn.Module):
-    """From images to boxes, scores, labels and masks.
+class SegmenterGraph(Graph):
+    """From images to boxes around masks, scores, labels and masks.
 
-    Args:
-        model (nn.Module): A Mask2Former of MMDetection, stock or Lite, in eval mode. Its modules
-            are shared, not copied.
-        normalize (bool): See :class:`.graph.DetectorGraph`.
-
-    Raises:
-        ValueError: Some part of it is none that is known.
+    Masks are bool, (bs, num_predictions, h, w). A query whose class is no thing scores -1. A model
+    that makes panoptic maps returns the map, too, int64, (bs, h, w): of each pixel label + 1000 *
+    instance, and the number of classes where there is nothing.
     """
 
-    def __init__(self, model: nn.Module, normalize: bool = True) -> None:
-        super().__init__()
-        check_segmenter(model)
-        self.model = model
-        self.normalize = normalize
-        config = model.panoptic_fusion_head.test_cfg or {}
+    outputs = ('boxes', 'scores', 'labels', 'masks')
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.config = model.panoptic_fusion_head.test_cfg or {}
         self.num_classes = model.panoptic_head.num_classes
-        self.num_predictions = config.get('max_per_image', 100)
-        self.with_panoptic = bool(config.get('panoptic_on', True))
-        self.outputs = ('boxes', 'scores', 'labels', 'masks')
-        if self.with_panoptic:
+        self.num_predictions = self.config.get('max_per_image', 100)
+        if self.config.get('panoptic_on', True):
             self.outputs += ('panoptic',)
+        self.described = {'num_things': model.num_things_classes}
 
-    def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Segment objects.
+    def check(self, model: nn.Module) -> None:
+        head = model.panoptic_head
+        decoder = head.pixel_decoder
+        name = type(model).__name__
+        for part, module, kind in (
+            ('the model', model, Mask2Former),
+            ('its panoptic_head', head, Mask2FormerHead),
+            ('its panoptic_fusion_head', model.panoptic_fusion_head, MaskFormerFusionHead),
+        ):
+            if type(module) is not kind:
+                raise ValueError(
+                    f'{name} cannot be exported: {part} is {type(module).__name__}, and that works '
+                    f'for {kind.__name__}'
+                )
+        if family_of(type(decoder), subclasses=False) is None:
+            raise ValueError(
+                f'{name} cannot be exported: its pixel_decoder is {type(decoder).__name__}'
+            )
+        check_encoder(type(decoder).__name__, decoder.encoder)
+        outside = decoder.num_input_levels - decoder.num_encoder_levels
+        if outside > 1 and not is_lite(decoder):
+            raise ValueError(
+                f'the pixel decoder of {name} has {outside} maps outside its encoder; '
+                'with the stock pixel decoder one can be exported'
+            )
 
-        Args:
-            images (Tensor): float32, shape (bs, 3, h, w), images at the top left of the padding.
-            image_sizes (Tensor, optional): (h, w) of each image without its padding, int64, shape
-                (bs, 2). None where there is no padding.
-
-        Returns:
-            tuple[Tensor, ...]: Boxes around the masks (x1, y1, x2, y2) in pixels of ``images``,
-            shape (bs, num_predictions, 4); scores, best first, and labels, int64, both
-            (bs, num_predictions); masks, bool, (bs, num_predictions, h, w). What is no thing scores
-            -1. Where the model makes panoptic maps, the map, int64, (bs, h, w): of each pixel label
-            + 1000 * instance, and the number of classes where there is nothing.
-        """
-        sides = image_sides(images, image_sizes)
-        if self.normalize:
-            images = preprocess(self.model.data_preprocessor, images, sides)
-        inside = None
-        if sides is not None:
-            inside = sides[0].unsqueeze(2) & sides[1].unsqueeze(1)  # (bs, h, w)
+    def find(
+        self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None
+    ) -> tuple[Tensor, ...]:
         logits, masks = self.segment(images)
         size = images.shape[-2:]
         found = self.instances(logits, masks, size, inside)
-        if not self.with_panoptic:
+        if 'panoptic' not in self.outputs:
             return found
         return *found, self.panoptic(logits, masks, size, inside)
 
     def segment(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """What the last layer says of every query.
-
-        Args:
-            images (Tensor): Preprocessed, shape (bs, 3, h, w).
 
         Returns:
             tuple[Tensor, Tensor]: Logits, the last for no object, (bs, num_queries,
@@ -95,11 +84,10 @@ class SegmenterGraph(nn.Module):
         tokens, positions = [], []
         for level in range(head.num_transformer_feat_level):
             feat = maps[level]
-            height, width = feat.shape[-2:]
             projected = head.decoder_input_projs[level](feat).flatten(2).transpose(1, 2)
             tokens.append(projected + head.level_embed.weight[level])
             encoding = head.decoder_positional_encoding
-            positions.append(sine_encoding(encoding, height, width, None, None, feat).flatten(1, 2))
+            positions.append(sine_encoding(encoding, feat))
         batch = images.shape[0]
         query = head.query_feat.weight.expand(batch, -1, -1)
         query_pos = head.query_embed.weight.expand(batch, -1, -1)
@@ -119,7 +107,8 @@ class SegmenterGraph(nn.Module):
                 layer.cross_attn, query, query_pos, tokens[level], positions[level], blocked
             )
             query = layer.norms[0](query)
-            query = layer.norms[1](self_attend(layer.self_attn, query, query_pos))
+            query = attend(layer.self_attn, query, query_pos, query, query_pos)
+            query = layer.norms[1](query)
             query = layer.norms[2](layer.ffn(query))
         logits = head.cls_embed(head.transformer_decoder.post_norm(query))
         return logits, masks_of(query)
@@ -127,7 +116,7 @@ class SegmenterGraph(nn.Module):
     def instances(
         self, logits: Tensor, masks: Tensor, size: Sequence[int], inside: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Boxes, scores, labels and masks; see :meth:`forward`."""
+        """Boxes, scores, labels and masks."""
         scores, index = logits.softmax(-1)[..., :-1].flatten(1).topk(self.num_predictions, 1)
         labels = index % self.num_classes
         upsampled = resize(take(masks, index // self.num_classes), size)
@@ -149,12 +138,10 @@ class SegmenterGraph(nn.Module):
     def panoptic(
         self, logits: Tensor, masks: Tensor, size: Sequence[int], inside: Tensor | None
     ) -> Tensor:
-        """The map; see :meth:`forward`. MMDetection draws segments one after the other; here the
-        segment of each pixel is looked up."""
-        config = self.model.panoptic_fusion_head.test_cfg or {}
+        """The map. MMDetection draws segment after segment; here each pixel looks up its own."""
         things = self.model.num_things_classes
         scores, labels = logits.softmax(-1).max(-1)
-        kept = (labels != self.num_classes) & (scores > config.get('object_mask_thr', 0.8))
+        kept = (labels != self.num_classes) & (scores > self.config.get('object_mask_thr', 0.8))
         probabilities = resize(masks, size).sigmoid()
         weights = scores.masked_fill(~kept, 0.0).unsqueeze(-1).unsqueeze(-1)
         nothing = (~kept).float().unsqueeze(-1).unsqueeze(-1)
@@ -167,52 +154,19 @@ class SegmenterGraph(nn.Module):
             high, own = high & inside.unsqueeze(1), own & inside.unsqueeze(1)
         high_area, own_area = high.float().sum((2, 3)), own.float().sum((2, 3))
         drawn = kept & (high_area > 0) & (own_area > 0)
-        drawn = drawn & (own_area / high_area.clamp(min=1) >= config.get('iou_thr', 0.8))
+        drawn = drawn & (own_area / high_area.clamp(min=1) >= self.config.get('iou_thr', 0.8))
 
         is_thing = labels < things
         instance = (drawn & is_thing).long().cumsum(1)
         segments = labels + is_thing.long() * instance * INSTANCE_OFFSET
         segments = segments.masked_fill(~drawn, self.num_classes)
         segment = segments.gather(1, owner.flatten(1)).unflatten(1, size)
-        if config.get('filter_low_score', False):
+        if self.config.get('filter_low_score', False):
             sure = probabilities.gather(1, owner.unsqueeze(1)).squeeze(1) >= 0.5
             segment = segment.masked_fill(~sure, self.num_classes)
         if inside is not None:
             segment = segment.masked_fill(~inside, self.num_classes)
         return segment
-
-
-def check_segmenter(model: nn.Module) -> None:
-    """Refuse what :class:`SegmenterGraph` would compute wrongly.
-
-    Raises:
-        ValueError: A part of the model is none of those that are known.
-    """
-    parts = {
-        'the model': (model, (Mask2Former,)),
-        'its panoptic_head': (model.panoptic_head, (Mask2FormerHead,)),
-        'its panoptic_fusion_head': (model.panoptic_fusion_head, (MaskFormerFusionHead,)),
-        'its pixel_decoder': (
-            model.panoptic_head.pixel_decoder,
-            (MSDeformAttnPixelDecoder, LiteMSDeformAttnPixelDecoder),
-        ),
-    }
-    for name, (part, kinds) in parts.items():
-        if type(part) not in kinds:
-            raise ValueError(
-                f'{type(model).__name__} cannot be exported: {name} is {type(part).__name__}, and '
-                f'that works for {" and ".join(kind.__name__ for kind in kinds)}'
-            )
-    decoder = model.panoptic_head.pixel_decoder
-    check_encoder(type(decoder).__name__, decoder.encoder)
-    if decoder.num_input_levels - decoder.num_encoder_levels > 1 and not isinstance(
-        decoder, LiteMSDeformAttnPixelDecoder
-    ):
-        raise ValueError(
-            f'the pixel decoder of {type(model).__name__} has '
-            f'{decoder.num_input_levels - decoder.num_encoder_levels} maps outside its encoder; '
-            'with the stock pixel decoder one can be exported'
-        )
 
 
 def decode_pixels(decoder: nn.Module, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -221,13 +175,12 @@ def decode_pixels(decoder: nn.Module, feats: Sequence[Tensor]) -> tuple[Tensor, 
     tokens, positions, sizes = [], [], []
     for level, convolution in enumerate(decoder.input_convs):
         feat = smallest_first[level]
-        height, width = feat.shape[-2:]
-        sizes.append((height, width))
-        position = sine_encoding(decoder.postional_encoding, height, width, None, None, feat)
-        positions.append(position.flatten(1, 2) + decoder.level_encoding.weight[level])
+        sizes.append((feat.shape[-2], feat.shape[-1]))
+        position = sine_encoding(decoder.postional_encoding, feat)
+        positions.append(position + decoder.level_encoding.weight[level])
         tokens.append(convolution(feat).flatten(2).transpose(1, 2))
-    pyramid = Pyramid(torch.cat(tokens, 1), torch.cat(positions, 1), sizes, None, None)
-    memory = run_encoder(decoder.encoder, pyramid)
+    pyramid = Pyramid(torch.cat(tokens, 1), torch.cat(positions, 1), sizes)
+    memory = encode(decoder.encoder, pyramid)
     maps, start = [], 0
     for height, width in sizes:
         level = memory.narrow(1, start, height * width).transpose(1, 2)
@@ -259,11 +212,7 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
 def first_and_last(is_set: Tensor) -> tuple[Tensor, Tensor]:
     """Where a run of pixels starts, and the pixel behind its end; both 0 where none is set.
 
-    Args:
-        is_set (Tensor): bool, shape (bs, n, side).
-
-    Returns:
-        tuple[Tensor, Tensor]: float32, shape (bs, n).
+    bool (bs, n, side) to float32 (bs, n), twice.
     """
     side = is_set.shape[-1]
     number = torch.arange(side, dtype=torch.float32, device=is_set.device).expand_as(is_set)

@@ -135,19 +135,19 @@ def detector(tiny_bert):
 
 
 @pytest.fixture(scope='session')
-def exported_lite_dino(detector, tmp_path_factory) -> Path:
-    """A folder with LiteDINO for images of any size, in ``onnx`` and in ``openvino``.
+def exported_lite_dino(detector, tmp_path_factory) -> tuple[torch.nn.Module, Path]:
+    """A LiteDINO, and a folder with its export for each runtime, for one image of any size.
 
-    For what is done with an export, not for its numbers. All processes of pytest-xdist have it from
-    the first that asks.
+    All processes of pytest-xdist have it from the first that asks.
     """
+    model = detector('LiteDINO with a key-aware decoder')
     folder = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ:
         folder = folder.parent
     with FileLock(folder / 'lite_dino.lock'):
         if not (folder / 'lite_dino').exists():
-            export_for_all(detector('LiteDINO'), folder / 'lite_dino')
-    return folder / 'lite_dino'
+            export_for_all(model, folder / 'lite_dino')
+    return model, folder / 'lite_dino'
 
 
 def speak_masks(model: torch.nn.Module, lower: float) -> torch.nn.Module:

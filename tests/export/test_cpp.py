@@ -32,7 +32,7 @@ def test_openvino(exported_lite_dino, images, tmp_path):
         extension = library('openvino')
     except FileNotFoundError as error:
         pytest.skip(str(error))
-    exported = load(exported_lite_dino / 'openvino')
+    exported = load(exported_lite_dino[1] / 'openvino')
     (tmp_path / 'detect.cpp').write_text(block('cpp'))
     (tmp_path / 'CMakeLists.txt').write_text(block('cmake'))
     build = tmp_path / 'build'
@@ -49,7 +49,7 @@ def test_openvino(exported_lite_dino, images, tmp_path):
     def run(*arguments: Path) -> subprocess.CompletedProcess:
         return subprocess.run([build / 'detect', *arguments], capture_output=True, text=True)
 
-    model = exported_lite_dino / 'openvino/model.xml'
+    model = exported_lite_dino[1] / 'openvino/model.xml'
     result = run(model, extension, tmp_path / 'image.ppm')
     assert result.returncode == 0, result.stderr
     printed = np.array([line.split() for line in result.stdout.splitlines()], np.float32)

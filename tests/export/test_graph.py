@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from exported import batch_of
+from exported import TEXT, batch_of
 
-from mmlite.export.families import make_graph, padding_divisor
+from mmlite.export.compare import difference, predict
+from mmlite.export.detector import Detections, detections_of
 from mmlite.export.graph import DetectorGraph
+from mmlite.export.graphs import make_graph
 from mmlite.export.program import exportable
-from mmlite.export.write import Detections, detections_of, difference, predict
 
-NAMES_OF_CLASSES = ('red circle', 'green square', 'square')
 NAMES = [
     'DINO',
     'DeformableDETR',
@@ -38,8 +38,10 @@ NAMES = [
 @pytest.mark.parametrize('padded', [False, True])
 def test_the_graph_is_the_detector(name, padded, detector, images):
     model = detector(name)
-    text = NAMES_OF_CLASSES if 'Grounding' in name else None
-    canvas, sizes = batch_of(images[: 1 + padded], padding_divisor(model))
+    text = TEXT if 'Grounding' in name else None
+    canvas, sizes = batch_of(
+        images[: 1 + padded], getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+    )
     if not padded:
         sizes = [canvas.shape[-2:]]
     expected = predict(model, canvas, sizes, text)

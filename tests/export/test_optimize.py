@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import mmlite
+from mmlite.export.compare import difference, predict
 from mmlite.export.optimize import OptimizeHook
-from mmlite.export.write import difference, predict
 
 
 @pytest.mark.parametrize('name', ['DINO', 'LiteDINO', 'HDeformableDETR', 'DeformableDETR'])

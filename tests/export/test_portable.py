@@ -62,7 +62,7 @@ class Encoder(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        return encode(self.model, Pyramid(tokens, pos, LEVELS, None, None))
+        return encode(self.model.encoder, Pyramid(tokens, pos, LEVELS))
 
 
 @pytest.fixture

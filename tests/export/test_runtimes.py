@@ -98,7 +98,7 @@ def in_onnxruntime(content: bytes):
 
 def in_openvino(content: bytes):
     pytest.importorskip('openvino')
-    core = runtimes.openvino_core(built('openvino'))
+    core = runtimes.openvino_core(with_operators=bool(built('openvino')))
     compiled = core.compile_model(core.read_model(content), 'CPU')
     return lambda arrays: compiled([arrays[port.any_name] for port in compiled.inputs])[0]
 
@@ -217,7 +217,7 @@ def test_a_wrong_library_is_a_sentence(format_, tmp_path, monkeypatch):
     wrong = [tmp_path / 'no_library.so', built(other)]
     wrong[0].write_bytes(b'nothing')
     for path in wrong:
-        monkeypatch.setattr('mmlite.export.detector.library', lambda runtime, path=path: path)
+        monkeypatch.setattr('mmlite.export.runtimes.library', lambda runtime, path=path: path)
         with pytest.raises(ValueError, match='does not load the operators in') as refused:
             load(folder)
         assert path.name in str(refused.value) and '\n' not in str(refused.value)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -15,16 +16,23 @@ import pytest
 from torch import nn
 
 from mmlite.export import Detector, library
-from mmlite.export.program import to_onnx, trace
-from mmlite.export.write import describe, write_program
+from mmlite.export.program import trace
+from mmlite.export.runtimes import RUNTIMES
+from mmlite.export.write import to_onnx, write
+
+TEXT = ('red circle', 'green square', 'square')
 
 # Without torch and all of the framework, as where an exported detector runs.
 CLEAN = """
 import json, sys
 
+BLOCKED = {'mmdet', 'mmcv', 'mmengine'}
+if sys.argv[3] != 'torch':
+    BLOCKED |= {'torch', 'onnx', 'onnxscript'}
+
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition('.')[0] in {'torch', 'mmdet', 'mmcv', 'mmengine', 'onnx', 'onnxscript'}:
+        if name.partition('.')[0] in BLOCKED:
             raise ImportError(f'{name} is blocked')
 
 sys.meta_path.insert(0, Blocked())
@@ -51,23 +59,27 @@ def assert_runs_alone(exported: Detector, folder: Path, image: np.ndarray, tmp_p
     """Without torch and the framework an export finds in an image what it finds here."""
     file = tmp_path / 'image.png'
     cv2.imwrite(str(file), image)
-    command = [sys.executable, '-c', CLEAN, folder, file]
+    command = [sys.executable, '-c', CLEAN, folder, file, exported.description['format']]
     clean = subprocess.run(command, capture_output=True, text=True)
     assert clean.returncode == 0, clean.stderr
     for expected, actual in zip(exported.detect(image), json.loads(clean.stdout)):
         np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 
+def has_library(runtime: str) -> bool:
+    """Whether our operators were built for a runtime."""
+    try:
+        return library(runtime).exists()
+    except FileNotFoundError:
+        return False
+
+
 def needs(format_: str) -> None:
     """Skip where the runtime of a format, or its operators, are not there."""
-    if format_ == 'torch':
-        return
-    runtime = {'onnx': 'onnxruntime'}.get(format_, format_)
-    pytest.importorskip(runtime)
-    try:
-        library(runtime)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+    if format_ != 'torch':
+        pytest.importorskip(RUNTIMES[format_])
+        if not has_library(RUNTIMES[format_]):
+            pytest.skip(f'the operators for {RUNTIMES[format_]} were not built')
 
 
 def export_for_all(model: nn.Module, folder: Path, **options) -> None:
@@ -76,22 +88,15 @@ def export_for_all(model: nn.Module, folder: Path, **options) -> None:
     Each lies in a folder of its format's name. Tracing and writing ONNX is what takes long, so both
     are done once.
     """
-    description = describe(model, **options)
-    text, batch = options.get('text'), options.get('batch', 1)
-    program = trace(model, batch=batch, padded=description['input']['padded'], text=text)
-    folder.mkdir(parents=True)
-    to_onnx(program, folder / 'model.onnx')
+    traced = trace(model, **options)
+    write(traced, folder / 'torch', 'torch')
+    to_onnx(traced.program, folder / 'model.onnx')
 
     def copy_onnx(program, path: Path, opset: int) -> None:
         for file in folder.glob('model.onnx*'):
             shutil.copy(file, path.parent)
 
-    write_program(program, folder / 'torch', 'torch', description)
     with mock.patch('mmlite.export.write.to_onnx', copy_onnx):
-        for format_, runtime in (('onnx', 'onnxruntime'), ('openvino', 'openvino')):
-            try:
-                __import__(runtime)
-                library(runtime)
-            except (ImportError, FileNotFoundError):
-                continue
-            write_program(program, folder / format_, format_, description)
+        for format_, runtime in RUNTIMES.items():
+            if format_ != 'torch' and find_spec(runtime) and has_library(runtime):
+                write(traced, folder / format_, format_)

@@ -1,0 +1,121 @@
+"""The loading side alone: images on their way in, boxes and masks on their way back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mmlite.export import Detector, load
+from mmlite.export.detector import resized_size
+
+INPUT = {'batch': 1, 'height': None, 'width': None, 'padded': False, 'divisor': 1}
+
+
+def detector(box, maps=(), resize=None, pad=None, **inputs) -> Detector:
+    """One that finds a box, in pixels of what the model gets, and writes down what that is."""
+    seen = []
+
+    def session(images, sizes=None):
+        seen.append(images)
+        arrays = [np.array([[box, box]], np.float32), np.float32([[0.9, -1.0]]), np.zeros((1, 2))]
+        return [*arrays, *(one[None] for one in maps)]
+
+    description = {
+        'classes': ['thing'],
+        'input': {**INPUT, 'strides': [8, 16], 'least_tokens': 5, **inputs},
+        'preprocessing': {'resize': resize, 'pad': pad},
+    }
+    made = Detector(session, description)
+    made.seen = seen
+    return made
+
+
+@pytest.mark.parametrize(
+    'resize, pad, shape, factors',
+    [
+        (None, None, (60, 100), (1, 1)),
+        ({'scale': [200, 90], 'keep_ratio': True}, None, (90, 150), (1.5, 1.5)),
+        ({'scale': [200, 90], 'keep_ratio': False}, None, (90, 200), (2, 1.5)),
+        ({'canvas': [120, 80]}, None, (48, 80), (0.8, 0.8)),
+        (
+            {'scale': [200, 90], 'keep_ratio': True},
+            {'value': 7, 'size_divisor': 32},
+            (96, 160),
+            1.5,
+        ),
+        (None, {'value': 7, 'size': [64, 128]}, (64, 128), 1),
+    ],
+)
+def test_boxes_are_in_pixels_of_the_image(resize, pad, shape, factors):
+    x, y = np.broadcast_to(factors, 2)
+    found = detector([20 * x, 10 * y, 40 * x, 50 * y], resize=resize, pad=pad)
+    image = np.full((60, 100, 3), 50, np.uint8)
+    boxes, scores, labels = found.detect(image)
+    np.testing.assert_allclose(boxes, [[20, 10, 40, 50]], rtol=1e-6)
+    assert scores.tolist() == [np.float32(0.9)] and len(labels) == 1
+    (images,) = found.seen
+    assert images.shape == (1, 3, *shape)
+    assert images[0, :, 0, 0].tolist() == [50] * 3
+    assert images[0, 0, -1, -1] == (7 if pad else 50)
+
+
+def test_masks_are_in_pixels_of_the_image():
+    mask = np.zeros((2, 96, 160), bool)  # padded below 90 and right of 150
+    mask[:, 45:, 75:] = True
+    panoptic = np.where(mask[0], 1000, 3)
+    resize, pad = {'scale': [200, 90], 'keep_ratio': True}, {'value': 0, 'size_divisor': 32}
+    found = detector([75, 45, 150, 90], [mask, panoptic], resize, pad).detect(
+        np.zeros((60, 100, 3), np.uint8)
+    )
+    expected = np.zeros((60, 100), bool)
+    expected[30:, 50:] = True
+    np.testing.assert_allclose(found.boxes, [[50, 30, 100, 60]], rtol=1e-6)
+    np.testing.assert_array_equal(found.masks, [expected])
+    np.testing.assert_array_equal(found.panoptic == 1000, expected)
+
+
+def test_sizes_are_those_of_mmdetection():
+    mmcv = pytest.importorskip('mmcv')
+    from mmdet.datasets.transforms import FixScaleResize
+
+    resize = {'scale': [1333, 800], 'keep_ratio': True}
+    floor = FixScaleResize((1333, 800), keep_ratio=True)
+    for size in [(480, 640), (427, 640), (333, 500), (1080, 1920), (2000, 37), (801, 1333)]:
+        image = np.zeros((*size, 3), np.uint8)
+        assert resized_size(size, resize) == mmcv.imrescale(image, (1333, 800)).shape[:2]
+        down = resized_size(size, {**resize, 'rounds_down': True})
+        assert down == floor({'img': image})['img'].shape[:2]
+
+
+@pytest.mark.parametrize(
+    'image, got',
+    [
+        (None, 'NoneType'),
+        (np.zeros((8, 8, 3), np.uint16), 'uint16 of shape (8, 8, 3)'),
+        (np.zeros((8, 8, 3)), 'float64 of shape (8, 8, 3)'),
+        (np.zeros((8, 8), np.uint8), 'uint8 of shape (8, 8)'),
+        (np.zeros((8, 0, 3), np.uint8), 'uint8 of shape (8, 0, 3)'),
+    ],
+)
+def test_what_is_no_image_is_told(image, got):
+    with pytest.raises(ValueError) as refused:
+        detector([0, 0, 1, 1]).detect(image)
+    assert str(refused.value).endswith(f'got {got}')
+
+
+def test_the_smallest_image():
+    found = detector([0, 0, 1, 1])
+    found.detect(np.zeros((9, 16, 3), np.uint8))  # 2 * 2 + 1 * 1 tokens
+    with pytest.raises(ValueError, match='it gives 3 tokens, and 5 queries'):
+        found.detect(np.zeros((8, 16, 3), np.uint8))
+
+
+def test_what_is_no_export_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match='holds no exported detector'):
+        load(tmp_path)
+    (tmp_path / 'detector.json').write_text('{"version": 0}')
+    with pytest.raises(ValueError, match='another version of mmlite'):
+        load(tmp_path)
+    (tmp_path / 'detector.json').write_text('{"version": 2, "format": "onnx"}')
+    with pytest.raises(ValueError, match="'bfloat16' cannot be had from onnx"):
+        load(tmp_path, precision='bfloat16')

@@ -8,6 +8,8 @@ from pathlib import Path
 import cv2
 import pytest
 from click.testing import CliRunner
+from mmdet.registry import MODELS
+from mmengine.config import Config
 
 from mmlite.cli import main
 
@@ -30,14 +32,21 @@ def test_blocks_run(page):
         exec(block, namespace)
 
 
-def test_first_screen_draws_its_picture(tmp_path, monkeypatch):
+def test_three_lines_of_config_give_a_lite_model():
+    block = python_blocks(ROOT / 'README.md')[0]
+    assert python_blocks(DOCS / 'index.md')[0] == block
+    config = Config.fromstring(block, '.py')
+    assert str(MODELS.build(config.model).encoder.schedule) == 'H3L1-(2+1)x3'
+
+
+def test_five_lines_of_python_draw_the_picture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ('--epochs', '1', '--train-images', '8', '--val-images', '6')
     result = CliRunner().invoke(main, ['demo', *small])
     assert result.exit_code == 0, result.output
     Path('work_dirs/demo/epoch_1.pth').rename('work_dirs/demo/epoch_14.pth')
 
-    block = python_blocks(ROOT / 'README.md')[0]
+    block = python_blocks(ROOT / 'README.md')[1]
     assert len(re.findall(r'^.', block, re.MULTILINE)) == 5
     exec(block, {})
     assert cv2.imread('vis/shapes.png').shape == (512, 512, 3)

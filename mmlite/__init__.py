@@ -1,6 +1,7 @@
-"""mmlite: Lite DETR encoders and fast key-aware deformable attention for MMDetection.
+"""mmlite: Lite DETR encoders and fast key-aware deformable attention.
 
-Importing it loads nothing but the standard library. What it adds to MMDetection, it adds in
+The verbs below change a model of MMDetection or Hugging Face transformers in place and return it.
+Importing mmlite loads nothing but the standard library. What it adds to MMDetection, it adds in
 :func:`mmlite.openmmlab.register.register`.
 """
 
@@ -11,25 +12,91 @@ from typing import TYPE_CHECKING, Any
 from .openmmlab.register import register
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
 
-    from .export.optimize import Optimized
-
 __version__ = '0.1.0'
+__all__ = ['fuse', 'optimize', 'restore', 'to_lite']
 
 
-def optimize(model: torch.nn.Module) -> Optimized:
-    """Make a detector's predictions faster; see :func:`mmlite.export.optimize.optimize`."""
+def to_lite(model: torch.nn.Module, schedule: str, **options: Any) -> torch.nn.Module:
+    """Give a built stock model the Lite encoder, with all weights that have a counterpart.
+
+    Query projections of key-aware attention and small FFNs are new: train them.
+
+    Args:
+        model (torch.nn.Module): For example a DINO or a Mask2Former; changed in place.
+        schedule (str): For example ``'H3L1-(2+1)x3'``.
+        **options: ``key_aware``, ``small_ffn``, ``update``, ``num_cp`` and what else the encoder
+            takes: :class:`mmlite.openmmlab.layers.LiteEncoder`, for transformers
+            :func:`mmlite.huggingface.to_lite`.
+
+    Returns:
+        torch.nn.Module: The same model; :func:`restore` undoes the change.
+
+    Raises:
+        ValueError: The model has no encoder to replace or a Lite one already, or the schedule
+            does not fit it. The model is unchanged then.
+    """
+    return _room(model).to_lite(model, schedule, **options)
+
+
+def fuse(model: torch.nn.Module) -> torch.nn.Module:
+    """Run standard deformable attention on :mod:`mmlite.ops`: same numbers, trainable.
+
+    Args:
+        model (torch.nn.Module): Changed in place.
+
+    Returns:
+        torch.nn.Module: The same model; :func:`restore` undoes the change.
+
+    Raises:
+        ValueError: The model has no deformable attention that mmlite knows.
+    """
+    return _room(model).fuse(model)
+
+
+def optimize(model: torch.nn.Module) -> torch.nn.Module:
+    """Make a detector of MMDetection predict faster; see :mod:`mmlite.export.optimize`.
+
+    Returns:
+        torch.nn.Module: The same model, for inference only; :func:`restore` undoes the change.
+
+    Raises:
+        ValueError: The model is none of those that can be optimised.
+    """
     from .export.optimize import optimize
 
     return optimize(model)
 
 
-def to_lite(model: torch.nn.Module, schedule: str, **options: Any) -> torch.nn.Module:
-    """Make a built stock model Lite; see :func:`mmlite.openmmlab.to_lite.to_lite`."""
-    from .openmmlab.to_lite import to_lite
+def restore(model: torch.nn.Module) -> torch.nn.Module:
+    """Undo what the other verbs have done to a model, the last change first.
 
-    return to_lite(model, schedule, **options)
+    Weights that were trained in between and are not part of the stock model are lost.
+    """
+    from .models import restore
+
+    return restore(model)
+
+
+def _room(model: torch.nn.Module) -> ModuleType:
+    """The package that knows a model, by where the classes of its modules come from."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    packages = {cls.__module__.partition('.')[0] for cls in classes}
+    if packages & {'mmdet', 'mmcv'}:  # first, as a Grounding DINO has transformers' BERT
+        from .openmmlab import verbs
+
+        return verbs
+    if 'transformers' in packages:
+        from . import huggingface
+
+        return huggingface
+    raise ValueError(
+        f'{type(model).__name__} is a model of neither MMDetection nor transformers, which are '
+        'those that mmlite can change'
+    )
 
 
 register()

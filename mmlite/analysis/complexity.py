@@ -9,47 +9,33 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
-from mmengine.analysis import complexity_analysis
-from mmengine.analysis.jit_handles import get_shape
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..nn.attention import KeyAwareDeformableAttention, SamplingAttention
 from ..openmmlab.families import encoder_name
+from ..openmmlab.flops import deform_attn_flops, operator_rules
 from ..openmmlab.layers import level_sizes
+
+__all__ = [
+    'Complexity',
+    'FlopCount',
+    'count_detector',
+    'count_flops',
+    'deform_attn_flops',
+]
 
 _HEADS = ('bbox_head', 'head', 'panoptic_head', 'track_head')
 _HEAD_PARTS = {'pixel_decoder': 'neck', 'transformer_decoder': 'decoder'}
 STAGES = ('backbone', 'neck', 'encoder', 'decoder', 'head', 'other')
-
-
-def deform_attn_flops(
-    queries: int, heads: int, points: int, head_dim: int, *, key_aware: bool
-) -> int:
-    """Cost of sampling and attending, without the linear layers around it.
-
-    A bilinear sample costs 4 a channel. Key-aware attention samples a key and a value at each
-    point and adds two products, ``q k`` and ``weights v``. Sampling is counted for both even
-    where the key is the value and a kernel samples once. Standard attention weights its
-    samples elementwise, which the rule does not count.
-
-    Args:
-        queries (int): Number of queries, summed over the batch.
-        heads (int): Number of heads, M.
-        points (int): Points of one head of one query over all levels, L*P.
-        head_dim (int): Channels of a head, D.
-        key_aware (bool): Key-aware or standard deformable attention.
-    """
-    channels = queries * heads * points * head_dim
-    return (4 + 4 + 1 + 1) * channels if key_aware else 4 * channels
 
 
 @dataclass(frozen=True)
@@ -275,38 +261,10 @@ def _norm(weight: int, training: int | None = None):
     return rule
 
 
-def _deform_attn(shape_of: Callable, value: int, sampling: int, levels: tuple, *, key_aware: bool):
-    """The rule of an operator of ours, whose arguments ``shape_of`` gives the shape of.
-
-    ``value`` and ``sampling`` (locations or offsets) say which arguments these are, and ``levels``
-    which one tells the number of levels, and in which dimension.
-    """
-
-    def rule(args: Sequence, out: object) -> int:
-        batch, queries, heads, _, points, _ = shape_of(args[sampling])
-        argument, axis = levels
-        num_points = shape_of(args[argument])[axis] * points
-        head_dim = shape_of(args[value])[-1]
-        return deform_attn_flops(batch * queries, heads, num_points, head_dim, key_aware=key_aware)
-
-    return rule
-
-
-def _rules_of_ours(shape_of: Callable) -> dict[str, Callable]:
-    key_aware = partial(_deform_attn, shape_of, 2, key_aware=True)
-    standard = partial(_deform_attn, shape_of, 0, key_aware=False)
-    return {
-        'key_aware_deform_attn': key_aware(4, (4, 3)),
-        'key_aware_deform_attn_from_offsets': key_aware(5, (4, 2)),
-        'ms_deform_attn': standard(2, (2, 3)),
-        'ms_deform_attn_from_offsets': standard(3, (2, 2)),
-    }
-
-
 _aten = torch.ops.aten
 _ours = {
     getattr(torch.ops.mmlite, name): rule
-    for name, rule in _rules_of_ours(lambda tensor: tensor.shape).items()
+    for name, rule in operator_rules(lambda tensor: tensor.shape).items()
 }
 _SAMPLING = {_aten.grid_sampler_2d, *_ours}
 FLOP_RULES = {
@@ -335,9 +293,3 @@ for _name in (
     # Which of these there are depends on the version of torch.
     if hasattr(_aten, f'_scaled_dot_product_{_name}'):
         FLOP_RULES[getattr(_aten, f'_scaled_dot_product_{_name}')] = _attention
-
-# mmengine's ``get_model_complexity_info``, hence mmdet's ``get_flops``, counts on a traced graph
-# and skips operators that it does not know.
-complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(
-    {f'mmlite::{name}': rule for name, rule in _rules_of_ours(get_shape).items()}
-)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import cv2
 import torch
-from mmdet.registry import HOOKS
 from mmdet.structures import DetDataSample
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -30,7 +29,6 @@ from .complexity import count_detector
 from .pictures import draw_attention, draw_level_masses, pixels_of
 
 
-@HOOKS.register_module()
 class EfficiencyHook(Hook):
     """Counts GFLOPs and parameters before training starts.
 
@@ -62,7 +60,6 @@ class EfficiencyHook(Hook):
         )
 
 
-@HOOKS.register_module()
 class AttentionMapHook(Hook):
     """Draws, while validating, where the encoder looks.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..huggingface import fuse_attention, to_lite
+from ..huggingface import fuse, to_lite
 from ..huggingface.attention import check_version
 from .complexity import count_flops
 from .latency import Call, Ratio, Timing, speedup
@@ -145,9 +145,9 @@ def _measure(kind: Kind, schedule: str, setting: Setting, start: Start) -> list[
     torch.manual_seed(0)
     stock = kind.build().eval().to(setting.device)
     patched, lite = copy.deepcopy(stock), copy.deepcopy(stock)
-    fuse_attention(patched)
+    fuse(patched)
     to_lite(lite, schedule)
-    fuse_attention(lite)
+    fuse(lite)
     variants = {STOCK: stock, PATCHED: patched, f'Lite {schedule}': lite}
     batch = _inputs(stock, setting)
     flops = {name: count_flops(model, **batch).of(kind.encoder) for name, model in variants.items()}

@@ -12,8 +12,9 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from .. import __version__, ops
+from ..models import Change
 from ..openmmlab.families import reads_text
-from ..openmmlab.layers import LiteEncoder, fuse_attention
+from ..openmmlab.layers import LiteEncoder, fuse_into
 from .detector import FORMAT_VERSION, check_size
 from .graph import Graph
 from .graphs import encoder_of, low_levels_of, make_graph
@@ -50,7 +51,7 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
     encoder = encoder_of(model)
     low_levels = getattr(encoder, 'low_levels', None)
     model.eval()
-    fuse_attention(model)
+    fuse_into(Change('export'), model)
     if isinstance(encoder, LiteEncoder) and low_levels is None:
         # Comparing the maps' sizes would bind a graph to them.
         encoder.low_levels = low_levels_of(model)

@@ -9,6 +9,7 @@ model is touched, and the way back is to give it its class again.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from functools import cache
 from types import FunctionType
@@ -19,7 +20,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from .. import ops
-from ..nn import LiteEncoder
+from ..models import changing
+from ..nn import InterleavedEncoder
 
 LevelSizes = Sequence[tuple[int, int]]
 
@@ -27,7 +29,7 @@ LevelSizes = Sequence[tuple[int, int]]
 OLDEST = Version('5.18')
 
 
-def fuse_attention(model: nn.Module) -> int:
+def fuse(model: nn.Module) -> nn.Module:
     """Let a model's deformable attention run through :func:`mmlite.ops.ms_deform_attn`.
 
     Changes, in place, every deformable attention of transformers in ``model``. Parameters, their
@@ -38,7 +40,7 @@ def fuse_attention(model: nn.Module) -> int:
         model (nn.Module): A model of transformers, or one that contains such a model.
 
     Returns:
-        int: The number of modules changed; 0 where there is nothing left to change.
+        nn.Module: The same model; :func:`mmlite.restore` undoes the change.
 
     Raises:
         ValueError: The model has no deformable attention, or one that reads the nearest pixel
@@ -46,36 +48,25 @@ def fuse_attention(model: nn.Module) -> int:
         ImportError: The installed transformers is too old.
     """
     check_version()
-    modules = list(model.modules())
-    stock = [module for module in modules if _fused_class(type(module))]
-    if not stock and not any(isinstance(module, (_Fused, LiteEncoder)) for module in modules):
+    modules = dict(model.named_modules())
+    stock = {name: part for name, part in modules.items() if _fused_class(type(part))}
+    ours = (_Fused, InterleavedEncoder)
+    if not stock and not any(isinstance(part, ours) for part in modules.values()):
         raise ValueError(
             f'{type(model).__name__} has no deformable attention of transformers to run on '
             'mmlite.ops; models such as Deformable DETR, Grounding DINO, Mask2Former and RT-DETR do'
         )
-    if any(_reads_nearest(module) for module in stock):
+    if any(_reads_nearest(part) for part in stock.values()):
         raise ValueError(
             f'the deformable attention of {type(model).__name__} reads the nearest pixel and '
             "mmlite.ops interpolates: only models with decoder_method='default' can be served"
         )
-    for module in stock:
-        module.__class__ = _fused_class(type(module))
-    return len(stock)
-
-
-def restore_attention(model: nn.Module) -> int:
-    """Undo :func:`fuse_attention`.
-
-    Args:
-        model (nn.Module): The model.
-
-    Returns:
-        int: The number of modules that are transformers' own again.
-    """
-    fused = [module for module in model.modules() if isinstance(module, _Fused)]
-    for module in fused:
-        module.__class__ = module.stock_class
-    return len(fused)
+    with changing(model, 'fuse') as change:
+        for name, part in stock.items():
+            change.set_class(model, name, _fused_class(type(part)))
+    count = len(stock)
+    logging.getLogger('mmlite').info('fuse: %d deformable attentions run on mmlite.ops', count)
+    return model
 
 
 def check_version() -> None:

@@ -7,26 +7,18 @@ points, activation, dropout), so that no config has to be understood, and for it
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+import logging
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..nn import (
-    FFN,
-    DeformableAttention,
-    EncoderSchedule,
-    EncoderStep,
-    KeyAwareDeformableAttention,
-    LiteEncoder,
-    LiteEncoderLayer,
-    StepTokens,
-)
+from ..models import EncoderLayerParts, changing, stock_layers
+from ..nn import EncoderSchedule, InterleavedEncoder, StepTokens
 from .attention import LevelSizes, check_version
 
 # Where `save_pretrained` writes down how the encoder was made.
 CONFIG_NAME = 'lite_encoder'
+_LOG = logging.getLogger('mmlite')
 
 
 def to_lite(
@@ -70,6 +62,8 @@ def to_lite(
         ImportError: The installed transformers is too old.
     """
     check_version()
+    if (proj_key or same_loc) and not key_aware:
+        raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
     settings = dict(
         schedule=str(EncoderSchedule.parse(schedule)),
         key_aware=key_aware,
@@ -79,20 +73,22 @@ def to_lite(
         same_loc=same_loc,
         num_cp=num_cp,
     )
+    name_of = type(model).__name__
     stock = {name: part for name, part in model.named_modules() if type(part).__name__ in _LITE}
     if not stock or '' in stock:
-        if any(isinstance(part, LiteEncoder) for part in model.modules()):
-            raise ValueError(f'{type(model).__name__} has a Lite encoder already')
+        if any(isinstance(part, InterleavedEncoder) for part in model.modules()):
+            raise ValueError(f'{name_of} has a Lite encoder already')
         raise ValueError(
-            f'{type(model).__name__} holds no encoder that the Lite encoder can replace; '
+            f'{name_of} holds no encoder that the Lite encoder can replace; '
             'Deformable DETR, Grounding DINO, MM-Grounding DINO, Mask2Former and OneFormer do'
         )
-    lite = {name: _LITE[type(part).__name__](part, **settings) for name, part in stock.items()}
-    for name, encoder in lite.items():
-        parent, _, attribute = name.rpartition('.')
-        setattr(model.get_submodule(parent), attribute, encoder)
-    if hasattr(model, 'config'):
-        setattr(model.config, CONFIG_NAME, settings)
+    with changing(model, 'to_lite') as change:
+        for name, part in stock.items():
+            parent, _, attribute = name.rpartition('.')
+            change.set(model, parent, attribute, _LITE[type(part).__name__](part, **settings))
+        if hasattr(model, 'config'):
+            change.set(model, 'config', CONFIG_NAME, settings)
+    _LOG.info('to_lite: %s with schedule %s; train what is new', name_of, settings['schedule'])
     return model
 
 
@@ -132,12 +128,12 @@ def load_lite(model_class: type[nn.Module], folder: str, **kwargs: Any) -> nn.Mo
     return model
 
 
-class _Encoder(LiteEncoder):
+class _Encoder(InterleavedEncoder):
     """A Lite encoder built after a stock encoder of transformers, and warm-started from it.
 
     Args:
         stock (nn.Module): The encoder it replaces.
-        schedule (str): The other arguments are those of :func:`to_lite`.
+        schedule (str | EncoderSchedule): This and what follows is as for :func:`to_lite`.
 
     Raises:
         ValueError: The schedule does not fit the stock encoder.
@@ -149,47 +145,23 @@ class _Encoder(LiteEncoder):
         self,
         stock: nn.Module,
         schedule: str | EncoderSchedule,
-        key_aware: bool,
-        small_ffn: bool,
         update: str,
-        proj_key: bool,
-        same_loc: bool,
         num_cp: int,
+        **layer: bool,
     ) -> None:
-        nn.Module.__init__(self)
-        if (proj_key or same_loc) and not key_aware:
-            raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
         schedule = EncoderSchedule.parse(schedule)
-        parts = [_parts(layer) for layer in stock.layers]
-        like = parts[0]
-        attn = like['self_attn']
-        schedule.check_fit(len(parts), attn.n_levels, update)
-
-        def make_layer(step: EncoderStep) -> LiteEncoderLayer:
-            arguments = (attn.d_model, attn.n_heads, attn.n_levels, attn.n_points, like['dropout'])
-            return LiteEncoderLayer(
-                step,
-                KeyAwareDeformableAttention(*arguments, proj_key=proj_key, same_loc=same_loc)
-                if key_aware
-                else DeformableAttention(*arguments),
-                lambda channels: _make_ffn(like, channels),
-                lambda: nn.LayerNorm(attn.d_model, eps=like['final_layer_norm'].eps),
-                small_ffn,
-                chunk_size=1024,
-            )
-
-        self._assemble(schedule, update, make_layer, num_cp, self._low_levels(schedule))
-        self.stock_layers = _stock_layers(self.steps)
-        for layer, index in zip(self.layers, self.stock_layers):
-            _copy_layer(layer, parts[index])
-        self.to(attn.value_proj.weight)
-        self.schedule_code = self.schedule_code.long()
+        parts = [_parts(stock_layer) for stock_layer in stock.layers]
+        schedule.check_fit(len(parts), parts[0].shape[2], update)
+        steps = schedule.steps(update)
+        indices = stock_layers(steps)
+        layers = [parts[index].lite(step, **layer) for step, index in zip(steps, indices)]
+        levels, count = range(schedule.num_levels), schedule.num_low_levels
+        low_levels = levels[-count:] if self.smallest_first else levels[:count]
+        super().__init__(schedule, layers, update, num_cp, low_levels)
+        self.stock_layers = indices
+        self.to(parts[0].attention.value_proj.weight)
+        self.schedule_code = self.schedule_code.long()  # .to() casts it, too
         self.train(stock.training)
-
-    def _low_levels(self, schedule: EncoderSchedule) -> Collection[int]:
-        levels = range(schedule.num_levels)
-        count = schedule.num_low_levels
-        return levels[-count:] if self.smallest_first else levels[:count]
 
 
 class DeformableDetrLiteEncoder(_Encoder):
@@ -333,51 +305,18 @@ _LITE = {
 }
 
 
-def _parts(layer: nn.Module) -> dict[str, Any]:
+def _parts(layer: nn.Module) -> EncoderLayerParts:
     """What an encoder layer is made of, wherever its family keeps it."""
     layer = getattr(layer, 'deformable_layer', layer)  # Grounding DINO: beside the text's layers
     ffn = getattr(layer, 'mlp', layer)  # Deformable DETR
-    names = ('self_attn', 'self_attn_layer_norm', 'final_layer_norm', 'dropout')
-    of_ffn = ('fc1', 'fc2', 'activation_fn', 'activation_dropout')
-    return {
-        **{name: getattr(layer, name) for name in names},
-        **{name: getattr(ffn, name) for name in of_ffn},
-    }
-
-
-def _make_ffn(like: dict[str, Any], channels: int | None) -> FFN:
-    fc1 = like['fc1']
-    ffn = FFN(fc1.in_features, channels or fc1.out_features, like['dropout'])
-    activation = like['activation_fn']
-    if isinstance(activation, nn.Module) and not isinstance(activation, nn.ReLU):
-        ffn.layers[0][1] = copy.deepcopy(activation)
-    ffn.layers[0][2].p = like['activation_dropout']
-    return ffn
-
-
-def _stock_layers(steps: Collection[EncoderStep]) -> list[int]:
-    """For each layer the stock layer that updates the high-level tokens as often."""
-    layers, updates = [], -1
-    for step in steps:
-        updates += step.updates_high
-        layers.append(updates)
-    return layers
-
-
-@torch.no_grad()
-def _copy_layer(layer: LiteEncoderLayer, stock: dict[str, Any]) -> None:
-    """Copy what has a counterpart of the same shape."""
-    pairs = [
-        (getattr(layer.self_attn, name, None), getattr(stock['self_attn'], name))
-        for name in ('sampling_offsets', 'attention_weights', 'value_proj', 'output_proj')
-    ]
-    pairs.append((layer.norms[0], stock['self_attn_layer_norm']))
-    if hasattr(layer, 'ffn'):
-        pairs.append((layer.ffn.layers[0][0], stock['fc1']))
-        pairs.append((layer.ffn.layers[1], stock['fc2']))
-        pairs.append((layer.norms[1], stock['final_layer_norm']))
-    if layer.has_small_ffn:
-        pairs.append((layer.small_norm, stock['final_layer_norm']))
-    for target, source in pairs:
-        if target is not None and target.weight.shape == source.weight.shape:
-            target.load_state_dict(source.state_dict())
+    attention, activation = layer.self_attn, ffn.activation_fn
+    is_relu = isinstance(activation, nn.ReLU) or not isinstance(activation, nn.Module)
+    return EncoderLayerParts(
+        attention,
+        (attention.d_model, attention.n_heads, attention.n_levels, attention.n_points),
+        (layer.self_attn_layer_norm, layer.final_layer_norm),
+        (ffn.fc1, ffn.fc2),
+        None if is_relu else activation,
+        layer.dropout,
+        ffn.activation_dropout,
+    )

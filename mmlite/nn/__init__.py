@@ -6,7 +6,7 @@ that everything compiles, exports and can be captured.
 
 from .attention import DeformableAttention, KeyAwareDeformableAttention, directional_grid
 from .cuda_graphs import GraphReplay
-from .encoder import FFN, LiteEncoder, LiteEncoderLayer
+from .encoder import FFN, InterleavedEncoder, LiteEncoder, LiteEncoderLayer
 from .geometry import encoder_reference_points, sampling_locations
 from .schedule import EncoderSchedule, EncoderStep
 from .tokens import StepTokens, TokenRun
@@ -17,6 +17,7 @@ __all__ = [
     'EncoderSchedule',
     'EncoderStep',
     'GraphReplay',
+    'InterleavedEncoder',
     'KeyAwareDeformableAttention',
     'LiteEncoder',
     'LiteEncoderLayer',

@@ -45,8 +45,7 @@ class SamplingAttention(nn.Module):
         same_loc: bool = False,
         predicts_weights: bool = False,
     ) -> None:
-        # By name: in the MMDetection face mmcv's constructor comes next, which builds other layers.
-        nn.Module.__init__(self)
+        super().__init__()
         if embed_dims % num_heads:
             raise ValueError(
                 f'embed_dims must be a multiple of num_heads; got {embed_dims} and {num_heads}'
@@ -113,17 +112,12 @@ class SamplingAttention(nn.Module):
         return self.dropout(self.output_proj(output)) + identity
 
     def attend(
-        self,
-        query: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        reference_points: Tensor,
-        spatial_shapes: LevelSizes,
+        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
     ) -> Tensor:
-        """Projections, offsets and operator: what :meth:`forward` sends through the output layer.
+        """What :meth:`forward` sends through the output layer.
 
-        ``query`` has its positional embedding added; the other arguments are those of
-        :meth:`forward`.
+        ``query`` has its positional embedding added; ``mask``, ``points`` and ``sizes`` are
+        ``key_padding_mask``, ``reference_points`` and ``spatial_shapes`` of :meth:`forward`.
 
         Returns:
             Tensor: shape (bs, num_queries, embed_dims).
@@ -131,32 +125,23 @@ class SamplingAttention(nn.Module):
         raise NotImplementedError
 
     def logits(
-        self,
-        query: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        reference_points: Tensor,
-        spatial_shapes: LevelSizes,
+        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
     ) -> Tensor:
-        """What the softmax makes the attention weights of; arguments as for :meth:`attend`.
+        """The attention weights before the softmax; arguments as for :meth:`attend`.
 
         Returns:
             Tensor: shape (bs, num_queries, num_heads, num_levels * num_points).
         """
         raise NotImplementedError
 
-    def project(
-        self, projection: nn.Module, tokens: Tensor, key_padding_mask: Tensor | None
-    ) -> Tensor:
+    def project(self, projection: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Project to heads, (bs, num_tokens, num_heads, head_dim), zero at padded positions."""
         projected = projection(tokens)
-        if key_padding_mask is not None:
-            projected = projected.masked_fill(key_padding_mask.unsqueeze(-1), 0.0)
+        if mask is not None:
+            projected = projected.masked_fill(mask.unsqueeze(-1), 0.0)
         return projected.unflatten(-1, (self.num_heads, -1))
 
-    def offsets(
-        self, query: Tensor, reference_points: Tensor, spatial_shapes: LevelSizes
-    ) -> Tensor:
+    def offsets(self, query: Tensor, points: Tensor, sizes: LevelSizes) -> Tensor:
         """The queries' offsets from their reference points, as the operators take them.
 
         Returns:
@@ -166,10 +151,8 @@ class SamplingAttention(nn.Module):
         Raises:
             ValueError: The number of levels is not the attention's.
         """
-        for name, number in (
-            ('reference_points', reference_points.shape[-2]),
-            ('spatial_shapes', len(spatial_shapes)),
-        ):
+        found = {'reference_points': points.shape[-2], 'spatial_shapes': len(sizes)}
+        for name, number in found.items():
             if number != self.num_levels:
                 raise ValueError(
                     f'{name} is for {number} feature levels, '
@@ -177,7 +160,7 @@ class SamplingAttention(nn.Module):
                 )
         return self.sampling_offsets(query).unflatten(-1, (self.num_heads, -1, self.num_points, 2))
 
-    def locate(self, query: Tensor, reference_points: Tensor, spatial_shapes: LevelSizes) -> Tensor:
+    def locate(self, query: Tensor, points: Tensor, sizes: LevelSizes) -> Tensor:
         """Where the queries look; see :func:`mmlite.nn.sampling_locations`.
 
         Returns:
@@ -186,29 +169,14 @@ class SamplingAttention(nn.Module):
         Raises:
             ValueError: The number of levels is not the attention's.
         """
-        # By name: the analysis asks for the locations of mmcv's attention, too.
-        offsets = SamplingAttention.offsets(self, query, reference_points, spatial_shapes)
-        return sampling_locations(
-            offsets.flatten(-4),
-            reference_points,
-            spatial_shapes,
-            self.num_heads,
-            self.num_points,
-        )
+        offsets = self.sampling_offsets(query)
+        return sampling_locations(offsets, points, sizes, self.num_heads, self.num_points)
 
 
 class DeformableAttention(SamplingAttention):
     """Multi-scale deformable attention (Deformable DETR, eq. 3).
 
-    Args:
-        embed_dims (int): Channels of query and value, a multiple of ``num_heads``.
-        num_heads (int): Attention heads.
-        num_levels (int): Feature levels.
-        num_points (int): Sampling points per head and level.
-        dropout (float): Dropout on the output, before the identity is added.
-
-    Raises:
-        ValueError: ``embed_dims`` is no multiple of ``num_heads``.
+    Arguments and errors are those of :class:`SamplingAttention`.
     """
 
     attention_weights: nn.Linear
@@ -233,29 +201,19 @@ class DeformableAttention(SamplingAttention):
         nn.init.zeros_(self.attention_weights.bias)
 
     def attend(
-        self,
-        query: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        reference_points: Tensor,
-        spatial_shapes: LevelSizes,
+        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
     ) -> Tensor:
         weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
         return ops.ms_deform_attn_from_offsets(
-            self.project(self.value_proj, value, key_padding_mask),
-            spatial_shapes,
-            reference_points,
-            self.offsets(query, reference_points, spatial_shapes),
+            self.project(self.value_proj, value, mask),
+            sizes,
+            points,
+            self.offsets(query, points, sizes),
             weights.unflatten(-1, (self.num_levels, self.num_points)),
         )
 
     def logits(
-        self,
-        query: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        reference_points: Tensor,
-        spatial_shapes: LevelSizes,
+        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
     ) -> Tensor:
         return self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
 
@@ -269,11 +227,11 @@ class KeyAwareDeformableAttention(SamplingAttention):
     predicted from the query alone. There is no ``attention_weights`` layer.
 
     Args:
-        embed_dims (int): Channels of query and value, a multiple of ``num_heads``.
+        embed_dims (int): This and what follows is as for :class:`SamplingAttention`.
         num_heads (int): Attention heads.
         num_levels (int): Feature levels.
         num_points (int): Sampling points per head and level.
-        dropout (float): Dropout on the output, before the identity is added.
+        dropout (float): Dropout on the output.
         proj_key (bool): Project keys by a layer of their own. Off, as in the published models,
             the sampled value is its own key, and every point is sampled once.
         same_loc (bool): Predict one set of offsets per head and point, in pixels, and use it on
@@ -314,37 +272,27 @@ class KeyAwareDeformableAttention(SamplingAttention):
             _init_projection(self.key_proj)
 
     def attend(
-        self,
-        query: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        reference_points: Tensor,
-        spatial_shapes: LevelSizes,
+        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
     ) -> Tensor:
-        projected_value = self.project(self.value_proj, value, key_padding_mask)
+        projected_value = self.project(self.value_proj, value, mask)
         key = projected_value
         if self.key_proj is not None:
-            key = self.project(self.key_proj, value, key_padding_mask)
+            key = self.project(self.key_proj, value, mask)
         return ops.key_aware_deform_attn_from_offsets(
             self.query_proj(query).unflatten(-1, (self.num_heads, -1)),
             key,
             projected_value,
-            spatial_shapes,
-            reference_points,
-            self.offsets(query, reference_points, spatial_shapes),
+            sizes,
+            points,
+            self.offsets(query, points, sizes),
         )
 
     def logits(
-        self,
-        query: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None,
-        reference_points: Tensor,
-        spatial_shapes: LevelSizes,
+        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
     ) -> Tensor:
         projection = self.value_proj if self.key_proj is None else self.key_proj
-        key = self.project(projection, value, key_padding_mask)
-        sampled = sample(key, spatial_shapes, self.locate(query, reference_points, spatial_shapes))
+        key = self.project(projection, value, mask)
+        sampled = sample(key, sizes, self.locate(query, points, sizes))
         query = self.query_proj(query).unflatten(-1, (self.num_heads, -1))
         return (query.unsqueeze(-2) * sampled).sum(-1) * query.shape[-1] ** -0.5
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import DeformableAttention, KeyAwareDeformableAttention, SamplingAttention
+from .attention import DeformableAttention, KeyAwareDeformableAttention
 from .cuda_graphs import GraphReplay, is_tracing
 from .geometry import LevelSizes, encoder_reference_points
 from .schedule import EncoderSchedule, EncoderStep
@@ -26,12 +26,23 @@ class FFN(nn.Module):
         embed_dims (int): Channels.
         feedforward_channels (int): Hidden channels.
         dropout (float): Dropout behind each of the two layers.
+        activation (nn.Module, optional): Behind the first layer. Defaults to ReLU.
+        activation_dropout (float, optional): Dropout behind the first layer, where it differs.
     """
 
-    def __init__(self, embed_dims: int, feedforward_channels: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        embed_dims: int,
+        feedforward_channels: int,
+        dropout: float = 0.0,
+        activation: nn.Module | None = None,
+        activation_dropout: float | None = None,
+    ) -> None:
         super().__init__()
         hidden = nn.Sequential(
-            nn.Linear(embed_dims, feedforward_channels), nn.ReLU(inplace=True), nn.Dropout(dropout)
+            nn.Linear(embed_dims, feedforward_channels),
+            activation or nn.ReLU(inplace=True),
+            nn.Dropout(dropout if activation_dropout is None else activation_dropout),
         )
         output = nn.Linear(feedforward_channels, embed_dims)
         self.layers = nn.Sequential(hidden, output, nn.Dropout(dropout))
@@ -51,36 +62,35 @@ class LiteEncoderLayer(nn.Module):
 
     Args:
         step (EncoderStep): Which tokens the layer updates.
-        self_attn (SamplingAttention): The attention; adds its input to its output.
-        make_ffn (Callable[[int | None], nn.Module]): Makes an FFN of so many hidden channels, or
-            of the usual number for None; adds its input to its output.
-        make_norm (Callable[[], nn.Module]): Makes a norm.
-        small_ffn (bool): Whether low-level tokens have the small FFN.
+        self_attn (nn.Module): The attention; adds its input to its output.
+        norm (nn.Module): The norm behind it.
+        ffn (tuple[nn.Module, nn.Module], optional): The FFN, which adds its input to its output,
+            and its norm. :meth:`EncoderStep.ffns` says which of the two a step needs.
+        small_ffn (tuple[nn.Module, nn.Module], optional): The same for the low-level tokens.
         chunk_size (int, optional): See :class:`LiteEncoder`.
     """
 
     def __init__(
         self,
         step: EncoderStep,
-        self_attn: SamplingAttention,
-        make_ffn: Callable[[int | None], nn.Module],
-        make_norm: Callable[[], nn.Module],
-        small_ffn: bool = True,
+        self_attn: nn.Module,
+        norm: nn.Module,
+        ffn: tuple[nn.Module, nn.Module] | None = None,
+        small_ffn: tuple[nn.Module, nn.Module] | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.step = step
         self.chunk_size = chunk_size
         self.self_attn = self_attn
-        self.embed_dims: int = self_attn.embed_dims
-        self.norms = nn.ModuleList([make_norm()])
-        self.has_small_ffn = step.updates_low and small_ffn
-        if step.updates_high or not self.has_small_ffn:
-            self.ffn = make_ffn(None)
-            self.norms.append(make_norm())
-        if self.has_small_ffn:
-            self.small_ffn = make_ffn(self.embed_dims)
-            self.small_norm = make_norm()
+        self.embed_dims: int = self_attn.embed_dims  # type: ignore[assignment]
+        self.norms = nn.ModuleList([norm])
+        if ffn is not None:
+            self.ffn = ffn[0]
+            self.norms.append(ffn[1])
+        self.has_small_ffn = small_ffn is not None
+        if small_ffn is not None:
+            self.small_ffn, self.small_norm = small_ffn
 
     def forward(
         self,
@@ -123,94 +133,48 @@ class LiteEncoderLayer(nn.Module):
         return step_tokens.put_back(memory, updated)
 
 
-class LiteEncoder(nn.Module):
-    """Interleaved multi-scale encoder (Lite DETR, section 4).
+class InterleavedEncoder(nn.Module):
+    """The interleaved encoder over layers that are ready (Lite DETR, section 4).
 
     High-level tokens (the few of the small maps) are updated in every layer, low-level tokens
     (the many of the largest maps) once in a block. Every layer reads all tokens. Needs nothing
     but PyTorch; compiles and exports whole.
 
     Args:
-        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
-        embed_dims (int): Channels of the tokens, a multiple of ``num_heads``.
-        num_heads (int): Attention heads.
-        num_points (int): Sampling points per head and level.
-        feedforward_channels (int): Hidden channels of the FFN.
-        key_aware (bool): Key-aware deformable attention (KDA), or standard.
-        small_ffn (bool): Give low-level tokens an FFN of ``embed_dims`` hidden channels.
+        schedule (EncoderSchedule): Which tokens are updated when.
+        layers (Sequence[nn.Module]): A :class:`LiteEncoderLayer` for each of its steps.
         update (str): ``'joint'`` or ``'sequential'``; see :meth:`EncoderSchedule.steps`.
-        proj_key (bool): See :class:`KeyAwareDeformableAttention`; needs ``key_aware``.
-        same_loc (bool): See :class:`KeyAwareDeformableAttention`; needs ``key_aware``.
         num_cp (int): Layers, counted from the first, whose activations are recomputed in the
             backward pass of training (torch's checkpointing). -1 for none.
-        dropout (float): Dropout behind the attention and in the FFNs.
         low_levels (Collection[int], optional): Indices of the low-level maps among the levels. By
             default the largest maps, as many as the schedule says.
-        chunk_size (int, optional): On a CPU, so many tokens at a time go through the FFNs: their
-            hidden features then stay in the cache (8 MB at 2048 channels, where all tokens of an
-            800x1333 image make 180 MB). Other devices and traced graphs take all at once, and so
-            does None.
 
     Raises:
-        ValueError: The schedule is malformed, or an argument does not fit it.
+        ValueError: ``low_levels`` or the number of layers does not fit the schedule.
     """
 
     def __init__(
         self,
-        schedule: str | EncoderSchedule,
-        embed_dims: int = 256,
-        num_heads: int = 8,
-        num_points: int = 4,
-        feedforward_channels: int = 2048,
-        key_aware: bool = True,
-        small_ffn: bool = True,
-        update: str = 'joint',
-        proj_key: bool = False,
-        same_loc: bool = False,
-        num_cp: int = -1,
-        *,
-        dropout: float = 0.0,
-        low_levels: Collection[int] | None = None,
-        chunk_size: int | None = 1024,
-    ) -> None:
-        nn.Module.__init__(self)
-        schedule = EncoderSchedule.parse(schedule)
-        if (proj_key or same_loc) and not key_aware:
-            raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
-        attention = (embed_dims, num_heads, schedule.num_levels, num_points, dropout)
-
-        def make_layer(step: EncoderStep) -> LiteEncoderLayer:
-            return LiteEncoderLayer(
-                step,
-                KeyAwareDeformableAttention(*attention, proj_key=proj_key, same_loc=same_loc)
-                if key_aware
-                else DeformableAttention(*attention),
-                lambda channels: FFN(embed_dims, channels or feedforward_channels, dropout),
-                lambda: nn.LayerNorm(embed_dims),
-                small_ffn,
-                chunk_size,
-            )
-
-        self._assemble(schedule, update, make_layer, num_cp, low_levels)
-
-    def _assemble(
-        self,
         schedule: EncoderSchedule,
-        update: str,
-        make_layer: Callable[[EncoderStep], nn.Module],
-        num_cp: int,
-        low_levels: Collection[int] | None,
+        layers: Sequence[nn.Module],
+        update: str = 'joint',
+        num_cp: int = -1,
+        low_levels: Collection[int] | None = None,
     ) -> None:
-        """The layers of the schedule, whatever they are made of."""
+        super().__init__()
         if low_levels is not None:
             schedule.check_low_levels(low_levels)
         self.schedule = schedule
         self.update = update
         self.steps = schedule.steps(update)
+        if len(layers) != len(self.steps):
+            raise ValueError(
+                f'schedule {schedule} takes {len(self.steps)} layers, not {len(layers)}'
+            )
         self.num_cp = num_cp
         self.low_levels = None if low_levels is None else tuple(low_levels)
-        self.layers = nn.ModuleList(make_layer(step) for step in self.steps)
-        self.embed_dims = self.layers[0].embed_dims
+        self.layers = nn.ModuleList(layers)
+        self.embed_dims: int = layers[0].embed_dims  # type: ignore[assignment]
         # Weights fit several schedules (H3L1 and H2L2 have the same names and shapes) and are right
         # for one, so they carry it. As a buffer it is in every checkpoint, whoever writes it.
         self.register_buffer('schedule_code', schedule.encode(update))
@@ -219,8 +183,8 @@ class LiteEncoder(nn.Module):
     def replay_graphs(self, enabled: bool = True, max_graphs: int = 8) -> None:
         """Run inference on a GPU as CUDA graphs, one for every size of the maps.
 
-        A size is captured when it comes for the second time. Training, ``before_layer``, and all
-        else that a graph cannot hold run as ever; see :class:`GraphReplay`.
+        A size is captured when it comes for the second time. :class:`GraphReplay` says which calls
+        run without a graph, training among them.
 
         Args:
             enabled (bool): Whether to do so; False lets go of the graphs and their memory.
@@ -312,22 +276,87 @@ class LiteEncoder(nn.Module):
             step_tokens = StepTokens(step, level_sizes, low_levels)
             if before_layer is not None:
                 memory = before_layer(index, memory, step_tokens)
-            arguments = (
-                memory,
-                pos,
-                step_tokens,
-                padding_mask,
-                reference_points,
-                level_sizes,
-            )
-            memory = self._run(index, layer, *arguments)
+            arguments = (memory, pos, step_tokens, padding_mask, reference_points, level_sizes)
+            memory = self.run(index, layer, *arguments)
         return memory
 
-    def _run(self, index: int, module: nn.Module, *arguments):
-        """Call what belongs to a layer; in training ``num_cp`` says whether to keep activations."""
+    def run(self, index: int, module: nn.Module, *arguments):
+        """Call what belongs to layer ``index``; ``num_cp`` says if activations are recomputed."""
         if index < self.num_cp and self.training and torch.is_grad_enabled():
             return checkpoint(module, *arguments, use_reentrant=False)
         return module(*arguments)
+
+
+class LiteEncoder(InterleavedEncoder):
+    """:class:`InterleavedEncoder` made of this package's attention and FFNs.
+
+    Args:
+        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
+        embed_dims (int): Channels of the tokens, a multiple of ``num_heads``.
+        num_heads (int): Attention heads.
+        num_points (int): Sampling points per head and level.
+        feedforward_channels (int): Hidden channels of the FFN.
+        key_aware (bool): Key-aware deformable attention (KDA), or standard.
+        small_ffn (bool): Give low-level tokens an FFN of ``embed_dims`` hidden channels.
+        update (str): ``'joint'`` or ``'sequential'``; see :meth:`EncoderSchedule.steps`.
+        proj_key (bool): See :class:`KeyAwareDeformableAttention`; needs ``key_aware``.
+        same_loc (bool): See :class:`KeyAwareDeformableAttention`; needs ``key_aware``.
+        num_cp (int): Layers, counted from the first, whose activations are recomputed in the
+            backward pass of training (torch's checkpointing). -1 for none.
+        dropout (float): Dropout behind the attention and in the FFNs.
+        low_levels (Collection[int], optional): Indices of the low-level maps among the levels. By
+            default the largest maps, as many as the schedule says.
+        chunk_size (int, optional): On a CPU, so many tokens at a time go through the FFNs: their
+            hidden features then stay in the cache (8 MB at 2048 channels, where all tokens of an
+            800x1333 image make 180 MB). Other devices and traced graphs take all at once, and so
+            does None.
+
+    Raises:
+        ValueError: The schedule is malformed, or an argument does not fit it.
+    """
+
+    def __init__(
+        self,
+        schedule: str | EncoderSchedule,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        num_points: int = 4,
+        feedforward_channels: int = 2048,
+        key_aware: bool = True,
+        small_ffn: bool = True,
+        update: str = 'joint',
+        proj_key: bool = False,
+        same_loc: bool = False,
+        num_cp: int = -1,
+        *,
+        dropout: float = 0.0,
+        low_levels: Collection[int] | None = None,
+        chunk_size: int | None = 1024,
+    ) -> None:
+        schedule = EncoderSchedule.parse(schedule)
+        if (proj_key or same_loc) and not key_aware:
+            raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
+        attention = (embed_dims, num_heads, schedule.num_levels, num_points, dropout)
+
+        def with_norm(channels: int) -> tuple[nn.Module, nn.Module]:
+            return FFN(embed_dims, channels, dropout), nn.LayerNorm(embed_dims)
+
+        layers = []
+        for step in schedule.steps(update):
+            has_ffn, has_small_ffn = step.ffns(small_ffn)
+            layers.append(
+                LiteEncoderLayer(
+                    step,
+                    KeyAwareDeformableAttention(*attention, proj_key, same_loc)
+                    if key_aware
+                    else DeformableAttention(*attention),
+                    nn.LayerNorm(embed_dims),
+                    with_norm(feedforward_channels) if has_ffn else None,
+                    with_norm(embed_dims) if has_small_ffn else None,
+                    chunk_size,
+                )
+            )
+        super().__init__(schedule, layers, update, num_cp, low_levels)
 
 
 def in_chunks(modules: Sequence[nn.Module], tokens: Tensor, size: int | None) -> Tensor:

@@ -25,6 +25,11 @@ class EncoderStep(NamedTuple):
     updates_high: bool
     updates_low: bool
 
+    def ffns(self, small_ffn: bool) -> tuple[bool, bool]:
+        """Whether its layer needs the usual FFN, and whether it needs a small one."""
+        has_small = small_ffn and self.updates_low
+        return self.updates_high or not has_small, has_small
+
 
 @dataclass(frozen=True)
 class EncoderSchedule:

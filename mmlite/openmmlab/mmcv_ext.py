@@ -8,8 +8,8 @@ sentence when it is called.
 
 The installed package has a finder in place whenever Python starts, last in line
 (:func:`mmlite.openmmlab.startup.at_startup`): it is asked when nobody has found an
-``mmcv._ext``, and an mmcv with its operators is never touched. The finder asks :func:`spec`, and
-this file runs once more under the name ``mmcv._ext``.
+``mmcv._ext``, and an mmcv with its operators is never touched. This file then runs under the name
+``mmcv._ext``.
 
 The functions here have mmcv's names and signatures.
 """
@@ -17,21 +17,12 @@ The functions here have mmcv's names and signatures.
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
 
 import torch
 from torch import Tensor
 
-from mmlite.ops import ms_deform_attn
-
 # Boxes that non-maximum suppression compares at once with all that come after them.
 _BLOCK = 256
-
-
-def spec() -> ModuleSpec | None:
-    """How to import this file as ``mmcv._ext``."""
-    return spec_from_file_location('mmcv._ext', __file__)
 
 
 def __getattr__(name: str) -> Callable:
@@ -68,6 +59,8 @@ def ms_deform_attn_forward(
     im2col_step: int,
 ) -> Tensor:
     """Deformable attention; mmcv calls it on GPUs and has a formulation of its own for CPUs."""
+    from mmlite.ops import ms_deform_attn
+
     return ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
 
 
@@ -84,6 +77,8 @@ def ms_deform_attn_backward(
     im2col_step: int,
 ) -> None:
     """The gradients, written into the last three tensors."""
+    from mmlite.ops import ms_deform_attn
+
     with torch.enable_grad():
         inputs = [
             t.detach().requires_grad_() for t in (value, sampling_locations, attention_weights)

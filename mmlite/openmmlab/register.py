@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
-from .startup import add_configs, when_imported
+from .startup import when_imported
 
 # Import name -> the distributions that provide it and the versions of each that fit: what to
 # install of OpenMMLab's packages first, their maintained continuation last.
@@ -21,21 +22,23 @@ _STACK = {
 # The continuation's MMEngine cannot be imported beside an earlier PyTorch.
 _CONTINUATION_TORCH = '>=2.3'
 
-# MMDetection's registry -> our modules that register something in it.
-_REGISTERED = {
-    'MODELS': (
-        'mmlite.openmmlab.layers',
-        'mmlite.openmmlab.detectors',
-        'mmlite.analysis.complexity',  # what mmdet's get_flops has to know about our operators
-    ),
-    'DATASETS': ('mmlite.datasets.coco',),
-    'HOOKS': (
-        'mmlite.openmmlab.layers.stock',
-        'mmlite.openmmlab.checkpoints.hooks',
-        'mmlite.openmmlab.checkpoints.saving',
-        'mmlite.analysis.hooks',
-        'mmlite.export.optimize',
-    ),
+# A module of the stack -> ours that builds on it and is imported right after it. MMDetection's
+# registries import theirs when they are first asked for a component.
+_FOLLOWERS = {
+    'mmdet.models': ('mmlite.openmmlab.layers', 'mmlite.openmmlab.detectors'),
+    'mmengine.analysis': ('mmlite.openmmlab.flops',),  # for get_flops
+    'mmdet.datasets': ('mmlite.datasets.coco',),
+    'mmengine.runner': ('mmlite.openmmlab.runner',),
+}
+
+# Hook -> where it is imported from when a config builds it.
+_HOOKS = {
+    'FusedAttentionHook': 'mmlite.openmmlab.hooks',
+    'WarmStartHook': 'mmlite.openmmlab.checkpoints.hooks',
+    'SafeCheckpointHook': 'mmlite.openmmlab.checkpoints.saving',
+    'EfficiencyHook': 'mmlite.analysis.hooks',
+    'AttentionMapHook': 'mmlite.analysis.hooks',
+    'OptimizeHook': 'mmlite.export.optimize',
 }
 
 # What a config asks mmlite for by name, and is refused where the stack does not fit.
@@ -48,9 +51,8 @@ _DETECTORS = (
 def register() -> None:
     """Add mmlite to MMDetection and mmengine, to each of their modules when it is imported.
 
-    - Our modules become *locations* of MMDetection's registries, so they are imported when the
-      first component is built. No name that is taken is registered again.
-    - Configs of the installed package can be named ``mmlite::folder/config.py``.
+    - Layers, detectors and data sets are registered when MMDetection's own have been.
+    - Hooks are registered by name, and imported when a config builds one.
     - mmengine's loader of local checkpoints becomes the one that runs no code from them.
 
     Where a package of the stack is missing, nothing is added. Where one does not fit, nothing is
@@ -62,8 +64,9 @@ def register() -> None:
         warnings.warn(_advice(unfit), stacklevel=3)
         when_imported('mmdet.registry', _refuse_detectors)
     elif not missing:
-        when_imported('mmdet.registry', _add_locations)
-        when_imported('mmengine.config.utils', add_configs)
+        for module in _FOLLOWERS:
+            when_imported(module, _import_followers)
+        when_imported('mmdet.registry', _add_hooks)
         when_imported('mmengine.runner.checkpoint', _add_loader)
 
 
@@ -79,14 +82,20 @@ def require() -> None:
         raise ImportError(_advice(missing + unfit))
 
 
-def _add_locations(registry: ModuleType) -> None:
-    for name, modules in _REGISTERED.items():
-        registry_of_kind = getattr(registry, name)
-        if registry_of_kind._imported:  # its locations have been visited and will not be again
-            for module in modules:
-                importlib.import_module(module)
-        else:
-            registry_of_kind._locations.extend(modules)
+def _import_followers(module: ModuleType) -> None:
+    for follower in _FOLLOWERS[module.__name__]:
+        importlib.import_module(follower)
+
+
+def _add_hooks(registry: ModuleType) -> None:
+    def builder(name: str, module: str) -> Callable:
+        def build(*args: Any, **kwargs: Any) -> Any:
+            return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+        return build
+
+    for name, module in _HOOKS.items():
+        registry.HOOKS.register_module(name=name, module=builder(name, module))
 
 
 def _add_loader(checkpoint: ModuleType) -> None:

@@ -58,9 +58,16 @@ class _StandIn:
     ) -> ModuleSpec | None:
         if name != 'mmcv._ext':
             return None
-        from mmlite.openmmlab.mmcv_ext import spec
+        from importlib.util import find_spec, spec_from_file_location
 
-        return spec()
+        # By its file: mmcv.ops is being imported, and mmlite would import it again.
+        package = find_spec('mmlite')
+        folders = package and package.submodule_search_locations
+        return (
+            spec_from_file_location(name, f'{folders[0]}/openmmlab/mmcv_ext.py')
+            if folders
+            else None
+        )
 
 
 class _Waiting:

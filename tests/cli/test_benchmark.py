@@ -101,14 +101,6 @@ def test_transformers_without_our_kernels(monkeypatch):
     assert 'Our CPU kernels did not run: out of order.' in result.output
 
 
-def test_transformers_as_it_was_called_before():
-    from mmlite.huggingface.benchmark import translate
-
-    line = translate(['mask2former', '--size', '64', '96', '--repeat', '2', '--threads', '1'])
-    expected = 'benchmark transformers mask2former --image-size 64x96 --rounds 2 --threads 1'
-    assert line == expected.split()
-
-
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

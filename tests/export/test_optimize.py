@@ -30,14 +30,14 @@ def test_predictions_stay_and_it_can_be_undone(name, detector, images):
     types = [type(module) for module in model.modules()]
     model.train()
 
-    optimized = mmlite.optimize(model)
+    assert mmlite.optimize(model) is model
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in model.backbone.modules())
     assert not model.training
     for batch, right in zip(batches, expected):
         for one, other in zip(right, predict(model, *batch)):
             assert max(difference(one, other, batch[0].shape[-2:])) < 1e-4
 
-    optimized.undo()
+    mmlite.restore(model)
     assert model.training and [type(module) for module in model.modules()] == types
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key]) and value.stride() == state[key].stride()
@@ -58,6 +58,29 @@ def test_hook(detector):
     assert FakeRunner.model.predict is not before
     hook.after_test(FakeRunner)
     assert 'predict' not in vars(FakeRunner.model)
+
+
+def test_a_norm_with_an_activation_is_not_folded(detector):
+    class NormAndActivation(torch.nn.BatchNorm2d):
+        def forward(self, maps):
+            return super().forward(maps).relu()
+
+    model = detector('LiteDINO')
+    model.backbone.bn1.__class__ = NormAndActivation
+    mmlite.optimize(model)
+    assert type(model.backbone.bn1) is NormAndActivation
+    assert type(model.backbone.layer1[0].bn1) is torch.nn.Identity
+
+
+def test_all_or_nothing(detector, monkeypatch):
+    model = detector('LiteDINO').train()
+    before = {name: (type(m), m.training) for name, m in model.named_modules()}
+    state = {name: id(value) for name, value in model.named_parameters()}
+    monkeypatch.setattr('mmlite.export.optimize._predict', None)  # what is set last
+    with pytest.raises(TypeError):
+        mmlite.optimize(model)
+    assert {name: (type(m), m.training) for name, m in model.named_modules()} == before
+    assert {name: id(value) for name, value in model.named_parameters()} == state
 
 
 def test_refuses_other_models():

@@ -17,9 +17,10 @@ pytest.importorskip('transformers')
 import transformers
 import transformers_models as models
 
+import mmlite
 from mmlite import ops
 from mmlite.huggingface import attention as adapter
-from mmlite.huggingface import fuse_attention, restore_attention
+from mmlite.huggingface import fuse
 
 # Every model folder of transformers that has deformable attention, with the class it calls it.
 ATTENTIONS = {
@@ -41,9 +42,6 @@ ATTENTIONS = {
 }
 SHAPES = [(6, 9), (3, 5), (2, 3)]
 WIDTH, HEADS, POINTS = 32, 4, 2
-RESNET = dict(
-    depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 32, 64], embedding_size=8, layer_type='basic'
-)
 
 
 def build_attention(family: str, **changes) -> nn.Module:
@@ -101,6 +99,10 @@ def run_attention(module: nn.Module, coordinates: int = 4, call=None) -> list[to
     return [*outputs, *torch.autograd.grad(loss, inputs)]
 
 
+def count_fused(model: nn.Module) -> int:
+    return sum(isinstance(part, adapter._Fused) for part in model.modules())
+
+
 def assert_same(actual, expected):
     for ours, theirs in zip(actual, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -130,78 +132,51 @@ def test_every_family_is_known():
     assert set(found) <= set(ATTENTIONS)
 
 
-@pytest.mark.parametrize('family', ATTENTIONS)
-def test_outputs_and_gradients_are_the_same(family, no_grid_sample):
-    module = build_attention(family)
+CASES = [
+    *((family, 4, {}) for family in ATTENTIONS),
+    *((family, 2, {}) for family in ('deformable_detr', 'mask2former', 'oneformer', 'rt_detr')),
+    *((family, 4, dict(decoder_n_points=[3, 1, 2])) for family in ('d_fine', 'deimv2')),
+]
+# One of each way in which transformers reaches its sampling.
+WAYS = ['deformable_detr', 'mask2former', 'd_fine']
+
+
+@pytest.mark.parametrize(('family', 'coordinates', 'changes'), CASES)
+def test_outputs_and_gradients_are_the_same(family, coordinates, changes, no_grid_sample):
+    module = build_attention(family, **changes)
     names = list(module.state_dict())
-    expected = run_attention(module)
-    assert fuse_attention(module) == 1
+    expected = run_attention(module, coordinates)
+    assert fuse(module) is module and count_fused(module) == 1
     assert list(module.state_dict()) == names
     no_grid_sample()
-    assert_same(run_attention(module), expected)
-    assert_same(run_attention(copy.deepcopy(module)), expected)
+    assert_same(run_attention(module, coordinates), expected)
+    assert_same(run_attention(copy.deepcopy(module), coordinates), expected)
 
 
-@pytest.mark.parametrize('family', ['deformable_detr', 'mask2former', 'oneformer', 'rt_detr'])
-def test_reference_points_of_two_numbers(family, no_grid_sample):
-    module = build_attention(family)
-    expected = run_attention(module, coordinates=2)
-    fuse_attention(module)
-    no_grid_sample()
-    assert_same(run_attention(module, coordinates=2), expected)
-
-
-@pytest.mark.parametrize('family', ['d_fine', 'deimv2'])
-def test_levels_with_different_numbers_of_points(family, no_grid_sample):
-    module = build_attention(family, decoder_n_points=[3, 1, 2])
-    expected = run_attention(module)
-    fuse_attention(module)
-    no_grid_sample()
-    assert_same(run_attention(module), expected)
-
-
-@pytest.mark.parametrize('family', ['deformable_detr', 'mask2former', 'd_fine'])
+@pytest.mark.parametrize('family', WAYS)
 def test_the_change_is_undone(family):
-    module = build_attention(family)
+    module, other = build_attention(family), build_attention(family)
     before = {name: type(part) for name, part in module.named_modules()}
-    fuse_attention(module)
-    assert fuse_attention(module) == 0
+    fuse(fuse(module))
     assert all(isinstance(part, before[name]) for name, part in module.named_modules())
     fused = run_attention(module)
-    assert restore_attention(module) == 1
-    assert restore_attention(module) == 0
-    assert {name: type(part) for name, part in module.named_modules()} == before
+    loaded = pickle.loads(pickle.dumps(module))
+    assert_same(run_attention(loaded), fused)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, 'ms_deform_attn', None)
-        assert_same(run_attention(module), fused)
-
-
-@pytest.mark.parametrize('family', ['deformable_detr', 'mask2former', 'd_fine'])
-def test_other_modules_are_left_alone(family):
-    module, other = build_attention(family), build_attention(family)
-    fuse_attention(module)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, 'ms_deform_attn', None)
-        run_attention(other)
         with pytest.raises(TypeError):
             run_attention(module)
+        run_attention(other)
+        for restored in (module, loaded, copy.deepcopy(module)):
+            mmlite.restore(restored)
+            assert {name: type(part) for name, part in restored.named_modules()} == before
+            assert_same(run_attention(restored), fused)
 
 
-@pytest.mark.parametrize('family', ['deformable_detr', 'mask2former', 'd_fine'])
-def test_pickling(family, no_grid_sample):
-    module = build_attention(family)
-    fuse_attention(module)
-    expected = run_attention(module)
-    loaded = pickle.loads(pickle.dumps(module))
-    no_grid_sample()
-    assert_same(run_attention(loaded), expected)
-    assert restore_attention(loaded) == 1
-
-
-@pytest.mark.parametrize('family', ['deformable_detr', 'mask2former', 'd_fine'])
+@pytest.mark.parametrize('family', WAYS)
 def test_compiled(family):
     module = build_attention(family)
-    fuse_attention(module)
+    fuse(module)
     expected = run_attention(module)
     torch._dynamo.reset()
     graphs = []
@@ -219,22 +194,22 @@ def test_compiled(family):
 
 def test_a_model_without_deformable_attention():
     with pytest.raises(ValueError, match='Linear has no deformable attention'):
-        fuse_attention(nn.Linear(2, 2))
+        fuse(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize('family', ['rt_detr_v2', 'd_fine'])
 def test_the_nearest_pixel_is_another_function(family):
     module = build_attention(family, decoder_method='discrete')
     with pytest.raises(ValueError, match="decoder_method='default'"):
-        fuse_attention(module)
+        fuse(module)
 
 
 def test_a_version_that_is_too_old(monkeypatch):
     monkeypatch.setattr('transformers.__version__', '4.20.1')
     with pytest.raises(ImportError, match=r'transformers 4\.20\.1 is too old .* pip install'):
-        fuse_attention(build_attention('deformable_detr'))
+        fuse(build_attention('deformable_detr'))
     monkeypatch.setattr('transformers.__version__', str(adapter.OLDEST))
-    assert fuse_attention(build_attention('deformable_detr')) == 1
+    assert count_fused(fuse(build_attention('deformable_detr'))) == 1
 
 
 @pytest.mark.parametrize('name', models.MODELS)
@@ -243,7 +218,7 @@ def test_whole_models(name, no_grid_sample):
     with torch.no_grad():
         expected = models.outputs(model)
         names = list(model.state_dict())
-        assert fuse_attention(model) > 0
+        assert count_fused(fuse(model)) > 0
         assert list(model.state_dict()) == names
         if name not in ('mask2former', 'oneformer'):  # whose masks are sampled in other places
             no_grid_sample()
@@ -266,7 +241,7 @@ def test_training_step(no_grid_sample):
         return [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
 
     expected = step()
-    fuse_attention(model)
+    fuse(model)
     no_grid_sample()
     for ours, theirs in zip(step(), expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -274,11 +249,11 @@ def test_training_step(no_grid_sample):
 
 def test_attentions_are_returned():
     model = models.mask2former()
-    fuse_attention(model)
+    fuse(model)
     result = model(**models.inputs(model), output_attentions=True, output_hidden_states=True)
     assert len(result.attentions) > 0
     model = models.rt_detr_v2()
-    fuse_attention(model)
+    fuse(model)
     assert len(model(**models.inputs(model), output_attentions=True).cross_attentions) == 2
 
 
@@ -294,7 +269,7 @@ def test_gradients_of_whole_models(name):
 
     stock = models.MODELS[name]()
     fused, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
-    fuse_attention(fused)
+    fuse(fused)
     expected, actual, exact = gradients(stock), gradients(fused), gradients(exact)
     assert actual.keys() == expected.keys()
     scale = max(gradient.abs().max().item() for gradient in exact.values())
@@ -304,14 +279,14 @@ def test_gradients_of_whole_models(name):
         torch.testing.assert_close(actual[parameter], gradient, rtol=1e-5, atol=tolerance)
 
 
-@pytest.mark.parametrize('name', ['deformable_detr', 'mask2former', 'd_fine'])
+@pytest.mark.parametrize('name', WAYS)
 def test_saving_and_loading(name, tmp_path):
     model = models.MODELS[name]()
     expected = models.outputs(model)
-    fuse_attention(model)
+    fuse(model)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
-    assert restore_attention(loaded) == 0
+    assert count_fused(loaded) == 0
     assert_same(models.outputs(loaded), expected)
-    fuse_attention(loaded)
+    fuse(loaded)
     assert_same(models.outputs(loaded), expected)

@@ -13,8 +13,9 @@ pytest.importorskip('transformers')
 
 import transformers_models as models
 
-from mmlite.huggingface import fuse_attention, load_lite, to_lite
-from mmlite.nn import LiteEncoder, StepTokens
+import mmlite
+from mmlite.huggingface import fuse, load_lite, to_lite
+from mmlite.nn import InterleavedEncoder, StepTokens
 
 # Builders, and the levels of a schedule that fits: all of these have four layers.
 FAMILIES = {
@@ -30,8 +31,8 @@ def build(family: str) -> nn.Module:
     return models.MODELS[family]()
 
 
-def lite_encoder(model: nn.Module) -> LiteEncoder:
-    (encoder,) = [part for part in model.modules() if isinstance(part, LiteEncoder)]
+def lite_encoder(model: nn.Module) -> InterleavedEncoder:
+    (encoder,) = [part for part in model.modules() if isinstance(part, InterleavedEncoder)]
     return encoder
 
 
@@ -97,7 +98,9 @@ def test_what_has_a_counterpart_is_copied(family, update):
     model = build(family)
     stock = copy.deepcopy(model)
     to_lite(model, f'{FAMILIES[family]}-(2+1)x2', update=update)
-    name = next(name for name, part in model.named_modules() if isinstance(part, LiteEncoder))
+    name = next(
+        name for name, part in model.named_modules() if isinstance(part, InterleavedEncoder)
+    )
     before = stock.get_submodule(name)
     sources = [0, 1, 2, 3] if update == 'joint' else [0, 1, 1, 2, 3, 3]
     for layer, source in zip(lite_encoder(model).layers, sources):
@@ -161,16 +164,19 @@ def test_loading_what_is_not_lite(tmp_path):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_with_fused_attention(family):
-    model = to_lite(build(family), f'{FAMILIES[family]}-(2+1)x2')
+def test_with_fused_attention_and_back(family):
+    model = build(family)
+    before, stock = models.outputs(model), {name: type(m) for name, m in model.named_modules()}
+    to_lite(fuse(model), f'{FAMILIES[family]}-(2+1)x2')
     expected = models.outputs(model)
-    fused = fuse_attention(model)
-    assert (fused == 0) == (family in ('mask2former', 'oneformer'))
-    assert_same(models.outputs(model), expected)
-    again = build(family)
-    fuse_attention(again)
-    to_lite(again, f'{FAMILIES[family]}-(2+1)x2', key_aware=False, small_ffn=False)
-    models.outputs(again)
+    assert_same(models.outputs(fuse(model)), expected)
+    if family != 'mask2former':
+        model = copy.deepcopy(model)
+    mmlite.restore(model)
+    assert {name: type(m) for name, m in model.named_modules()} == stock
+    assert not hasattr(model.config, 'lite_encoder')
+    for ours, theirs in zip(models.outputs(model), before):
+        assert torch.equal(ours, theirs)
 
 
 def test_options():

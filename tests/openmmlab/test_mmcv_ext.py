@@ -23,12 +23,8 @@ COMPILED = pytest.mark.skipif(
 # Puts the stand-in in the place of whatever mmcv._ext there is.
 STAND_IN = """
 import sys
-from mmlite.openmmlab.mmcv_ext import spec
-class First:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        return spec() if name == 'mmcv._ext' else None
-sys.meta_path.insert(0, First)
+from mmlite.openmmlab.startup import _StandIn
+sys.meta_path.insert(0, _StandIn)
 """
 # Trains a step and predicts with small stock detectors, from the outside in as mmdet.apis does.
 DETECTORS = """
@@ -243,7 +239,7 @@ def test_is_no_backend_of_our_own_operators():
 def site(tmp_path):
     """A folder with what Python runs at its start, and an mmcv without compiled operators."""
     (tmp_path / 'mmlite_startup.pth').write_text(PTH.read_text())
-    (tmp_path / '_mmlite_imports.py').write_text(PTH.with_name('imports.py').read_text())
+    (tmp_path / '_mmlite_imports.py').write_text(PTH.with_name('startup.py').read_text())
     (tmp_path / 'mmcv').mkdir()
     (tmp_path / 'mmcv/__init__.py').write_text('')
     return tmp_path

@@ -1,7 +1,7 @@
 """Checkpoints: other people's formats, warm starts, safe loading."""
 
 from ..lite_config import fitting_schedules, lite_change, lite_config, stock_config
-from ..to_lite import to_lite
+from ..verbs import to_lite
 from .encoder import convert_encoder_state
 from .loading import load_checkpoint
 from .official import Conversion, from_official, to_official, unpack

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mmdet.registry import HOOKS
 from mmengine.dist import broadcast, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
@@ -12,7 +11,6 @@ from .official import unpack
 from .warm_start import warm_start
 
 
-@HOOKS.register_module()
 class WarmStartHook(Hook):
     """Starts the training of a Lite detector from trained weights of its stock detector.
 

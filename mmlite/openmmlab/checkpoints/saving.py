@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
@@ -40,7 +39,6 @@ class AtomicBackend(LocalBackend):
             raise
 
 
-@HOOKS.register_module()
 class SafeCheckpointHook(CheckpointHook):
     """MMEngine's checkpoint hook, with the last checkpoint usable whenever training ends.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 
@@ -75,11 +77,13 @@ def batch(model) -> dict:
 def test_every_level_in_every_layer_is_the_same_model(name):
     model, _ = stock_model(name)
     levels = 'H2L1' if name == MASK2FORMER else 'H3L1'
+    with torch.no_grad():
+        expected = model(**batch(model), mode='predict')[0].pred_instances
     lite = mmlite.to_lite(model, f'{levels}-(1+1)x2', key_aware=False, small_ffn=False)
+    assert lite is model
     if name in DETECTORS:
         assert type(lite).__name__ == DETECTORS[name]
     with torch.no_grad():
-        expected = model(**batch(model), mode='predict')[0].pred_instances
         actual = lite(**batch(lite), mode='predict')[0].pred_instances
     torch.testing.assert_close(actual.scores, expected.scores, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(actual.bboxes, expected.bboxes, atol=1e-2, rtol=1e-4)
@@ -112,22 +116,60 @@ def test_warm_start_fits_the_new_families(name):
     model, config = stock_model(name)
     model.cfg = config
     levels = 'H2L1' if name == MASK2FORMER else 'H3L1'
+    stock = {name: value.clone() for name, value in model.state_dict().items()}
     lite = mmlite.to_lite(model, f'{levels}-(2+1)x1')
-    done = warm_start(lite, lite.cfg.model, model.state_dict(), batch(model))
+    done = warm_start(lite, lite.cfg.model, stock, batch(model))
     assert done.fitted and all('encoder.layers' in name for name in done.fitted)
     assert done.result.memory < done.copied_only.memory
 
 
+@pytest.mark.parametrize('name', [*DETECTORS, MASK2FORMER])
+def test_what_was_done_is_undone(name):
+    model, config = stock_model(name)
+    model.cfg = config
+    kinds = {name: type(part) for name, part in model.named_modules()}
+    data = batch(model)
+
+    def predict(model):
+        with torch.no_grad():
+            found = model(**copy.deepcopy(data), mode='predict')[0].pred_instances
+        return found.bboxes, found.scores
+
+    before = predict(model)
+    levels = 'H2L1' if name == MASK2FORMER else 'H3L1'
+    mmlite.fuse(model)
+    mmlite.to_lite(model, f'{levels}-(2+1)x1')
+    changed = pickle.loads(pickle.dumps(copy.deepcopy(model).half())).float()
+    names = list(model.state_dict())
+    assert any('schedule_code' in name for name in names)
+    for each in (changed, model):
+        mmlite.restore(each)
+        assert {name: type(part) for name, part in each.named_modules()} == kinds
+        assert not any('schedule_code' in name for name in each.state_dict())
+    assert model.cfg is config
+    for ours, theirs in zip(predict(model), before):
+        assert torch.equal(ours, theirs)
+    assert next(changed.parameters()).dtype == torch.float32
+    predict(changed)
+
+
 def test_what_has_no_lite_variant():
-    with pytest.raises(ValueError, match='Linear has no multi-scale encoder'):
+    with pytest.raises(ValueError, match='Linear is a model of neither'):
         mmlite.to_lite(torch.nn.Linear(1, 1), 'H3L1-(2+1)x3')
-    other = torch.nn.Module()
-    other.encoder = torch.nn.Transformer(8, 1, 1, 1, 8).encoder  # as DETR's: over a single map
-    with pytest.raises(ValueError, match='Module has no multi-scale encoder'):
+    with pytest.raises(ValueError, match='Linear is a model of neither'):
+        mmlite.fuse(torch.nn.Linear(1, 1))
+    other = get_config('mmdet::detr/detr_r50_8xb2-150e_coco.py').model  # one map
+    other.backbone.init_cfg = None
+    other = MODELS.build(other)
+    with pytest.raises(ValueError, match='DETR has no multi-scale encoder'):
         mmlite.to_lite(other, 'H3L1-(2+1)x3')
+    with pytest.raises(ValueError, match='DETR has no deformable attention'):
+        mmlite.fuse(other)
     model, _ = stock_model('dino/dino-4scale_r50_8xb2-12e_coco.py')
+    kinds = [type(part) for part in model.modules()]
     with pytest.raises(ValueError, match='makes 6 layers, but num_layers is 2'):
         mmlite.to_lite(model, 'H3L1-(2+1)x3')
+    assert [type(part) for part in model.modules()] == kinds
 
 
 def test_importing_stays_light():

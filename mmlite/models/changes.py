@@ -1,0 +1,148 @@
+"""Changes to a model in place, with a record by which they are undone.
+
+The record is a list in the model's ``__dict__``. It names modules by their paths, so copying and
+pickling the model take it along, and ``state_dict`` and ``parameters`` do not see it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_RECORD = '_mmlite_changes'
+_MISSING = '<no such attribute>'
+_LOG = logging.getLogger('mmlite')
+
+
+@dataclass
+class _Entry:
+    """One attribute of one module, as it was. A child is an attribute, too."""
+
+    path: str
+    name: str
+    old: Any
+
+
+@dataclass
+class Change:
+    """What one verb has changed; made by :func:`changing`.
+
+    Attributes:
+        verb (str): Which one.
+        entries (list): What was there before, in the order of the changes.
+    """
+
+    verb: str
+    entries: list[_Entry] = field(default_factory=list)
+
+    def set_class(self, model: nn.Module, path: str, cls: type[nn.Module]) -> None:
+        """Give a submodule another class."""
+        self.set(model, path, '__class__', cls)
+
+    def set(self, model: nn.Module, path: str, name: str, new: Any) -> None:
+        """Set an attribute, parameter or child of a submodule.
+
+        Args:
+            model (nn.Module): The model.
+            path (str): Name of the submodule, or of an object that it holds, such as ``config``.
+            name (str): The attribute.
+            new (Any): Its new value.
+        """
+        owner = _find(model, path)
+        self.entries.append(_Entry(path, name, _get(owner, name)))
+        setattr(owner, name, new)
+
+    def undo(self, model: nn.Module) -> None:
+        """Set everything back, the last change first."""
+        while self.entries:
+            entry = self.entries.pop()
+            owner = _find(model, entry.path)
+            if isinstance(entry.old, str) and entry.old == _MISSING:
+                delattr(owner, entry.name)
+            else:
+                _follow(entry.old, _get(owner, entry.name), model)
+                setattr(owner, entry.name, entry.old)
+
+
+@contextmanager
+def changing(model: nn.Module, verb: str) -> Iterator[Change]:
+    """Change a model, all or nothing: an exception undoes what was done before it.
+
+    Args:
+        model (nn.Module): The model.
+        verb (str): What is done to it, for the log.
+
+    Yields:
+        Change: Whose methods change the model.
+    """
+    change = Change(verb)
+    try:
+        yield change
+    except BaseException:
+        change.undo(model)
+        raise
+    if change.entries:
+        model.__dict__.setdefault(_RECORD, []).append(change)
+
+
+def restore(model: nn.Module, last: bool = False) -> nn.Module:
+    """Undo the recorded changes of a model, the last one first.
+
+    What was kept goes to the device and the dtype that the model has now.
+
+    Args:
+        model (nn.Module): A model, changed or not.
+        last (bool): Undo the last change alone.
+
+    Returns:
+        nn.Module: The same model.
+    """
+    done: list[Change] = model.__dict__.get(_RECORD, [])
+    verbs = []
+    while done and not (last and verbs):
+        verbs.append(done[-1].verb)
+        done.pop().undo(model)
+    if not done:
+        model.__dict__.pop(_RECORD, None)
+    what = f'undid {", ".join(verbs)}' if verbs else 'there was nothing to undo'
+    _LOG.info('restore: %s of %s', what, type(model).__name__)
+    return model
+
+
+def _find(model: nn.Module, path: str) -> Any:
+    owner: Any = model
+    for name in filter(None, path.split('.')):
+        owner = getattr(owner, name)
+    return owner
+
+
+def _get(owner: Any, name: str) -> Any:
+    if name == '__class__' or not isinstance(owner, nn.Module):
+        return getattr(owner, name, _MISSING)
+    for members in (owner._parameters, owner._buffers, owner._modules, owner.__dict__):
+        if name in members:
+            return members[name]
+    return _MISSING  # what only the class has is no attribute of this module
+
+
+@torch.no_grad()
+def _follow(old: Any, now: Any, model: nn.Module) -> None:
+    """Move what was kept to where the model is now, and into its mode."""
+    if not isinstance(old, (nn.Module, Tensor)):
+        return
+    like = next(iter(now.parameters()), None) if isinstance(now, nn.Module) else now
+    like = next(model.parameters(), None) if like is None else like
+    if isinstance(old, nn.Module):
+        mine = next(old.parameters(), like)
+        if like is not None and (like.device, like.dtype) != (mine.device, mine.dtype):
+            old.to(like.device, like.dtype)
+        if isinstance(now, nn.Module) and old.training != now.training:
+            old.train(now.training)
+    elif isinstance(like, Tensor) and old.is_floating_point():
+        old.data = old.data.to(like.device, like.dtype)

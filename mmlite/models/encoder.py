@@ -1,0 +1,101 @@
+"""Stock encoders read by their structure, and Lite layers made of what was read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..nn import (
+    FFN,
+    DeformableAttention,
+    EncoderStep,
+    KeyAwareDeformableAttention,
+    LiteEncoderLayer,
+)
+
+# The layers of a deformable attention, by the names that all repositories have from the first one.
+_PROJECTIONS = ('sampling_offsets', 'attention_weights', 'value_proj', 'output_proj')
+
+
+def is_deformable_attention(module: nn.Module) -> bool:
+    """Whether a module has the layers of standard deformable attention."""
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS)
+
+
+@dataclass
+class EncoderLayerParts:
+    """What a stock encoder layer is made of, wherever its model keeps it.
+
+    Attributes:
+        attention (nn.Module): The deformable attention, its layers named as usual.
+        shape (tuple[int, int, int, int]): Channels, heads, levels and points of the attention.
+        norms (tuple[nn.Module, nn.Module]): Behind the attention and behind the FFN.
+        linears (tuple[nn.Linear, nn.Linear]): The FFN.
+        activation (nn.Module, optional): Between the two; None is ReLU.
+        dropout (float): Behind the attention and the FFN.
+        activation_dropout (float): Between the two layers of the FFN.
+    """
+
+    attention: nn.Module
+    shape: tuple[int, int, int, int]
+    norms: tuple[nn.Module, nn.Module]
+    linears: tuple[nn.Linear, nn.Linear]
+    activation: nn.Module | None
+    dropout: float
+    activation_dropout: float
+
+    def lite(
+        self, step: EncoderStep, key_aware: bool, small_ffn: bool, proj_key: bool, same_loc: bool
+    ) -> LiteEncoderLayer:
+        """A Lite layer of the same sizes, with the weights of all that it has too.
+
+        Query projections and small FFNs start at random.
+        """
+        arguments = (*self.shape, self.dropout)
+        attention: nn.Module = (
+            KeyAwareDeformableAttention(*arguments, proj_key, same_loc)
+            if key_aware
+            else DeformableAttention(*arguments)
+        )
+        for name in _PROJECTIONS:
+            _copy(getattr(attention, name, None), getattr(self.attention, name))
+        ffn = small = None
+        has_ffn, has_small = step.ffns(small_ffn)
+        if has_ffn:
+            ffn = self._ffn(self.linears[0].out_features)
+            _copy(ffn.layers[0][0], self.linears[0])  # type: ignore[index]
+            _copy(ffn.layers[1], self.linears[1])
+        if has_small:
+            small = self._ffn(self.shape[0])
+        norm, ffn_norm = self.norms
+        return LiteEncoderLayer(
+            step,
+            attention,
+            copy.deepcopy(norm),
+            ffn and (ffn, copy.deepcopy(ffn_norm)),
+            small and (small, copy.deepcopy(ffn_norm)),
+            chunk_size=1024,
+        )
+
+    def _ffn(self, channels: int) -> FFN:
+        activation = copy.deepcopy(self.activation)
+        return FFN(self.shape[0], channels, self.dropout, activation, self.activation_dropout)
+
+
+def stock_layers(steps: Iterable[EncoderStep]) -> list[int]:
+    """For each Lite layer the stock layer that has updated the high-level tokens as often."""
+    layers, updates = [], -1
+    for step in steps:
+        updates += step.updates_high
+        layers.append(updates)
+    return layers
+
+
+@torch.no_grad()
+def _copy(target: nn.Module | None, source: nn.Module) -> None:
+    if target is not None and target.weight.shape == source.weight.shape:  # not with same_loc
+        target.load_state_dict(source.state_dict())

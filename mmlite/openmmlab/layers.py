@@ -1,0 +1,380 @@
+"""The MMDetection face of :mod:`mmlite.nn`: names in the registry, mmcv's call signature.
+
+Level sizes become Python ints here, at the door: below it no value is read out of a tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+
+import torch
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks.transformer import FFN
+from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+from mmengine.model import BaseModule
+from torch import Tensor
+
+from .. import nn
+from ..models import Change, changing
+from ..nn import EncoderSchedule, EncoderStep
+from ..nn.encoder import BeforeLayer
+from .hooks import FusedAttentionHook
+
+__all__ = [
+    'EncoderSchedule',
+    'EncoderStep',
+    'FusedAttentionHook',
+    'FusedDeformableAttention',
+    'KeyAwareDeformableAttention',
+    'LiteEncoder',
+    'LiteEncoderLayer',
+    'fuse_attention',
+    'level_sizes',
+    'remember_level_sizes',
+]
+
+
+def level_sizes(spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The (h, w) of every level as Python ints.
+
+    Reading a tensor on a GPU waits for the device. So it happens once for a tensor, which many
+    layers are given, and not at all where the detector has remembered the sizes of its feature
+    maps with :func:`remember_level_sizes`.
+
+    Args:
+        spatial_shapes (Tensor | Sequence[tuple[int, int]]): shape (num_levels, 2).
+
+    Returns:
+        tuple[tuple[int, int], ...]: One pair a level.
+    """
+    if not isinstance(spatial_shapes, Tensor):
+        return tuple(spatial_shapes)
+    known = getattr(spatial_shapes, '_level_sizes', None)
+    if known is None:
+        known = tuple((height, width) for height, width in spatial_shapes.tolist())
+        remember_level_sizes(spatial_shapes, known)
+    return known
+
+
+def remember_level_sizes(spatial_shapes: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
+    """Tell :func:`level_sizes` what a tensor holds, so that it need not be read.
+
+    Args:
+        spatial_shapes (Tensor): shape (num_levels, 2); must not be written to afterwards.
+        sizes (Sequence[tuple[int, int]]): The same as Python ints.
+    """
+    if torch.jit.is_tracing():  # where sizes are tensors, which no operator takes
+        sizes = [(int(height), int(width)) for height, width in sizes]
+    spatial_shapes._level_sizes = tuple(sizes)
+
+
+class _MmcvCall:
+    """mmcv's way of calling a deformable attention."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        reference_points: Tensor | None = None,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]] | None = None,
+        level_start_index: Tensor | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Attend to sampled points.
+
+        Args:
+            query (Tensor): shape (bs, num_queries, embed_dims), or (num_queries, bs, embed_dims)
+                where ``batch_first`` is False; so for ``value``, ``identity``, ``query_pos``.
+            key (Tensor, optional): Not used: keys, where there are any, come from ``value``.
+            value (Tensor, optional): shape (bs, num_value, embed_dims). Defaults to ``query``.
+            identity (Tensor, optional): Added to the output. Defaults to ``query``.
+            query_pos (Tensor, optional): Added to ``query``.
+            key_padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_value).
+            reference_points (Tensor): Normalised (x, y) or (cx, cy, w, h), shape
+                (bs, num_queries, num_levels, 2 or 4).
+            spatial_shapes (Tensor | Sequence[tuple[int, int]]): (h, w) of each level, integer,
+                shape (num_levels, 2).
+            level_start_index (Tensor, optional): Not used: it follows from ``spatial_shapes``.
+
+        Returns:
+            Tensor: The shape of ``query``.
+
+        Raises:
+            ValueError: Shapes do not fit each other.
+        """
+        tensors = [query, value, identity, query_pos]
+        if not self.batch_first:
+            tensors = [None if tensor is None else tensor.transpose(0, 1) for tensor in tensors]
+        output = super().forward(
+            *tensors,
+            key_padding_mask,
+            reference_points=reference_points,
+            spatial_shapes=level_sizes(spatial_shapes),
+        )
+        return output if self.batch_first else output.transpose(0, 1)
+
+
+@MODELS.register_module()
+class FusedDeformableAttention(_MmcvCall, nn.DeformableAttention, MultiScaleDeformableAttention):
+    """mmcv's ``MultiScaleDeformableAttention``, computed by :func:`mmlite.ops.ms_deform_attn`.
+
+    Same arguments, parameters and numbers.
+    """
+
+    __init__ = MultiScaleDeformableAttention.__init__
+    init_weights = MultiScaleDeformableAttention.init_weights
+
+
+class _MmcvClass(MultiScaleDeformableAttention):
+    """mmcv's attention without its layers: for classes that are mmcv's and bring their own."""
+
+    def __init__(self) -> None:
+        BaseModule.__init__(self)
+
+
+@MODELS.register_module()
+class KeyAwareDeformableAttention(_MmcvCall, nn.KeyAwareDeformableAttention, _MmcvClass):
+    """:class:`mmlite.nn.KeyAwareDeformableAttention` (KDA; Lite DETR, section 4.3) for MMDetection.
+
+    It is a ``MultiScaleDeformableAttention``, which matters: MMDetection's detectors re-initialise
+    every matrix of the encoder and restore the offsets' directional grid only in instances of
+    that class.
+
+    Args:
+        embed_dims (int): Channels of query and value, a multiple of ``num_heads``.
+        num_heads (int): Attention heads.
+        num_levels (int): Feature levels.
+        num_points (int): Sampling points per head and level.
+        im2col_step (int): Kept for mmcv's configs; not used.
+        dropout (float): Dropout on the output, before the identity is added.
+        batch_first (bool): Whether the batch is the first dimension.
+        norm_cfg (dict, optional): Kept for mmcv's configs; not used.
+        init_cfg (dict, optional): Initialisation config of mmengine.
+        proj_key (bool): Project keys by a layer of their own. Off, as in the published models,
+            the sampled value is its own key, and every point is sampled once.
+        same_loc (bool): Predict one set of offsets per head and point, in pixels, and use it on
+            every level.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        im2col_step: int = 64,
+        dropout: float = 0.1,
+        batch_first: bool = False,
+        norm_cfg: dict | None = None,
+        init_cfg: ConfigDict | dict | None = None,
+        proj_key: bool = False,
+        same_loc: bool = False,
+    ) -> None:
+        super().__init__(embed_dims, num_heads, num_levels, num_points, dropout, proj_key, same_loc)
+        self.init_cfg = copy.deepcopy(init_cfg)
+        self.im2col_step = im2col_step
+        self.batch_first = batch_first
+        self.norm_cfg = norm_cfg
+
+
+class _Fused(FusedDeformableAttention):
+    """mmcv's module: ours on CPUs and CUDA, mmcv's own kernels on all other devices."""
+
+    def forward(self, query: Tensor, *args, **kwargs) -> Tensor:
+        has_ours = query.is_cpu or query.is_cuda
+        cls = FusedDeformableAttention if has_ours else MultiScaleDeformableAttention
+        return cls.forward(self, query, *args, **kwargs)
+
+
+def fuse(model: torch.nn.Module) -> torch.nn.Module:
+    """Let a model's deformable attention run through :func:`mmlite.ops.ms_deform_attn`.
+
+    On CPUs and CUDA, in float32, float16 and bfloat16; under deterministic algorithms of torch the
+    backward pass repeats bit for bit. Where Triton is too old that operator is mmcv's own again.
+    Changes every ``MultiScaleDeformableAttention`` of mmcv in place; subclasses of it keep what
+    they do. Parameters, their names and the numbers stay the same, and so does everything on other
+    devices, for which mmcv has kernels of its own.
+
+    Args:
+        model (torch.nn.Module): Any model with mmcv's attention, such as a DINO.
+
+    Returns:
+        torch.nn.Module: The same model; :func:`mmlite.restore` undoes the change.
+
+    Raises:
+        ValueError: It has no deformable attention of mmcv.
+    """
+    if not any(isinstance(part, MultiScaleDeformableAttention) for part in model.modules()):
+        raise ValueError(f'{type(model).__name__} has no deformable attention of mmcv to fuse')
+    count = fuse_attention(model)
+    logging.getLogger('mmlite').info('fuse: %d deformable attentions run on mmlite.ops', count)
+    return model
+
+
+def fuse_attention(model: torch.nn.Module) -> int:
+    """The same as :func:`fuse`, also for models without such attention; returns the count.
+
+    Args:
+        model (torch.nn.Module): Any model.
+
+    Returns:
+        int: The number of modules changed.
+    """
+    with changing(model, 'fuse') as change:
+        return fuse_into(change, model)
+
+
+def fuse_into(change: Change, model: torch.nn.Module) -> int:
+    """:func:`fuse_attention` as a part of another change."""
+    kinds = {name: type(part) for name, part in model.named_modules()}
+    stock = [name for name, kind in kinds.items() if kind is MultiScaleDeformableAttention]
+    for name in stock:
+        change.set_class(model, name, _Fused)
+    return len(stock)
+
+
+@MODELS.register_module()
+class LiteEncoderLayer(nn.LiteEncoderLayer, BaseModule):
+    """:class:`mmlite.nn.LiteEncoderLayer` made of what MMDetection's configs describe.
+
+    Args:
+        step (EncoderStep): Which tokens the layer updates.
+        self_attn_cfg (dict): Arguments of the attention.
+        ffn_cfg (dict): Arguments of mmcv's ``FFN``.
+        norm_cfg (dict): Config of the norms.
+        key_aware (bool): Key-aware deformable attention, or standard.
+        small_ffn (bool): Whether low-level tokens have the small FFN.
+        init_cfg (dict, optional): Initialisation config of mmengine.
+        chunk_size (int, optional): See :class:`mmlite.nn.LiteEncoder`.
+    """
+
+    def __init__(
+        self,
+        step: EncoderStep,
+        self_attn_cfg: ConfigDict | dict | None = None,
+        ffn_cfg: ConfigDict | dict | None = None,
+        norm_cfg: ConfigDict | dict | None = None,
+        key_aware: bool = True,
+        small_ffn: bool = True,
+        init_cfg: ConfigDict | dict | None = None,
+        chunk_size: int | None = 1024,
+    ) -> None:
+        attention = KeyAwareDeformableAttention if key_aware else FusedDeformableAttention
+        self_attn = attention(**{**(self_attn_cfg or {}), 'batch_first': True})
+        dims = self_attn.embed_dims
+
+        def norm() -> torch.nn.Module:
+            return build_norm_layer(norm_cfg or {'type': 'LN'}, dims)[1]
+
+        has_ffn, has_small_ffn = step.ffns(small_ffn)
+        small_cfg = {**(ffn_cfg or {}), 'feedforward_channels': dims}
+        super().__init__(
+            step,
+            self_attn,
+            norm(),
+            (FFN(**(ffn_cfg or {})), norm()) if has_ffn else None,
+            (FFN(**small_cfg), norm()) if has_small_ffn else None,
+            chunk_size,
+        )
+        self.init_cfg = copy.deepcopy(init_cfg)
+
+
+@MODELS.register_module()
+class LiteEncoder(nn.InterleavedEncoder, BaseModule):
+    """Interleaved multi-scale encoder (Lite DETR, section 4) for MMDetection's detectors.
+
+    Takes the place of MMDetection's ``DeformableDetrTransformerEncoder``: same call, same output.
+    Its parameters have the names of :class:`mmlite.nn.LiteEncoder`.
+
+    Args:
+        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
+        num_layers (int, optional): Layers of the stock encoder that this one replaces; must be
+            A * B of the schedule. It is there because stock configs have it.
+        layer_cfg (dict): ``self_attn_cfg``, ``ffn_cfg`` and ``norm_cfg`` of the stock layer;
+            ``self_attn_cfg`` may hold ``proj_key`` and ``same_loc`` where ``key_aware`` is on.
+        key_aware (bool): Key-aware deformable attention (KDA), or standard.
+        small_ffn (bool): Give low-level tokens an FFN of ``embed_dims`` hidden channels.
+        update (str): ``'joint'`` or ``'sequential'``; see :meth:`EncoderSchedule.steps`.
+        num_cp (int): Layers, counted from the first, whose activations are recomputed in the
+            backward pass (torch's checkpointing). -1 for none.
+        init_cfg (dict, optional): Initialisation config of mmengine.
+        low_levels (Sequence[int], optional): Indices of the low-level maps among the levels. By
+            default the largest maps, as many as the schedule says.
+        chunk_size (int, optional): See :class:`mmlite.nn.LiteEncoder`.
+
+    Raises:
+        ValueError: The schedule is malformed, or does not fit ``num_layers`` or the number of
+            levels of the attention; the message says what would fit.
+    """
+
+    def __init__(
+        self,
+        schedule: str | EncoderSchedule,
+        num_layers: int | None = None,
+        layer_cfg: ConfigDict | dict | None = None,
+        key_aware: bool = True,
+        small_ffn: bool = True,
+        update: str = 'joint',
+        num_cp: int = -1,
+        init_cfg: ConfigDict | dict | None = None,
+        low_levels: tuple[int, ...] | None = None,
+        chunk_size: int | None = 1024,
+    ) -> None:
+        schedule = EncoderSchedule.parse(schedule)
+        layer_cfg = dict(layer_cfg or {})
+        num_levels = (layer_cfg.get('self_attn_cfg') or {}).get('num_levels', 4)
+        schedule.check_fit(num_layers, num_levels, update)
+        options = dict(key_aware=key_aware, small_ffn=small_ffn, chunk_size=chunk_size)
+        layers = [LiteEncoderLayer(step, **options, **layer_cfg) for step in schedule.steps(update)]
+        super().__init__(schedule, layers, update, num_cp, low_levels)
+        self.init_cfg = copy.deepcopy(init_cfg)
+        self.num_layers = len(layers)
+        self.key_aware = key_aware
+        self.small_ffn = small_ffn
+
+    def forward(
+        self,
+        query: Tensor,
+        query_pos: Tensor,
+        key_padding_mask: Tensor | None,
+        spatial_shapes: Tensor | tuple[tuple[int, int], ...],
+        level_start_index: Tensor | None,
+        valid_ratios: Tensor | None,
+        before_layer: BeforeLayer | None = None,
+        **kwargs,
+    ) -> Tensor:
+        """Encode the flattened pyramid.
+
+        Args:
+            query (Tensor): Tokens of all levels, shape (bs, num_tokens, embed_dims).
+            query_pos (Tensor): Their positional embedding, same shape.
+            key_padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
+            spatial_shapes (Tensor | tuple[tuple[int, int], ...]): (h, w) of each level, integer,
+                shape (num_levels, 2).
+            level_start_index (Tensor, optional): Not used: it follows from ``spatial_shapes``.
+            valid_ratios (Tensor, optional): Valid part (w, h) of each level, shape
+                (bs, num_levels, 2).
+            before_layer (Callable, optional): See :meth:`mmlite.nn.LiteEncoder.forward`.
+
+        Returns:
+            Tensor: The memory, shape (bs, num_tokens, embed_dims).
+
+        Raises:
+            ValueError: The number of levels or tokens is not the schedule's.
+        """
+        return super().forward(
+            query,
+            query_pos,
+            level_sizes(spatial_shapes),
+            padding_mask=key_padding_mask,
+            valid_ratios=valid_ratios,
+            before_layer=before_layer,
+        )

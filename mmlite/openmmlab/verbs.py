@@ -1,0 +1,91 @@
+"""What :mod:`mmlite` does to a built model of MMDetection."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from torch import nn
+
+from ..models import changing, stock_layers
+from ..nn import EncoderSchedule
+from .families import FAMILIES, encoder_name, family_of, find_holder, is_lite
+from .layers import LiteEncoder, fuse
+from .lite_config import forget_building, lite_change
+
+__all__ = ['fuse', 'to_lite']
+
+
+def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -> nn.Module:
+    """Turn a built model of MMDetection into its Lite variant; see :func:`mmlite.to_lite`.
+
+    Training goes on from there; :func:`mmlite.openmmlab.checkpoints.warm_start` fits the new
+    parts to images first.
+
+    Args:
+        model (nn.Module): A stock model, such as a DINO or a Mask2Former, changed in place, and so
+            is its ``cfg`` where it has one: a new one with the same change takes its place.
+        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
+        **options: Further arguments of :class:`mmlite.openmmlab.layers.LiteEncoder`, such as
+            ``key_aware=False``.
+
+    Returns:
+        nn.Module: The same model.
+
+    Raises:
+        ValueError: The model has no encoder to replace, is Lite already, or the schedule does not
+            fit it.
+    """
+    name = encoder_name(model)
+    holder_name = name.rpartition('.')[0]
+    holder, stock = model.get_submodule(holder_name), model.get_submodule(name)
+    family = family_of(holder, subclasses=False)
+    if family is None or is_lite(holder):
+        kind = type(holder).__name__
+        already = f'{kind} is Lite already' if is_lite(holder) else f'{kind} has no Lite variant'
+        raise ValueError(
+            f'{already}; to_lite takes a stock {", ".join(family.stock for family in FAMILIES)}'
+        )
+
+    arguments = {'num_layers': stock.num_layers, 'layer_cfg': stock.layer_cfg}
+    if stock.num_cp > 0:
+        arguments['num_cp'] = stock.num_cp
+    for further in ('text_layer_cfg', 'fusion_layer_cfg'):
+        if hasattr(stock, further):
+            arguments[further] = getattr(stock, further)
+    lite_class = MODELS.get(family.lite)
+    encoder = lite_class.encoder_class(schedule=schedule, **{**arguments, **options})
+    _copy_layers(encoder, stock)
+    like = next(stock.parameters())
+    encoder.to(like.device).train(stock.training)
+    with changing(model, 'to_lite') as change:
+        change.set(model, holder_name, 'encoder', encoder)
+        change.set_class(model, holder_name, lite_class)
+        if 'model' in (getattr(model, 'cfg', None) or {}):
+            cfg = copy.deepcopy(model.cfg)
+            changed = lite_change(cfg.model, schedule)
+            find_holder(changed)[1]['encoder'].update(options)
+            cfg.merge_from_dict({'model': changed})
+            forget_building(cfg.model)
+            change.set(model, '', 'cfg', cfg)
+    logging.getLogger('mmlite').info(
+        'to_lite: %s is %s with schedule %s; train what is new', family.stock, family.lite, schedule
+    )
+    return model
+
+
+@torch.no_grad()
+def _copy_layers(encoder: LiteEncoder, stock: nn.Module) -> None:
+    """Copy into each layer what the stock layer it stands for has, too."""
+    source, layer_of = stock.state_dict(), stock_layers(encoder.steps)
+    for name, value in encoder.state_dict().items():
+        # Grounding DINO has layers of three kinds.
+        match = re.fullmatch(r'((?:\w+_)?layers)\.(\d+)\.(.+)', name)
+        if match:
+            name = f'{match[1]}.{layer_of[int(match[2])]}.{match[3]}'
+        if name in source and source[name].shape == value.shape:
+            value.copy_(source[name])

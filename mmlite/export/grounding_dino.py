@@ -13,7 +13,7 @@ from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
 from torch import Tensor, nn
 
 from ..nn.geometry import encoder_reference_points
-from ..openmmlab.detectors.bert import adapt_bert
+from ..openmmlab.detectors.grounding_dino import adapt_bert
 from ..openmmlab.layers import LiteEncoder
 from .graph import (
     DetectorGraph,

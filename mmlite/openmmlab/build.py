@@ -20,7 +20,8 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from .checkpoints.loading import load_checkpoint
-from .detectors.bert import adapt_bert
+from .detectors.grounding_dino import adapt_bert
+from .families import reads_text
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -89,7 +90,7 @@ def build_detector(
         ) from error
     finally:
         logger.setLevel(level)
-    if hasattr(model, 'language_model'):
+    if reads_text(model):
         adapt_bert(model.language_model)
     if checkpoint is not None:
         _load(model, checkpoint, _name(config))

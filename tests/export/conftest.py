@@ -16,7 +16,7 @@ from mmengine.hub import get_config
 from small_detectors import SMALL
 
 import mmlite  # noqa: F401  (registers the Lite detectors)
-from mmlite.openmmlab.detectors.bert import adapt_bert
+from mmlite.openmmlab.detectors.grounding_dino import adapt_bert
 
 register_all_modules()
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ...nn import StepTokens, encoder_reference_points
 from ...ops.reference import sample
-from ..detectors.bert import adapt_bert
+from ..detectors.grounding_dino import adapt_bert
 from ..families import encoder_name
 from ..layers import KeyAwareDeformableAttention, LiteEncoder, level_sizes
 from ..lite_config import stock_config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
 from mmdet.models.detectors import GroundingDINO
@@ -19,7 +21,6 @@ from torch import Tensor, nn
 from ...nn import StepTokens
 from ...nn.encoder import BeforeLayer
 from ..layers import KeyAwareDeformableAttention, LiteEncoder
-from .bert import adapt_bert
 from .decoder import LiteDINODecoder
 from .lite import LiteDetectorMixin
 
@@ -98,7 +99,7 @@ class LiteGroundingDINOEncoder(LiteEncoder):
         def fuse(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
             nonlocal memory_text
             padding = None if key_padding_mask is None else step_tokens.pick(key_padding_mask)
-            image, memory_text = self._run(
+            image, memory_text = self.run(
                 index,
                 self.fusion_layers[index],
                 step_tokens.pick(memory),
@@ -167,3 +168,30 @@ class LiteGroundingDINO(LiteDetectorMixin, GroundingDINO):
         self.text_feat_map = nn.Linear(
             self.language_model.language_backbone.body.language_dim, self.embed_dims
         )
+
+
+def adapt_bert(language_model: nn.Module) -> nn.Module:
+    """Let a ``BertModel`` of MMDetection run with the installed transformers.
+
+    MMDetection 3.3 was written for version 4. Version 5 has another name for the tokenizer's call,
+    and takes a mask that says which word sees which as (bs, 1, words, words).
+
+    Args:
+        language_model (nn.Module): MMDetection's ``BertModel``, changed in place.
+
+    Returns:
+        nn.Module: The same.
+    """
+    tokenizer = language_model.tokenizer
+    if not hasattr(tokenizer, 'batch_encode_plus'):
+        tokenizer.batch_encode_plus = tokenizer.__call__
+        bert = language_model.language_backbone.body.model
+        bert.register_forward_pre_hook(_mask_of_each_head, with_kwargs=True)
+    return language_model
+
+
+def _mask_of_each_head(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    mask = kwargs['attention_mask']
+    if mask.dim() == 3:
+        kwargs = {**kwargs, 'attention_mask': mask.bool().unsqueeze(1)}
+    return args, kwargs

@@ -9,7 +9,7 @@ import torch
 from mmdet.testing import demo_mm_inputs
 from small_detectors import DECODERS, ENCODERS, without_gradient
 
-from mmlite.openmmlab.detectors.bert import adapt_bert
+from mmlite.openmmlab.detectors.grounding_dino import adapt_bert
 
 STOCK = 'grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py'
 MM = 'mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365.py'

@@ -36,7 +36,7 @@ RUN_BY = {
     'mmlite export': ('tests/export/test_export.py', "'export'"),
     'mmlite env': ('tests/cli/test_env.py', "'env'"),
     'mmlite lite-config': ('tests/cli/test_lite_config.py', "'lite-config'"),
-    'mmlite study': ('tests/cli/test_study.py', "'study'"),
+    'python -m benchmarks.study': ('tests/benchmarks/study/test_command.py', 'benchmarks.study'),
     'mmlite quantize': ('tests/export/test_int8.py', "'quantize'"),
     'mmlite visualize': ('tests/cli/test_visualize.py', "'visualize'"),
     'mim run': ('tests/analysis/test_complexity.py', 'get_flops'),
@@ -47,10 +47,10 @@ RUN_BY = {
     'python $TOOLS/train.py': ('tests/test_mim.py', "mmdetection('train'"),
     'python $TOOLS/test.py': ('tests/test_mim.py', "mmdetection('test'"),
     'python tools/wheels.py': ('Makefile', 'tools/wheels.py'),
-    'python tools/company.py': ('tests/test_tools.py', "'company.py'"),
-    'python tools/compare_builds.py': ('tests/test_tools.py', "'compare_builds.py'"),
-    'python tools/decompositions.py': ('tests/test_tools.py', "'decompositions.py'"),
-    'python tests/triton_compile.py': ('tests/ops/test_triton.py', 'triton_compile'),
+    'python benchmarks/busy_machine.py': ('tests/test_tools.py', "'busy_machine.py'"),
+    'python benchmarks/compare_builds.py': ('tests/test_tools.py', "'compare_builds.py'"),
+    'python benchmarks/decompositions.py': ('tests/test_tools.py', "'decompositions.py'"),
+    'python tests/helpers/triton_compile.py': ('tests/ops/test_triton.py', 'triton_compile'),
 }
 
 

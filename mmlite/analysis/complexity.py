@@ -1,7 +1,7 @@
 """Floating-point operations and parameters, counted by one rule whichever backend runs.
 
 The rule is that of fvcore (and of mmengine's ``get_model_complexity_info``), one multiply-add
-counting as one; docs/complexity.md states it in full. What it leaves open, the operators of
+counting as one; docs/benchmark.md states it in full. What it leaves open, the operators of
 deformable attention, is settled by :func:`deform_attn_flops`.
 """
 

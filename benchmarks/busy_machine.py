@@ -1,7 +1,7 @@
 """How OpenMP's waiting threads fare alone and beside other busy processes.
 
-    python tools/company.py                          # every setting below, a few minutes
-    python tools/company.py 'GOMP_SPINCOUNT=1000'    # one, beside the default
+    python benchmarks/busy_machine.py                          # every setting below, a few minutes
+    python benchmarks/busy_machine.py 'GOMP_SPINCOUNT=1000'    # one, beside the default
 
 A team of threads ends each parallel region by waiting for its last member, and a thread that is
 done waits by spinning, in the belief that the others run. Where other processes hold the cores

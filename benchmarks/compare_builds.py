@@ -1,6 +1,6 @@
 """Times two builds of the CPU kernels in turns: the wheel's against one from source, say.
 
-    python tools/compare_builds.py mmlite/ops/libmmlite_cpu.so wheelhouse/*manylinux*_x86_64.whl
+    python benchmarks/compare_builds.py mmlite/ops/libmmlite_cpu.so wheelhouse/*_x86_64.whl
 
 Each is a library, or a wheel with one. Both run on the same machine in the same minutes: a process
 for each waits for orders, and in every second round they change places. What runs is the attention

@@ -1,6 +1,6 @@
 """What one layer of deformable attention takes in ONNX Runtime and OpenVINO, in several forms.
 
-    python tools/decompositions.py --rounds 5 --threads 2
+    python benchmarks/decompositions.py --rounds 5 --threads 2
 
 All tokens of an image attend to all four maps. `levels, queries last` is the form of
 mmlite/export/portable.py.

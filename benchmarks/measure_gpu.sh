@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that docs/kernels-gpu.md lists as not measured, on this machine's GPU, in one run:
 #
-#     tools/measure_gpu.sh [FOLDER]
+#     benchmarks/measure_gpu.sh [FOLDER]
 #
 # The operators need PyTorch and Triton alone; encoders and detectors are left out without
 # MMDetection. Nothing is downloaded. One part that fails does not stop the others.

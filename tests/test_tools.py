@@ -18,6 +18,7 @@ import pytest
 import mmlite
 
 TOOLS = Path(__file__).parents[1] / 'tools'
+BENCHMARKS = TOOLS.with_name('benchmarks')
 
 
 @pytest.fixture(scope='module')
@@ -100,10 +101,10 @@ def test_knows_a_library_that_a_compiler_made(wheels):
     assert wheels.kind(library.read_bytes()) == ('.so', 'x86_64')
 
 
-def test_company_measures_an_operator_and_a_step():
+def test_busy_machine_measures_an_operator_and_a_step():
     # The process that it starts for each setting; all of them take minutes.
     printed = subprocess.check_output(
-        [sys.executable, TOOLS / 'company.py', '--measure', '--seconds', '0'],
+        [sys.executable, BENCHMARKS / 'busy_machine.py', '--measure', '--seconds', '0'],
         input='go\n',
         text=True,
         env={**os.environ, 'OMP_NUM_THREADS': '1'},
@@ -121,7 +122,7 @@ def test_compare_builds_times_both(tmp_path):
     wheel = write_wheel(tmp_path / 'a.whl', '.so', library.read_bytes())
     options = ('--image-size', '32', '48', '--rounds', '1', '--threads', '1')
     printed = subprocess.check_output(
-        [sys.executable, TOOLS / 'compare_builds.py', library, wheel, *options], text=True
+        [sys.executable, BENCHMARKS / 'compare_builds.py', library, wheel, *options], text=True
     ).splitlines()
     assert printed[0].startswith('libmmlite_cpu.so: ') and ' kernels on 1 threads' in printed[0]
     assert printed[1].startswith('a.whl: ')
@@ -136,7 +137,15 @@ def test_decompositions_are_the_same_and_timed():
     for needed in ('onnxscript', 'onnxruntime', 'openvino'):
         pytest.importorskip(needed)
     printed = subprocess.check_output(
-        [sys.executable, TOOLS / 'decompositions.py', '--rounds', '1', '--image-size', '64', '96'],
+        [
+            sys.executable,
+            BENCHMARKS / 'decompositions.py',
+            '--rounds',
+            '1',
+            '--image-size',
+            '64',
+            '96',
+        ],
         text=True,
     )
     assert len(re.findall(r'(?:ONNX Runtime|OpenVINO) +\d+ ms$', printed, re.MULTILINE)) == 12

@@ -1,4 +1,4 @@
-"""``mmlite study``: trained comparisons that anyone can repeat."""
+"""``python -m benchmarks.study``: trained comparisons that anyone can repeat."""
 
 from __future__ import annotations
 
@@ -28,7 +28,17 @@ class _DataFolder(click.ParamType):
         return name, Path(folder)
 
 
-@click.command(context_settings=HELP)
+class _Command(click.Command):
+    """Turns bad input into one sentence."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.command(cls=_Command, context_settings=HELP)
 @click.argument('plan', required=False)
 @click.option('--plan', 'named_plan', metavar='PLAN', help='The same as the argument.')
 @option(
@@ -67,9 +77,9 @@ def study(
 
     \b
     Example:
-      mmlite study small --data bccd=data/bccd --jobs 2
-      mmlite study small --report
-      mmlite study --plan coco --gpus 8
+      python -m benchmarks.study small --data bccd=data/bccd --jobs 2
+      python -m benchmarks.study small --report
+      python -m benchmarks.study --plan coco --gpus 8
     """
     require()
     from .execute import Study, execute
@@ -100,7 +110,7 @@ def study(
 
         with shared.progress() as start:
             complete = execute(found, jobs, start, on_end, gpus)
-    command = shlex.join(['mmlite', *sys.argv[1:]])
+    command = shlex.join(['python', '-m', 'benchmarks.study', *sys.argv[1:]])
     report = write_report(found, command)
     for table in report.tables:
         shared.print_table(table.title, table.columns, table.rows, justify='right')
@@ -109,3 +119,7 @@ def study(
     console.print(f'Report: {found.folder / "report.html"}', soft_wrap=True)
     if not complete:
         raise click.ClickException('some runs failed, as said above; the same command tries again')
+
+
+if __name__ == '__main__':
+    study(prog_name='python -m benchmarks.study')

@@ -242,7 +242,7 @@ class _Process:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, **threads},
+                env={**os.environ, **threads, 'PYTHONPATH': os.pathsep.join(sys.path)},
             )
 
     def listen(self, run: Run, events: queue.Queue) -> None:

@@ -20,6 +20,8 @@ from mmlite.analysis.accuracy import METRICS
 from mmlite.datasets import STYLES
 from mmlite.openmmlab.build import load_config
 
+from . import details  # noqa: F401  (a style to draw)
+
 # Plans that ship, beside the configs that they name.
 SHIPPED = Path(__file__).parent / 'configs'
 

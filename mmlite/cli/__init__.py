@@ -16,7 +16,6 @@ COMMANDS = {
     'lite-config': 'Write the Lite config of a stock config, or say which schedules fit.',
     'env': 'Show versions, devices and which backend of the operators runs.',
     'benchmark': 'Measure operators, encoders or detectors against each other.',
-    'study': 'Train the rows of a plan with several seeds, and compare them.',
     'visualize': 'Draw sampling points, detections, and attention over the levels.',
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Random calls of the CPU operators under AddressSanitizer and UndefinedBehaviorSanitizer:
 #
-#   tests/fuzz_sanitized.sh [--calls 20000] [--seed 0]
+#   tests/helpers/fuzz_sanitized.sh [--calls 20000] [--seed 0]
 #
 # PYTHON chooses the interpreter. The kernels are built apart, in build/sanitized.
 set -euo pipefail
@@ -14,4 +14,4 @@ cmake --build "$build"
 export MMLITE_CPU_LIBRARY=$PWD/$build/libmmlite_cpu.so
 export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0  # Python's own
-PYTHONPATH=.:tests "$python" tests/operator_fuzz.py "$@"
+PYTHONPATH=.:tests "$python" tests/helpers/operator_fuzz.py "$@"

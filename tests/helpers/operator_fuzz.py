@@ -1,7 +1,7 @@
 """Random calls of the registered operators, most of which do not fit together.
 
 Each must either be refused with an exception or compute what the reference computes. What it may
-not do is read or write beyond a tensor: ``tests/fuzz_sanitized.sh`` runs this file under
+not do is read or write beyond a tensor: ``tests/helpers/fuzz_sanitized.sh`` runs this file under
 AddressSanitizer, where that ends the process.
 """
 

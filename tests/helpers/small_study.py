@@ -6,6 +6,8 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.study.plan import SHIPPED
+
 MODEL = {
     'num_queries': 20,
     'backbone': {'base_channels': 8},
@@ -41,7 +43,7 @@ def content(**changes) -> dict:
         'data': {
             'drawn': {
                 'draw': {'style': 'details', 'train': 8, 'val': 2, 'image_size': 96, 'seed': 0},
-                'config': 'mmlite::study/dino-4scale_r18_1xb8-8e_details.py',
+                'config': str(SHIPPED / 'dino-4scale_r18_1xb8-8e_details.py'),
             }
         },
         'set': {

@@ -3,7 +3,7 @@
 The operators are called as ever, on CPU tensors, up to the point where a kernel would be launched;
 no kernel can be launched in such a process.
 
-``python tests/triton_compile.py --help`` prints the tables of docs/kernels-gpu.md.
+``python tests/helpers/triton_compile.py --help`` prints the tables of docs/kernels-gpu.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-# The detector that `mmlite study` compares encoders in: DINO with six encoder layers, as in the
-# paper, and everything else small enough for one CPU core. ResNet-18 at half width, 128 channels.
-_base_ = '../small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
+# The detector of the study: DINO with six encoder layers, as in the paper, and everything else
+# small enough for one CPU core. ResNet-18 at half width, 128 channels.
+_base_ = '../../../configs/small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
+
+custom_imports = dict(imports=['mmlite', 'benchmarks.study.narrow_dino'])
 
 classes = ('stripes', 'checks', 'rim')
 dims = 128

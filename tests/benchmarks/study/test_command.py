@@ -8,11 +8,11 @@ import pytest
 import small_study
 from click.testing import CliRunner
 
-from mmlite.cli import main
+from benchmarks.study.__main__ import study
 
 
 def run(*arguments):
-    return CliRunner().invoke(main, ['study', *map(str, arguments)])
+    return CliRunner().invoke(study, [*map(str, arguments)])
 
 
 def test_trains_reports_and_does_nothing_twice(tmp_path):
@@ -67,4 +67,4 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, sentence):
 
 
 def test_help_shows_an_example():
-    assert 'mmlite study small --report' in run('--help').output
+    assert 'python -m benchmarks.study small --report' in run('--help').output

@@ -59,7 +59,7 @@ def test_missing_config_and_data_stop_it(tmp_path):
     study = Study(plan(tmp_path, data=data), tmp_path / 'out')
     with pytest.raises(FileNotFoundError, match=r'missing\.py does not exist'):
         study.check()
-    data['real']['config'] = 'mmlite::study/dino-4scale_r18_1xb8-40e_bccd.py'
+    data['real']['config'] = str(SHIPPED / 'dino-4scale_r18_1xb8-40e_bccd.py')
     study = Study(plan(tmp_path, data=data), tmp_path / 'out')
     with pytest.raises(FileNotFoundError, match=r'train\.json does not exist.*--data real='):
         study.check()

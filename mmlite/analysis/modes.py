@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from ..nn import LiteEncoder
+from ..nn import InterleavedEncoder
 
 EAGER, COMPILED, GRAPH = MODES = ('eager', 'compiled', 'graph')
 
@@ -18,7 +18,7 @@ def why_not(encoder: nn.Module, mode: str, device: torch.device | str) -> str:
         return ''
     if torch.device(device).type != 'cuda':
         return f'graphs are for CUDA devices, and this is {device}'
-    if not isinstance(encoder, LiteEncoder):
+    if not isinstance(encoder, InterleavedEncoder):
         return 'it reads values back from the device, which a graph cannot hold'
     return ''
 

@@ -17,7 +17,7 @@ from mmlite.datasets import generate_shapes
 from mmlite.openmmlab.checkpoints import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
-SMALL = 'lite-dino-4scale_r18_h3l1-3p1x1_{}2xb4-14e_shapes.py'
+SMALL = 'lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py'
 TRAIN = Path(mmdet.__path__[0]) / '.mim/tools/train.py'
 
 HOOKS = """
@@ -62,13 +62,14 @@ def train(
     folder: Path,
     name: str,
     *settings: str,
-    kind: str = '',
+    runner: str = 'CPURunner',
     restarts: int = 0,
 ) -> str:
     """Train a small config with torchrun, as docs/cluster.md says, and give what it printed."""
     lines = (
-        f'_base_ = {str(ROOT / "configs/small" / SMALL.format(kind))!r}',
-        "custom_imports = dict(imports=['mmlite', 'mmlite.openmmlab.gloo', 'faults'])",
+        f'_base_ = {str(ROOT / "configs/small" / SMALL)!r}',
+        f'runner_type = {runner!r}',
+        "custom_imports = dict(imports=['mmlite', 'faults'])",
         'train_dataloader = dict(batch_size=2)',
         *settings,
     )
@@ -145,8 +146,11 @@ def test_goes_on_from_the_last_checkpoint_when_a_process_is_killed(folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for CPUs')
 def test_fsdp_saves_a_whole_model(folder):
-    on_cpu = "strategy = dict(model_wrapper=dict(device_id='cpu'))"
-    train(folder, 'fsdp', 'train_cfg = dict(max_epochs=1, val_interval=2)', on_cpu, kind='fsdp-')
+    text = (ROOT / 'docs/cluster.md').read_text()
+    strategy = text[text.index('strategy = ') : text.index('```', text.index('strategy = '))]
+    strategy = strategy.replace('use_orig_params', "device_id='cpu', use_orig_params")
+    short = 'train_cfg = dict(max_epochs=1, val_interval=2)'
+    train(folder, 'fsdp', short, strategy, runner='CPUFlexibleRunner')
     content = load_checkpoint(folder / 'fsdp/epoch_1.pth')
     assert content['meta']['iter'] == 2
     config = Config.fromfile(folder / 'fsdp.py', import_custom_modules=False)
@@ -165,5 +169,5 @@ def test_the_newer_families(tiny_bert, monkeypatch):
     """In one pair of processes, without mim and data, which are the same for all detectors."""
     monkeypatch.setenv('BERT', tiny_bert)
     configs = [str(ROOT / 'configs/small' / name) for name in FAMILIES]
-    printed = run_together(ROOT / 'tests/train_together.py', *configs, cwd=ROOT)
+    printed = run_together(ROOT / 'tests/helpers/train_together.py', *configs, cwd=ROOT)
     assert printed.count('trained ') == len(FAMILIES)

@@ -20,7 +20,7 @@ from mmengine.optim import OptimWrapper
 from torch import distributed
 from torch.nn.utils import parameters_to_vector
 
-import mmlite.openmmlab.gloo  # noqa: F401  (opens the process group)
+from mmlite.openmmlab.families import reads_text
 
 
 def batch(rank: int, model: torch.nn.Module) -> dict:
@@ -29,7 +29,7 @@ def batch(rank: int, model: torch.nn.Module) -> dict:
         1, [(3, 64, 96)], num_items=[3], num_classes=4, with_mask=True, with_semantic=True
     )
     packed['inputs'] = [image // (1 + rank) for image in packed['inputs']]
-    if hasattr(model, 'language_model'):
+    if reads_text(model):
         text = ('red circle', 'green circle', 'blue square', 'red square')
         packed['data_samples'][0].set_metainfo(dict(text=text, custom_entities=True))
     return packed
@@ -37,6 +37,7 @@ def batch(rank: int, model: torch.nn.Module) -> dict:
 
 def main(paths: list[str]) -> None:
     """Train the model of each config."""
+    distributed.init_process_group('gloo')
     rank = distributed.get_rank()
     for path in paths:
         register_all_modules()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import statistics
 import timeit
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,40 +62,38 @@ def compare(
     text = detector.description.get('text', {}).get('names')
     if 'canvas' in (detector.description['preprocessing']['resize'] or {}):
         config = None
-    worst = Difference(0.0, 0.0)
+    differences = []
     for image in images:
-        arguments = detector.arguments_of(image)
+        canvas, *sizes = detector.arguments_of(image)
         content = detector.preprocess(image)
         size = content.shape[1:]
-        found = detections_of(detector.session(*arguments), 0, size)
-        canvas = arguments[0]
+        found = detections_of(detector.session(canvas, *sizes), 0, size)
         if config is not None:
             wanted, factors = prepare(config, image)
-            resized = detector.resized_size(image)
-            ours = resized[1] / image.shape[1], resized[0] / image.shape[0]
-            if wanted.shape != content.shape or not np.allclose(factors, ours, rtol=1e-6):
-                worst = Difference(1.0, 1.0, 1.0)
+            ours = np.divide(detector.resized_size(image), image.shape[:2])[::-1]
+            if wanted.shape != content.shape or not np.allclose(factors, ours):
+                differences.append(Difference(1.0, 1.0, 1.0))
                 continue
             canvas = canvas.copy()
             canvas[0, :, : size[0], : size[1]] = wanted
-        expected = predict(model, canvas, [size], text)[0]
-        worst = Difference(*map(max, worst, difference(expected, found, canvas.shape[-2:])))
-    arguments = detector.arguments_of(images[0])
+        (expected,) = predict(model, canvas, [size], text)
+        differences.append(difference(expected, found, canvas.shape[-2:]))
+    canvas, *sizes = detector.arguments_of(images[0])
     size = detector.preprocess(images[0]).shape[1:]
     kind = detector.description['format']
 
-    def milliseconds(function) -> float:
+    def milliseconds(function: Callable[[], Any]) -> float:
         function()
         return round(statistics.median(timeit.repeat(function, number=1, repeat=repeats)) * 1e3, 1)
 
     return {
-        **worst._asdict(),
+        **Difference(*map(max, zip(*differences)))._asdict(),
         'images': len(images),
         'latency_ms': {
-            'pytorch': milliseconds(lambda: predict(model, arguments[0][:1], [size], text)),
-            kind: milliseconds(lambda: detector.session(*arguments)),
+            'pytorch': milliseconds(lambda: predict(model, canvas[:1], [size], text)),
+            kind: milliseconds(lambda: detector.session(canvas, *sizes)),
         },
-        'batch': len(arguments[0]),
+        'batch': len(canvas),
         'threads': torch.get_num_threads(),
         'versions': {
             'python': platform.python_version(),
@@ -122,57 +121,40 @@ def predict(
     Returns:
         list[Detections | Segmentations]: In pixels of ``images``, one an image.
     """
-    preprocessor = model.data_preprocessor
-    batch = torch.zeros(images.shape)
+    batch = torch.zeros(len(sizes), *images.shape[1:])
+    shape = images.shape[-2:]
     samples = []
     for number, (height, width) in enumerate(sizes):
         content = torch.from_numpy(images[number, :, :height, :width].copy())
-        batch[number, :, :height, :width] = preprocessor({'inputs': [content]})['inputs'][
-            0, :, :height, :width
-        ]
-        shape = tuple(images.shape[-2:])
-        samples.append(
-            DetDataSample(
-                metainfo=dict(
-                    img_shape=(height, width),
-                    batch_input_shape=shape,
-                    pad_shape=shape,
-                    ori_shape=(height, width),
-                    scale_factor=(1.0, 1.0),
-                )
-            )
-        )
+        inputs = model.data_preprocessor({'inputs': [content]})['inputs'][0]
+        batch[number, :, :height, :width] = inputs[:, :height, :width]
+        meta = {'img_shape': (height, width), 'ori_shape': (height, width)}
+        meta |= {'batch_input_shape': shape, 'pad_shape': shape, 'scale_factor': (1.0, 1.0)}
         if text is not None:
-            samples[-1].set_metainfo(dict(text=tuple(text), custom_entities=True))
-    with torch.inference_mode(), _instances_on(model):
-        results = model.predict(batch[: len(sizes)], samples, rescale=False)
-    found: list[Detections | Segmentations] = []
-    for result in results:
-        names = ('bboxes', 'scores', 'labels')
-        fields = [result.pred_instances[name].numpy() for name in names]
-        if 'masks' not in result.pred_instances:
-            found.append(Detections(*fields))
-            continue
-        # MMDetection does not sort these.
-        best_first = np.argsort(-fields[1], kind='stable')
-        fields.append(result.pred_instances.masks.numpy())
-        panoptic = result.get('pred_panoptic_seg')
-        found.append(
-            Segmentations(
-                *(field[best_first] for field in fields),
-                None if panoptic is None else panoptic.sem_seg[0].numpy(),
-            )
-        )
-    return found
+            meta |= {'text': tuple(text), 'custom_entities': True}
+        samples.append(DetDataSample(metainfo=meta))
+    with torch.inference_mode(), _with_instances(model):
+        return [_found(sample) for sample in model.predict(batch, samples, rescale=False)]
+
+
+def _found(sample: DetDataSample) -> Detections | Segmentations:
+    found = sample.pred_instances
+    fields = [found[name].numpy() for name in ('bboxes', 'scores', 'labels')]
+    if 'masks' not in found:
+        return Detections(*fields)
+    fields.append(found.masks.numpy())
+    best_first = np.argsort(-fields[1], kind='stable')  # MMDetection does not sort these
+    panoptic = sample.get('pred_panoptic_seg')
+    return Segmentations(
+        *(field[best_first] for field in fields),
+        None if panoptic is None else panoptic.sem_seg[0].numpy(),
+    )
 
 
 @contextmanager
-def _instances_on(model: nn.Module) -> Iterator[None]:
+def _with_instances(model: nn.Module) -> Iterator[None]:
     """A Mask2Former of panoptic maps alone tells its instances, too."""
-    head = getattr(model, 'panoptic_fusion_head', None)
-    if head is None:
-        yield
-        return
+    head = getattr(model, 'panoptic_fusion_head', SimpleNamespace(test_cfg=None))
     config = head.test_cfg
     head.test_cfg = {**(config or {}), 'instance_on': True}
     try:
@@ -186,39 +168,30 @@ def difference(
     actual: Detections | Segmentations,
     size: tuple[int, int],
 ) -> Difference:
-    """Compare two lists of detections, whose order may differ where scores are equal.
+    """Compare what was found in an image of ``size`` (h, w).
 
-    Args:
-        expected (Detections | Segmentations): The right ones.
-        actual (Detections | Segmentations): As many others.
-        size (tuple[int, int]): (h, w) of the image.
-
-    Returns:
-        Difference: Scores are compared rank by rank. Each expected box is compared with the
-        nearest of its label, or the one with the nearest mask; those whose score is the lowest
-        kept, where rounding decides which come along, are left out.
+    Scores are compared rank by rank. As the order may differ where scores are equal, an expected
+    box is compared with the nearest of its label, or the one with the nearest mask. Those whose
+    score is the lowest kept, where rounding decides which come along, are left out.
     """
     if len(expected.scores) != len(actual.scores):
         return Difference(1.0, 1.0, 1.0)
     scores = float(np.abs(expected.scores - actual.scores).max(initial=0.0))
     sides = np.array([size[1], size[0]] * 2, np.float32)
-    boxes = masks = 0.0
     lowest = expected.scores.min(initial=1.0) + 2 * scores
+    boxes = masks = 0.0
     for rank, (box, score, label) in enumerate(zip(*expected[:3])):
         if score <= lowest and len(expected.scores) > 1:
             continue
         same = actual.labels == label
         if not same.any():
             return Difference(1.0, scores, 1.0 if isinstance(expected, Segmentations) else 0.0)
-        distances = (np.abs(actual.boxes[same] - box) / sides).max(1)
-        nearest = distances.argmin()
-        if isinstance(expected, Segmentations) and isinstance(actual, Segmentations):
+        moved = differs = (np.abs(actual.boxes[same] - box) / sides).max(1)
+        if isinstance(expected, Segmentations):
             mask = expected.masks[rank]
-            differ = (actual.masks[same] != mask).sum((1, 2)) / max(int(mask.sum()), 1)
-            nearest = differ.argmin()
-            masks = max(masks, float(differ[nearest]))
-        boxes = max(boxes, float(distances[nearest]))
-    maps = [getattr(found, 'panoptic', None) for found in (expected, actual)]
-    if all(segments is not None for segments in maps):
-        masks = max(masks, float((maps[0] != maps[1]).mean()))
+            differs = (actual.masks[same] != mask).sum((1, 2)) / max(int(mask.sum()), 1)
+            masks = max(masks, float(differs.min()))
+        boxes = max(boxes, float(moved[differs.argmin()]))
+    if getattr(expected, 'panoptic', None) is not None:
+        masks = max(masks, float((expected.panoptic != actual.panoptic).mean()))
     return Difference(boxes, scores, masks)

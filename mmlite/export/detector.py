@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .runtimes import SESSIONS, Session
+from .runtimes import OPEN, Session
 
 DESCRIPTION = 'detector.json'
 # Counts up whenever what the files of an export mean changes.
@@ -104,9 +104,8 @@ def open_session(
     ``profile`` has OpenVINO count the time of every node; see :func:`load` for the rest.
     """
     description = read_description(folder)
-    open_ = SESSIONS[description['format']]
-    model = Path(folder) / description['model']
-    return open_(model, bool(description['portable']), threads, precision, profile)
+    model, portable = Path(folder) / description['model'], bool(description['portable'])
+    return OPEN[description['format']](model, portable, threads, precision, profile)
 
 
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:
@@ -164,9 +163,6 @@ class Detector:
 
         Returns:
             list[Detections | Segmentations]: One an image, in pixels of the image.
-
-        Raises:
-            ValueError: Something is no image, or too small for the model.
         """
         count = self.description['input']['batch'] or max(len(images), 1)
         found: list[Detections | Segmentations] = []
@@ -181,17 +177,9 @@ class Detector:
         return found
 
     def arguments(self, contents: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-        """What :attr:`session` takes for preprocessed images, in a batch of ``count``.
+        """What :attr:`session` takes for preprocessed images: these, and where it does their sizes.
 
-        Args:
-            contents (Sequence[np.ndarray]): What :meth:`preprocess` returned.
-            count (int): As many as these, or more: what is missing is black.
-
-        Returns:
-            list[np.ndarray]: The images, and their sizes where the model takes them.
-
-        Raises:
-            ValueError: The images are too small for the model.
+        Where ``count``, the size of the batch, is more than there are, the rest is black.
         """
         inputs = self.description['input']
         sizes = [content.shape[1:] for content in contents]
@@ -216,16 +204,9 @@ class Detector:
         return resized_size(image.shape[:2], self.description['preprocessing']['resize'])
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """Resize and pad an image as in the test pipeline of the config.
+        """Resize and pad an image as the test pipeline of the config does.
 
-        Args:
-            image (np.ndarray): See :meth:`detect`.
-
-        Returns:
-            np.ndarray: What the model takes, float32, shape (3, h, w).
-
-        Raises:
-            ValueError: This is no image.
+        float32, shape (3, h, w); a ValueError where this is no image.
         """
         is_array = isinstance(image, np.ndarray)
         if (
@@ -250,11 +231,7 @@ class Detector:
 
 
 def check_size(description: dict[str, Any], height: int, width: int) -> None:
-    """Refuse images whose pyramid has fewer tokens than the detector chooses.
-
-    Raises:
-        ValueError: They are too small.
-    """
+    """Refuse images whose pyramid has fewer tokens than the detector chooses."""
     inputs = description['input']
     tokens = sum(-(-height // s) * -(-width // s) for s in inputs['strides'])
     if tokens < inputs['least_tokens']:
@@ -268,16 +245,9 @@ def check_size(description: dict[str, Any], height: int, width: int) -> None:
 def detections_of(
     outputs: Sequence[np.ndarray], number: int, size: tuple[int, int], score_threshold: float = 0.0
 ) -> Detections | Segmentations:
-    """What a session says of one image of a batch.
+    """What a session says of one image, of ``size`` (h, w) without padding, in its pixels.
 
-    Args:
-        outputs (Sequence[np.ndarray]): What ``Detector.session`` returned.
-        number (int): Which image.
-        size (tuple[int, int]): (h, w) of it, without padding.
-        score_threshold (float): Leave out what scores less; what is no thing scores -1.
-
-    Returns:
-        Detections | Segmentations: In pixels of the batch.
+    What scores less than the threshold is left out. What is no thing scores -1.
     """
     boxes, scores, labels, *maps = (output[number] for output in outputs)
     keep = scores >= max(score_threshold, 0.0)
@@ -310,16 +280,10 @@ def in_another_size(
 
 
 def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[int, int]:
-    """The size (h, w) that an image of ``size`` is resized to.
+    """The size (h, w) that an image of ``size`` (h, w) is resized to.
 
-    Args:
-        size (tuple[int, int]): (h, w).
-        resize (dict, optional): ``scale`` (w, h) and ``keep_ratio`` of MMDetection's ``Resize``,
-            with ``rounds_down`` for ``FixScaleResize``; or the ``canvas`` (h, w) that the image
-            has to fit into.
-
-    Returns:
-        tuple[int, int]: (h, w).
+    ``resize`` has ``scale`` (w, h) and ``keep_ratio`` of MMDetection's ``Resize``, and
+    ``rounds_down`` for ``FixScaleResize``; or the ``canvas`` (h, w) that the image has to fit into.
     """
     if resize is None:
         return size

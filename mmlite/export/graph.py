@@ -29,12 +29,8 @@ EXPORTABLE = (
 )
 # Methods of MMDetection's detectors that the functions here stand in for.
 _REPLACED = (
-    'predict',
-    'forward_transformer',
-    'pre_transformer',
-    'forward_encoder',
-    'pre_decoder',
-    'forward_decoder',
+    *('predict', 'forward_transformer', 'pre_transformer'),
+    *('forward_encoder', 'pre_decoder', 'forward_decoder'),
 )
 
 
@@ -67,11 +63,7 @@ class Pyramid(NamedTuple):
 
 
 class Graph(nn.Module):
-    """A model from images to what it found; each family has its own.
-
-    Args:
-        model (nn.Module): A detector of MMDetection or mmlite, in eval mode. Its modules are
-            shared, not copied.
+    """A model, whose modules it shares, from images to what it found; each family has its own.
 
     Attributes:
         outputs (tuple[str, ...]): Names of what :meth:`forward` returns.
@@ -80,9 +72,6 @@ class Graph(nn.Module):
         num_predictions (int): How many boxes an image gets.
         least_tokens (int): A pyramid of fewer tokens is too small for the model.
         described (dict): What ``detector.json`` says of this family alone.
-
-    Raises:
-        ValueError: The graph would compute the model wrongly; the message says why.
     """
 
     outputs: tuple[str, ...] = ('boxes', 'scores', 'labels')
@@ -99,7 +88,6 @@ class Graph(nn.Module):
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that the graph would compute wrongly."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Detect objects.
@@ -137,7 +125,7 @@ class Graph(nn.Module):
     def find(
         self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """:meth:`forward` of preprocessed images; ``inside`` is bool, True on the image."""
+        """:meth:`forward` of preprocessed images; ``inside`` is True on the image, (bs, h, w)."""
         raise NotImplementedError
 
 
@@ -160,12 +148,7 @@ class DetectorGraph(Graph):
         check_detector(model, self.family)
 
     def score(self, images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What the last decoder layer says of every query.
-
-        Returns:
-            tuple[Tensor, Tensor]: Scores (bs, num_queries, num_classes) and boxes, cxcywh in
-            [0, 1], (bs, num_queries, 4).
-        """
+        """Scores (bs, num_queries, num_classes) and boxes, cxcywh in [0, 1], of every query."""
         logits, boxes = last_layer(self.model, images, image_sizes)
         return logits.sigmoid(), boxes
 
@@ -191,16 +174,9 @@ class DetectorGraph(Graph):
 def last_layer(
     model: nn.Module, images: Tensor, image_sizes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The detector up to what its last decoder layer says of every query.
+    """What the last decoder layer of a detector says of every query; see :func:`decode`.
 
-    Args:
-        model (nn.Module): A detector that :func:`check_detector` lets pass.
-        images (Tensor): Preprocessed, shape (bs, 3, h, w).
-        image_sizes (Tensor, optional): See :meth:`Graph.forward`.
-
-    Returns:
-        tuple[Tensor, Tensor]: Logits (bs, num_queries, num_classes) and boxes, cxcywh in [0, 1],
-        (bs, num_queries, 4).
+    ``images`` (bs, 3, h, w) are preprocessed; for ``image_sizes`` see :meth:`Graph.forward`.
     """
     pyramid = make_pyramid(model, images, image_sizes)
     memory = encode(model.encoder, pyramid)
@@ -208,16 +184,7 @@ def last_layer(
 
 
 def check_detector(model: nn.Module, graph: str = 'detector') -> None:
-    """Refuse a detector that a graph would compute wrongly.
-
-    Args:
-        model (nn.Module): Any module.
-        graph (str): ``Family.graph`` of those that the graph is for.
-
-    Raises:
-        ValueError: It is of another family, overrides a method that the graph stands in for, or
-            scores with a softmax.
-    """
+    """Refuse a detector that the graph of this name would compute wrongly."""
     name = type(model).__name__
     family = family_of(model)
     if family is None or family.graph != graph:
@@ -269,10 +236,9 @@ def make_pyramid(model: nn.Module, images: Tensor, image_sizes: Tensor | None) -
 
 
 def valid_sides(image_side: Tensor, padded_side: int, side: int) -> Tensor:
-    """Which rows (or columns) of a map lie in each image: bool, shape (bs, side).
+    """Which rows (or columns) of a map lie in each image, bool, (bs, side).
 
-    ``image_side`` are the rows of each image, (bs, ); ``padded_side`` those of the padded batch. A
-    row of the map is the row of the image that nearest-neighbour interpolation takes.
+    A row of the map is the row of the padded image that nearest-neighbour interpolation takes.
     """
     rows = torch.arange(side, device=image_side.device)
     if side is not padded_side:
@@ -342,13 +308,9 @@ def select_queries(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """What the decoder starts with.
 
-    ``text`` (bs, num_words, embed_dims) is the encoded text that tokens are compared with in place
-    of having classes.
-
-    Returns:
-        tuple[Tensor, Tensor | None, Tensor]: Queries and their positional embedding (None where
-        the decoder makes it), shape (bs, num_queries, embed_dims), and reference points,
-        normalised, shape (bs, num_queries, 2 or 4).
+    Queries and their positional embedding (None where the decoder makes it), both
+    (bs, num_queries, embed_dims), and reference points in [0, 1], (bs, num_queries, 2 or 4). Where
+    there is a ``text``, (bs, num_words, embed_dims), tokens are ranked by their likeness to it.
     """
     batch, channels = memory.shape[0], memory.shape[2]
     if not model.as_two_stage:
@@ -378,12 +340,10 @@ def select_queries(
 
 
 def propose(model: nn.Module, memory: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
-    """What the first stage looks at.
+    """What the first stage looks at (Deformable DETR, appendix A.4).
 
-    Returns:
-        tuple[Tensor, Tensor]: Features of every token, shape (bs, num_tokens, embed_dims), and the
-        logits of the box that it proposes (Deformable DETR, appendix A.4), cxcywh, infinite where
-        the token is of no use, shape (bs or 1, num_tokens, 4).
+    Features of every token, (bs, num_tokens, embed_dims), and the logits of the box that it
+    proposes, cxcywh, infinite where the token is of no use, (bs or 1, num_tokens, 4).
     """
     proposals = []
     for level, (height, width) in enumerate(pyramid.level_sizes):
@@ -434,20 +394,16 @@ def decode(
     """The decoder, and the heads behind its last layer.
 
     Args:
-        model (nn.Module): The detector.
-        query (Tensor): These three are what :func:`select_queries` returned.
-        query_pos (Tensor, optional): Positional embedding.
-        reference (Tensor): Reference points.
-        memory (Tensor): The encoder's, shape (bs, num_tokens, embed_dims).
-        pyramid (Pyramid): What was encoded.
-        text (Tensor, optional): Encoded text that layers of Grounding DINO attend to, shape
+        query, query_pos, reference: What :func:`select_queries` returned.
+        memory (Tensor): What the encoder made of ``pyramid``, (bs, num_tokens, embed_dims).
+        text (Tensor, optional): What layers of Grounding DINO attend to, too,
             (bs, num_words, embed_dims).
         block (Callable, optional): From the number of a layer, its queries and their new boxes to
             which queries must not see which in the next one, bool, (bs, num_queries, num_queries).
 
     Returns:
-        tuple[Tensor, Tensor]: Logits of the last layer, of classes or of words,
-        (bs, num_queries, ...), and boxes, cxcywh in [0, 1], (bs, num_queries, 4).
+        tuple[Tensor, Tensor]: Logits of classes, or of words, (bs, num_queries, ...), and boxes,
+        cxcywh in [0, 1], (bs, num_queries, 4).
     """
     decoder = model.decoder
     is_dino = hasattr(decoder, 'ref_point_head')

@@ -72,12 +72,9 @@ class SegmenterGraph(Graph):
         return *found, self.panoptic(logits, masks, size, inside)
 
     def segment(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """What the last layer says of every query.
+        """Logits of every query, (bs, num_queries, num_classes + 1), the last for no object.
 
-        Returns:
-            tuple[Tensor, Tensor]: Logits, the last for no object, (bs, num_queries,
-            num_classes + 1), and those of the masks, at a quarter of the size,
-            (bs, num_queries, h / 4, w / 4).
+        And those of its mask at a quarter of the size, (bs, num_queries, h / 4, w / 4).
         """
         head = self.model.panoptic_head
         features, maps = decode_pixels(head.pixel_decoder, self.model.extract_feat(images))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from .. import __version__, ops
 from ..models import Change
-from ..openmmlab.families import reads_text
+from ..openmmlab.families import encoder_name, family_of, reads_text
 from ..openmmlab.layers import LiteEncoder, fuse_into
 from .detector import FORMAT_VERSION, check_size
 from .graph import Graph
-from .graphs import encoder_of, low_levels_of, make_graph
+from .graphs import holder_of, make_graph
 from .pipeline import class_names, preprocessing
 from .portable import portable_decompositions
 
@@ -41,29 +41,24 @@ class Traced(NamedTuple):
 @contextmanager
 def exportable(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its attention on our operators, as it was again behind the ``with`` block."""
-    classes = {module: type(module) for module in model.modules()}
-    training = model.training
-    # torch.export puts copies in their place, and the parts of DDQ-DETR speak through a shared one.
-    shared = {
-        module: {name: value for name, value in vars(module).items() if name == 'cache_dict'}
-        for module in classes
-    }
-    encoder = encoder_of(model)
-    low_levels = getattr(encoder, 'low_levels', None)
-    model.eval()
-    fuse_into(Change('export'), model)
-    if isinstance(encoder, LiteEncoder) and low_levels is None:
-        # Comparing the maps' sizes would bind a graph to them.
-        encoder.low_levels = low_levels_of(model)
+    holder = holder_of(model)
+    encoder = holder.encoder
+    change = Change('export')
     try:
+        for name, module in list(model.named_modules()):
+            change.set(model, name, 'training', False)
+            # torch.export copies it, and the parts of DDQ-DETR speak through a shared one.
+            if 'cache_dict' in vars(module):
+                change.set(model, name, 'cache_dict', module.cache_dict)
+        fuse_into(change, model)
+        if isinstance(encoder, LiteEncoder) and encoder.low_levels is None:
+            # Comparing the maps' sizes would bind a graph to them.
+            levels = encoder.schedule.num_levels, encoder.schedule.num_low_levels
+            low_levels = family_of(holder).low_levels(*levels)
+            change.set(model, encoder_name(model), 'low_levels', low_levels)
         yield model
     finally:
-        if isinstance(encoder, LiteEncoder):
-            encoder.low_levels = low_levels
-        for module, cls in classes.items():
-            module.__class__ = cls
-            vars(module).update(shared[module])
-        model.train(training)
+        change.undo(model)
 
 
 def trace(
@@ -74,14 +69,7 @@ def trace(
     portable: bool = False,
     text: Sequence[str] | None = None,
 ) -> Traced:
-    """Trace a detector from images to boxes, scores and labels.
-
-    The arguments are those of :func:`mmlite.export.export_detector`.
-
-    Raises:
-        ValueError: The detector cannot be exported, or not with images of any size.
-    """
-    encoder_of(model)  # refuses what has none
+    """Trace a detector from images to what it finds; see :func:`mmlite.export.export_detector`."""
     if text is None and reads_text(model):
         text = class_names(config, model)
     name = type(model).__name__
@@ -112,8 +100,8 @@ def trace(
             hint = '' if size else '; a fixed size may work'
             raise ValueError(f'{name} cannot be traced: {reason}{hint}') from error
     inputs = [node.meta['val'] for node in program.graph.nodes if node.op == 'placeholder']
-    for value, axes in zip(inputs[-len(arguments) :], dynamic):
-        if any(isinstance(value.shape[axis], int) for axis in axes):
+    for value, free in zip(inputs[-len(arguments) :], dynamic):
+        if any(isinstance(value.shape[axis], int) for axis in free):
             raise ValueError(
                 f'{name} cannot be exported for images of any size or number; '
                 'give a fixed size and batch'
@@ -126,15 +114,8 @@ def trace_encoder(
 ) -> torch.export.ExportedProgram:
     """Trace the encoder of a detector alone, for fixed sizes.
 
-    Args:
-        model (nn.Module): The detector.
-        graph (nn.Module): Calls its encoder, with the two next arguments.
-        tokens (Tensor): shape (bs, num_tokens, embed_dims).
-        pos (Tensor): Their positional embedding, same shape.
-        portable (bool): Use torch's own operators alone, instead of ours.
-
-    Returns:
-        ExportedProgram: From tokens and their positions to the memory.
+    ``graph`` calls it with tokens and their positions, both (bs, num_tokens, embed_dims), and
+    returns the memory.
     """
     with exportable(model):
         return _export(graph.eval(), [tokens, pos], portable)
@@ -166,7 +147,7 @@ def describe(
     prepared = preprocessing(config)
     if size is not None:
         prepared = {'resize': {'canvas': list(size)}, 'pad': None}
-    schedule = getattr(encoder_of(model), 'schedule', None)
+    schedule = getattr(holder_of(model).encoder, 'schedule', None)
     divisor = getattr(preprocessor, 'pad_size_divisor', 1)
     described = {
         'version': FORMAT_VERSION,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -91,14 +92,11 @@ def openvino_core(with_operators: bool = False) -> Any:
     core = _core()
     if with_operators:
         operators = library('openvino')
-        try:
+        with _refusal(
+            f'OpenVINO {import_runtime("openvino").__version__} does not load the operators in '
+            f'{operators} (they are built for one version of it; build them again)'
+        ):
             _extend(operators)
-        except Exception as error:
-            raise ValueError(
-                f'OpenVINO {import_runtime("openvino").__version__} does not load the operators in '
-                f'{operators} (they are built for one version of it; build them again): '
-                f'{_one_line(error)}'
-            ) from error
     return core
 
 
@@ -112,91 +110,58 @@ def _extend(operators: Path) -> None:
     _core().add_extension(str(operators))
 
 
-def _one_line(error: Exception) -> str:
-    return ' '.join(str(error).split())
+@contextmanager
+def _refusal(what: str) -> Iterator[None]:
+    """Turn an error of a runtime, which are of no common class, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f'{what}: {" ".join(str(error).split())}') from error
 
 
-class Session:
-    """A loaded model; several threads may call it at a time.
-
-    Args:
-        model (Path): The file.
-        portable (bool): It has no operators of ours.
-        threads (int, optional): Threads of the runtime; by default its own choice.
-        precision (str): ``'float32'`` or ``'bfloat16'``.
-        profile (bool): Count the time of every node, where the runtime can.
-    """
-
-    def __init__(
-        self,
-        model: Path,
-        portable: bool,
-        threads: int | None = None,
-        precision: str = 'float32',
-        profile: bool = False,
-    ) -> None:
-        raise NotImplementedError
-
-    def __call__(self, *inputs: np.ndarray) -> Sequence[np.ndarray]:
-        """Inputs in the model's order to its outputs."""
-        raise NotImplementedError
+# A loaded model: inputs in their order to outputs. Several threads may call one at a time.
+Session = Callable[..., Sequence[np.ndarray]]
 
 
-class ONNXSession(Session):
-    """A model in ONNX Runtime, in float32."""
-
-    def __init__(self, model, portable, threads=None, precision='float32', profile=False) -> None:
-        onnxruntime = import_runtime('onnxruntime')
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # warnings tell of the exporter's unused constants
-        if threads:
-            options.intra_op_num_threads = threads
-        name = f'ONNX Runtime {onnxruntime.__version__}'
-        if not portable:
-            operators = library('onnxruntime')
-            try:
-                options.register_custom_ops_library(str(operators))
-            except Exception as error:  # the runtime's errors are of no common class
-                raise ValueError(
-                    f'{name} does not load the operators in {operators}: {_one_line(error)}'
-                ) from error
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(model),
-                options,
-                providers=['CPUExecutionProvider'],
-                # Fuses an addition and a norm into one node, three times slower than both.
-                disabled_optimizers=['SkipLayerNormFusion'],
-            )
-        except Exception as error:
-            raise ValueError(f'{name} does not take {model}: {_one_line(error)}') from error
-        self._names = [argument.name for argument in self._session.get_inputs()]
-
-    def __call__(self, *inputs: np.ndarray) -> Sequence[np.ndarray]:
-        return self._session.run(None, dict(zip(self._names, inputs)))
+def _open_onnx(model: Path, portable: bool, threads: int | None, *_: Any) -> Session:
+    onnxruntime = import_runtime('onnxruntime')
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # warnings tell of the exporter's unused constants
+    if threads:
+        options.intra_op_num_threads = threads
+    name = f'ONNX Runtime {onnxruntime.__version__}'
+    if not portable:
+        operators = library('onnxruntime')
+        with _refusal(f'{name} does not load the operators in {operators}'):
+            options.register_custom_ops_library(str(operators))
+    with _refusal(f'{name} does not take {model}'):
+        session = onnxruntime.InferenceSession(
+            str(model),
+            options,
+            providers=['CPUExecutionProvider'],
+            # It fuses an addition and a norm into one node that is three times slower than both.
+            disabled_optimizers=['SkipLayerNormFusion'],
+        )
+    names = [argument.name for argument in session.get_inputs()]
+    return lambda *inputs: session.run(None, dict(zip(names, inputs)))
 
 
-class OpenVINOSession(Session):
+class OpenVINOSession:
     """A model in OpenVINO."""
 
-    def __init__(self, model, portable, threads=None, precision='float32', profile=False) -> None:
+    def __init__(
+        self, model: Path, portable: bool, threads: int | None, precision: str, profile: bool
+    ) -> None:
         hints = {
             'PERFORMANCE_HINT': 'LATENCY',
             # Its own choice would be bfloat16 wherever the processor is fast at it.
             'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[precision],
+            **({'INFERENCE_NUM_THREADS': str(threads)} if threads else {}),
+            **({'PERF_COUNT': 'YES'} if profile else {}),
         }
-        if threads:
-            hints['INFERENCE_NUM_THREADS'] = str(threads)
-        if profile:
-            hints['PERF_COUNT'] = 'YES'
         core = openvino_core(with_operators=not portable)
-        try:
+        with _refusal(f'OpenVINO {import_runtime("openvino").__version__} does not take {model}'):
             self._compiled = core.compile_model(str(model), 'CPU', hints)
-        except Exception as error:
-            version = import_runtime('openvino').__version__
-            raise ValueError(
-                f'OpenVINO {version} does not take {model}: {_one_line(error)}'
-            ) from error
         self._of_thread = threading.local()
 
     @property
@@ -206,30 +171,28 @@ class OpenVINOSession(Session):
             self._of_thread.request = self._compiled.create_infer_request()
         return self._of_thread.request
 
-    def __call__(self, *inputs: np.ndarray) -> Sequence[np.ndarray]:
+    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         request = self.request
         request.infer(list(inputs), share_inputs=True)
-        # The next run writes into the same memory.
+        # Copies, as the next run writes into the same memory.
         return [np.array(tensor.data) for tensor in request.output_tensors]
 
 
-class TorchSession(Session):
-    """A program of torch.export."""
+def _open_torch(model: Path, portable: bool, threads: int | None, *_: Any) -> Session:
+    torch = import_runtime('torch')
+    import_module('mmlite.ops')  # the operators register on import
+    import_module('mmlite.export.nms')  # so does this one, which is in portable models, too
+    program = torch.export.load(model).module()
+    if threads:
+        torch.set_num_threads(threads)
 
-    def __init__(self, model, portable, threads=None, precision='float32', profile=False) -> None:
-        self._torch = import_runtime('torch')
-        import_module('..ops', __package__)  # the operators register on import
-        import_module('.nms', __package__)  # so does this one, which is in portable models, too
-        self._program = self._torch.export.load(model).module()
-        if threads:
-            self._torch.set_num_threads(threads)
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        with torch.inference_mode():
+            return [output.numpy() for output in program(*map(torch.from_numpy, inputs))]
 
-    def __call__(self, *inputs: np.ndarray) -> Sequence[np.ndarray]:
-        with self._torch.inference_mode():
-            outputs = self._program(*map(self._torch.from_numpy, inputs))
-        return [output.numpy() for output in outputs]
+    return run
 
 
-# Format of an export -> what runs it, and the package that this needs.
-SESSIONS = {'onnx': ONNXSession, 'openvino': OpenVINOSession, 'torch': TorchSession}
+# Format of an export -> what opens its model, and the package that runs it.
+OPEN = {'onnx': _open_onnx, 'openvino': OpenVINOSession, 'torch': _open_torch}
 RUNTIMES = {'onnx': 'onnxruntime', 'openvino': 'openvino', 'torch': 'torch'}

@@ -85,18 +85,7 @@ def write(traced: Traced, folder: str | os.PathLike, format: str, opset: int = 1
 def to_openvino(
     program: torch.export.ExportedProgram, path: Path, portable: bool = False, opset: int = 18
 ) -> None:
-    """Write a program as OpenVINO's own model, by way of ONNX.
-
-    Args:
-        program (ExportedProgram): What :mod:`.program` traced.
-        path (Path): The ``.xml``; a ``.bin`` goes beside it.
-        portable (bool): Whether it was traced so.
-        opset (int): Version of ONNX's operators.
-
-    Raises:
-        ImportError: openvino is missing.
-        FileNotFoundError: Our operators were not built for it.
-    """
+    """Write a traced program as OpenVINO's ``.xml`` and ``.bin``, by way of ONNX."""
     openvino = import_runtime('openvino')
     core = openvino_core(with_operators=not portable)
     onnx_path = path.with_name(FILES['onnx'])
@@ -107,17 +96,7 @@ def to_openvino(
 
 
 def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) -> None:
-    """Write a program as ONNX.
-
-    Args:
-        program (ExportedProgram): What :mod:`.program` traced.
-        path (Path): The file.
-        opset (int): Version of ONNX's operators.
-
-    Raises:
-        ImportError: onnx or onnxscript is missing.
-        ValueError: There is no such opset, or the exporter failed.
-    """
+    """Write a traced program as ONNX."""
     _check_opset(opset)
     try:
         import onnx  # noqa: F401

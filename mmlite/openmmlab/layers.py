@@ -15,14 +15,15 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
+from mmengine.hooks import Hook
 from mmengine.model import BaseModule
+from mmengine.runner import Runner
 from torch import Tensor
 
 from .. import nn
 from ..models import Change, changing
 from ..nn import EncoderSchedule, EncoderStep
 from ..nn.encoder import BeforeLayer
-from .hooks import FusedAttentionHook
 
 __all__ = [
     'EncoderSchedule',
@@ -239,6 +240,29 @@ def fuse_into(change: Change, model: torch.nn.Module) -> int:
     for name in stock:
         change.set_class(model, name, _Fused)
     return len(stock)
+
+
+class FusedAttentionHook(Hook):
+    """Runs a stock detector's deformable attention on our kernels, in training and testing.
+
+    mmcv has no CPU kernel for it, and its CUDA kernel knows no bfloat16 and adds up half precision
+    in half precision, in no fixed order. A config of any detector gets ours with ::
+
+        custom_imports = dict(imports=['mmlite'])
+        custom_hooks = [dict(type='FusedAttentionHook')]
+    """
+
+    # Before the hooks that copy the model.
+    priority = 'VERY_HIGH'
+
+    def before_run(self, runner: Runner) -> None:
+        """Change the model, and say how many modules it concerns.
+
+        Args:
+            runner (Runner): The runner, its model built.
+        """
+        count = fuse_attention(runner.model)
+        runner.logger.info(f'{count} deformable attention modules run fused')
 
 
 @MODELS.register_module()

@@ -44,6 +44,24 @@ def fitting_schedules(model_config: dict) -> list[str]:
     ]
 
 
+def main_schedule(model_config: dict) -> str:
+    """The schedule to take first: one low-level map, updated as often as fits.
+
+    Args:
+        model_config (dict): ``model`` of a stock config.
+
+    Returns:
+        str: ``'H3L1-(2+1)x3'`` for four levels and six layers.
+
+    Raises:
+        ValueError: The model has no encoder to replace, or one of a single level or layer.
+    """
+    fitting = fitting_schedules(model_config)
+    if not fitting:
+        raise ValueError('the encoder has a single layer; an interleaved encoder needs two or more')
+    return fitting[0]
+
+
 def lite_change(model_config: dict, schedule: str | EncoderSchedule) -> dict:
     """What makes a stock model Lite: to be merged into ``model`` of its config.
 

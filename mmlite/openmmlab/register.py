@@ -33,7 +33,7 @@ _FOLLOWERS = {
 
 # Hook -> where it is imported from when a config builds it.
 _HOOKS = {
-    'FusedAttentionHook': 'mmlite.openmmlab.hooks',
+    'FusedAttentionHook': 'mmlite.openmmlab.layers',
     'WarmStartHook': 'mmlite.openmmlab.checkpoints.hooks',
     'SafeCheckpointHook': 'mmlite.openmmlab.checkpoints.saving',
     'EfficiencyHook': 'mmlite.analysis.hooks',

@@ -12,6 +12,7 @@ from mmengine.hub import get_config
 import mmlite  # noqa: F401
 from mmlite.openmmlab import families
 from mmlite.openmmlab.checkpoints import fitting_schedules, lite_change, lite_config, stock_config
+from mmlite.openmmlab.lite_config import main_schedule
 
 register_all_modules()
 SCHEDULE = 'H3L1-(2+1)x3'
@@ -29,6 +30,7 @@ STOCK = {
 @pytest.mark.parametrize('name', STOCK)
 def test_lite_and_back(tmp_path, name):
     stock, schedule = get_config(f'mmdet::{name}'), STOCK[name]
+    assert main_schedule(stock.model) == schedule
     path = tmp_path / 'lite.py'
     path.write_text(lite_config(stock, f'mmdet::{name}', schedule))
     assert len(path.read_text().splitlines()) == 3
@@ -65,6 +67,12 @@ def test_fitting_schedules():
     ]
     for schedule in schedules:
         assert lite_change(model, schedule)['type'] == 'LiteDINO'
+    for layers, main in ((2, 'H3L1-(2+1)x1'), (9, 'H3L1-(3+1)x3')):
+        model.encoder.num_layers = layers
+        assert main_schedule(model) == main
+    model.encoder.num_layers = 1
+    with pytest.raises(ValueError, match='has a single layer'):
+        main_schedule(model)
     model.encoder.layer_cfg.self_attn_cfg.num_levels = 1
     with pytest.raises(ValueError, match='sees a single map'):
         fitting_schedules(model)

@@ -178,6 +178,34 @@ def test_adds_to_the_stack_whichever_is_imported_first(first):
     ]
 
 
+def test_building_lite_detectors_and_hooks_loads_nothing_heavy():
+    """Beside what a stock detector loads: it has matplotlib itself."""
+    output = run(
+        'import os, sys\n'
+        'environment = dict(os.environ)\n'
+        'import mmdet.models, mmdet.datasets, mmengine.analysis\n'
+        'from mmdet.registry import DATASETS, HOOKS, MODELS\n'
+        'from mmengine.config import Config\n'
+        'from mmengine.config.utils import MODULE2PACKAGE\n'
+        'from mmdet.utils import register_all_modules\n'
+        'register_all_modules()\n'
+        "HOOKS.build(dict(type='NumClassCheckHook'))\n"
+        'before, packages = set(sys.modules), dict(MODULE2PACKAGE)\n'
+        'import mmlite\n'
+        'from mmlite.openmmlab.families import FAMILIES\n'
+        'assert all(MODELS.get(family.lite) for family in FAMILIES)\n'
+        "HOOKS.build(dict(type='FusedAttentionHook'))\n"
+        "HOOKS.build(dict(type='SafeCheckpointHook', interval=1))\n"
+        "heavy = ('matplotlib', 'jinja2', 'onnx', 'openvino', 'mmlite.export', 'mmlite.analysis')\n"
+        'loaded = [name for name in set(sys.modules) - before if name.startswith(heavy)]\n'
+        'unchanged = environment == dict(os.environ) and packages == MODULE2PACKAGE\n'
+        'print(loaded, unchanged)\n'
+        "HOOKS.build(dict(type='EfficiencyHook'))\n"
+        "print('mmlite.analysis.hooks' in sys.modules)\n"
+    )
+    assert output.splitlines()[-2:] == ['[] True', 'True']
+
+
 def test_importing_leaves_the_models_to_whoever_builds_one():
     output = run("import mmlite, mmdet.registry, sys\nprint('mmdet.models' in sys.modules)")
     assert output.split()[-1] == 'False'

@@ -1,0 +1,91 @@
+"""Changes to a model, and the record that undoes them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from mmlite.models import changing, restore
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5))).eval()
+
+
+def change(model: nn.Module) -> None:
+    with changing(model, 'test') as record:
+        record.set_class(model, '0', Doubled)
+        record.set(model, '1', '0', nn.Linear(3, 3, bias=False).eval())
+        record.set(model, '1.0', 'bias', nn.Parameter(torch.ones(3)))
+        record.set(model, '', 'note', 'changed')
+
+
+def test_nothing_is_seen_of_the_record_and_all_is_undone(model):
+    x = torch.randn(2, 3)
+    before, state = model(x), model.state_dict()
+    kinds, old = [type(part) for part in model.modules()], model[1][0]
+    change(model)
+    assert not torch.equal(model(x), before) and model.note == 'changed'
+    assert list(model.state_dict()) == list(state)
+    assert len(list(model.parameters())) == 4
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert restore(each) is each
+        assert torch.equal(each(x), before)
+        assert [type(part) for part in each.modules()] == kinds and not hasattr(each, 'note')
+        assert {**each.__dict__}.keys() == nn.Sequential().__dict__.keys()
+    assert model[1][0] is old
+    assert torch.equal(restore(model)(x), before)
+
+
+def test_the_last_change_is_undone_first(model):
+    change(model)
+    first = type(model[0])
+    with changing(model, 'again') as record:
+        record.set_class(model, '0', nn.Linear)
+        record.set(model, '', 'note', 'again')
+    restore(model, last=True)
+    assert type(model[0]) is first and model.note == 'changed'
+    restore(model)
+    assert type(model[0]) is nn.Linear and not hasattr(model, 'note')
+
+
+def test_all_or_nothing(model):
+    x = torch.randn(2, 3)
+    before = model(x)
+    with pytest.raises(RuntimeError), changing(model, 'test') as record:
+        record.set_class(model, '0', Doubled)
+        record.set(model, '1', '0', nn.Identity())
+        raise RuntimeError('in the middle')
+    assert torch.equal(model(x), before)
+    assert restore(model) is model
+
+
+def test_what_was_kept_follows_dtype_and_mode(model):
+    change(model)
+    model.double().train()
+    restore(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert all(part.training for part in model.modules())
+
+
+def test_it_says_what_it_did(model, caplog):
+    caplog.set_level(logging.INFO, 'mmlite')
+    change(model)
+    restore(model)
+    restore(model)
+    assert caplog.messages == [
+        'restore: undid test of Sequential',
+        'restore: there was nothing to undo of Sequential',
+    ]

@@ -182,7 +182,6 @@ def test_building_lite_detectors_and_hooks_loads_nothing_heavy():
     """Beside what a stock detector loads: it has matplotlib itself."""
     output = run(
         'import os, sys\n'
-        'environment = dict(os.environ)\n'
         'import mmdet.models, mmdet.datasets, mmengine.analysis\n'
         'from mmdet.registry import DATASETS, HOOKS, MODELS\n'
         'from mmengine.config import Config\n'
@@ -191,6 +190,7 @@ def test_building_lite_detectors_and_hooks_loads_nothing_heavy():
         'register_all_modules()\n'
         "HOOKS.build(dict(type='NumClassCheckHook'))\n"
         'before, packages = set(sys.modules), dict(MODULE2PACKAGE)\n'
+        'environment = dict(os.environ)\n'
         'import mmlite\n'
         'from mmlite.openmmlab.families import FAMILIES\n'
         'assert all(MODELS.get(family.lite) for family in FAMILIES)\n'

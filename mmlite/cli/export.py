@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..openmmlab import require
-from .shared import flag, image_files, images_option, option, output_option, read_image
+from .shared import FOLDER, flag, image_files, images_option, option, read_image
 
 # What float32 leaves of a box, in parts of the image, and of a score.
 TOLERANCE = 1e-4
@@ -28,15 +29,15 @@ MASK_TOLERANCE = 1e-2
     default='onnx',
     help='For ONNX Runtime, for OpenVINO, or a .pt2 file of torch.export.',
 )
-@output_option
+@option('-o', '--out', required=True, type=FOLDER, help='The folder to write.')
 @option(
-    '--size',
+    '--image-size',
     nargs=2,
     type=click.IntRange(1),
     metavar='H W',
     help='Fit images into a canvas of this size. By default they may have any.',
 )
-@option('--batch', default='1', metavar='N|any', help='Images at a time.')
+@option('--batch-size', default='1', metavar='N|any', help='Images at a time.')
 @flag(
     '--portable',
     help='Use no operators of mmlite: for runtimes that take none. The encoder takes about twice '
@@ -50,17 +51,24 @@ MASK_TOLERANCE = 1e-2
     help='What Grounding DINO looks for, names with dots between them: "cat . dog". By default '
     'the classes of the config.',
 )
+@option(
+    '--cfg-options',
+    multiple=True,
+    metavar='KEY=VALUE',
+    help='Change the config, such as model.test_cfg.max_per_img=100; can be repeated.',
+)
 def export(
     config: str,
     checkpoint: str | None,
     format_: str,
-    output: Path,
-    size: tuple[int, int] | None,
-    batch: str,
+    out: Path,
+    image_size: tuple[int, int] | None,
+    batch_size: str,
     portable: bool,
     opset: int,
     image_paths: tuple[Path, ...],
     text: str | None,
+    cfg_options: tuple[str, ...],
 ) -> None:
     """Export the detector of CONFIG with the weights of CHECKPOINT, from image to boxes.
 
@@ -76,55 +84,52 @@ def export(
       mmlite export my_config.py epoch_12.pth --format openvino -o exported
     """
     require()
+    from mmengine.config import DictAction
+
     from ..export.compare import REPORT, compare
     from ..export.graphs import check_config
     from ..export.write import export_detector
     from ..openmmlab.build import build_detector, load_config
 
-    console = Console()
-    count = _batch(batch)
+    if batch_size != 'any' and not (batch_size.isdecimal() and int(batch_size)):
+        raise ValueError(f"--batch-size must be a number of images or 'any'; got {batch_size!r}")
+    batch = None if batch_size == 'any' else int(batch_size)
+    if any('=' not in change for change in cfg_options):
+        raise ValueError('write each of --cfg-options as KEY=VALUE')
     images = [read_image(file) for file in image_files(image_paths)] if image_paths else [_drawn()]
     names = None if text is None else [name.strip() for name in text.split('.') if name.strip()]
     cfg = load_config(config)
+    parser = argparse.ArgumentParser()
+    parser.add_argument('changes', nargs='*', action=DictAction)
+    if cfg_options:
+        cfg.merge_from_dict(parser.parse_args(cfg_options).changes)
     check_config(cfg.model)
     model = build_detector(cfg, checkpoint)
+    console = Console()
     with console.status('Tracing and writing the model'):
         detector = export_detector(
-            model, output, format_, cfg, size or None, count, portable, opset, names
+            model, out, format_, cfg, image_size or None, batch, portable, opset, names
         )
     with console.status('Comparing with PyTorch'):
         report = compare(model, detector, images, cfg)
-    (output / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
+    (out / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
 
     has_masks = 'masks' in detector.description['outputs']
-    times = report['latency_ms']
-    console.print(f'[bold]{escape(str(output))}[/bold]: {detector.description["model"]}')
+    times = ', '.join(f'{name} {time:.0f} ms' for name, time in report['latency_ms'].items())
     console.print(
+        f'[bold]{escape(str(out))}[/bold]: {detector.description["model"]}\n'
         f'largest difference from PyTorch on {report["images"]} images: '
         f'{report["boxes"]:.1e} of a side of the image, scores {report["scores"]:.1e}'
         + (f', {report["masks"]:.1e} of the pixels of a mask' if has_masks else '')
-    )
-    console.print(
-        f'one run of {report["batch"]} images: '
-        + ', '.join(f'{name} {time:.0f} ms' for name, time in times.items())
-        + f' on {report["threads"]} threads'
+        + f'\none run of {report["batch"]} images: {times} on {report["threads"]} threads'
     )
     # The box around a mask moves by whole pixels.
     tolerated = report['masks'] <= MASK_TOLERANCE if has_masks else report['boxes'] <= TOLERANCE
     if not tolerated or report['scores'] > TOLERANCE:
         raise ValueError(
             f'the exported model differs from PyTorch by more than {TOLERANCE} '
-            f'({MASK_TOLERANCE} of the pixels of a mask); '
-            f'see {output / REPORT}'
+            f'({MASK_TOLERANCE} of the pixels of a mask); see {out / REPORT}'
         )
-
-
-def _batch(text: str) -> int | None:
-    if text == 'any':
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--batch must be a number of images or 'any'; got {text!r}")
-    return int(text)
 
 
 def _drawn():

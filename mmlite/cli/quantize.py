@@ -15,14 +15,13 @@ from .shared import (
     image_files,
     images_option,
     option,
-    output_option,
     read_image,
 )
 
 
 @click.command()
 @click.argument('source', type=FOLDER)
-@output_option
+@option('-o', '--out', required=True, type=FOLDER, help='The folder to write.')
 @images_option(
     required=True, help='An image, or a folder of them, to calibrate on; can be repeated.'
 )
@@ -31,7 +30,7 @@ from .shared import (
 @option('--annotated-images', type=FOLDER, help='Folder of the images of --annotations.')
 def quantize(
     source: Path,
-    output: Path,
+    out: Path,
     image_paths: tuple[Path, ...],
     count: int,
     annotations: Path | None,
@@ -44,7 +43,7 @@ def quantize(
 
     \b
     Example:
-      mmlite export my_config.py epoch_12.pth --format openvino --size 800 1333 -o exported
+      mmlite export my_config.py epoch_12.pth --format openvino --image-size 800 1333 -o exported
       mmlite quantize exported -o exported-int8 --images data/train
       mmlite quantize exported -o exported-int8 --images data/train \\
           --annotations data/val.json --annotated-images data/val
@@ -63,8 +62,8 @@ def quantize(
     count = min(count, len(files))
     images = [read_image(files[index * len(files) // count]) for index in range(count)]
     console = Console()
-    detector = write_quantized(source, output, images)
-    console.print(f'[bold]{escape(str(output))}[/bold]: {detector.description["model"]}')
+    detector = write_quantized(source, out, images)
+    console.print(f'[bold]{escape(str(out))}[/bold]: {detector.description["model"]}')
     if annotations is not None:
         before = coco_ap(load(source), annotations, annotated_images)
         after = coco_ap(detector, annotations, annotated_images)

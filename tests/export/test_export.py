@@ -157,6 +157,7 @@ def test_command(images, tmp_path):
     cv2.imwrite(str(tmp_path / 'image.png'), images[1])
     arguments = ['export', str(config), '--format', 'torch', '-o', str(tmp_path / 'exported')]
     arguments += ['--images', str(tmp_path / 'image.png')]
+    arguments += ['--cfg-options', 'model.test_cfg.max_per_img=20']
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / 'exported/report.json').read_text())
@@ -164,9 +165,10 @@ def test_command(images, tmp_path):
     exported = load(tmp_path / 'exported')
     assert exported.classes == ['a', 'b', 'c', 'd', 'e']
     assert exported.preprocess(images[1]).shape == (3, 224, 160)
+    assert exported.description['num_predictions'] == 20
 
     for options, sentence in (
-        (['--batch', 'many'], "--batch must be a number of images or 'any'; got 'many'"),
+        (['--batch-size', 'many'], "--batch-size must be a number of images or 'any'; got 'many'"),
         (['--images', str(config)], 'cannot be read as an image'),
         (['--opset', '9', '--format', 'onnx'], 'opset 9 is not supported'),
     ):

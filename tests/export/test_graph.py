@@ -11,7 +11,8 @@ from mmlite.export.compare import difference, predict
 from mmlite.export.detector import Detections, detections_of
 from mmlite.export.graph import DetectorGraph
 from mmlite.export.graphs import make_graph
-from mmlite.export.program import exportable
+from mmlite.export.nms import distinct_boxes
+from mmlite.export.program import exportable, trace
 
 NAMES = [
     'DINO',
@@ -98,6 +99,61 @@ def test_refuses_what_it_would_compute_wrongly(detector):
     model.bbox_head.loss_cls.use_sigmoid = False
     with pytest.raises(ValueError, match='softmax'):
         DetectorGraph(model)
+
+
+def test_refuses_what_a_family_cannot_export(detector):
+    with pytest.raises(ValueError, match='Linear has no multi-scale encoder; exported can be Def'):
+        make_graph(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match='take the detector inside'):
+        make_graph(Wrapper(detector('DINO')))
+    with pytest.raises(ValueError, match='DINO takes no text'):
+        make_graph(detector('DINO'), TEXT)
+    model = detector('DDQDETR')
+    model.dqs_cfg = dict(type='soft_nms', iou_threshold=0.8)
+    with pytest.raises(ValueError, match=r"dict\(type='nms', iou_threshold=...\)"):
+        make_graph(model)
+    model = detector('GroundingDINO')
+    with pytest.raises(ValueError, match='needs a text'):
+        make_graph(model)
+    model.test_cfg = dict(chunked_size=40)
+    with pytest.raises(ValueError, match='reads its text in parts'):
+        make_graph(model, TEXT)
+    model = detector('Mask2Former')
+    with pytest.raises(ValueError, match='pads images to multiples of 32'):
+        trace(model, size=(100, 128))
+    model.panoptic_fusion_head = torch.nn.Identity()
+    with pytest.raises(ValueError, match='its panoptic_fusion_head is Identity'):
+        make_graph(model)
+
+
+class Wrapper(torch.nn.Module):
+    """A semi-supervised wrapper, as far as its parts go."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.teacher = model
+
+
+def test_distinct_boxes():
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [0, 0, 9, 10]]])
+    scores = torch.tensor([[0.5, 0.9, 0.1, -1.0]])
+    kept = distinct_boxes(boxes, scores, 0.8, 10)
+    assert kept.tolist() == [[False, True, True, False]]
+    assert distinct_boxes(boxes, scores, 0.8, 1).tolist() == [[False, True, False, False]]
+    # Of boxes with one score the first is kept; every runtime has to do so.
+    alike = torch.tensor([[[0.0, 0, 10, 10]] * 3])
+    kept = distinct_boxes(alike, torch.full((1, 3), 0.5), 0.8, 10)
+    assert kept.tolist() == [[True, False, False]]
+    with pytest.raises(ValueError, match=r'scores \(B, N\)'):
+        distinct_boxes(boxes, scores[0], 0.8, 10)
+
+
+@pytest.mark.parametrize('threshold, both', [(0.5, True), (0.499, False), (0.501, True)])
+def test_distinct_boxes_at_the_threshold(threshold, both):
+    """They overlap by one half; what overlaps by more is dropped. A score of 0 counts."""
+    boxes = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 4]]])
+    kept = distinct_boxes(boxes, torch.tensor([[0.5, 0.0]]), threshold, 2)
+    assert kept.tolist() == [[True, both]]
 
 
 def test_difference():

@@ -118,7 +118,8 @@ def encoder_name(model: nn.Module) -> str:
     Raises:
         ValueError: It has none.
     """
-    if _keeps_encoder(model):
+    # A compiled encoder has layers, too; a detector of one's own keeps its encoder there as well.
+    if hasattr(getattr(model, 'encoder', None), 'layers'):
         return 'encoder'
     for name, part in model.named_modules():
         if _keeps_encoder(part):

@@ -104,8 +104,10 @@ def count_fused(model: nn.Module) -> int:
 
 
 def assert_same(actual, expected):
+    # Sums of many terms: what is lost to rounding grows with the largest of a tensor.
     for ours, theirs in zip(actual, expected):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        scale = max(1.0, theirs.detach().abs().max().item())
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * scale)
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def train(
     from mmengine.model import is_model_wrapper
     from mmengine.runner import Runner
 
-    from mmlite.openmmlab.checkpoints.saving import AtomicBackend
+    from mmlite.openmmlab.checkpoints.hooks import AtomicBackend
 
     from .record import NonFiniteLoss, Recorder
 

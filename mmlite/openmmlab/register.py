@@ -35,7 +35,7 @@ _FOLLOWERS = {
 _HOOKS = {
     'FusedAttentionHook': 'mmlite.openmmlab.layers',
     'WarmStartHook': 'mmlite.openmmlab.checkpoints.hooks',
-    'SafeCheckpointHook': 'mmlite.openmmlab.checkpoints.saving',
+    'SafeCheckpointHook': 'mmlite.openmmlab.checkpoints.hooks',
     'EfficiencyHook': 'mmlite.analysis.hooks',
     'AttentionMapHook': 'mmlite.analysis.hooks',
     'OptimizeHook': 'mmlite.export.optimize',

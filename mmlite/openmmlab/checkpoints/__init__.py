@@ -1,10 +1,8 @@
 """Checkpoints: other people's formats, warm starts, safe loading."""
 
 from ..lite_config import fitting_schedules, lite_change, lite_config, stock_config
-from ..verbs import to_lite
-from .encoder import convert_encoder_state
 from .loading import load_checkpoint
-from .official import Conversion, from_official, to_official, unpack
+from .official import Conversion, convert_encoder_state, from_official, to_official, unpack
 from .official_config import check_conversion, official_config
 from .warm_start import WarmStart, warm_start
 
@@ -20,7 +18,6 @@ __all__ = [
     'load_checkpoint',
     'official_config',
     'stock_config',
-    'to_lite',
     'to_official',
     'unpack',
     'warm_start',

@@ -1,9 +1,13 @@
-"""A warm start as an entry of a config."""
+"""Hooks for MMEngine's runner: a warm start, and checkpoints that outlive a full disk."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from mmengine.dist import broadcast, is_main_process
-from mmengine.hooks import Hook
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader, Runner
 
@@ -32,7 +36,7 @@ class WarmStartHook(Hook):
         self.state, _ = unpack(CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu'))
 
     def before_train(self, runner: Runner) -> None:
-        """Fill in the weights, after mmengine has initialised or resumed the model.
+        """Fill in the weights, after MMEngine has initialised or resumed the model.
 
         Args:
             runner (Runner): The runner.
@@ -50,3 +54,65 @@ class WarmStartHook(Hook):
         for value in model.state_dict().values():
             broadcast(value)
         self.state = None
+
+
+@register_backend('atomic')
+class AtomicBackend(LocalBackend):
+    """Writes a local file whole or not at all."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write beside the file, then take its place.
+
+        Args:
+            obj (bytes): The content.
+            filepath (str | Path): Where it goes; missing folders are made.
+
+        Raises:
+            OSError: It cannot be written. What was at ``filepath`` is still there.
+        """
+        filepath = Path(filepath)
+        filepath.parent.mkdir(parents=True, exist_ok=True)
+        beside = filepath.with_name(f'.{filepath.name}.{os.getpid()}')
+        try:
+            with beside.open('wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())  # the name must not reach the disk before the content
+            beside.replace(filepath)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+class SafeCheckpointHook(CheckpointHook):
+    """MMEngine's checkpoint hook, with the last checkpoint usable whenever training ends.
+
+    ::
+
+        default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook', max_keep_ckpts=1))
+
+    MMEngine deletes the checkpoint that ``max_keep_ckpts`` no longer allows and then writes the
+    new one in place, so that a full disk leaves half a file or nothing. Here a checkpoint is
+    written beside and renamed, and only then is the outdated one deleted: for a moment the disk
+    holds one more than is kept. Takes all arguments of MMEngine's hook.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.backend_args = self.backend_args or {'backend': 'atomic'}
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        # With the step already listed, MMEngine deletes nothing.
+        outdated = None
+        if self.max_keep_ckpts > 0 and step not in list(self.keep_ckpt_ids)[-1:]:
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                outdated = self.keep_ckpt_ids.popleft()
+            self.keep_ckpt_ids.append(step)
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        super()._save_checkpoint_with_step(runner, step, meta)
+        if outdated is not None and is_main_process():
+            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated))
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+            elif self.file_backend.isdir(path):  # of a sharded training
+                self.file_backend.rmtree(path)

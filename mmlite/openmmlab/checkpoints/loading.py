@@ -1,18 +1,21 @@
 """Checkpoints are read without running code that they carry.
 
-mmengine's checkpoints hold more than tensors: the logged losses as ``HistoryBuffer`` objects,
-NumPy arrays and numbers. ``torch.load`` refuses them from torch 2.6 on, and before that it ran
-whatever the file asked for. The loader here reads those types and no others, with every torch.
-``import mmlite`` puts it in the place of mmengine's loader of local files, so that ``load_from``,
-``resume`` and ``mim test`` use it.
+MMEngine's checkpoints hold more than tensors: logged losses as ``HistoryBuffer`` objects, the
+state of schedulers, NumPy arrays and numbers. ``torch.load`` refuses them from torch 2.6 on, and
+before that it ran whatever the file asked for. The loader here reads plain types alone, with every
+torch. ``import mmlite`` puts it in the place of MMEngine's loader of local files, so that
+``load_from``, ``resume`` and ``mim test`` use it.
 """
 
 from __future__ import annotations
 
 import codecs
+import datetime
 import os
+import pathlib
 import pickle
 import re
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 
 try:
     from numpy._core import multiarray
@@ -30,21 +34,34 @@ except ImportError:  # NumPy < 1.26
 # From this version on, torch's own safe loading can be told about further types by name.
 _TORCH_KNOWS_SAFE_GLOBALS = torch.__version__ >= (2, 6)
 
+# Types that hold data and run nothing when they are made.
+_PLAIN = (
+    *(HistoryBuffer, OneCycleParamScheduler, np.ndarray, np.dtype, Counter, Namespace),
+    *(set, frozenset, slice, complex),
+    *(datetime.date, datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone),
+)
+# Methods that MMEngine pickles as ``getattr(owner, name)``. The real getattr would open any door.
+_METHODS = {
+    HistoryBuffer: ('min', 'max', 'mean', 'current'),
+    OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
+}
+
 
 def load_checkpoint(
     path: str | os.PathLike,
     map_location: Any = 'cpu',
-    allow: Iterable[type] = (),
+    allow: Iterable[Callable] = (),
 ) -> Any:
-    """Read a checkpoint file that may hold tensors and mmengine's and NumPy's plain types.
+    """Read a checkpoint file of tensors, numbers, text and other plain data.
 
     Args:
         path (str | PathLike): File written by ``torch.save``.
         map_location: As for ``torch.load``. Defaults to the CPU.
-        allow (Iterable[type]): Further classes to accept, from a source that you trust.
+        allow (Iterable[type]): Further classes to accept, from a source that you trust. Those
+            given to ``torch.serialization.add_safe_globals`` are accepted, too.
 
     Returns:
-        The object that was saved, for mmengine's checkpoints a dict.
+        The object that was saved, for MMEngine's checkpoints a dict.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -53,7 +70,8 @@ def load_checkpoint(
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f'checkpoint {path} does not exist')
-    known = {**_known_types(), **{f'{kind.__module__}.{kind.__qualname__}': kind for kind in allow}}
+    trusted = getattr(torch.serialization, 'get_safe_globals', list)()
+    known = {**_known_types(), **dict(map(_named, [*trusted, *allow]))}
     load = _load if _TORCH_KNOWS_SAFE_GLOBALS else _load_before_torch_2_6
     try:
         return load(path, map_location, known)
@@ -65,37 +83,55 @@ def load_checkpoint(
             reason = str(error).partition('\n')[0] or type(error).__name__
             raise ValueError(f'{path} is not a checkpoint that torch can read: {reason}') from error
         raise ValueError(
-            f'{path} is refused: it holds {refused[1]}, which is neither a tensor nor one of '
-            "mmengine's or NumPy's plain types and could run code when it is loaded"
+            f'{path} is refused: it holds {refused[1]}, which could run code when it is loaded; '
+            f'{_way_out(path, refused[1], "is blocked" in str(error))}'
         ) from error
 
 
+def _way_out(path: str, name: str, is_blocked: bool) -> str:
+    if is_blocked:
+        return 'torch never loads this, so do not trust the file'
+    module = name.rpartition('.')[0]
+    if hasattr(torch.serialization, 'add_safe_globals'):
+        line = f'import torch, {module}; torch.serialization.add_safe_globals([{name}])'
+        return f'if you trust the file, run this before, or put it at the top of the config: {line}'
+    return (
+        f'if you trust the file, load and save it again: import torch, {module}, '
+        f'mmlite.checkpoints as c; torch.save(c.load_checkpoint({path!r}, allow=[{name}])'
+        f"['state_dict'], 'weights.pth')"
+    )
+
+
+def _named(entry: Any) -> tuple[str, Callable]:
+    """The name that something is pickled under; torch lets a user give another with it."""
+    value, *name = entry if isinstance(entry, tuple) else (entry,)
+    return (*name, f'{value.__module__}.{value.__qualname__}')[0], value
+
+
 def _known_types() -> dict[str, Callable]:
-    """What a checkpoint of mmengine may name, by the names it is pickled under."""
-    known = {
-        'mmengine.logging.history_buffer.HistoryBuffer': HistoryBuffer,
-        # A HistoryBuffer pickles its statistics as getattr(HistoryBuffer, 'mean').
-        'builtins.getattr': _history_statistic,
-        'numpy.ndarray': np.ndarray,
-        'numpy.dtype': np.dtype,
-        '_codecs.encode': codecs.encode,  # the bytes of an array, in pickle's protocol 2
-        'collections.Counter': Counter,  # the milestones of a MultiStepLR
-    }
+    """What a checkpoint may name, by the names it is pickled under."""
+    known = dict(map(_named, _PLAIN))
+    known['builtins.getattr'] = _method
+    known['_codecs.encode'] = codecs.encode  # the bytes of an array, in pickle's protocol 2
     # NumPy 2 moved its core, so a file may come from either side of the move.
     for core in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         known[f'{core}._reconstruct'] = multiarray._reconstruct
         known[f'{core}.scalar'] = multiarray.scalar
     # Reading a dtype checks the class of the dtype object, one for each kind of number.
     for number in np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?':
-        kind = type(np.dtype(number))
-        known[f'{kind.__module__}.{kind.__name__}'] = kind
+        known.update([_named(type(np.dtype(number)))])
+    # A path of another system cannot be made here, but its text can. Python 3.13 moved the classes.
+    for name in ('PosixPath', 'WindowsPath'):
+        for module in ('pathlib', 'pathlib._local'):
+            known[f'{module}.{name}'] = known[f'{module}.Pure{name}'] = getattr(
+                pathlib, f'Pure{name}'
+            )
     return known
 
 
-def _history_statistic(owner: Any, name: str) -> Callable:
-    """The one use of ``getattr`` that a checkpoint needs; the real one would open any door."""
-    if owner is not HistoryBuffer or name not in ('min', 'max', 'mean', 'current'):
-        raise pickle.UnpicklingError(f'GLOBAL getattr of {owner!r} and {name!r}')
+def _method(owner: Any, name: str) -> Callable:
+    if name not in _METHODS.get(owner, ()):
+        raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {owner!r} and {name!r}')
     return getattr(owner, name)
 
 

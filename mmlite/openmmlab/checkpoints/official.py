@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,17 +18,82 @@ import torch
 from torch import Tensor
 
 from ..layers import EncoderSchedule
-from .encoder import ENCODER_NAMES
 
 # The 80 categories of COCO among the 91 slots of the original class layers.
 COCO_IDS = tuple(i for i in range(91) if i not in (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
-# Where a LiteEncoder carries its schedule.
-_SCHEDULE = 'encoder.schedule_code'
 FAMILIES = {
     'deformable-detr': 'Deformable DETR',
     'h-deformable-detr': 'H-Deformable-DETR',
     'dino': 'DINO',
     'lite-dino': 'Lite-DINO',
+}
+# Where a LiteEncoder carries its schedule.
+_SCHEDULE = 'encoder.schedule_code'
+_LABELS = 'dn_query_generator.label_embedding'
+_LEVEL = r'input_proj\.\d+\.0\.weight'
+# Of either layout.
+_DECODER_LAYER = r'(transformer\.)?decoder\.layers\.\d+\.norms?\.?1\.weight'
+
+# The authors' names and MMDetection's. {i} and {j} stand for numbers, * for the rest of a name,
+# LAST for the number of decoder layers. The first line that fits a name is the one that counts.
+_TABLES = {
+    'encoder': """
+        transformer.encoder.layers.{i}.self_attn.*  encoder.layers.{i}.self_attn.*
+        transformer.encoder.layers.{i}.norm1.*      encoder.layers.{i}.norms.0.*
+        transformer.encoder.layers.{i}.norm2.*      encoder.layers.{i}.norms.1.*
+        transformer.encoder.layers.{i}.linear1.*    encoder.layers.{i}.ffn.layers.0.0.*
+        transformer.encoder.layers.{i}.linear2.*    encoder.layers.{i}.ffn.layers.1.*
+        transformer.encoder.layers.{i}.linear12.*   encoder.layers.{i}.small_ffn.layers.0.0.*
+        transformer.encoder.layers.{i}.linear22.*   encoder.layers.{i}.small_ffn.layers.1.*
+        transformer.encoder.layers.{i}.norm22.*     encoder.layers.{i}.small_norm.*
+    """,
+    # The decoder's norms are numbered by the module they follow there, by their order here.
+    'decoder': """
+        transformer.level_embed                     level_embed
+        transformer.decoder.layers.{i}.self_attn.*  decoder.layers.{i}.self_attn.attn.*
+        transformer.decoder.layers.{i}.cross_attn.* decoder.layers.{i}.cross_attn.*
+        transformer.decoder.layers.{i}.norm2.*      decoder.layers.{i}.norms.0.*
+        transformer.decoder.layers.{i}.norm1.*      decoder.layers.{i}.norms.1.*
+        transformer.decoder.layers.{i}.norm3.*      decoder.layers.{i}.norms.2.*
+        transformer.decoder.layers.{i}.linear1.*    decoder.layers.{i}.ffn.layers.0.0.*
+        transformer.decoder.layers.{i}.linear2.*    decoder.layers.{i}.ffn.layers.1.*
+        transformer.enc_output.*                    memory_trans_fc.*
+        transformer.enc_output_norm.*               memory_trans_norm.*
+    """,
+    'dino': """
+        transformer.tgt_embed.weight                query_embedding.weight
+        label_enc.*                                 dn_query_generator.label_embedding.*
+        transformer.decoder.norm.*                  decoder.norm.*
+        transformer.decoder.ref_point_head.*        decoder.ref_point_head.*
+        transformer.enc_out_class_embed.*           bbox_head.cls_branches.LAST.*
+        transformer.enc_out_bbox_embed.layers.0.*   bbox_head.reg_branches.LAST.0.*
+        transformer.enc_out_bbox_embed.layers.1.*   bbox_head.reg_branches.LAST.2.*
+        transformer.enc_out_bbox_embed.layers.2.*   bbox_head.reg_branches.LAST.4.*
+    """,
+    'deformable': """
+        query_embed.weight                          query_embedding.weight
+        transformer.reference_points.*              reference_points_fc.*
+        transformer.pos_trans.*                     pos_trans_fc.*
+        transformer.pos_trans_norm.*                pos_trans_norm.*
+    """,
+    'head': """
+        class_embed.{i}.*                           bbox_head.cls_branches.{i}.*
+        bbox_embed.{i}.layers.0.*                   bbox_head.reg_branches.{i}.0.*
+        bbox_embed.{i}.layers.1.*                   bbox_head.reg_branches.{i}.2.*
+        bbox_embed.{i}.layers.2.*                   bbox_head.reg_branches.{i}.4.*
+    """,
+    'resnet': 'backbone.0.body.* backbone.*',
+    'swin': """
+        SWIN.patch_embed.norm.*                     backbone.patch_embed.norm.*
+        SWIN.patch_embed.proj.*                     backbone.patch_embed.projection.*
+        SWIN.layers.{i}.blocks.{j}.norm1.*          backbone.stages.{i}.blocks.{j}.norm1.*
+        SWIN.layers.{i}.blocks.{j}.norm2.*          backbone.stages.{i}.blocks.{j}.norm2.*
+        SWIN.layers.{i}.blocks.{j}.attn.*           backbone.stages.{i}.blocks.{j}.attn.w_msa.*
+        SWIN.layers.{i}.blocks.{j}.mlp.fc1.*        backbone.stages.{i}.blocks.{j}.ffn.layers.0.0.*
+        SWIN.layers.{i}.blocks.{j}.mlp.fc2.*        backbone.stages.{i}.blocks.{j}.ffn.layers.1.*
+        SWIN.layers.{i}.downsample.*                backbone.stages.{i}.downsample.*
+        SWIN.norm{i}.*                              backbone.norm{i}.*
+    """,
 }
 
 
@@ -64,22 +129,15 @@ class Conversion:
     """
 
     layout: Layout
-    state_dict: dict[str, Tensor]
+    state_dict: dict[str, Tensor] = field(default_factory=dict)
     mapped: dict[str, str] = field(default_factory=dict)
     left: dict[str, Tensor] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     filled: dict[str, str] = field(default_factory=dict)
     schedule: EncoderSchedule | None = None
 
-
-class _Rule(NamedTuple):
-    """Names in both layouts; ``{i}`` and ``{j}`` stand for numbers, ``*`` for the rest."""
-
-    official: str
-    mmdet: str
-    rows: str = ''  # which rows of a class layer: 'classes', 'objectness' or 'labels'
-    forward: Callable[[Tensor], Tensor] | None = None
-    backward: Callable[[Tensor], Tensor] | None = None
+    def _leave(self, name: str, tensor: Tensor, reason: str) -> None:
+        self.left[name], self.reasons[name] = tensor, reason
 
 
 def unpack(checkpoint: Any, ema: bool = False) -> tuple[dict[str, Tensor], Namespace | None]:
@@ -96,8 +154,7 @@ def unpack(checkpoint: Any, ema: bool = False) -> tuple[dict[str, Tensor], Names
     Raises:
         ValueError: If there is no state dict in it.
     """
-    args = None
-    state = checkpoint
+    state, args = checkpoint, None
     if isinstance(checkpoint, Mapping):
         args = checkpoint.get('args')
         keys = ('ema_model',) if ema else ('model', 'state_dict')
@@ -110,9 +167,8 @@ def unpack(checkpoint: Any, ema: bool = False) -> tuple[dict[str, Tensor], Names
             'the checkpoint has no state dict: expected one under model or state_dict, or a bare '
             'one'
         )
-    state = dict(state)
-    if state and all(name.startswith('module.') for name in state):
-        state = {name[len('module.') :]: value for name, value in state.items()}
+    prefix = 'module.' if all(name.startswith('module.') for name in state) else ''
+    state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state, args if isinstance(args, Namespace) else None
 
 
@@ -143,41 +199,38 @@ def from_official(
         ValueError: If the file does not fit the family or the schedule; the message says what does.
     """
     state, args = unpack(checkpoint, ema)
-    layout = read_official(state)
+    if 'transformer.level_embed' not in state:
+        raise ValueError(_foreign(state))
+    layout = _read_layout(state)
     _check_family(layout, family)
     schedule = _find_schedule(state, layout, args, schedule)
-    select = coco_classes and layout.num_classes == 91
-    conversion = Conversion(layout, {}, schedule=schedule)
-    renames = _Renames(layout, 'official')
-    unknown = []
+    conversion = Conversion(layout, schedule=schedule)
+    own = {}
     for name, tensor in state.items():
-        original = _duplicated(name)
-        if original is not None:
-            if original not in state or not torch.equal(tensor, state[original]):
+        copied = re.fullmatch(r'transformer\.decoder\.((class|bbox)_embed\..+)', name)
+        if copied is not None:
+            if copied[1] not in state or not torch.equal(tensor, state[copied[1]]):
                 raise ValueError(
-                    f'{name} should repeat {original} but does not; the file was not written by '
+                    f'{name} should repeat {copied[1]} but does not; the file was not written by '
                     f"the authors' {FAMILIES[layout.family]}"
                 )
-            conversion.reasons[name] = f'repeats {original}'
-            continue
-        if _is_unused_projection(name, state):
-            conversion.left[name] = tensor
-            conversion.reasons[name] = 'not used by standard attention'
-            continue
-        rule, new_name = renames(name)
-        if rule is None:
-            unknown.append(name)
-            continue
-        value = rule.forward(tensor) if rule.forward else tensor
-        if rule.rows:
-            kept, dropped = _rows(rule.rows, len(tensor), select)
-            value = tensor[kept]
-            if dropped:
-                conversion.left[name] = tensor[dropped]
-                conversion.reasons[name] = _why_rows(rule.rows, dropped)
-        conversion.state_dict[new_name] = value
-        conversion.mapped[name] = new_name
-    _refuse_unknown(unknown, layout)
+            conversion.reasons[name] = f'repeats {copied[1]}'
+        elif _is_unused_projection(name, state):
+            conversion._leave(name, tensor, 'not used by standard attention')
+        else:
+            own[name] = tensor
+    conversion.mapped.update(_rename(own, _table(state), FAMILIES[layout.family]))
+    select = coco_classes and layout.num_classes == 91
+    for name, new_name in conversion.mapped.items():
+        value = own[name]
+        if '.downsample.' in new_name and layout.backbone == 'swin':
+            # The four neighbours are concatenated block by block there, and by column first;
+            # channel by channel here (nn.Unfold), and by row first.
+            value = value.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].mT.flatten(-2)
+        kept, dropped, why = _class_rows(name, layout, len(value), select)
+        if dropped:
+            conversion._leave(name, value[dropped], why)
+        conversion.state_dict[new_name] = value[kept] if kept else value
     if schedule is not None:
         conversion.state_dict[_SCHEDULE] = schedule.encode()
     return conversion
@@ -206,137 +259,114 @@ def to_official(
         ValueError: If ``state`` is of another detector.
     """
     left = left or {}
-    layout = read_mmdet(state)
-    _check_family(layout, family)
-    expand = coco_classes and layout.num_classes == 80
-    schedule = _carried_schedule(state)
-    conversion = Conversion(layout, {}, schedule=schedule)
-    renames = _Renames(layout, 'mmdet')
-    official, filled = conversion.state_dict, conversion.filled
-    unknown = []
-    for name, tensor in state.items():
-        if name.endswith('num_batches_tracked'):
-            conversion.left[name] = tensor
-            conversion.reasons[name] = "the authors' frozen BatchNorm does not count batches"
-            continue
-        if name == _SCHEDULE:
-            conversion.left[name] = tensor
-            conversion.reasons[name] = 'is among the arguments of the run there'
-            continue
-        rule, new_name = renames(name)
-        if rule is None:
-            unknown.append(name)
-            continue
-        value = rule.backward(tensor) if rule.backward else tensor
-        if rule.rows:
-            total = 91 if expand else layout.num_classes
-            total += rule.rows == 'labels'
-            kept, dropped = _rows(rule.rows, total, expand)
-            value = tensor.new_zeros(total, *tensor.shape[1:])
-            value[kept] = tensor
-            if dropped:
-                if new_name in left:
-                    value[dropped] = left[new_name].to(value)
-                else:
-                    value[dropped] = -20.0 if new_name.endswith('bias') else 0.0
-                    filled[new_name] = f'{len(dropped)} rows without a class'
-        official[new_name] = value
-        conversion.mapped[name] = new_name
-    _refuse_unknown(unknown, layout)
-
-    # What MMDetection's models may do without and the authors' code insists on.
-    for level in range(layout.num_levels):
-        weight, bias = f'input_proj.{level}.0.weight', f'input_proj.{level}.0.bias'
-        if weight in official and bias not in official:
-            official[bias] = official[weight].new_zeros(len(official[weight]))
-            filled[bias] = 'zeros: the neck has no bias'
-    if layout.family == 'lite-dino':
-        for name in list(official):
-            attention, found, _ = name.rpartition('.attention_weights.weight')
-            if not found:
-                continue
-            for end in ('weight', 'bias'):
-                unused = f'{attention}.query_proj.{end}'
-                value = left.get(unused)
-                if value is None:
-                    value = torch.zeros_like(official[f'{attention}.output_proj.{end}'])
-                    filled[unused] = 'zeros: not used by standard attention'
-                official[unused] = value
-    for name in list(official):
-        for duplicate in _duplicates(name, layout):
-            official[duplicate] = official[name]
-    return conversion
-
-
-# --- What a file is ---------------------------------------------------------------------------
-
-
-# Of MMDetection's models: all DETRs have the first, Mask2Former the others (instances, video).
-_MMDET_NAMES = (
-    'level_embed',
-    *(f'{head}_head.pixel_decoder.mask_feature.weight' for head in ('panoptic', 'track')),
-)
-# What DDQ-DETR and Grounding DINO have and DINO, which they are made of, has not.
-_OTHER_FAMILIES = ('query_map.weight', 'text_feat_map.weight')
-
-
-def read_official(state: Mapping[str, Tensor]) -> Layout:
-    """Layout of a state dict with the authors' names.
-
-    Raises:
-        ValueError: If it is none of the known families.
-    """
-    if 'transformer.level_embed' not in state:
-        if any(name in state for name in _MMDET_NAMES):
-            raise ValueError(
-                "the file is in MMDetection's layout already; use --to-official for the way back "
-                'or --from-stock for a warm start'
-            )
-        raise ValueError(
-            'the file is none of ' + ', '.join(FAMILIES.values()) + ' in the original layout: it '
-            'has no transformer.level_embed'
-        )
-    attention = 'transformer.encoder.layers.0.self_attn.'
-    if 'label_enc.weight' in state:
-        is_lite = f'{attention}query_proj.weight' in state
-        family = 'lite-dino' if is_lite else 'dino'
-    elif 'query_embed.weight' in state and 'transformer.pos_trans.weight' in state:
-        family = 'h-deformable-detr'
-    else:
-        family = 'deformable-detr'
-    num_levels = _count(state, r'input_proj\.(\d+)\.0\.weight')
-    maps = [state[f'input_proj.{i}.0.weight'].shape[-1] == 1 for i in range(num_levels)]
-    return Layout(
-        family=family,
-        backbone='swin' if any('patch_embed' in name for name in state) else 'resnet',
-        encoder_layers=_count(state, r'transformer\.encoder\.layers\.(\d+)\.norm1\.weight'),
-        decoder_layers=_count(state, r'transformer\.decoder\.layers\.(\d+)\.norm1\.weight'),
-        num_levels=num_levels,
-        num_maps=sum(maps),
-        refines=any(name.startswith('transformer.decoder.bbox_embed.') for name in state),
-        two_stage='transformer.enc_output.weight' in state,
-        num_classes=len(state.get('class_embed.0.weight', ())),
-    )
-
-
-def read_mmdet(state: Mapping[str, Tensor]) -> Layout:
-    """Layout of a state dict with MMDetection's names.
-
-    Raises:
-        ValueError: If the authors of none of the known families released such a model.
-    """
-    is_other = any(name in state for name in _OTHER_FAMILIES)
+    # What DDQ-DETR and Grounding DINO have and DINO, which they are made of, has not.
+    is_other = any(name in state for name in ('query_map.weight', 'text_feat_map.weight'))
     if is_other or 'level_embed' not in state or 'bbox_head.cls_branches.0.weight' not in state:
         raise ValueError(
             "the file is no Deformable DETR, H-Deformable-DETR, DINO or Lite-DINO in MMDetection's "
             'layout'
         )
-    is_lite = any(
-        re.fullmatch(r'encoder\.layers\.\d+\.(small_norm|self_attn\.query_proj)\.weight', name)
+    unused = {
+        name: 'is among the arguments of the run there'
+        if name == _SCHEDULE
+        else "the authors' frozen BatchNorm does not count batches"
         for name in state
+        if name == _SCHEDULE or name.endswith('num_batches_tracked')
+    }
+    backwards = [(mmdet, authors) for authors, mmdet in _table(state)]
+    mapped = _rename(
+        [name for name in state if name not in unused], backwards, 'the original layout'
     )
-    two_stage = 'memory_trans_fc.weight' in state
-    if any(name.startswith('dn_query_generator.') for name in state):
+    official = {new_name: state[name] for name, new_name in mapped.items()}
+    layout = _read_layout(official)
+    _check_family(layout, family)
+    filled: dict[str, str] = {}
+    conversion = Conversion(layout, official, mapped, filled=filled, schedule=_carried(state))
+    for name, reason in unused.items():
+        conversion._leave(name, state[name], reason)
+    expand = coco_classes and layout.num_classes == 80
+    for name in list(official):
+        value = official[name]
+        if '.downsample.' in name and layout.backbone == 'swin':
+            official[name] = value.unflatten(-1, (-1, 4)).mT[..., [0, 2, 1, 3], :].flatten(-2)
+        total = (91 if expand else layout.num_classes) + name.startswith('label_enc.')
+        kept, dropped, _ = _class_rows(name, layout, total, expand)
+        if dropped:
+            official[name] = value.new_zeros(total, *value.shape[1:])
+            official[name][kept] = value
+            if name in left:
+                official[name][dropped] = left[name].to(value)
+            else:
+                official[name][dropped] = -20.0 if name.endswith('bias') else 0.0
+                filled[name] = f'{len(dropped)} rows without a class'
+
+    def fill(name: str, like: str, why: str) -> None:
+        if name not in left:
+            filled[name] = f'zeros: {why}'
+        official[name] = left.get(name, torch.zeros_like(official[like]))
+
+    # What MMDetection's models may do without and the authors' code insists on.
+    for level in range(layout.num_levels):
+        if f'input_proj.{level}.0.bias' not in official:
+            norm = f'input_proj.{level}.1.bias'
+            fill(f'input_proj.{level}.0.bias', norm, 'the neck has no bias')
+    for name in list(official):
+        attention, found, _ = name.rpartition('.attention_weights.weight')
+        if found and layout.family == 'lite-dino':
+            for end in ('weight', 'bias'):
+                like = f'{attention}.output_proj.{end}'
+                fill(f'{attention}.query_proj.{end}', like, 'not used by standard attention')
+        is_class = name.startswith('class_embed.') and layout.two_stage
+        if is_class or (name.startswith('bbox_embed.') and layout.refines):
+            official[f'transformer.decoder.{name}'] = official[name]
+    return conversion
+
+
+def convert_encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the parameters of the authors' encoder to :class:`mmlite.nn.LiteEncoder`'s.
+
+    Their standard attention carries a ``query_proj`` that it never uses; it is left out.
+
+    Args:
+        state (Mapping[str, Tensor]): ``layers.<i>.self_attn.*``, ``norm1``, ``linear1``, ...
+
+    Returns:
+        dict[str, Tensor]: The same tensors under the names of ``LiteEncoder.state_dict()``.
+
+    Raises:
+        ValueError: A name is none of the authors' encoder.
+    """
+    rows = [
+        (authors.removeprefix('transformer.encoder.'), mmdet.removeprefix('encoder.'))
+        for authors, mmdet in _rows('encoder')
+    ]
+    used = [name for name in state if not _is_unused_projection(name, state)]
+    names = _rename(used, rows, "the authors' Lite DETR encoder")
+    return {new_name: state[name] for name, new_name in names.items()}
+
+
+# --- What a file is ---------------------------------------------------------------------------
+
+
+def _foreign(state: Mapping[str, Tensor]) -> str:
+    # All of MMDetection's DETRs have the first, Mask2Former the others (instances, video).
+    masks = [f'{part}_head.pixel_decoder.mask_feature.weight' for part in ('panoptic', 'track')]
+    if any(name in state for name in ('level_embed', *masks)):
+        return (
+            "the file is in MMDetection's layout already; use --to-official for the way back or "
+            '--from-stock for a warm start'
+        )
+    return (
+        f'the file is none of {", ".join(FAMILIES.values())} in the original layout: it has no '
+        'transformer.level_embed'
+    )
+
+
+def _read_layout(state: Mapping[str, Tensor]) -> Layout:
+    """Layout of a state dict with the authors' names."""
+    is_lite = _count(state, r'transformer\.encoder\.layers\.\d+\.(norm22|.+query_proj)\.weight')
+    two_stage = 'transformer.enc_output.weight' in state
+    if 'label_enc.weight' in state:
         family = 'lite-dino' if is_lite else 'dino'
     elif is_lite:
         raise ValueError(
@@ -344,21 +374,21 @@ def read_mmdet(state: Mapping[str, Tensor]) -> Layout:
             'Lite detector'
         )
     else:
-        mixed = two_stage and 'query_embedding.weight' in state
+        mixed = two_stage and 'query_embed.weight' in state
         family = 'h-deformable-detr' if mixed else 'deformable-detr'
-    decoder_layers = _count(state, r'decoder\.layers\.(\d+)\.norms\.0\.weight')
-    num_maps = _count(state, r'neck\.convs\.(\d+)\.conv\.weight')
-    heads = [state[f'bbox_head.reg_branches.{i}.4.bias'] for i in range(decoder_layers)]
+    num_levels, decoder_layers = _count(state, _LEVEL), _count(state, _DECODER_LAYER)
+    heads = [state[f'bbox_embed.{i}.layers.2.bias'] for i in range(decoder_layers)]
     return Layout(
         family=family,
-        backbone='swin' if 'backbone.patch_embed.projection.weight' in state else 'resnet',
-        encoder_layers=_count(state, r'encoder\.layers\.(\d+)\.norms\.0\.weight'),
+        backbone='swin' if any('patch_embed' in name for name in state) else 'resnet',
+        encoder_layers=_count(state, r'transformer\.encoder\.layers\.\d+\.norm1\.weight'),
         decoder_layers=decoder_layers,
-        num_levels=num_maps + _count(state, r'neck\.extra_convs\.(\d+)\.conv\.weight'),
-        num_maps=num_maps,
+        num_levels=num_levels,
+        num_maps=sum(state[f'input_proj.{i}.0.weight'].shape[-1] == 1 for i in range(num_levels)),
+        # Without refinement all layers share a head.
         refines=two_stage or any(not torch.equal(head, heads[0]) for head in heads),
         two_stage=two_stage,
-        num_classes=len(state['bbox_head.cls_branches.0.weight']),
+        num_classes=len(state['class_embed.0.weight']),
     )
 
 
@@ -367,11 +397,9 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
 
 
 def _check_family(layout: Layout, family: str | None) -> None:
-    if family is None:
-        return
-    if family not in FAMILIES:
+    if family not in (None, *FAMILIES):
         raise ValueError(f'{family!r} is none of {", ".join(FAMILIES)}')
-    if family != layout.family:
+    if family not in (None, layout.family):
         raise ValueError(
             f'the file is no {FAMILIES[family]}: its names are those of '
             f'{FAMILIES[layout.family]}; use --model {layout.family}'
@@ -396,7 +424,7 @@ def _find_schedule(
                 'start a Lite model from it'
             )
         return None
-    layers = layout.encoder_layers
+    layers, levels = layout.encoder_layers, layout.num_levels
     joint = [i for i in range(layers) if f'transformer.encoder.layers.{i}.linear12.weight' in state]
     blocks = len(joint) or getattr(args, 'num_expansion', None)
     if joint and joint != [i for i in range(layers) if (i + 1) % (layers // blocks) == 0]:
@@ -404,40 +432,36 @@ def _find_schedule(
             f'the small FFNs are in layers {[i + 1 for i in joint]} of {layers}, which is no '
             'schedule of equal blocks'
         )
+    high_levels = range(levels - 1, 0, -1) if blocks else ()
+    fitting = {
+        high: EncoderSchedule(high, levels - high, layers // blocks, blocks) for high in high_levels
+    }
+    listed = ' or '.join(map(str, fitting.values()))
     stored = getattr(args, 'enc_scale', None)
-
-    def named(high: int) -> EncoderSchedule:
-        return EncoderSchedule(high, layout.num_levels - high, layers // blocks, blocks)
-
-    fitting = (
-        ''
-        if blocks is None
-        else ' or '.join(str(named(high)) for high in range(layout.num_levels - 1, 0, -1))
-    )
     if wanted is None:
-        if stored is None or blocks is None:
+        if stored not in fitting:
             raise ValueError(
                 'the file does not say how many maps are high-level, and its weights cannot tell; '
-                'give the schedule it was trained with: --schedule ' + (fitting or 'HxLy-(A+1)xB')
+                f'give the schedule it was trained with: --schedule {listed or "HxLy-(A+1)xB"}'
             )
-        return named(stored)
+        return fitting[stored]
     wanted = EncoderSchedule.parse(wanted)
-    fits = wanted.num_levels == layout.num_levels and wanted.num_layers == layers
-    if not fits or (blocks is not None and wanted.num_blocks != blocks):
+    if wanted not in fitting.values() and (
+        fitting or (wanted.num_levels, wanted.num_layers) != (levels, layers)
+    ):
         raise ValueError(
-            f'schedule {wanted} does not fit the file: it has {layout.num_levels} levels, '
-            f'{layers} encoder layers'
-            + (f' and small FFNs in {blocks} of them, which fits {fitting}' if joint else '')
+            f'schedule {wanted} does not fit the file: it has {levels} levels, {layers} encoder '
+            f'layers' + (f' in {blocks} blocks, which fits {listed}' if fitting else '')
         )
-    if stored is not None and stored != wanted.num_high_levels:
+    if stored not in (None, wanted.num_high_levels):
         raise ValueError(
             f'schedule {wanted} does not fit the file: its run was started with '
-            f'enc_scale={stored}, which is {named(stored)}'
+            f'enc_scale={stored}, which is {fitting.get(stored, "none that fits")}'
         )
     return wanted
 
 
-def _carried_schedule(state: Mapping[str, Tensor]) -> EncoderSchedule | None:
+def _carried(state: Mapping[str, Tensor]) -> EncoderSchedule | None:
     if _SCHEDULE not in state:
         return None
     schedule, update = EncoderSchedule.decode(state[_SCHEDULE])
@@ -449,123 +473,56 @@ def _carried_schedule(state: Mapping[str, Tensor]) -> EncoderSchedule | None:
     return schedule
 
 
-# --- The table of names -----------------------------------------------------------------------
+# --- Names and values -------------------------------------------------------------------------
 
 
-def _rules(layout: Layout) -> Iterator[_Rule]:
-    is_dino = layout.family in ('dino', 'lite-dino')
-    if layout.backbone == 'resnet':
-        yield _Rule('backbone.0.body.*', 'backbone.*')
-    else:
-        yield from _swin_rules('backbone.0.' if is_dino else 'backbone.0.body.')
-    for level in range(layout.num_levels):
-        extra = level - layout.num_maps
-        neck = f'neck.convs.{level}' if extra < 0 else f'neck.extra_convs.{extra}'
-        yield _Rule(f'input_proj.{level}.0.*', f'{neck}.conv.*')
-        yield _Rule(f'input_proj.{level}.1.*', f'{neck}.gn.*')
-    yield _Rule('transformer.level_embed', 'level_embed')
-
-    encoder = 'transformer.encoder.layers.{i}.', 'encoder.layers.{i}.'
-    for official, mmdet in ENCODER_NAMES.items():
-        yield _Rule(f'{encoder[0]}{official}.*', f'{encoder[1]}{mmdet}.*')
-    decoder = 'transformer.decoder.layers.{i}.', 'decoder.layers.{i}.'
-    for official, mmdet in {
-        'self_attn': 'self_attn.attn',
-        'cross_attn': 'cross_attn',
-        # Norms are numbered by the module they follow there, by the order they run in here.
-        'norm2': 'norms.0',
-        'norm1': 'norms.1',
-        'norm3': 'norms.2',
-        'linear1': 'ffn.layers.0.0',
-        'linear2': 'ffn.layers.1',
-    }.items():
-        yield _Rule(f'{decoder[0]}{official}.*', f'{decoder[1]}{mmdet}.*')
-
-    encoder_head = layout.decoder_layers
-    if is_dino:
-        yield _Rule('transformer.tgt_embed.weight', 'query_embedding.weight')
-        yield _Rule('label_enc.weight', 'dn_query_generator.label_embedding.weight', 'labels')
-        yield _Rule('transformer.decoder.norm.*', 'decoder.norm.*')
-        yield _Rule('transformer.decoder.ref_point_head.*', 'decoder.ref_point_head.*')
-        heads = [('transformer.enc_out_KIND_embed', encoder_head, 'classes')]
-    else:
-        yield _Rule('query_embed.weight', 'query_embedding.weight')
-        yield _Rule('transformer.reference_points.*', 'reference_points_fc.*')
-        yield _Rule('transformer.pos_trans.*', 'pos_trans_fc.*')
-        yield _Rule('transformer.pos_trans_norm.*', 'pos_trans_norm.*')
-        # These encoders are trained and ranked by channel 0 alone, whatever the classes.
-        heads = [(f'KIND_embed.{encoder_head}', encoder_head, 'objectness')]
-    yield _Rule('transformer.enc_output.*', 'memory_trans_fc.*')
-    yield _Rule('transformer.enc_output_norm.*', 'memory_trans_norm.*')
-    heads.append(('KIND_embed.{i}', '{i}', 'classes'))
-    for official, index, rows in heads:
-        cls, reg = official.replace('KIND', 'class'), official.replace('KIND', 'bbox')
-        yield _Rule(f'{cls}.*', f'bbox_head.cls_branches.{index}.*', rows)
-        for layer in range(3):
-            yield _Rule(
-                f'{reg}.layers.{layer}.*',
-                f'bbox_head.reg_branches.{index}.{2 * layer}.*',
-            )
-
-
-def _swin_rules(official: str) -> Iterator[_Rule]:
-    for name in ('norm', 'proj'):
-        mmdet = 'projection' if name == 'proj' else name
-        yield _Rule(f'{official}patch_embed.{name}.*', f'backbone.patch_embed.{mmdet}.*')
-    for name, mmdet in {
-        'norm1': 'norm1',
-        'norm2': 'norm2',
-        'attn': 'attn.w_msa',
-        'mlp.fc1': 'ffn.layers.0.0',
-        'mlp.fc2': 'ffn.layers.1',
-    }.items():
-        yield _Rule(
-            f'{official}layers.{{i}}.blocks.{{j}}.{name}.*',
-            f'backbone.stages.{{i}}.blocks.{{j}}.{mmdet}.*',
-        )
-    # Patch merging: the four neighbours are concatenated block by block there, and by column first;
-    # channel by channel here (nn.Unfold), and by row first.
-    yield _Rule(
-        f'{official}layers.{{i}}.downsample.*',
-        'backbone.stages.{i}.downsample.*',
-        forward=lambda x: x.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].mT.flatten(-2),
-        backward=lambda x: x.unflatten(-1, (-1, 4)).mT[..., [0, 2, 1, 3], :].flatten(-2),
+def _table(state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """The authors' names and MMDetection's for a state dict with names of either."""
+    is_dino = 'label_enc.weight' in state or f'{_LABELS}.weight' in state
+    is_swin = any('patch_embed' in name for name in state)
+    rows = _rows('encoder', 'decoder', 'dino' if is_dino else 'deformable', 'head')
+    rows += _rows('swin' if is_swin else 'resnet')
+    swin = 'backbone.0' if is_dino else 'backbone.0.body'
+    last = str(_count(state, _DECODER_LAYER))
+    rows = [(a.replace('SWIN', swin), m.replace('LAST', last)) for a, m in rows]
+    # Maps of the backbone have convolutions of one pixel there, and are named apart here.
+    maps = sum(
+        re.fullmatch(r'neck\.convs\.\d+\.conv\.weight', name) is not None
+        or (re.fullmatch(_LEVEL, name) is not None and tensor.shape[-1] == 1)
+        for name, tensor in state.items()
     )
-    yield _Rule(f'{official}norm{{i}}.*', 'backbone.norm{i}.*')
+    for level in range(_count(state, rf'{_LEVEL}|neck\.\w+\.\d+\.conv\.weight')):
+        neck = f'convs.{level}' if level < maps else f'extra_convs.{level - maps}'
+        rows.append((f'input_proj.{level}.0.*', f'neck.{neck}.conv.*'))
+        rows.append((f'input_proj.{level}.1.*', f'neck.{neck}.gn.*'))
+    return rows
 
 
-class _Renames:
-    """Finds the rule of a name and its name on the other side."""
+def _rows(*tables: str) -> list[tuple[str, str]]:
+    words = ' '.join(_TABLES[name] for name in tables).split()
+    return list(zip(words[::2], words[1::2]))
 
-    def __init__(self, layout: Layout, side: str) -> None:
-        self.rules = []
-        for rule in _rules(layout):
-            source, target = rule.official, rule.mmdet
-            if side == 'mmdet':
-                source, target = target, source
-            pattern = re.escape(source).replace(r'\*', '(?P<rest>.+)')
-            pattern = re.sub(r'\\{(\w)\\}', r'(?P<\1>\\d+)', pattern)
-            self.rules.append((re.compile(pattern), target.replace('*', '{rest}'), rule))
 
-    def __call__(self, name: str) -> tuple[_Rule | None, str]:
-        for pattern, target, rule in self.rules:
+def _rename(names: Iterable[str], rows: list[tuple[str, str]], where: str) -> dict[str, str]:
+    """Name -> new name by the first of the rows that fits. Raises ValueError if none does."""
+    patterns = []
+    for source, target in rows:
+        pattern = re.escape(source).replace(r'\*', '(?P<rest>.+)')
+        pattern = re.sub(r'\\{(\w)\\}', r'(?P<\1>\\d+)', pattern)
+        patterns.append((re.compile(pattern), target.replace('*', '{rest}')))
+    renamed, unknown = {}, []
+    for name in names:
+        for pattern, target in patterns:
             match = pattern.fullmatch(name)
             if match:
-                return rule, target.format(**match.groupdict())
-        return None, ''
-
-
-def _duplicated(name: str) -> str | None:
-    """The entry that an entry of the authors' decoder is another name of."""
-    match = re.fullmatch(r'transformer\.decoder\.((class|bbox)_embed\..+)', name)
-    return match and match[1]
-
-
-def _duplicates(name: str, layout: Layout) -> list[str]:
-    held = (name.startswith('class_embed.') and layout.two_stage) or (
-        name.startswith('bbox_embed.') and layout.refines
-    )
-    return [f'transformer.decoder.{name}'] if held else []
+                renamed[name] = target.format(**match.groupdict())
+                break
+        else:
+            unknown.append(name)
+    if unknown:
+        more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
+        raise ValueError(f'{", ".join(unknown[:3])}{more} have no place in {where}')
+    return renamed
 
 
 def _is_unused_projection(name: str, state: Mapping[str, Tensor]) -> bool:
@@ -573,29 +530,24 @@ def _is_unused_projection(name: str, state: Mapping[str, Tensor]) -> bool:
     return bool(found) and f'{attention}.attention_weights.weight' in state
 
 
-def _rows(kind: str, total: int, select: bool) -> tuple[list[int], list[int]]:
-    """Rows of an original class layer that MMDetection keeps, in its order, and the others."""
-    if select:
-        # MMDetection reads the objectness from its first channel too, but its second channel is
-        # COCO's second category.
-        kept = [0, *COCO_IDS[1:]] if kind == 'objectness' else list(COCO_IDS)
-    else:
-        kept = list(range(total - (kind == 'labels')))
-    return kept, sorted(set(range(total)) - set(kept))
+def _class_rows(
+    name: str, layout: Layout, total: int, select: bool
+) -> tuple[list[int], list[int], str]:
+    """Rows of a class layer that MMDetection keeps, in its order, the others, and why they go.
 
-
-def _why_rows(kind: str, dropped: list[int]) -> str:
+    All are empty for an entry of another kind. ``name`` is the authors'.
+    """
+    is_label = name.startswith('label_enc.')
+    if not is_label and 'class_embed.' not in name:
+        return [], [], ''
+    why = 'no COCO categories'
+    kept = list(COCO_IDS) if select else list(range(total - is_label))
+    if select and name.startswith(f'class_embed.{layout.decoder_layers}.'):
+        # These encoders are trained and ranked by channel 0 alone, whatever the classes.
+        # MMDetection reads it from its first channel, too; its second is COCO's second category.
+        kept[0] = 0
+        why += ', and the class of the first, which is not used here'
+    dropped = sorted(set(range(total)) - set(kept))
     if len(dropped) == 1:
-        return f'row {dropped[0]}: never read'
-    reason = 'no COCO categories'
-    if kind == 'objectness':
-        reason += ', and the class of the first, which is not used here'
-    return f'rows {", ".join(map(str, dropped))}: {reason}'
-
-
-def _refuse_unknown(unknown: list[str], layout: Layout) -> None:
-    if unknown:
-        more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
-        raise ValueError(
-            f'{", ".join(unknown[:3])}{more} have no place in {FAMILIES[layout.family]}'
-        )
+        return kept, dropped, f'row {dropped[0]}: never read'
+    return kept, dropped, f'rows {", ".join(map(str, dropped))}: {why}'

@@ -24,5 +24,5 @@ def test_renames():
     'name', ['layers.0.linear3.weight', 'norm.weight', 'layers.0.norms.0.bias']
 )
 def test_foreign_names(name):
-    with pytest.raises(ValueError, match='no parameter of the authors'):
+    with pytest.raises(ValueError, match='no place in the authors'):
         convert_encoder_state({name: torch.zeros(1)})

@@ -9,7 +9,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmlite.openmmlab.checkpoints import load_checkpoint
-from mmlite.openmmlab.checkpoints.saving import AtomicBackend, SafeCheckpointHook
+from mmlite.openmmlab.checkpoints.hooks import AtomicBackend, SafeCheckpointHook
 
 resource = pytest.importorskip('resource', reason='limits of file sizes are for Unix')
 

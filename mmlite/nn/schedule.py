@@ -190,8 +190,11 @@ class EncoderSchedule:
 
     @classmethod
     def decode(cls, code: Tensor) -> tuple[EncoderSchedule, str]:
-        """The schedule and the update that :meth:`encode` made the numbers of."""
-        *numbers, update = code.tolist()
+        """The schedule and the update that :meth:`encode` made the numbers of.
+
+        They may have been cast to another dtype or averaged, as people do to whole checkpoints.
+        """
+        *numbers, update = code.double().round().long().tolist()
         return cls(*numbers), UPDATES[update]
 
     def __str__(self) -> str:

@@ -217,7 +217,7 @@ def _export(who: Contestant, model: nn.Module, setting: Setting, folder: Path) -
     if who.form in (PORTABLE_INT8, OUR_INT8):
         from ..export.int8 import quantize
 
-        # A model in 8 bits is for one size: mmlite export --size, then mmlite quantize.
+        # A model in 8 bits is for one size: mmlite export --image-size, then mmlite quantize.
         traced = trace(model, size=setting.image_size, portable=who.portable)
         with TemporaryDirectory() as source:
             write(traced, source, _FORMATS[who.runtime])

@@ -80,6 +80,7 @@ def test_has_no_operator_of_ours(encoder):
     assert not ours(trace_encoder(*encoder, portable=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not which('c++'), reason='AOTInductor needs a C++ compiler')
 @pytest.mark.timeout(600)
 def test_compiled_ahead_of_time(encoder, tmp_path):

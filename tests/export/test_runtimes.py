@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from exported import needs
 
 from mmlite import ops
 from mmlite.export import library, load, runtimes
-from mmlite.export.detector import DESCRIPTION, FORMAT_VERSION, open_session
+from mmlite.export.detector import FORMAT_VERSION, open_session, write_description
 from mmlite.export.operators import DOMAIN, VERSION
+from mmlite.export.runtimes import RUNTIMES
 
 onnx = pytest.importorskip('onnx')
 
@@ -85,44 +86,34 @@ def model(case: str) -> bytes:
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
 
 
-def in_onnxruntime(content: bytes):
-    runtime = pytest.importorskip('onnxruntime')
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(built('onnxruntime')))
-    session = runtime.InferenceSession(content, options)
-    return lambda arrays: session.run(
-        None, {argument.name: arrays[argument.name] for argument in session.get_inputs()}
-    )[0]
+FORMATS = pytest.mark.parametrize('format_', ['onnx', 'openvino'])
 
 
-def in_openvino(content: bytes):
-    pytest.importorskip('openvino')
-    core = runtimes.openvino_core(with_operators=bool(built('openvino')))
-    compiled = core.compile_model(core.read_model(content), 'CPU')
-    return lambda arrays: compiled([arrays[port.any_name] for port in compiled.inputs])[0]
+def exported(folder, format_: str, content: bytes):
+    """An export of a model of one node, as far as loading looks."""
+    needs(format_)
+    (folder / 'model.onnx').write_bytes(content)
+    description = {'version': FORMAT_VERSION, 'format': format_, 'model': 'model.onnx'}
+    write_description(folder, {**description, 'portable': False, 'classes': []})
+    return folder
 
 
-def built(runtime: str):
-    try:
-        return library(runtime)
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+def opened(folder, format_: str, case: str):
+    """A model of one node in its runtime, from named arrays to its output."""
+    session = open_session(exported(folder, format_, model(case)))
+    return lambda arrays: session(*(arrays[name] for name in CASES[case][1]))[0]
 
 
-RUNTIMES = pytest.mark.parametrize('run_in', [in_onnxruntime, in_openvino])
-
-
-@RUNTIMES
+@FORMATS
 @pytest.mark.parametrize('case', CASES)
-def test_agrees_with_pytorch(case, run_in):
-    run = run_in(model(case))
+def test_agrees_with_pytorch(case, format_, tmp_path):
+    run = opened(tmp_path, format_, case)
     for arrays in (tensors(), tensors([(3, 2), (9, 7), (1, 1)], batch=1, queries=3)):
         np.testing.assert_allclose(run(arrays), expected(case, arrays), atol=2e-6, rtol=2e-5)
     assert run(tensors(queries=0)).shape == (2, 0, 64)
 
 
-@RUNTIMES
+@FORMATS
 @pytest.mark.parametrize(
     'case, changes, sentence',
     [
@@ -136,8 +127,8 @@ def test_agrees_with_pytorch(case, run_in):
         ('key apart', {'key': (2, 105, 4, 16)}, 'key must have shape'),
     ],
 )
-def test_refuses_inputs_that_do_not_fit(case, changes, sentence, run_in):
-    run = run_in(model(case))
+def test_refuses_inputs_that_do_not_fit(case, changes, sentence, format_, tmp_path):
+    run = opened(tmp_path, format_, case)
     arrays = tensors()
     for name, change in changes.items():
         is_shape = isinstance(change, tuple)
@@ -147,7 +138,8 @@ def test_refuses_inputs_that_do_not_fit(case, changes, sentence, run_in):
 
 
 def test_an_old_onnxruntime_is_told_in_a_sentence():
-    """The runtime here is a table of functions that knows no version beyond 16."""
+    needs('onnx')
+    # The runtime here is a table of functions that knows no version beyond 16.
     said = []
     create_status = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(
         lambda code, message: said.append(message.decode()) or 1
@@ -161,7 +153,7 @@ def test_an_old_onnxruntime_is_told_in_a_sentence():
     base = (ctypes.c_void_p * 2)(
         *(ctypes.cast(function, ctypes.c_void_p).value for function in (get_api, get_version))
     )
-    register = ctypes.CDLL(str(built('onnxruntime'))).RegisterCustomOps
+    register = ctypes.CDLL(str(library('onnxruntime'))).RegisterCustomOps
     register.restype = ctypes.c_void_p
     assert register(None, ctypes.byref(base))
     assert said == ["mmlite's operators need ONNX Runtime 1.17 or later; this is 1.16.3"]
@@ -173,21 +165,6 @@ def test_a_missing_library_is_a_sentence(monkeypatch):
         library('onnxruntime')
     with pytest.raises(ValueError, match='runtime must be one of onnxruntime, openvino'):
         library('tensorrt')
-
-
-FORMATS = pytest.mark.parametrize('format_', ['onnx', 'openvino'])
-
-
-def exported(folder, format_: str, content: bytes):
-    """An export of a model of one node, as far as loading looks."""
-    built({'onnx': 'onnxruntime'}.get(format_, format_))
-    (folder / 'model.onnx').write_bytes(content)
-    description = {
-        **{'version': FORMAT_VERSION, 'format': format_, 'model': 'model.onnx'},
-        **{'portable': False, 'classes': []},
-    }
-    (folder / DESCRIPTION).write_text(json.dumps(description))
-    return folder
 
 
 DETECTORS_COME_AND_GO = """
@@ -213,8 +190,9 @@ def test_signals_arrive_after_detectors_were_freed(format_, tmp_path):
 def test_a_wrong_library_is_a_sentence(format_, tmp_path, monkeypatch):
     folder = exported(tmp_path, format_, model('standard'))
     load(folder)
-    other = {'onnx': 'openvino', 'openvino': 'onnxruntime'}[format_]
-    wrong = [tmp_path / 'no_library.so', built(other)]
+    other = {'onnx': 'openvino', 'openvino': 'onnx'}[format_]
+    needs(other)
+    wrong = [tmp_path / 'no_library.so', library(RUNTIMES[other])]
     wrong[0].write_bytes(b'nothing')
     for path in wrong:
         monkeypatch.setattr('mmlite.export.runtimes.library', lambda runtime, path=path: path)
@@ -264,6 +242,6 @@ def test_onnxruntime_keeps_the_norm_behind_an_addition(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runtime, 'SessionOptions', writing_options)
     description = {'model': source.name, 'format': 'onnx', 'portable': True}
-    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
+    write_description(tmp_path, description)
     open_session(tmp_path)
     assert operators() == {'Add', 'LayerNormalization'}

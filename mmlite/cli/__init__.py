@@ -6,6 +6,8 @@ import importlib
 
 import click
 
+from .shared import spread
+
 # Subcommand -> the line that `mmlite --help` shows for it.
 COMMANDS = {
     'demo': 'Train and evaluate a small Lite-DINO on shapes drawn for it.',
@@ -22,6 +24,9 @@ COMMANDS = {
 
 class _Commands(click.Group):
     """Imports a subcommand when it is used, and turns bad input into one sentence."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, spread(args))
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

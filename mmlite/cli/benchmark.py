@@ -17,7 +17,6 @@ import click
 
 from . import shared
 from .shared import (
-    ImageSize,
     count_option,
     device_option,
     file_option,
@@ -69,7 +68,7 @@ def kind(several_batch_sizes: bool = False, dtype_help: str = 'Other than float3
     if several_batch_sizes:
         batch_size = {'default': [1], 'multiple': True, 'help': 'Give it more than once for more.'}
     options = (
-        option('--image-size', type=ImageSize(), default='800x1333'),
+        shared.image_size_option(),
         count_option('--batch-size', **batch_size),
         option('--dtype', type=DTYPES, default='float32', help=dtype_help),
         device_option,

@@ -12,7 +12,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..openmmlab import require
-from .shared import console, count_option, json_option, print_table, progress, write_json
+from .shared import (
+    cfg_options,
+    config_argument,
+    console,
+    count_option,
+    json_option,
+    print_table,
+    progress,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from ..datasets.check import DataSummary, Finding
@@ -21,11 +30,14 @@ SHOWN_PLACES = 3
 
 
 @click.command()
-@click.argument('config')
+@config_argument
 @count_option('--workers', default=os.cpu_count(), help='Processes that decode images.')
 @json_option
+@cfg_options
 @click.pass_context
-def check(ctx: click.Context, config: str, workers: int, json_path: Path | None) -> None:
+def check(
+    ctx: click.Context, config: str, workers: int, json_path: Path | None, cfg_options: dict
+) -> None:
     """Read every image and annotation of the data sets that CONFIG names, then build its model.
 
     CONFIG is a path, or the name of a packaged config such as mmdet::dino/x.py. Found are images
@@ -39,12 +51,13 @@ def check(ctx: click.Context, config: str, workers: int, json_path: Path | None)
     Example:
       mmlite check my_config.py
       mmlite check my_config.py --workers 8 --json report.json
+      mmlite check my_config.py --cfg-options model.num_queries=300
     """
     require()
     from ..datasets.check import Findings, check_data, check_model
     from ..openmmlab.build import build_detector, load_config
 
-    cfg = load_config(config)
+    cfg = load_config(config, cfg_options)
     findings = Findings()
     with progress() as start:
         summaries = check_data(cfg, findings, workers, start)

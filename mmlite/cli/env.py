@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import click
 
-from .shared import print_table
+from .shared import FILE, print_table, write_json
 
 # Where two distributions provide the same import, the first one found is shown.
 _PACKAGES = {
@@ -23,19 +24,27 @@ _PACKAGES = {
 
 
 @click.command()
-@click.option('--json', 'as_json', is_flag=True, help='Print JSON instead of tables.')
-def env(as_json: bool) -> None:
+@click.option(
+    '--json',
+    'json_path',
+    type=FILE,
+    is_flag=False,
+    flag_value='-',
+    help='Write the results here, too. Without a file: print them instead of tables.',
+)
+def env(json_path: Path | None) -> None:
     """Show versions, devices and which backend of the operators runs, and why.
 
     \b
     Example:
       mmlite env
-      mmlite env --json
+      mmlite env --json env.json
     """
     report = collect()
-    if as_json:
+    if json_path == Path('-'):
         click.echo(json.dumps(report, indent=2))
         return
+    write_json(json_path, report)
     print_table('Versions', ('package', 'version'), report['versions'].items())
     print_table('Machine', ('device', 'detail'), report['machine'].items())
     backends = [
@@ -46,7 +55,7 @@ def env(as_json: bool) -> None:
 
 
 def collect() -> dict:
-    """What ``mmlite env --json`` prints."""
+    """What ``mmlite env --json FILE`` writes."""
     import torch
 
     from ..ops import backends

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,7 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..openmmlab import require
-from .shared import FOLDER, flag, image_files, images_option, option, read_image
+from .shared import (
+    cfg_options,
+    checkpoint_argument,
+    config_argument,
+    flag,
+    image_files,
+    image_size_option,
+    images_option,
+    option,
+    out_option,
+    read_image,
+)
 
 # What float32 leaves of a box, in parts of the image, and of a score.
 TOLERANCE = 1e-4
@@ -20,8 +30,8 @@ MASK_TOLERANCE = 1e-2
 
 
 @click.command()
-@click.argument('config')
-@click.argument('checkpoint', required=False)
+@config_argument
+@checkpoint_argument
 @option(
     '--format',
     'format_',
@@ -29,12 +39,9 @@ MASK_TOLERANCE = 1e-2
     default='onnx',
     help='For ONNX Runtime, for OpenVINO, or a .pt2 file of torch.export.',
 )
-@option('-o', '--out', required=True, type=FOLDER, help='The folder to write.')
-@option(
-    '--image-size',
-    nargs=2,
-    type=click.IntRange(1),
-    metavar='H W',
+@out_option('The folder to write.', required=True)
+@image_size_option(
+    default=None,
     help='Fit images into a canvas of this size. By default they may have any.',
 )
 @option('--batch-size', default='1', metavar='N|any', help='Images at a time.')
@@ -51,12 +58,7 @@ MASK_TOLERANCE = 1e-2
     help='What Grounding DINO looks for, names with dots between them: "cat . dog". By default '
     'the classes of the config.',
 )
-@option(
-    '--cfg-options',
-    multiple=True,
-    metavar='KEY=VALUE',
-    help='Change the config, such as model.test_cfg.max_per_img=100; can be repeated.',
-)
+@cfg_options
 def export(
     config: str,
     checkpoint: str | None,
@@ -68,7 +70,7 @@ def export(
     opset: int,
     image_paths: tuple[Path, ...],
     text: str | None,
-    cfg_options: tuple[str, ...],
+    cfg_options: dict,
 ) -> None:
     """Export the detector of CONFIG with the weights of CHECKPOINT, from image to boxes.
 
@@ -84,8 +86,6 @@ def export(
       mmlite export my_config.py epoch_12.pth --format openvino -o exported
     """
     require()
-    from mmengine.config import DictAction
-
     from ..export.compare import REPORT, compare
     from ..export.graphs import check_config
     from ..export.write import export_detector
@@ -94,15 +94,9 @@ def export(
     if batch_size != 'any' and not (batch_size.isdecimal() and int(batch_size)):
         raise ValueError(f"--batch-size must be a number of images or 'any'; got {batch_size!r}")
     batch = None if batch_size == 'any' else int(batch_size)
-    if any('=' not in change for change in cfg_options):
-        raise ValueError('write each of --cfg-options as KEY=VALUE')
     images = [read_image(file) for file in image_files(image_paths)] if image_paths else [_drawn()]
     names = None if text is None else [name.strip() for name in text.split('.') if name.strip()]
-    cfg = load_config(config)
-    parser = argparse.ArgumentParser()
-    parser.add_argument('changes', nargs='*', action=DictAction)
-    if cfg_options:
-        cfg.merge_from_dict(parser.parse_args(cfg_options).changes)
+    cfg = load_config(config, cfg_options)
     check_config(cfg.model)
     model = build_detector(cfg, checkpoint)
     console = Console()

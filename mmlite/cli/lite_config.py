@@ -8,14 +8,14 @@ from pathlib import Path
 
 import click
 
-from .shared import HELP, ImageSize, file_option, option, print_table
+from .shared import HELP, file_option, image_size_option, print_table
 
 
 @click.command(context_settings=HELP)
 @click.argument('stock')
 @click.option('--schedule', help='For example H3L1-(2+1)x3. Without it, those that fit are shown.')
 @file_option('-o', '--out', help='Write the config here. Default: print it.')
-@option('--image-size', type=ImageSize(), default='800x1333', help='What GFLOPs are counted at.')
+@image_size_option(help='What GFLOPs are counted at.')
 def lite_config(stock: str, schedule: str | None, out: Path | None, image_size) -> None:
     """Write the Lite config of a STOCK config, or say why there is none.
 

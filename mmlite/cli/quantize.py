@@ -10,23 +10,24 @@ from rich.markup import escape
 
 from .shared import (
     FOLDER,
+    annotations_option,
     count_option,
-    file_option,
     image_files,
     images_option,
     option,
+    out_option,
     read_image,
 )
 
 
 @click.command()
 @click.argument('source', type=FOLDER)
-@option('-o', '--out', required=True, type=FOLDER, help='The folder to write.')
+@out_option('The folder to write.', required=True)
 @images_option(
     required=True, help='An image, or a folder of them, to calibrate on; can be repeated.'
 )
 @count_option('--count', default=128, help='Calibrate on so many of the images, evenly spread.')
-@file_option('--annotations', help='COCO annotations to measure AP on, before and after.')
+@annotations_option(help='COCO annotations to measure AP on, before and after.')
 @option('--annotated-images', type=FOLDER, help='Folder of the images of --annotations.')
 def quantize(
     source: Path,

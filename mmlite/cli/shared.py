@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -30,8 +31,15 @@ count_option = partial(option, type=click.IntRange(1))
 path_option = partial(option, type=PATH)
 file_option = partial(option, type=FILE)
 flag = partial(click.option, is_flag=True)
+
+# One thing has one spelling in every command.
+config_argument = click.argument('config')
+checkpoint_argument = click.argument('checkpoint', required=False)
+batch_size_option = partial(count_option, '--batch-size', default=1)
+threads_option = count_option('--threads', help='CPU threads. Default: all cores.')
 device_option = option('--device', default='cpu', help='cpu, cuda or cuda:1.')
-output_option = option('-o', '--output', required=True, type=FOLDER, help='The folder to write.')
+json_option = file_option('--json', 'json_path', help='Write the results here, too.')
+annotations_option = partial(file_option, '--annotations')
 images_option = partial(
     option,
     '--images',
@@ -39,21 +47,60 @@ images_option = partial(
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
 )
-json_option = file_option('--json', 'json_path', help='Write the results here, too.')
+image_size_option = partial(
+    option, '--image-size', nargs=2, type=click.IntRange(1), metavar='H W', default=(800, 1333)
+)
 
 
-class ImageSize(click.ParamType):
-    """Height and width, written 800x1333."""
+def out_option(help: str, ending: str | None = None, **options) -> Callable:
+    """``-o/--out``: a folder, or a file that gets ``ending`` where its name has none."""
 
-    name = 'HxW'
+    def with_ending(ctx: click.Context, parameter: click.Parameter, path: Path | None):
+        return path.with_suffix(ending) if path and ending and not path.suffix else path
 
-    def convert(self, value, param, ctx) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r'(\d+)x(\d+)', value)
-        if match is None or '0' in match.groups():
-            self.fail(f'{value!r} is not a size; write height x width, for example 800x1333')
-        return int(match[1]), int(match[2])
+    kind = FILE if ending else FOLDER
+    return option('-o', '--out', type=kind, help=help, callback=with_ending, **options)
+
+
+def _parse_changes(ctx: click.Context, parameter: click.Parameter, changes: tuple[str, ...]):
+    if not changes:
+        return {}
+    wrong = [change for change in changes if '=' not in change]
+    if wrong:
+        raise click.BadParameter(f'{wrong[0]!r} is no change of a config; write KEY=VALUE')
+    from mmengine.config import DictAction
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument('changes', nargs='+', action=DictAction)
+    return parser.parse_args(['--', *changes]).changes
+
+
+cfg_options = click.option(
+    '--cfg-options',
+    multiple=True,
+    metavar='KEY=VALUE...',
+    callback=_parse_changes,
+    help='Change the config, for example model.test_cfg.max_per_img=100.',
+)
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """Rewrite arguments as click takes them.
+
+    As in MMDetection's tools, several changes may follow one ``--cfg-options``. An image size may
+    be written 800x1333, as version 0.1.0 had it.
+    """
+    result: list[str] = []
+    for argument in arguments:
+        if result[-2:-1] == ['--cfg-options'] and re.match(r'[^-][^=]*=', argument):
+            result.append('--cfg-options')
+        option, has_value, value = argument.partition('=')
+        if option == '--image-size' and has_value:
+            result.append(option)
+            argument = value
+        is_size = result[-1:] == ['--image-size'] and re.fullmatch(r'\d+x\d+', argument)
+        result += argument.split('x') if is_size else [argument]
+    return result
 
 
 class Point(click.ParamType):

@@ -26,11 +26,12 @@ from .families import reads_text
 _PACKAGE = Path(__file__).parents[1]
 
 
-def load_config(reference: str) -> Config:
+def load_config(reference: str, changes: dict | None = None) -> Config:
     """Read a config.
 
     Args:
         reference (str): A path, ``mmdet::folder/config.py`` or ``mmlite::folder/config.py``.
+        changes (dict, optional): Key -> value, such as ``{'model.num_queries': 300}``.
 
     Returns:
         Config: The config, its custom imports done.
@@ -49,6 +50,7 @@ def load_config(reference: str) -> Config:
             if not path.is_file():
                 raise FileNotFoundError(f'config {reference} does not exist')
             config = Config.fromfile(path)
+        config.merge_from_dict(changes or {})
     except FileNotFoundError:
         raise
     except Exception as error:  # a config is a program and may fail in any way

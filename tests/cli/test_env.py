@@ -14,3 +14,9 @@ def test_says_what_is_there():
         assert text in result.output
     result = CliRunner().invoke(main, ['env', '--json'])
     assert json.loads(result.output)
+
+
+def test_writes_the_same_for_programs(tmp_path):
+    result = CliRunner().invoke(main, ['env', '--json', str(tmp_path / 'env.json')])
+    assert 'Backends' in result.output
+    assert 'versions' in json.loads((tmp_path / 'env.json').read_text())

@@ -1,0 +1,40 @@
+import click
+import pytest
+from click.testing import CliRunner
+
+from mmlite.cli.shared import cfg_options, image_size_option, out_option, spread
+
+
+@click.command()
+@click.argument('config')
+@cfg_options
+@image_size_option()
+@out_option('A picture.', '.png')
+def command(**values):
+    for name, value in values.items():
+        click.echo(f'{name} {value}')
+
+
+def run(*arguments):
+    return CliRunner().invoke(command, spread(arguments)).output
+
+
+def test_changes_follow_one_option_as_in_mmdetection():
+    output = run('--cfg-options', 'model.a=3', 'model.b=1,2.5', 'c=[(1,x)]', '-o', 'a=b', 'my.py')
+    assert "cfg_options {'model.a': 3, 'model.b': [1, 2.5], 'c': [(1, 'x')]}" in output
+    assert 'out a=b.png' in output
+    assert 'config my.py' in output
+
+
+def test_a_change_without_a_value_is_refused():
+    assert 'write KEY=VALUE' in run('my.py', '--cfg-options', 'model')
+
+
+@pytest.mark.parametrize('size', [['--image-size', '320', '480'], ['--image-size=320x480']])
+def test_an_image_size_is_height_and_width(size):
+    assert 'image_size (320, 480)' in run('my.py', *size)
+
+
+@pytest.mark.parametrize(('given', 'written'), [('a', 'a.png'), ('a/b.pdf', 'a/b.pdf')])
+def test_a_file_gets_an_ending_where_it_has_none(given, written):
+    assert f'out {written}' in run('my.py', '--out', given)

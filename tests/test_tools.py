@@ -21,13 +21,27 @@ TOOLS = Path(__file__).parents[1] / 'tools'
 BENCHMARKS = TOOLS.with_name('benchmarks')
 
 
-@pytest.fixture(scope='module')
-def wheels():
-    """tools/wheels.py as a module."""
-    spec = importlib.util.spec_from_file_location('wheels', TOOLS / 'wheels.py')
+def load_tool(name: str):
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope='module')
+def wheels():
+    return load_tool('wheels')
+
+
+def test_budget_counts_the_lines_of_every_room(tmp_path, capsys):
+    (tmp_path / 'CONTRIBUTING.md').write_text('| `mmlite` | 1,000 |\n| `mmlite/ops` | 2 |\n')
+    (tmp_path / 'mmlite/ops').mkdir(parents=True)
+    (tmp_path / 'mmlite/ops/a.py').write_text('a = 1\n\nb = 2\n')
+    assert load_tool('budget').main(tmp_path) == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ['mmlite', '3', '/', '1,000']
+    assert second.split() == ['mmlite/ops', '3', '/', '2', '1', 'too', 'many']
 
 
 # The first bytes of a library, by suffix and processor.

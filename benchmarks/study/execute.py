@@ -17,7 +17,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmlite.analysis.report import Start
+from mmlite.analysis.timing import Start
 from mmlite.datasets import STYLES, generate_shapes
 
 from .plan import Data, Plan, Run, fingerprint

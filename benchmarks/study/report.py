@@ -10,9 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from mmlite.analysis.accuracy import METRICS
-from mmlite.analysis.plots import BASELINE, COLORS, on_white, plot, scatter
 from mmlite.analysis.published import PRESETS, Published, preset
-from mmlite.analysis.report import Report, Table
+from mmlite.analysis.report import BASELINE, COLORS, Report, Table, plot, scatter
 
 from .execute import Study, unfinished
 from .plan import Data, Run, slug
@@ -312,7 +311,8 @@ def _write_plots(folder: Path, figures: Sequence[tuple[str, str]]) -> list[str]:
     lines = []
     for title, svg in figures:
         path = folder / 'plots' / f'{slug(title)}.svg'
-        path.write_text(on_white(svg))
+        # A file may be shown on a page of any colour.
+        path.write_text(svg.replace('<svg', '<svg style="background: white"', 1))
         lines.append(f'![{title}]({path.relative_to(folder).as_posix()})')
     return lines
 

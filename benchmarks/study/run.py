@@ -100,7 +100,7 @@ def train(
 
 def _cost(model: Any, config: Any) -> dict:
     from mmlite.analysis.complexity import count_detector
-    from mmlite.analysis.latency import describe_machine
+    from mmlite.analysis.timing import describe_machine
 
     device = next(model.parameters()).device
     cost = count_detector(model, tuple(config.get('image_size', (800, 1333))))

@@ -7,17 +7,16 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
+from mmengine.structures import InstanceData
 
 # COCO's name -> MMDetection's.
 METRICS = {
     'AP': 'mAP',
-    'AP50': 'mAP_50',
-    'AP75': 'mAP_75',
-    'APs': 'mAP_s',
-    'APm': 'mAP_m',
-    'APl': 'mAP_l',
+    **{f'AP{iou}': f'mAP_{iou}' for iou in (50, 75)},
+    **{f'AP{size}': f'mAP_{size}' for size in 'sml'},
 }
 
 
@@ -28,8 +27,11 @@ class Dataset:
     annotations: Path  # the JSON file
     images: Path  # folder
 
-    def check(self) -> None:
+    def check(self) -> dict:
         """Refuse what cannot be evaluated on.
+
+        Returns:
+            dict: The annotation file's content.
 
         Raises:
             FileNotFoundError: The file or the folder does not exist.
@@ -47,6 +49,21 @@ class Dataset:
             raise ValueError(
                 f'{self.annotations} holds no annotations, so there is nothing to evaluate on'
             )
+        return content
+
+    def objects(self, image: str) -> tuple[InstanceData, list[str]]:
+        """The objects of the image with this file name, and the names of all classes."""
+        content = self.check()
+        ids = [i['id'] for i in content['images'] if Path(i['file_name']).name == image]
+        if not ids:
+            raise ValueError(f'{self.annotations} does not list {image}')
+        categories = [category['id'] for category in content['categories']]
+        objects = [a for a in content['annotations'] if a['image_id'] == ids[0]]
+        boxes = torch.tensor([a['bbox'] for a in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        labels = torch.tensor([categories.index(a['category_id']) for a in objects]).long()
+        names = [category['name'] for category in content['categories']]
+        return InstanceData(bboxes=boxes, labels=labels), names
 
 
 def evaluate(
@@ -63,18 +80,13 @@ def evaluate(
     """
     config = config.copy()
     loader = config.test_dataloader
+    annotations = str(dataset.annotations)
     loader.dataset.update(
-        data_root='',
-        ann_file=str(dataset.annotations),
-        data_prefix={'img': str(dataset.images)},
+        data_root='', ann_file=annotations, data_prefix={'img': str(dataset.images)}
     )
     if device == 'cpu':
         loader.update(num_workers=0, persistent_workers=False)
-    config.test_evaluator = {
-        'type': 'CocoMetric',
-        'ann_file': str(dataset.annotations),
-        'metric': 'bbox',
-    }
+    config.test_evaluator = {'type': 'CocoMetric', 'ann_file': annotations, 'metric': 'bbox'}
     config.load_from = checkpoint
     config.log_level = 'ERROR'
     with tempfile.TemporaryDirectory() as work_dir:

@@ -8,7 +8,7 @@ that are to be seen, whichever backend has run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +27,8 @@ _PARAMETERS = (
     *('query', 'key', 'value', 'identity', 'query_pos', 'key_padding_mask'),
     *('reference_points', 'spatial_shapes', 'level_start_index'),
 )
+# Given the number of queries, which of them to look at.
+Choose = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,13 @@ class AttentionMap:
         return self.weights.sum(-1).mean(1)
 
 
-Choose = Callable[[int], Tensor]
-
-
 def attention_map(
     module: MultiScaleDeformableAttention, args: tuple, kwargs: Mapping, choose: Choose
 ) -> AttentionMap:
     """Compute locations and weights of chosen queries from what the module was called with.
 
-    ``args`` and ``kwargs`` are those of the call, ``choose`` gives the indices of the queries for
-    their number. The map is of the first image of the batch, on the CPU.
+    ``args`` and ``kwargs`` are those of the call. The map is of the first image of the batch, on
+    the CPU.
     """
     call = {**dict(zip(_PARAMETERS, args)), **kwargs}
     query = call['query']
@@ -62,27 +61,18 @@ def attention_map(
         query = query + call['query_pos']
     if not module.batch_first:
         query, value = query.transpose(0, 1), value.transpose(0, 1)
-    num_queries = query.shape[1]
-    chosen = choose(num_queries).to(query.device)
+    chosen = choose(query.shape[1]).to(query.device)
+    mask, sizes = call.get('key_padding_mask'), level_sizes(call['spatial_shapes'])
+    points = call['reference_points'][:1, chosen]
+    # mmcv's class has all that the methods of ours need.
+    kind = type(module) if isinstance(module, SamplingAttention) else DeformableAttention
     with torch.no_grad():
-        mask = call.get('key_padding_mask')
-        arguments = (
-            query[:1, chosen],
-            value[:1],
-            None if mask is None else mask[:1],
-            call['reference_points'][:1, chosen],
-            level_sizes(call['spatial_shapes']),
-        )
-        # mmcv's class has all that the methods of ours need.
-        kind = type(module) if isinstance(module, SamplingAttention) else DeformableAttention
-        locations = kind.locate(module, arguments[0], *arguments[3:])
-        weights = kind.logits(module, *arguments).float().softmax(-1)[0]
+        mask = None if mask is None else mask[:1]
+        locations = kind.locate(module, query[:1, chosen], points, sizes)
+        logits = kind.logits(module, query[:1, chosen], value[:1], mask, points, sizes)
+        weights = logits[0].float().softmax(-1).unflatten(-1, (module.num_levels, -1))
     return AttentionMap(
-        chosen.cpu(),
-        num_queries,
-        locations[0].float().cpu(),
-        weights.unflatten(-1, (module.num_levels, module.num_points)).cpu(),
-        list(arguments[4]),
+        chosen.cpu(), query.shape[1], locations[0].float().cpu(), weights.cpu(), list(sizes)
     )
 
 
@@ -103,7 +93,6 @@ def record_attention(
     Raises:
         ValueError: A name is not that of a deformable attention.
     """
-    modules = dict(model.named_modules())
     known = deformable_attentions(model)
     maps: dict[str, AttentionMap] = {}
 
@@ -117,14 +106,12 @@ def record_attention(
     for name in choices:
         if name not in known:
             raise ValueError(f'{name} is no deformable attention; there are {", ".join(known)}')
-    hooks = [
-        modules[name].register_forward_pre_hook(catch(name), with_kwargs=True) for name in choices
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in choices:
+            module = model.get_submodule(name)
+            hook = module.register_forward_pre_hook(catch(name), with_kwargs=True)
+            hooks.callback(hook.remove)
         yield maps
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def deformable_attentions(model: nn.Module) -> list[str]:
@@ -134,22 +121,6 @@ def deformable_attentions(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, MultiScaleDeformableAttention)
     ]
-
-
-def query_tokens(model: nn.Module, layer: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """Which tokens are the queries of an encoder layer, int64, shape (Q,).
-
-    All of them, but in a Lite encoder, whose layers may update the low- or high-level ones alone.
-    ``sizes`` holds the (h, w) of every level.
-    """
-    encoder = _encoder(model)
-    step = getattr(encoder.layers[layer], 'step', None)
-    if step is None:
-        return torch.arange(sum(height * width for height, width in sizes))
-    low_levels = encoder.low_levels
-    if low_levels is None:
-        low_levels = encoder.schedule.low_levels(sizes)
-    return StepTokens(step, sizes, low_levels).indices()
 
 
 def level_masses(
@@ -166,26 +137,25 @@ def level_masses(
         of that level.
     """
     levels: dict[int, Tensor] = {}  # layer -> level of each chosen query
+    encoder = model.get_submodule(encoder_name(model))
 
     def choose(layer: int) -> Choose:
         def chosen(num_queries: int) -> Tensor:
             sizes = level_sizes(call['spatial_shapes'])
-            level_of = _level_of(sizes)[query_tokens(model, layer, sizes)]
+            level_of = _level_of(sizes)[_query_tokens(encoder, layer, sizes)]
             picks = []
             for level in range(len(sizes)):
                 own = (level_of == level).nonzero().flatten()
                 few = torch.linspace(0, len(own) - 1, min(len(own), tokens_per_level))
                 picks.append(own[few.long()])
-            picks = torch.cat(picks)
-            levels[layer] = level_of[picks]
-            return picks
+            levels[layer] = level_of[torch.cat(picks)]
+            return torch.cat(picks)
 
         return chosen
 
-    layers = f'{encoder_name(model)}.layers'
-    names = [f'{layers}.{layer}.self_attn' for layer in range(len(_encoder(model).layers))]
+    names = [f'{encoder_name(model)}.layers.{i}.self_attn' for i in range(len(encoder.layers))]
     choices = {name: choose(layer) for layer, name in enumerate(names)}
-    with called_with(_encoder(model)) as call, record_attention(model, choices) as maps:
+    with called_with(encoder) as call, record_attention(model, choices) as maps:
         run()
     num_levels = len(call['spatial_shapes'])
     masses = torch.full((len(names), num_levels, num_levels), float('nan'))
@@ -225,12 +195,13 @@ def attention_at_point(
         ValueError: The point is outside the image, there is no such layer or level, or the layer
             does not update that level.
     """
-    layer = _layer(_encoder(model), layer)
+    encoder = model.get_submodule(encoder_name(model))
+    layer = _layer(encoder, layer)
 
     def choose(num_queries: int) -> Tensor:
         nonlocal level
-        sizes = level_sizes(encoder['spatial_shapes'])
-        tokens = query_tokens(model, layer, sizes)
+        sizes = level_sizes(encoder_call['spatial_shapes'])
+        tokens = _query_tokens(encoder, layer, sizes)
         if level is None:
             level = int(_level_of(sizes)[tokens].bincount().argmax())
         if not 0 <= level < len(sizes):
@@ -254,7 +225,7 @@ def attention_at_point(
 
     attention = f'{encoder_name(model)}.layers.{layer}.self_attn'
     recording = record_attention(model, {attention: choose})
-    with called_with(model) as call, called_with(_encoder(model)) as encoder, recording as maps:
+    with called_with(model) as call, called_with(encoder) as encoder_call, recording as maps:
         run()
     where = f'encoder layer {layer + 1}, token of level {level + 1}'
     return QueryAttention(name, where, maps[attention], _scale(call), point=point)
@@ -287,21 +258,16 @@ def attention_of_object(
     hook = model.bbox_head.register_forward_hook(
         lambda module, args, output: logits.append(output[0][-1][0])  # last layer, first image
     )
-    try:
-        with called_with(model) as call, record_attention(model, {attention: torch.arange}) as maps:
-            found = run().pred_instances
-    finally:
-        hook.remove()
+    recording = record_attention(model, {attention: torch.arange})
+    with hook, called_with(model) as call, recording as maps:
+        found = run().pred_instances
     if not 0 <= rank < len(found):
         raise ValueError(f'object must be between 0 and {len(found) - 1}; got {rank}')
     # The head ranks (query, class) pairs by score, so the rank leads back to the query.
     query = int(logits[0].flatten().topk(rank + 1).indices[rank] // logits[0].shape[1])
-    seen = maps[attention]
+    seen, own = maps[attention], slice(query, query + 1)
     one = replace(
-        seen,
-        queries=seen.queries[query : query + 1],
-        locations=seen.locations[query : query + 1],
-        weights=seen.weights[query : query + 1],
+        seen, queries=seen.queries[own], locations=seen.locations[own], weights=seen.weights[own]
     )
     label, classes = int(found.labels[rank]), model.dataset_meta['classes']
     label = classes[label] if label < len(classes) else f'class {label}'
@@ -309,13 +275,23 @@ def attention_of_object(
     return QueryAttention(name, where, one, _scale(call), box=tuple(found.bboxes[rank].tolist()))
 
 
+def _query_tokens(encoder: nn.Module, layer: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Which tokens are the queries of an encoder layer, int64, shape (Q,).
+
+    All of them, but in a Lite encoder, whose layers may update the low- or high-level ones alone.
+    """
+    step = getattr(encoder.layers[layer], 'step', None)
+    if step is None:
+        return torch.arange(sum(height * width for height, width in sizes))
+    low_levels = encoder.low_levels
+    if low_levels is None:
+        low_levels = encoder.schedule.low_levels(sizes)
+    return StepTokens(step, sizes, low_levels).indices()
+
+
 def _level_of(sizes: Sequence[tuple[int, int]]) -> Tensor:
     """The level of every token, int64."""
     return torch.arange(len(sizes)).repeat_interleave(torch.tensor([h * w for h, w in sizes]))
-
-
-def _encoder(model: nn.Module) -> nn.Module:
-    return model.get_submodule(encoder_name(model))
 
 
 def _layer(part: nn.Module, layer: int) -> int:

@@ -1,233 +1,402 @@
-"""A baseline detector and its variants: cost, time, memory and accuracy, in one run."""
+"""Models against their baseline: cost, time, memory and accuracy, in one run.
+
+A :class:`Contestant` is a model as it runs somewhere. Detectors of MMDetection are here, models of
+transformers in :mod:`.huggingface`, exports in :mod:`.exported`, encoders alone in
+:mod:`.encoders`. All of them are measured by :func:`compare`.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from mmdet.datasets import CocoDataset
-from torch import nn
+from torch import Tensor, nn
 
-from ..openmmlab.build import build_detector, load_config
-from ..openmmlab.families import encoder_name
+from .. import fuse, optimize
+from ..nn import InterleavedEncoder
+from ..openmmlab.build import DetectorSpec, build_detector, load_config
+from ..openmmlab.families import find_holder, is_lite, reads_text
+from ..openmmlab.lite_config import stock_config
 from .accuracy import Dataset, evaluate
-from .complexity import Complexity, count_detector
+from .complexity import Complexity, count_detector, count_model, find_encoder
 from .inputs import image_batch
-from .latency import Call, Ratio, Timing, speedup
-from .memory import peak_memory
-from .modes import EAGER, in_mode, label, why_not
 from .profile import profile_stages
-from .published import DetectorSpec
-from .report import Start, size
-from .setting import Setting
+from .published import Published
+from .report import size
+from .timing import Call, Ratio, Setting, Start, Timing, measure, peak_memory, silent, speedup
+
+PYTORCH, ONNX, OPENVINO = RUNTIMES = ('pytorch', 'onnxruntime', 'openvino')
+# How a model runs in PyTorch: as it is, its encoder compiled or as CUDA graphs, its standard
+# deformable attention on our operators, optimised for prediction.
+EAGER, COMPILED, GRAPH, FUSED, OPTIMIZED = MODES = (
+    *('eager', 'compiled', 'graph', 'fused', 'optimized'),
+)
+
+
+class Contestant:
+    """A model as it runs somewhere.
+
+    Args:
+        name (str): What tables call it.
+        model (nn.Module): The model, in PyTorch.
+        encoder_at (str, optional): Name of its multi-scale encoder; '' where it is one itself.
+    """
+
+    runtime = PYTORCH
+    form = EAGER
+    published: Published | None = None
+
+    def __init__(self, name: str, model: nn.Module, encoder_at: str | None) -> None:
+        self.name = name
+        self.model = model
+        self.encoder_at = encoder_at
+        self.costs: dict[tuple[int, int], Complexity] = {}  # by image size
+
+    @property
+    def title(self) -> str:
+        words = [self.runtime] * (self.runtime != PYTORCH) + [self.form] * (self.form != EAGER)
+        return ', '.join([self.name, *words])
+
+    def arguments(self, image_size: tuple[int, int], batch_size: int, device: str) -> dict:
+        """Keyword arguments for a prediction by the model."""
+        raise NotImplementedError
+
+    def count(self, image_size: tuple[int, int]) -> Complexity:
+        """What one image costs."""
+        device = next(self.model.parameters()).device
+        arguments = self.arguments(image_size, 1, str(device))
+        return count_model(self.model, image_size, arguments, self.encoder_at)
+
+    def inference(self, setting: Setting, batch_size: int) -> Call:
+        """From images to predictions."""
+        arguments = self.arguments(setting.image_size, batch_size, setting.device)
+        return self._runs(self.model, arguments, setting)
+
+    def encoder(self, setting: Setting) -> Call:
+        """The encoder alone, on what it gets in :meth:`inference`."""
+        caught: list[tuple] = []
+        encoder = self.model.get_submodule(self.encoder_at)
+        hook = encoder.register_forward_pre_hook(
+            lambda module, *arguments: caught.append(arguments), with_kwargs=True
+        )
+        with hook:
+            self.inference(setting, setting.batch_size)(0)
+        args, kwargs = caught[0]
+        return self._runs(encoder, kwargs, setting, args)
+
+    def outputs(self, prediction: Any) -> list[Tensor]:
+        """Tensors of a prediction that a change of form should not change, if there are any."""
+        return []
+
+    def training(self, setting: Setting) -> Call:
+        """A training step: forward, losses and backward."""
+        raise ValueError(f'{self.name} cannot be trained here; leave out --train')
+
+    def stages(self, call: Call, setting: Setting) -> dict[str, float]:
+        """Seconds by stage of :meth:`inference`; none where they cannot be had."""
+        repeats = min(3, setting.rounds)
+        return profile_stages(self.model, call, self.encoder_at, repeats, setting.device)
+
+    def in_form(self, form: str, device: str) -> Contestant:
+        """The same in another of :data:`MODES`; itself in eager mode.
+
+        Raises:
+            ValueError: It does not run so; the message says why.
+        """
+        if form == EAGER:
+            return self
+        other = copy.copy(self)
+        other.form, other.model = form, copy.deepcopy(self.model)
+        if form == FUSED:
+            fuse(other.model)
+        elif form == OPTIMIZED:
+            optimize(other.model)
+        elif self.encoder_at is None:
+            raise ValueError('it has no multi-scale encoder')
+        else:
+            encoder = in_mode(other.model.get_submodule(self.encoder_at), form, device)
+            holder, _, attribute = self.encoder_at.rpartition('.')
+            if attribute:
+                setattr(other.model.get_submodule(holder), attribute, encoder)
+            else:
+                other.model = encoder
+        return other
+
+    @staticmethod
+    def _runs(module: nn.Module, arguments: dict, setting: Setting, args: tuple = ()) -> Call:
+        def call(index: int) -> object:
+            module.eval()
+            with torch.no_grad(), setting.autocast():
+                return module(*args, **arguments)
+
+        return call
+
+
+def in_mode(encoder: nn.Module, mode: str, device: torch.device | str) -> nn.Module:
+    """Have an encoder run compiled or as CUDA graphs; it takes the same calls.
+
+    Raises:
+        ValueError: It does not run so; the message says why.
+    """
+    if mode == EAGER:
+        return encoder
+    if mode == COMPILED:
+        return torch.compile(encoder)
+    if torch.device(device).type != 'cuda':
+        raise ValueError(f'graphs are for CUDA devices, and this is {device}')
+    if not isinstance(encoder, InterleavedEncoder):
+        raise ValueError('it reads values back from the device, which a graph cannot hold')
+    encoder.replay_graphs()
+    return encoder
+
+
+class Detector(Contestant):
+    """A detector of MMDetection or mmlite."""
+
+    def __init__(self, name: str, model: nn.Module, checkpoint: str | None = None) -> None:
+        super().__init__(name, model, find_encoder(model))
+        self.checkpoint = checkpoint
+
+    def arguments(self, image_size, batch_size, device) -> dict:
+        images, samples = image_batch(batch_size, image_size, self._num_classes(), device)
+        return {'inputs': images, 'data_samples': samples, 'mode': 'predict'}
+
+    def count(self, image_size) -> Complexity:
+        try:
+            return count_detector(self.model, image_size)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            reason = str(error).partition('\n')[0]
+            raise ValueError(
+                f'{self.name} does not run on an image of {size(image_size)}: {reason}'
+            ) from error
+
+    def training(self, setting) -> Call:
+        arguments = self.arguments(setting.image_size, setting.batch_size, setting.device)
+        arguments['mode'] = 'loss'
+
+        def call(index: int) -> Tensor:
+            self.model.train()
+            self.model.zero_grad(set_to_none=True)
+            with setting.autocast():
+                losses = self.model(**arguments)
+            loss, _ = self.model.parse_losses(losses)
+            loss.backward()
+            return loss
+
+        return call
+
+    def _num_classes(self) -> int:
+        """Classes of objects: of the text, of the head, or of a segmenter's things."""
+        if reads_text(self.model):
+            return len(CocoDataset.METAINFO['classes'])  # see image_batch
+        head = getattr(self.model, 'bbox_head', self.model)
+        return getattr(head, 'num_classes', getattr(self.model, 'num_things_classes', 80))
+
+
+def build_detectors(
+    specs: Sequence[DetectorSpec], device: str, start: Start = silent
+) -> list[Detector]:
+    """Build detectors from their configs; a Lite config alone gets its stock one as baseline.
+
+    Raises:
+        FileNotFoundError: A config or checkpoint is missing.
+        ValueError: A config cannot be built, or a checkpoint does not fit.
+    """
+    wanted = [(spec.name, load_config(spec.config), spec.checkpoint) for spec in specs]
+    if len(wanted) == 1 and _has_lite_encoder(wanted[0][1].model):
+        stock = copy.deepcopy(wanted[0][1])
+        stock.model = stock_config(stock.model)
+        wanted.insert(0, ('stock', stock, None))
+    step = start('building', len(wanted))
+    detectors = []
+    for name, config, checkpoint in wanted:
+        torch.manual_seed(0)
+        detectors.append(Detector(name, build_detector(config, checkpoint, device), checkpoint))
+        step()
+    return detectors
+
+
+def _has_lite_encoder(model_config: dict) -> bool:
+    try:
+        return is_lite(find_holder(model_config)[1]['type'])
+    except ValueError:
+        return False
 
 
 @dataclass
 class Result:
-    """What one detector costs, by batch size where it depends on that; memory in bytes."""
+    """What one contestant costs, by batch size where it depends on that; memory in bytes."""
 
-    detector: DetectorSpec
+    name: str
+    runtime: str
+    form: str
     complexity: Complexity  # at the setting's image size
     flops_by_size: dict[str, int]
-    mode: str = EAGER  # of the encoder
+    published: Published | None = None
     latency: dict[int, Timing] = field(default_factory=dict)  # images on the device to boxes
-    faster: dict[int, Ratio] = field(default_factory=dict)  # than the baseline
     memory: dict[int, int | None] = field(default_factory=dict)  # beyond weights and images
     stages: dict[str, float] = field(default_factory=dict)  # seconds, first batch size
+    encoder: Timing | None = None  # alone
     training: Timing | None = None  # forward, losses and backward
-    training_faster: Ratio | None = None
     training_memory: int | None = None  # gradients included
     accuracy: dict[str, float] | None = None  # COCO's metrics in percent
+    difference: float | None = None  # of the outputs from the baseline's, at most, if to be none
+    baseline: Result | None = field(default=None, repr=False)
 
-    @property
-    def name(self) -> str:
-        return label(self.detector.name, self.mode)
+    @classmethod
+    def of(cls, contestant: Contestant, setting: Setting) -> Result:
+        """What is known before anything is measured."""
+        costs = contestant.costs
+        return cls(
+            contestant.title,
+            contestant.runtime,
+            contestant.form,
+            costs[setting.image_size],
+            {size(image_size): cost.flops for image_size, cost in costs.items()},
+            contestant.published,
+        )
 
-    def as_json(self) -> dict:
-        content = asdict(self)
-        throughput = {batch: batch / timing.median for batch, timing in self.latency.items()}
-        return {'name': self.name, **content.pop('detector'), **content, 'throughput': throughput}
+    def faster(self, batch_size: int, than: Result | None = None) -> Ratio:
+        """How many times faster inference is than that of the baseline, or of another."""
+        return speedup(
+            (than or self.baseline or self).latency[batch_size], self.latency[batch_size]
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'baseline'}
+        content['faster'] = {batch: self.faster(batch) for batch in self.latency}
+        content['throughput'] = {b: b / timing.median for b, timing in self.latency.items()}
+        return content
 
 
 def compare(
-    detectors: Sequence[DetectorSpec],
+    contestants: Sequence[Contestant],
     setting: Setting,
-    dataset: Dataset | None = None,
-    sizes: Sequence[tuple[int, int]] = (),
-    start: Start = lambda text, total: lambda: None,
+    *,
     modes: Sequence[str] = (EAGER,),
-) -> list[Result]:
-    """Compare detectors with the first of them, the baseline.
+    exported: Sequence[Contestant] = (),
+    parts: Sequence[str] = ('detector',),
+    sizes: Sequence[tuple[int, int]] = (),
+    dataset: Dataset | None = None,
+    start: Start = silent,
+) -> tuple[list[Result], list[str]]:
+    """Measure contestants against the first of them, the baseline.
 
-    Everything is read, built and counted before anything is timed, so bad input costs no work.
+    All are counted before anything is timed, so bad input costs no work.
 
     Args:
-        detectors (Sequence[DetectorSpec]): The baseline, then its variants.
+        contestants (Sequence[Contestant]): The baseline, then its variants.
         setting (Setting): What they are measured on.
-        dataset (Dataset, optional): Where to measure the accuracy of those with a checkpoint.
+        modes (Sequence[str]): Of :data:`MODES`. Each contestant is measured in all that it can run
+            in, the baseline eagerly in any case.
+        exported (Sequence[Contestant]): What is measured in the same rounds, and not counted.
+        parts (Sequence[str]): ``detector`` for the whole model, ``encoder`` for that alone.
         sizes (Sequence[tuple[int, int]]): Image sizes to count FLOPs at, beside the setting's;
             those too small for a detector's queries are left out.
+        dataset (Dataset, optional): Where to measure the accuracy of those with a checkpoint.
         start (Start): Shows progress.
-        modes (Sequence[str]): How the encoders run, of :data:`~mmlite.analysis.modes.MODES`.
-            Every detector is measured in each that its encoder can run in, the baseline eagerly
-            in any case. Accuracy is measured once.
+
+    Returns:
+        tuple[list[Result], list[str]]: The results, and sentences about what was not measured.
 
     Raises:
-        FileNotFoundError: A config, checkpoint or annotation file is missing.
-        ValueError: A config cannot be built, a checkpoint does not fit, a detector does not run
-            on this image size, or the data set has no annotations.
+        FileNotFoundError: An annotation file is missing.
+        ValueError: A detector does not run on this image size, or the data set has no annotations.
     """
     if dataset is not None:
         dataset.check()
-    configs = [load_config(detector.config) for detector in detectors]
-    step = start('building', len(detectors))
-    models = []
-    for detector, config in zip(detectors, configs):
-        models.append(build_detector(config, detector.checkpoint, setting.device))
-        step()
-
     sizes = sorted({*sizes, setting.image_size})
-    step = start('counting', len(models) * len(sizes))
-    results = []
-    for detector, model in zip(detectors, models):
-        counts = {}
+    step = start('counting', len(contestants) * len(sizes))
+    for contestant in contestants:
         for image_size in sizes:
             try:
-                counts[image_size] = _count(detector, model, image_size)
+                contestant.costs[image_size] = contestant.count(image_size)
             except ValueError:
                 if image_size == setting.image_size:
                     raise
             step()
-        flops = {size(image_size): count.flops for image_size, count in counts.items()}
-        results.append(Result(detector, counts[setting.image_size], flops))
-
-    if setting.rounds:
-        results, models = _in_modes(results, models, modes, setting.device)
+    notes: list[str] = []
+    pairs: list[tuple[Result, Contestant]] = []
+    for contestant in [*_in_modes(contestants, modes, setting, notes), *exported]:
+        result = Result.of(contestant, setting)
+        result.baseline = pairs[0][0] if pairs else result
+        pairs.append((result, contestant))
+    if setting.rounds and 'detector' in parts:
         for batch_size in setting.batch_sizes:
-            _measure_inference(results, models, batch_size, setting, start)
-        if setting.training:
-            _measure_training(results, models, setting, start)
+            _measure_inference(pairs, batch_size, setting, start)
+    if setting.rounds and 'encoder' in parts:
+        _measure_encoders(pairs, setting, start)
+    if setting.rounds and setting.training:
+        _measure_training(pairs, setting, start)
     if dataset is not None:
-        tested = [i for i, detector in enumerate(detectors) if detector.checkpoint]
+        tested = [c for c in contestants if isinstance(c, Detector) and c.checkpoint]
         step = start('evaluating', len(tested))
-        for i in tested:
-            accuracy = evaluate(configs[i], detectors[i].checkpoint, dataset, setting.device)
-            for result in results:
-                if result.detector is detectors[i]:
+        for contestant in tested:
+            accuracy = evaluate(
+                contestant.model.cfg, contestant.checkpoint, dataset, setting.device
+            )
+            for result, other in pairs:
+                if other.name == contestant.name:
                     result.accuracy = accuracy
             step()
-    return results
+    return [result for result, _ in pairs], notes
 
 
 def _in_modes(
-    results: list[Result], models: list[nn.Module], modes: Sequence[str], device: str
-) -> tuple[list[Result], list[nn.Module]]:
-    """Results and models of all modes; the baseline as it stands comes first."""
-    all_results, all_models = [], []
-    for index, (result, model) in enumerate(zip(results, models)):
-        for mode in dict.fromkeys(modes if index else [EAGER, *modes]):
-            variant = model if mode == EAGER else _with_encoder_in(model, mode, device)
-            if variant is not None:
-                all_results.append(
-                    Result(result.detector, result.complexity, result.flops_by_size, mode)
-                )
-                all_models.append(variant)
-    return all_results, all_models
+    contestants: Sequence[Contestant], modes: Sequence[str], setting: Setting, notes: list[str]
+) -> list[Contestant]:
+    found = []
+    for index, contestant in enumerate(contestants):
+        wanted = dict.fromkeys(modes if index else [EAGER, *modes])
+        for mode in wanted if setting.rounds else [EAGER]:
+            try:
+                found.append(contestant.in_form(mode, setting.device))
+            except ValueError as error:
+                notes.append(f'Not measured: {contestant.name}, {mode}: {error}.')
+    return found
 
 
-def _with_encoder_in(model: nn.Module, mode: str, device: str) -> nn.Module | None:
-    """A copy of the model whose encoder runs in another mode; None where it cannot."""
-    try:
-        name = encoder_name(model)
-    except ValueError:
-        return None
-    if why_not(model.get_submodule(name), mode, device):
-        return None
-    variant = copy.deepcopy(model)
-    holder, _, attribute = name.rpartition('.')
-    setattr(variant.get_submodule(holder), attribute, in_mode(variant.get_submodule(name), mode))
-    return variant
-
-
-def _count(detector: DetectorSpec, model: nn.Module, image_size: tuple[int, int]) -> Complexity:
-    try:
-        return count_detector(model, image_size)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).partition('\n')[0]
-        raise ValueError(
-            f'{detector.config} does not run on an image of {size(image_size)}: {reason}'
-        ) from error
-
-
-def _measure_inference(
-    results: list[Result], models: list[nn.Module], batch_size: int, setting: Setting, start: Start
-) -> None:
-    calls = [_inference(model, batch_size, setting) for model in models]
-    what = f'inference, batch {batch_size}'
-    timings = setting.measure(dict(enumerate(calls)), start, what)
-    step = start(f'memory and stages, batch {batch_size}', len(calls))
-    for index, (result, model, call) in enumerate(zip(results, models, calls)):
-        result.latency[batch_size] = timings[index]
-        result.faster[batch_size] = speedup(timings[0], timings[index])
-        result.memory[batch_size] = peak_memory(partial(call, 0), setting.device)
+def _measure_inference(pairs: Sequence, batch_size: int, setting: Setting, start: Start) -> None:
+    calls = {id(r): contestant.inference(setting, batch_size) for r, contestant in pairs}
+    timings = measure(calls, setting, start, f'inference, batch {batch_size}')
+    expected = pairs[0][1].outputs(calls[id(pairs[0][0])](0))
+    step = start(f'memory and stages, batch {batch_size}', len(pairs))
+    for result, contestant in pairs:
+        call = calls.pop(id(result))  # a session of a runtime holds gigabytes
+        result.latency[batch_size] = timings[id(result)]
+        result.memory[batch_size] = peak_memory(call, setting.device)
+        if expected and contestant.form == FUSED:
+            result.difference = _difference(expected, contestant.outputs(call(0)))
         if batch_size == setting.batch_size:
-            result.stages = profile_stages(
-                model, call, repeats=min(3, setting.rounds), device=setting.device
-            )
+            result.stages = contestant.stages(call, setting)
         step()
 
 
-def _measure_training(
-    results: list[Result], models: list[nn.Module], setting: Setting, start: Start
-) -> None:
-    calls = [_training_step(model, setting) for model in models]
-    timings = setting.measure(dict(enumerate(calls)), start, 'training step')
-    for index, (result, model, call) in enumerate(zip(results, models, calls)):
-        result.training = timings[index]
-        result.training_faster = speedup(timings[0], timings[index])
-        model.zero_grad(set_to_none=True)
-        result.training_memory = peak_memory(partial(call, 0), setting.device)
-        model.zero_grad(set_to_none=True)
-        model.eval()
-
-
-def _inference(model: nn.Module, batch_size: int, setting: Setting) -> Call:
-    images, samples = image_batch(batch_size, setting.image_size, device=setting.device)
-
-    def call(index: int) -> object:
-        model.eval()
-        with torch.no_grad(), setting.autocast():
-            return model.predict(images, samples)
-
-    return call
-
-
-def _num_classes(model: nn.Module) -> int:
-    """Classes of objects: of the text, of the head, or of a segmenter's things."""
-    if hasattr(model, 'language_model'):
-        return len(CocoDataset.METAINFO['classes'])  # see image_batch
-    head = getattr(model, 'bbox_head', None)
-    return head.num_classes if head is not None else getattr(model, 'num_things_classes', 80)
-
-
-def _training_step(model: nn.Module, setting: Setting) -> Call:
-    images, samples = image_batch(
-        setting.batch_size,
-        setting.image_size,
-        num_classes=_num_classes(model),
-        device=setting.device,
+def _difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
+    """The largest; equal infinities, which Grounding DINO has behind the text, differ by none."""
+    return max(
+        torch.where(ours == theirs, 0.0, ours - theirs).abs().max().item()
+        for ours, theirs in zip(actual, expected)
     )
 
-    def call(index: int) -> object:
-        model.train()
-        model.zero_grad(set_to_none=True)
-        with setting.autocast():
-            losses = model.loss(images, samples)
-        loss, _ = model.parse_losses(losses)
-        loss.backward()
-        return loss
 
-    return call
+def _measure_encoders(pairs: Sequence, setting: Setting, start: Start) -> None:
+    calls = {id(r): c.encoder(setting) for r, c in pairs if c.encoder_at is not None}
+    timings = measure(calls, setting, start, 'encoder')
+    for result, _ in pairs:
+        result.encoder = timings.get(id(result))
+
+
+def _measure_training(pairs: Sequence, setting: Setting, start: Start) -> None:
+    trained = [(r, c) for r, c in pairs if c.runtime == PYTORCH and c.form in (EAGER, COMPILED)]
+    calls = {id(r): contestant.training(setting) for r, contestant in trained}
+    timings = measure(calls, setting, start, 'training step')
+    for result, contestant in trained:
+        result.training = timings[id(result)]
+        contestant.model.zero_grad(set_to_none=True)
+        result.training_memory = peak_memory(calls[id(result)], setting.device)
+        contestant.model.zero_grad(set_to_none=True)

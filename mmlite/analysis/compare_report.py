@@ -1,256 +1,347 @@
-"""The comparison of detectors as tables, plots and the head of a page."""
+"""``mmlite benchmark compare``: what to compare, and the results as tables, plots and a page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from matplotlib.axes import Axes
+import torch
 
+from .. import ops
+from ..openmmlab.build import DetectorSpec
 from .accuracy import METRICS
-from .compare import Result
+from .compare import PYTORCH, Contestant, Result, build_detectors, compare
 from .complexity import STAGES
-from .plots import BASELINE, COLORS, VARIANT, plot, scatter
 from .published import OTHER_WORK
-from .report import Report, Table, giga, mebibytes, milliseconds, size, timing_columns
-from .setting import Setting
+from .published import preset as published_rows
+from .report import (
+    BASELINE,
+    COLORS,
+    VARIANT,
+    Report,
+    Table,
+    giga,
+    mebibytes,
+    milliseconds,
+    plot,
+    scatter,
+    size,
+    timing_columns,
+)
+from .timing import Setting, Start, silent, speedup
 
-Groups = Sequence[Sequence[Result]]
 
-_PUBLISHED = '#0072b2'
-
-
-def report(groups: Groups, setting: Setting, with_page: bool) -> Report:
-    """All that was measured.
+def report(
+    names: Sequence[str],
+    setting: Setting,
+    *,
+    framework: str = 'mmdet',
+    preset: str | None = None,
+    schedule: str | None = None,
+    runtimes: Sequence[str] = (PYTORCH,),
+    int8: bool = False,
+    exports: Path | None = None,
+    with_page: bool = False,
+    start: Start = silent,
+    **options: Any,
+) -> Report:
+    """All that ``mmlite benchmark compare`` measures.
 
     Args:
-        groups (Sequence[Sequence[Result]]): Results of one ``compare`` each; the first of a
-            group is the baseline of the others.
-        setting (Setting): What they were measured with.
+        names (Sequence[str]): Configs, the baseline first, or models of transformers.
+        setting (Setting): What to run.
+        framework (str): ``mmdet`` or ``transformers``.
+        preset (str, optional): Instead of names, a table of the paper.
+        schedule (str, optional): Of transformers' Lite encoder, in place of each model's own.
+        runtimes (Sequence[str]): Of :data:`~mmlite.analysis.compare.RUNTIMES`.
+        int8 (bool): Also measure exports in 8 bits.
+        exports (Path, optional): Where exports are kept; those that lie there are used again.
         with_page (bool): Whether to draw what the page shows.
+        start (Start): Shows progress.
+        **options: Further arguments of :func:`~mmlite.analysis.compare.compare`.
+
+    Raises:
+        FileNotFoundError: A config, checkpoint, annotation file or a runtime's operators are
+            missing.
+        ValueError: What is asked for cannot be measured; the message says why.
+        ImportError: A runtime is missing.
     """
-    results = [result for group in groups for result in group]
-    notes = []
-    if any(result.detector.published for result in results):
+    if with_page:  # only the page plots cost against image size
+        height, width = setting.image_size
+        options['sizes'] = [(height * s // 4, width * s // 4) for s in (2, 3, 5)]
+    elsewhere = [runtime for runtime in runtimes if runtime != PYTORCH]
+    results, notes = [], []
+    with TemporaryDirectory() as folder:
+        for group in _groups(names, framework, preset, schedule, setting, start):
+            if elsewhere:
+                from .exported import export_all
+
+                parts = options.get('parts', ('detector',))
+                arguments = (elsewhere, setting, exports or Path(folder), int8, parts, start)
+                options['exported'] = export_all(group, *arguments)
+            found, remarks = compare(group, setting, start=start, **options)
+            results += found
+            notes += remarks
+    if any(result.published for result in results):
         notes.append(
             "Published figures are the paper's: another image size and counting rule, and none of "
             'them measured here.'
         )
+    notes += [
+        f'{result.name}: the outputs differ by at most {result.difference:.1e}.'
+        for result in results
+        if result.difference is not None
+    ]
+    if torch.device(setting.device).type == 'cpu':
+        notes += [
+            f'Our CPU kernels did not run: {backend.detail}.'
+            for backend in ops.backends()
+            if backend.name == 'cpu' and not backend.available
+        ]
     page = None
     if with_page:
         page = {
-            'headline': _headline(groups, setting),
-            'figures': _figures(groups, setting),
+            'headline': _headline(results, setting),
+            'figures': _figures(results, setting),
             'size': size(setting.image_size),
         }
-    return Report(
-        settings=asdict(setting),
-        results=results,
-        tables=_tables(groups, setting),
-        notes=notes,
-        page=page,
-    )
+    return Report(asdict(setting), results, _tables(results, setting), notes, page=page)
 
 
-def _tables(groups: Groups, setting: Setting) -> list[Table]:
+def _groups(
+    names: Sequence[str],
+    framework: str,
+    preset: str | None,
+    schedule: str | None,
+    setting: Setting,
+    start: Start,
+) -> Iterator[list[Contestant]]:
+    """Contestants, each group with its baseline first, one group in memory at a time."""
+    if framework == 'transformers':
+        from .huggingface import make_contestants
+
+        yield from make_contestants(names, schedule, setting.device)
+        return
+    if bool(names) == bool(preset):
+        raise ValueError('give either configs, the baseline first, or a --preset')
+    if not preset:
+        specs = [DetectorSpec.parse(name) for name in names]
+        yield build_detectors(specs, setting.device, start)
+        return
+    for rows in published_rows(preset):
+        specs = [DetectorSpec(row.config) for row in rows]
+        detectors = build_detectors(specs, setting.device, start)
+        for detector, row in zip(detectors, rows):
+            detector.name, detector.published = f'{row.model}, {row.backbone}', row
+        yield detectors
+
+
+def _tables(results: Sequence[Result], setting: Setting) -> list[Table]:
     """Cost first, then time, memory, stages, accuracy and the published figures."""
-    results = [result for group in groups for result in group]
-    baselines = {id(result): group[0] for group in groups for result in group}
     name = {'detector': lambda r: r.name}
+    counted = [r for r in results if r.runtime == PYTORCH]
     where = f'{size(setting.image_size)}, {setting.dtype}'
-    layers = max(len(r.complexity.encoder_layer_flops) for r in results)
-    levels = max(len(r.complexity.level_tokens) for r in results)
     shown = []
 
-    def add(title: str, columns: dict[str, Callable], wanted: Sequence[Result] = results) -> None:
+    def add(title: str, columns: dict[str, Callable], wanted: Sequence[Result]) -> None:
         if wanted:
             shown.append(Table.of(title, wanted, {**name, **columns}))
 
-    def of_layers(cell: Callable[[Result, int], str]) -> dict[str, Callable]:
-        """A column a layer; a dash where a detector has fewer."""
+    def per_item(head: str, items: Callable[[Result], list], cell: Callable) -> dict[str, Callable]:
+        """A column for each item; a dash where a detector has fewer."""
         return {
-            f'layer {i + 1}': lambda r, i=i: (
-                cell(r, i) if i < len(r.complexity.encoder_layer_flops) else '-'
-            )
-            for i in range(layers)
+            f'{head} {i + 1}': lambda r, i=i: cell(r, items(r)[i]) if i < len(items(r)) else '-'
+            for i in range(max(len(items(r)) for r in results))
         }
 
-    def share(part: float, whole: float) -> str:
-        return f'{part / whole:.0%}'
-
-    def tokens(level: int) -> Callable[[Result], str]:
-        def cell(r: Result) -> str:
-            own = sorted(
-                r.complexity.level_tokens, reverse=True
-            )  # Mask2Former starts with the smallest
-            return f'{own[level]} ({share(own[level], sum(own))})' if level < len(own) else '-'
-
-        return cell
+    def tokens(r: Result) -> list[int]:
+        return sorted(r.complexity.level_tokens, reverse=True)  # Mask2Former starts with the least
 
     add(
         f'GFLOPs, whole and by stage, one image of {size(setting.image_size)}',
         {
             'params M': lambda r: f'{r.complexity.params / 1e6:.2f}',
             'all': lambda r: giga(r.complexity.flops),
-            'of baseline': lambda r: share(r.complexity.flops, baselines[id(r)].complexity.flops),
+            'of baseline': lambda r: f'{r.complexity.flops / r.baseline.complexity.flops:.0%}',
             **{s: lambda r, s=s: giga(r.complexity.stage_flops[s]) for s in STAGES},
         },
+        counted,
     )
     timed = [r for r in results if r.latency]
+    same_runtime = {'faster than plain': lambda r: _faster_than_plain(r, results)}
     for b in setting.batch_sizes:
         add(
             f'Inference, batch {b}, {where}, {setting.device}: images to boxes',
             {
                 **timing_columns(lambda r, b=b: r.latency[b]),
                 'images/s': lambda r, b=b: f'{b / r.latency[b].median:.2f}',
-                'faster': lambda r, b=b: r.faster[b],
+                'faster': lambda r, b=b: r.faster(b),
+                **(same_runtime if any(r.runtime != PYTORCH for r in results) else {}),
                 'peak MiB': lambda r, b=b: mebibytes(r.memory[b]),
             },
             timed,
         )
+    staged = [r for r in timed if r.stages]
     add(
         f'Inference by stage, ms, batch {setting.batch_size}',
-        {
-            s: lambda r, s=s: f'{milliseconds(r.stages[s])} ({_stage_shares(r)[s]:.0%})'
-            for s in STAGES
-        },
-        timed,
+        {s: lambda r, s=s: f'{milliseconds(r.stages[s])} ({_share(r, s):.0%})' for s in STAGES},
+        staged,
     )
 
-    def encoder_ms(r: Result, with_neck: bool = False) -> float:
-        return r.stages['encoder'] + with_neck * r.stages['neck']
+    def faster(*stages: str) -> Callable[[Result], str]:
+        def ratio(r: Result) -> str:
+            spent = [sum(one.stages[s] for s in stages) for one in (r.baseline, r)]
+            return f'{spent[0] / spent[1]:.2f}x'
 
-    def faster(with_neck: bool = False) -> Callable[[Result], str]:
-        return lambda r: (
-            f'{encoder_ms(baselines[id(r)], with_neck) / encoder_ms(r, with_neck):.2f}x'
-        )
+        return ratio
 
     add(
-        'Encoder, alone and with the neck (Mask2Former: its pixel decoder), by the profiler',
+        'Encoder within the detector, alone and with the neck (Mask2Former: its pixel decoder)',
         {
-            'encoder ms': lambda r: milliseconds(encoder_ms(r)),
-            'faster': faster(),
-            'with neck ms': lambda r: milliseconds(encoder_ms(r, True)),
-            'with neck, faster': faster(True),
+            'encoder ms': lambda r: milliseconds(r.stages['encoder']),
+            'faster': faster('encoder'),
+            'with neck ms': lambda r: milliseconds(r.stages['encoder'] + r.stages['neck']),
+            'with neck, faster': faster('encoder', 'neck'),
         },
-        [r for r in timed if r.stages['encoder']],
+        [r for r in staged if r.stages['encoder'] and r.baseline.stages],
     )
     add(
         'Encoder by layer, ms',
-        of_layers(lambda r, i: milliseconds(r.stages[f'encoder.layers.{i}'])),
-        timed,
+        per_item(
+            'layer',
+            lambda r: [s for s in r.stages if s.startswith('encoder.layers.')],
+            lambda r, layer: milliseconds(r.stages[layer]),
+        ),
+        staged,
+    )
+    add(
+        f'Encoder alone, batch {setting.batch_size}, {where}: tokens to memory',
+        {
+            **timing_columns(lambda r: r.encoder),
+            'faster': lambda r: speedup(r.baseline.encoder, r.encoder),
+        },
+        [r for r in results if r.encoder],
     )
     add(
         f'Training step, batch {setting.batch_size}, {where}: forward, losses, backward',
         {
             **timing_columns(lambda r: r.training),
-            'faster': lambda r: r.training_faster,
+            'faster': lambda r: speedup(r.baseline.training, r.training),
             'peak MiB': lambda r: mebibytes(r.training_memory),
         },
         [r for r in results if r.training],
     )
-    add(
-        'Encoder by layer, GFLOPs',
-        of_layers(lambda r, i: giga(r.complexity.encoder_layer_flops[i])),
+    layers = per_item(
+        'layer', lambda r: r.complexity.encoder_layer_flops, lambda r, flops: giga(flops)
     )
-    add(
-        'Tokens of each level (share), largest map first',
-        {
-            **{f'level {i + 1}': tokens(i) for i in range(levels)},
-            'all': lambda r: sum(r.complexity.level_tokens),
-        },
-    )
+    add('Encoder by layer, GFLOPs', layers, counted)
+    levels = per_item('level', tokens, lambda r, count: f'{count} ({count / sum(tokens(r)):.0%})')
+    total = {'all': lambda r: sum(tokens(r))}
+    add('Tokens of each level (share), largest map first', {**levels, **total}, counted)
     add(
         'Accuracy, measured',
         {m: lambda r, m=m: f'{r.accuracy[m]:.1f}' for m in METRICS.values()},
         [r for r in results if r.accuracy],
     )
 
-    def encoder(r: Result) -> int:
-        return r.complexity.stage_flops['encoder']
-
-    def published_saving(r: Result) -> float:
-        stock = baselines[id(r)].detector.published
-        return 1 - r.detector.published.encoder_gflops / stock.encoder_gflops
+    def saved(encoder: Callable[[Result], float]) -> Callable[[Result], str]:
+        return lambda r: f'{1 - encoder(r) / encoder(r.baseline):.0%}'
 
     add(
         'Published (COCO val2017, the paper) beside measured (here; another image size and rule)',
         {
-            'published AP': lambda r: f'{r.detector.published.ap:.1f}',
-            'published GFLOPs': lambda r: f'{r.detector.published.gflops:g}',
+            'published AP': lambda r: f'{r.published.ap:.1f}',
+            'published GFLOPs': lambda r: f'{r.published.gflops:g}',
             'measured GFLOPs': lambda r: giga(r.complexity.flops),
-            'published encoder': lambda r: f'{r.detector.published.encoder_gflops:g}',
-            'measured encoder': lambda r: giga(encoder(r)),
-            'published encoder saving': lambda r: f'{published_saving(r):.0%}',
-            'measured encoder saving': lambda r: (
-                f'{1 - encoder(r) / encoder(baselines[id(r)]):.0%}'
-            ),
-            'published params M': lambda r: f'{r.detector.published.params:g}',
+            'published encoder': lambda r: f'{r.published.encoder_gflops:g}',
+            'measured encoder': lambda r: giga(_encoder_flops(r)),
+            'published encoder saving': saved(lambda r: r.published.encoder_gflops),
+            'measured encoder saving': saved(_encoder_flops),
+            'published params M': lambda r: f'{r.published.params:g}',
             'measured params M': lambda r: f'{r.complexity.params / 1e6:.1f}',
         },
-        [r for r in results if r.detector.published],
+        [r for r in results if r.published],
     )
     return shown
 
 
-def _stage_shares(result: Result) -> dict[str, float]:
-    seconds = {stage: result.stages[stage] for stage in STAGES}
-    return {stage: part / sum(seconds.values()) for stage, part in seconds.items()}
+def _encoder_flops(result: Result) -> int:
+    return result.complexity.stage_flops['encoder']
 
 
-def _headline(groups: Groups, setting: Setting) -> list[dict]:
+def _share(result: Result, stage: str) -> float:
+    return result.stages[stage] / sum(result.stages[s] for s in STAGES)
+
+
+def _faster_than_plain(result: Result, results: Sequence[Result]) -> object:
+    """Than the baseline, exported plainly for the same runtime."""
+    for other in results:
+        is_plain = (other.runtime, other.form) == (result.runtime, 'plain')
+        if is_plain and other.baseline is result.baseline:
+            return speedup(next(iter(other.latency.values())), next(iter(result.latency.values())))
+    return '-'
+
+
+def _headline(results: Sequence[Result], setting: Setting) -> list[dict]:
     """For each variant what it saves, for the top of the page."""
     cards = []
-    for baseline, result in ((group[0], result) for group in groups for result in group[1:]):
-        facts = []
+    for result in results:
+        baseline, facts = result.baseline, []
+        if result is baseline:
+            continue
         if result.latency:
-            facts.append((f'{result.faster[setting.batch_size].median:.2f}x', 'faster inference'))
+            faster = result.faster(setting.batch_size)
+            facts.append((f'{faster.median:.2f}x', 'faster inference'))
         if result.training:
-            facts.append((f'{result.training_faster.median:.2f}x', 'faster training'))
-        own, stock = result.complexity, baseline.complexity
-        facts.append((f'{1 - own.flops / stock.flops:.0%}', 'fewer FLOPs'))
-        if stock.stage_flops['encoder']:
-            saved = 1 - own.stage_flops['encoder'] / stock.stage_flops['encoder']
-            facts.append((f'{saved:.0%}', 'fewer in the encoder'))
-        cards.append({'name': result.name, 'baseline': baseline.name, 'facts': facts})
+            faster = speedup(baseline.training, result.training)
+            facts.append((f'{faster.median:.2f}x', 'faster training'))
+        fewer = 1 - result.complexity.flops / baseline.complexity.flops
+        facts.append((f'{fewer:.0%}', 'fewer FLOPs'))
+        if _encoder_flops(baseline):
+            fewer = 1 - _encoder_flops(result) / _encoder_flops(baseline)
+            facts.append((f'{fewer:.0%}', 'fewer in the encoder'))
+        cards.append({'name': result.name, 'where': f'against {baseline.name}', 'facts': facts})
     return cards
 
 
-def _figures(groups: Groups, setting: Setting) -> list[tuple[str, str]]:
+def _figures(results: Sequence[Result], setting: Setting) -> list[tuple[str, str]]:
     """(caption, SVG) of every plot that the results allow."""
-    results = [result for group in groups for result in group]
     shown = []
-    if any(result.detector.published or result.accuracy for result in results):
-        shown.append(('AP against GFLOPs of the encoder', plot(_accuracy_against_cost, groups)))
-    if any(result.latency for result in results):
-        shares = [[100 * share for share in _stage_shares(r).values()] for r in results]
-        shown.append(('Share of the time by stage', plot(_bars, results, shares, '% of the time')))
+    if any(r.published or r.accuracy for r in results):
+        shown.append(('AP against GFLOPs of the encoder', plot(_accuracy_against_cost, results)))
+    if staged := [r for r in results if r.stages]:
+        shares = [[100 * _share(r, stage) for stage in STAGES] for r in staged]
+        drawn = plot(_bars, staged, shares, '% of the time')
+        shown.append(('Share of the time by stage', drawn))
     costs = [[r.complexity.stage_flops[stage] / 1e9 for stage in STAGES] for r in results]
     shown.append(('GFLOPs by stage', plot(_bars, results, costs, 'GFLOPs')))
-    for group in groups:
-        family = f': {group[0].name}' if len(groups) > 1 else ''
-        if group[0].latency:
+    baselines = [r for r in results if r is r.baseline]
+    for baseline in baselines:
+        group = [r for r in results if r.baseline is baseline]
+        family = f': {baseline.name}' if len(baselines) > 1 else ''
+        if baseline.latency:
             drawn = plot(_latency_against_cost, group, setting.batch_size)
             shown.append((f'Time against GFLOPs{family}', drawn))
-        if len(group[0].flops_by_size) > 1:
+        if len(baseline.flops_by_size) > 1:
             shown.append((f'GFLOPs against image size{family}', plot(_cost_against_size, group)))
     return shown
 
 
-def _accuracy_against_cost(axes: Axes, groups: Groups) -> None:
+def _accuracy_against_cost(axes: Any, results: Sequence[Result]) -> None:
     points, legend = [], {}
-    for result, is_baseline in ((r, r is group[0]) for group in groups for r in group):
-        published = result.detector.published
-        if published:
+    for r in results:
+        if r.published:
             legend['published (blue: squares baselines, dots Lite)'] = True
-            name = published.model.removeprefix('Lite ')
-            style = {'marker': 's' if is_baseline else 'o', 'color': _PUBLISHED}
-            points.append((name, published.encoder_gflops, published.ap, style))
-        if result.accuracy:
+            name = r.published.model.removeprefix('Lite ')
+            style = {'marker': 's' if r is r.baseline else 'o', 'color': COLORS[0]}
+            points.append((name, r.published.encoder_gflops, r.published.ap, style))
+        if r.accuracy:
             legend['stars measured here'] = True
-            x, y = result.complexity.stage_flops['encoder'] / 1e9, result.accuracy['mAP']
             style = {'marker': '*', 'color': VARIANT, 'markersize': 10}
-            points.append((_short(result), x, y, style))
+            points.append((_short(r), _encoder_flops(r) / 1e9, r.accuracy['mAP'], style))
     if any(name == 'Deformable DETR' for name, *_ in points):
         for name, (x, y) in OTHER_WORK.items():
             shown = name.partition(',')[0] if name.endswith(('0.1', 'DETR')) else ''
@@ -260,17 +351,17 @@ def _accuracy_against_cost(axes: Axes, groups: Groups) -> None:
     scatter(axes, points, 'encoder GFLOPs', 'AP')
 
 
-def _latency_against_cost(axes: Axes, group: Sequence[Result], batch_size: int) -> None:
+def _latency_against_cost(axes: Any, group: Sequence[Result], batch_size: int) -> None:
     points = []
-    for result in group:
-        x, y = result.complexity.flops / 1e9, 1000 * result.latency[batch_size].median
-        mark, color = ('s', BASELINE) if result is group[0] else ('o', VARIANT)
-        points.append((_short(result), x, y, {'marker': mark, 'color': color}))
+    for r in group:
+        mark, color = ('s', BASELINE) if r is r.baseline else ('o', VARIANT)
+        x, y = r.complexity.flops / 1e9, 1000 * r.latency[batch_size].median
+        points.append((_short(r), x, y, {'marker': mark, 'color': color}))
     axes.set_ylim(0, 1.1 * max(y for _, _, y, _ in points))
     scatter(axes, points, 'GFLOPs', f'median ms, batch {batch_size}')
 
 
-def _bars(axes: Axes, results: Sequence[Result], values: list[list[float]], label: str) -> None:
+def _bars(axes: Any, results: Sequence[Result], values: list[list[float]], label: str) -> None:
     rows = range(len(results))
     left = [0.0] * len(results)
     for index, stage in enumerate(STAGES):
@@ -283,7 +374,7 @@ def _bars(axes: Axes, results: Sequence[Result], values: list[list[float]], labe
     axes.legend(ncols=3, fontsize=8, frameon=False, loc='lower center', bbox_to_anchor=(0.4, 1.0))
 
 
-def _cost_against_size(axes: Axes, group: Sequence[Result]) -> None:
+def _cost_against_size(axes: Any, group: Sequence[Result]) -> None:
     for index, result in enumerate(group):
         sizes = [map(int, text.split('x')) for text in result.flops_by_size]
         pixels = [height * width / 1e6 for height, width in sizes]

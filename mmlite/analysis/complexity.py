@@ -9,33 +9,41 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.models.layers import DeformableDetrTransformerEncoder
+from mmdet.models.layers.transformer import GroundingDinoTransformerEncoder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..nn.attention import KeyAwareDeformableAttention, SamplingAttention
-from ..openmmlab.families import encoder_name
+from ..openmmlab.families import encoder_name, find_holder, is_lite, reads_text, resolve
 from ..openmmlab.flops import deform_attn_flops, operator_rules
 from ..openmmlab.layers import level_sizes
+from .inputs import encoder_inputs, image_batch, pyramid_sizes
 
-__all__ = [
-    'Complexity',
-    'FlopCount',
-    'count_detector',
-    'count_flops',
-    'deform_attn_flops',
-]
+__all__ = ['count_detector', 'count_flops', 'count_parameters', 'deform_attn_flops']
 
-_HEADS = ('bbox_head', 'head', 'panoptic_head', 'track_head')
-_HEAD_PARTS = {'pixel_decoder': 'neck', 'transformer_decoder': 'decoder'}
 STAGES = ('backbone', 'neck', 'encoder', 'decoder', 'head', 'other')
+# Name of a module -> the stage that it and all in it belong to; the longest name that fits decides.
+_STAGE_OF = {
+    **{stage: stage for stage in STAGES},
+    **dict.fromkeys(('bbox_head', 'head', 'panoptic_head', 'track_head'), 'head'),
+    'panoptic_head.pixel_decoder': 'neck',
+    'panoptic_head.transformer_decoder': 'decoder',
+    # Hugging Face's names.
+    **{f'model.{stage}': stage for stage in ('backbone', 'encoder', 'decoder')},
+    **dict.fromkeys(('model.input_proj', 'model.input_proj_vision'), 'neck'),
+    **dict.fromkeys(('class_embed', 'bbox_embed', 'class_predictor'), 'head'),
+    'model.pixel_level_module.encoder': 'backbone',
+    'model.transformer_module': 'decoder',
+}
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,7 @@ class FlopCount:
     def of(self, prefix: str) -> int:
         """FLOPs of the module called ``prefix`` and everything in it."""
         return sum(
-            flops
-            for name, flops in self.by_module.items()
-            if name == prefix or name.startswith(f'{prefix}.')
+            flops for name, flops in self.by_module.items() if f'{name}.'.startswith(f'{prefix}.')
         )
 
 
@@ -92,23 +98,27 @@ def count_detector(model: nn.Module, image_size: tuple[int, int]) -> Complexity:
     Args:
         model (nn.Module): A detector of mmdet; it is run in eval mode and left as it was.
         image_size (tuple[int, int]): Height and width of the input in pixels.
-
     """
-    from .inputs import image_batch
-
     images, samples = image_batch(1, image_size, device=next(model.parameters()).device)
-    try:
-        encoder_at = encoder_name(model)
-        encoder = model.get_submodule(encoder_at)
-    except ValueError:
-        encoder_at, encoder = 'encoder', nn.Module()
     # A detector that reads text has no other way to it.
-    mode = 'predict' if hasattr(model, 'language_model') else 'tensor'
+    mode = 'predict' if reads_text(model) else 'tensor'
+    call = {'inputs': images, 'data_samples': samples, 'mode': mode}
+    return count_model(model, image_size, call, find_encoder(model))
+
+
+def count_model(
+    model: nn.Module, image_size: tuple[int, int], call: Mapping, encoder_at: str | None
+) -> Complexity:
+    """Count what ``model(**call)`` costs, a call with one image; see :func:`count_detector`.
+
+    ``encoder_at`` is the name of the multi-scale encoder in the model.
+    """
+    encoder = model.get_submodule(encoder_at) if encoder_at else nn.Module()
     was_training = model.training
     model.eval()
     try:
-        with called_with(encoder) as call:
-            count = count_flops(model, images, samples, mode=mode)
+        with called_with(encoder) as encoder_call:
+            count = count_flops(model, **call)
     finally:
         model.train(was_training)
     stage_flops, stage_params = (dict.fromkeys(STAGES, 0) for _ in range(2))
@@ -117,6 +127,7 @@ def count_detector(model: nn.Module, image_size: tuple[int, int]) -> Complexity:
     for name, parameter in model.named_parameters():
         stage_params[stage_of(name, encoder_at)] += parameter.numel()
     layers = range(len(getattr(encoder, 'layers', ())))
+    shapes = encoder_call.get('spatial_shapes', ())
     return Complexity(
         image_size=image_size,
         flops=count.total,
@@ -124,7 +135,7 @@ def count_detector(model: nn.Module, image_size: tuple[int, int]) -> Complexity:
         stage_flops=stage_flops,
         stage_params=stage_params,
         encoder_layer_flops=[count.of(f'{encoder_at}.layers.{i}') for i in layers],
-        level_tokens=[h * w for h, w in level_sizes(call['spatial_shapes'])] if call else [],
+        level_tokens=[height * width for height, width in level_sizes(shapes)],
     )
 
 
@@ -133,18 +144,70 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def stage_of(module_name: str, encoder: str = 'encoder') -> str:
+def encoder_flops(model_config: dict, image_size: tuple[int, int], words: int = 200) -> int:
+    """FLOPs of the multi-scale encoder of a config on one image, the model around it not built.
+
+    Args:
+        model_config (dict): ``model`` of a config, stock or Lite.
+        image_size (tuple[int, int]): Height and width in pixels.
+        words (int): Length of the text that Grounding DINO's encoder reads and fuses with the
+            image. The names of COCO's 80 classes are about 200 words.
+
+    Raises:
+        ValueError: The config has no such encoder.
+    """
+    _, holder, family = find_holder(model_config)
+    config = {name: value for name, value in holder['encoder'].items() if name != 'num_cp'}
+    if is_lite(holder['type']):
+        kind = resolve(holder['type']).encoder_class
+    elif family.reads_text:
+        kind = GroundingDinoTransformerEncoder
+    else:
+        kind = DeformableDetrTransformerEncoder
+    attention = config['layer_cfg'].get('self_attn_cfg') or {}
+    dims = attention.get('embed_dims', 256)
+    sizes = pyramid_sizes(image_size, strides(model_config, attention.get('num_levels', 4)))
+    inputs = encoder_inputs(sizes[::-1] if family.smallest_first else sizes, dims)
+    if family.reads_text:
+        inputs.update(
+            memory_text=torch.zeros(1, words, dims),
+            text_attention_mask=torch.zeros(1, words, dtype=torch.bool),
+            position_ids=torch.zeros(1, words, dtype=torch.long),
+            text_self_attention_masks=torch.ones(1, words, words, dtype=torch.bool),
+        )
+    return count_flops(kind(**config).eval(), **inputs).total
+
+
+def strides(model_config: dict, num_levels: int) -> Sequence[int]:
+    """Strides of the encoder's levels, largest map first, read off backbone and neck."""
+    indices = model_config['backbone'].get('out_indices', (0, 1, 2, 3))
+    found = [4 * 2**index for index in indices]
+    if find_holder(model_config)[2].smallest_first:
+        return found[-num_levels:]
+    while len(found) < num_levels:  # made by strided convolutions
+        found.append(2 * found[-1])
+    return found[:num_levels]
+
+
+def find_encoder(model: nn.Module) -> str | None:
+    """Where a model of MMDetection keeps its multi-scale encoder; None where it has none."""
+    try:
+        return encoder_name(model)
+    except ValueError:
+        return None
+
+
+def stage_of(module_name: str, encoder: str | None = 'encoder') -> str:
     """The stage of a detector that a module belongs to, one of :data:`STAGES`.
 
     ``encoder`` is where the detector keeps its multi-scale encoder. What is around it in
     Mask2Former's pixel decoder counts as neck.
     """
-    if f'{module_name}.'.startswith(f'{encoder}.'):
+    if encoder and f'{module_name}.'.startswith(f'{encoder}.'):
         return 'encoder'
-    root, _, rest = module_name.partition('.')
-    if root in _HEADS:
-        return _HEAD_PARTS.get(rest.split('.')[0], 'head')
-    return root if root in STAGES else 'other'
+    parts = module_name.split('.')
+    prefixes = ('.'.join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((_STAGE_OF[prefix] for prefix in prefixes if prefix in _STAGE_OF), 'other')
 
 
 @contextmanager
@@ -172,19 +235,16 @@ class _FlopCounter(TorchDispatchMode):
     @contextmanager
     def watch(self, module: nn.Module) -> Iterator[None]:
         """Follow which submodule is running."""
-        deform_attns = deform_attn_modules(module)
         with ExitStack() as hooks:
             for name, child in module.named_modules():
-                enter = partial(self._enter, name, child in deform_attns)
+                enter = partial(self._enter, name)
                 hooks.callback(child.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 hooks.callback(child.register_forward_hook(self._leave).remove)
             yield
 
-    def _enter(
-        self, name: str, is_deform_attn: bool, module: nn.Module, args: tuple, kwargs: dict
-    ) -> None:
-        self._running.append((name, is_deform_attn))
-        if is_deform_attn:
+    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._running.append((name, is_deform_attn(module)))
+        if is_deform_attn(module):
             # From the shapes rather than from the operators: mmcv's CUDA op is invisible to the
             # dispatcher, and every backend runs different operators.
             query = args[0] if args else kwargs['query']
@@ -211,10 +271,9 @@ class _FlopCounter(TorchDispatchMode):
         return out
 
 
-def deform_attn_modules(module: nn.Module) -> list[nn.Module]:
-    """The deformable attentions in a module: mmcv's and ours, standard and key-aware."""
-    kinds = (MultiScaleDeformableAttention, SamplingAttention)
-    return [child for child in module.modules() if isinstance(child, kinds)]
+def is_deform_attn(module: nn.Module) -> bool:
+    """Whether a module is deformable attention: mmcv's or ours, standard or key-aware."""
+    return isinstance(module, (MultiScaleDeformableAttention, SamplingAttention))
 
 
 def _zeros_like_result(func, args: tuple, kwargs: dict):
@@ -251,7 +310,7 @@ def _attention(args: tuple, out: Sequence[Tensor]) -> int:
     return heads * query.shape[-2] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
-def _norm(weight: int, training: int | None = None):
+def _norm(weight: int, training: int | None = None) -> Callable:
     """4 an element and one more where there is a weight; statistics that are known save 3."""
 
     def rule(args: tuple, out: Sequence[Tensor]) -> int:

@@ -1,24 +1,22 @@
-"""Encoders alone: the stock one of MMDetection against Lite schedules."""
+"""``mmlite benchmark encoder``: the stock encoder of MMDetection against Lite schedules."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 
 import torch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from torch import nn
 
-from ..openmmlab.layers import LiteEncoder, fuse_attention
+from ..openmmlab.layers import LiteEncoder, fuse
+from .compare import EAGER, GRAPH, in_mode
 from .complexity import count_flops, count_parameters
-from .inputs import encoder_inputs, level_sizes
-from .latency import Call, speedup
-from .memory import peak_memory
-from .modes import EAGER, GRAPH, in_mode, label, why_not
-from .profile import KINDS, OpProfile, matmul_peak, profile_ops
-from .report import Report, Start, Table, giga, mebibytes, milliseconds, size, timing_columns
-from .setting import Setting
+from .inputs import encoder_inputs, pyramid_sizes
+from .profile import KINDS, matmul_peak, profile_kinds
+from .report import Report, Table, giga, mebibytes, milliseconds, size, timing_columns
+from .timing import Call, Setting, Start, measure, peak_memory, speedup
 
 STOCK, STOCK_FUSED = 'stock (mmcv)', 'stock (ms_deform_attn)'
 EMBED_DIMS = 256
@@ -40,64 +38,53 @@ def report(
         ffn_channels (int): Hidden size of the FFN: 2048 in DINO, 1024 in Deformable DETR.
         profile (bool): Also say where the time of inference goes.
         start (Start): Shows progress.
-        modes (Sequence[str]): Of :data:`~mmlite.analysis.modes.MODES`. The stock encoder always
-            runs eagerly too, being what all is compared with.
+        modes (Sequence[str]): Of :data:`MODES`. The stock encoder always runs eagerly too, being
+            what all is compared with.
 
     Raises:
         ValueError: A schedule is malformed or does not make six layers over four levels.
     """
     encoders = build_encoders(schedules, ffn_channels, setting.device)
-    inputs = encoder_inputs(
-        level_sizes(setting.image_size), EMBED_DIMS, setting.batch_size, device=setting.device
-    )
-    costs = {
-        name: {
-            'flops': count_flops(encoder.eval(), **inputs).total,
-            'params': count_parameters(encoder),
-        }
-        for name, encoder in encoders.items()
-    }
-    contestants, notes = _in_modes(encoders, modes, setting.device)
+    sizes = pyramid_sizes(setting.image_size)
+    inputs = encoder_inputs(sizes, EMBED_DIMS, setting.batch_size, setting.device)
+    contestants, notes = {}, []
+    for name, encoder in encoders.items():
+        cost = count_flops(encoder.eval(), **inputs).total, count_parameters(encoder)
+        for mode in dict.fromkeys([EAGER, *modes] if name in (STOCK, STOCK_FUSED) else modes):
+            title = name if mode == EAGER else f'{name}, {mode}'
+            try:
+                contestants[title] = (
+                    in_mode(copy.deepcopy(encoder), mode, setting.device),
+                    mode,
+                    *cost,
+                )
+            except ValueError as error:
+                notes.append(f'Not measured: {title}: {error}.')
     results = []
-    for direction, make in list(PASSES.items())[: 1 + setting.training]:
+    for direction, make in list(_PASSES.items())[: 1 + setting.training]:
         calls = {
-            label(name, mode): make(encoder, inputs, setting)
-            for (name, mode), encoder in contestants.items()
+            name: make(encoder, inputs, setting)
+            for name, (encoder, mode, *_) in contestants.items()
             if not (mode == GRAPH and make is _training_step)
         }
-        timings = setting.measure(calls, start, direction)
-        for (name, mode), encoder in contestants.items():
-            title = label(name, mode)
-            if title not in timings:
-                continue
-            timing = timings[title]
+        timings = measure(calls, setting, start, direction)
+        for name, timing in timings.items():
+            encoder, mode, flops, params = contestants[name]
             results.append(
                 {
-                    **{'name': title, 'mode': mode, 'direction': direction},
-                    **{**costs[name], 'timing': timing},
+                    **{'name': name, 'mode': mode, 'direction': direction},
+                    **{'flops': flops, 'params': params, 'timing': timing},
                     'over_stock': speedup(timings[STOCK], timing),
                     'over_fused_stock': speedup(timings[STOCK_FUSED], timing),
-                    'peak_memory': peak_memory(partial(calls[title], 0), setting.device),
+                    'peak_memory': peak_memory(calls[name], setting.device),
                 }
             )
             encoder.zero_grad(set_to_none=True)
-    shape = {'batch_size': setting.batch_size, 'embed_dims': EMBED_DIMS}
-    settings = {**asdict(setting), **shape, 'ffn_channels': ffn_channels, 'modes': modes}
+    settings = {**asdict(setting), 'batch_size': setting.batch_size, 'embed_dims': EMBED_DIMS}
+    settings.update(ffn_channels=ffn_channels, modes=modes)
     found = Report(settings, results, _tables(setting, ffn_channels, results), notes)
     if profile:
-        repeats = (setting.rounds + 1) // 2
-        profiles = {
-            name: profile_ops(
-                encoder,
-                _inference(encoder, inputs, setting),
-                repeats=repeats,
-                device=setting.device,
-            )
-            for name, encoder in encoders.items()
-        }
-        peak = matmul_peak(setting.device, getattr(torch, setting.dtype))
-        found.tables.append(_profile_table(profiles, peak))
-        found.further = {'profile': profiles, 'matmul_peak': peak}
+        _profile(found, encoders, inputs, setting)
     return found
 
 
@@ -117,29 +104,13 @@ def build_encoders(
         name: DeformableDetrTransformerEncoder(num_layers=6, layer_cfg=layer_cfg)
         for name in (STOCK, STOCK_FUSED)
     }
-    fuse_attention(encoders[STOCK_FUSED])
+    fuse(encoders[STOCK_FUSED])
     for schedule in schedules:
         for key_aware, what in ((True, ''), (False, ', no KDA')):
             encoders[f'Lite {schedule}{what}'] = LiteEncoder(
                 schedule, num_layers=6, layer_cfg=layer_cfg, key_aware=key_aware
             )
     return {name: encoder.to(device) for name, encoder in encoders.items()}
-
-
-def _in_modes(
-    encoders: dict[str, nn.Module], modes: Sequence[str], device: str
-) -> tuple[dict[tuple[str, str], nn.Module], list[str]]:
-    """(name, mode) -> encoder, and why some are not there."""
-    contestants, notes = {}, []
-    for name, encoder in encoders.items():
-        is_baseline = name in (STOCK, STOCK_FUSED)
-        for mode in dict.fromkeys([EAGER, *modes] if is_baseline else modes):
-            reason = why_not(encoder, mode, device)
-            if reason:
-                notes.append(f'Not measured: {label(name, mode)}: {reason}.')
-            else:
-                contestants[name, mode] = in_mode(encoder, mode)
-    return contestants, notes
 
 
 def _inference(encoder: nn.Module, inputs: dict, setting: Setting) -> Call:
@@ -164,12 +135,12 @@ def _training_step(encoder: nn.Module, inputs: dict, setting: Setting) -> Call:
     return call
 
 
-PASSES = {'inference': _inference, 'training step': _training_step}
+_PASSES = {'inference': _inference, 'training step': _training_step}
 
 
 def _tables(setting: Setting, ffn_channels: int, results: Sequence[dict]) -> list[Table]:
     """One for each direction."""
-    tokens = sum(h * w for h, w in level_sizes(setting.image_size))
+    tokens = sum(h * w for h, w in pyramid_sizes(setting.image_size))
     what = (
         f'{size(setting.image_size)} ({tokens} tokens), batch {setting.batch_size}, '
         f'{EMBED_DIMS} channels, FFN {ffn_channels}, {setting.dtype}'
@@ -186,28 +157,37 @@ def _tables(setting: Setting, ffn_channels: int, results: Sequence[dict]) -> lis
     }
     return [
         Table.of(f'Encoder, {direction}, {what}', rows, columns)
-        for direction in PASSES
+        for direction in _PASSES
         if (rows := [r for r in results if r['direction'] == direction])
     ]
 
 
-def _profile_table(profiles: dict[str, OpProfile], peak: float) -> Table:
-    """Where the time goes, and how near the matrix products are to their own peak."""
+def _profile(found: Report, encoders: dict, inputs: dict, setting: Setting) -> None:
+    """Add where the time goes, and how near the matrix products are to their own peak."""
+    peak = matmul_peak(setting.device, getattr(torch, setting.dtype))
+    profiles = {}
+    for name, encoder in encoders.items():
+        call = _inference(encoder, inputs, setting)
+        seconds, flops = profile_kinds(encoder, call, (setting.rounds + 1) // 2, setting.device)
+        profiles[name] = {'seconds': seconds, 'matmul_flops': flops}
 
     def part(kind: str) -> Callable[[str], str]:
-        return lambda name: (
-            f'{milliseconds(profiles[name].seconds[kind])} ({profiles[name].share(kind):.0%})'
-        )
+        def cell(name: str) -> str:
+            seconds = profiles[name]['seconds']
+            return f'{milliseconds(seconds[kind])} ({seconds[kind] / sum(seconds.values()):.0%})'
+
+        return cell
 
     def reach(name: str) -> str:
-        rate = profiles[name].matmul_rate
+        rate = profiles[name]['matmul_flops'] / profiles[name]['seconds']['matrix products']
         return f'{giga(rate)} GFLOP/s ({rate / peak:.0%})'
 
     columns = {
         'encoder': str,
         **{kind: part(kind) for kind in KINDS},
-        'sum': lambda name: milliseconds(sum(profiles[name].seconds.values())),
+        'sum': lambda name: milliseconds(sum(profiles[name]['seconds'].values())),
         'matrix products reach': reach,
     }
     title = f'Inference, ms by kind of operator (a large matrix product: {giga(peak)} GFLOP/s)'
-    return Table.of(title, profiles, columns)
+    found.tables.append(Table.of(title, profiles, columns))
+    found.further = {'profile': profiles, 'matmul_peak': peak}

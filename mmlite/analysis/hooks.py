@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from .attention import attention_at_point, level_masses
 from .complexity import count_detector
-from .pictures import draw_attention, draw_level_masses, pixels_of
 
 
 class EfficiencyHook(Hook):
@@ -89,24 +88,28 @@ class AttentionMapHook(Hook):
         data_batch: dict | None = None,
         outputs: Sequence[DetDataSample] | None = None,
     ) -> None:
-        if batch_idx >= self.num_images or not self._is_due(runner) or not is_main_process():
+        is_due = batch_idx < self.num_images and runner.epoch % self.interval == 0
+        if not is_due or not is_main_process():
             return
+        from .pictures import draw_attention, pixels_of
+
         model = _detector(runner)
 
         def run() -> DetDataSample:
             with torch.no_grad():
                 return model.val_step(data_batch)[0]
 
-        sample = outputs[0]
-        image = cv2.imread(sample.img_path)[..., ::-1]
-        found = sample.pred_instances
+        image = cv2.imread(outputs[0].img_path)[..., ::-1]
+        width, height = image.shape[1::-1]
+        found = outputs[0].pred_instances
+        point = (width / 2, height / 2)
         if len(found):
             x1, y1, x2, y2 = found.bboxes[found.scores.argmax()].tolist()
-            point = ((x1 + x2) / 2, (y1 + y2) / 2)
-        else:
-            point = (image.shape[1] / 2, image.shape[0] / 2)
-        # A box may reach beyond the image.
-        point = tuple(min(max(p, 0), size - 1) for p, size in zip(point, image.shape[1::-1]))
+            # A box may reach beyond the image.
+            point = (
+                min(max((x1 + x2) / 2, 0), width - 1),
+                min(max((y1 + y2) / 2, 0), height - 1),
+            )
         seen = attention_at_point(model, run, point, name=type(model).__name__, layer=self.layer)
         picture = pixels_of(draw_attention(image, [seen]))
         runner.visualizer.add_image(f'attention_{batch_idx}', picture, step=runner.epoch)
@@ -114,12 +117,11 @@ class AttentionMapHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if self._masses:
+            from .pictures import draw_level_masses, pixels_of
+
             name = type(_detector(runner)).__name__
             figure = draw_level_masses([(name, torch.stack(self._masses).mean(0))])
             runner.visualizer.add_image('attention_levels', pixels_of(figure), step=runner.epoch)
-
-    def _is_due(self, runner: Runner) -> bool:
-        return runner.epoch % self.interval == 0
 
 
 def _detector(runner: Runner) -> nn.Module:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 STRIDES = (8, 16, 32, 64)
 
 
-def level_sizes(
+def pyramid_sizes(
     image_size: tuple[int, int], strides: Sequence[int] = STRIDES
 ) -> list[tuple[int, int]]:
     """(h, w) of every level of the pyramid of an image, (height, width), largest map first."""
@@ -99,8 +98,6 @@ def encoder_inputs(
     sizes: Sequence[tuple[int, int]],
     embed_dims: int = 256,
     batch_size: int = 1,
-    *,
-    seed: int = 0,
     device: torch.device | str = 'cpu',
 ) -> dict[str, Tensor | None]:
     """Keyword arguments of mmdet's ``DeformableDetrTransformerEncoder.forward``, nothing padded.
@@ -109,11 +106,11 @@ def encoder_inputs(
     """
     shapes = torch.tensor(sizes, dtype=torch.int64)
     tokens = shapes.prod(-1)
-    generator = torch.Generator().manual_seed(seed)
-    size = (batch_size, int(tokens.sum()), embed_dims)
+    generator = torch.Generator().manual_seed(0)
+    query, pos = torch.randn(2, batch_size, int(tokens.sum()), embed_dims, generator=generator)
     return {
-        'query': torch.randn(size, generator=generator).to(device),
-        'query_pos': torch.randn(size, generator=generator).to(device),
+        'query': query.to(device),
+        'query_pos': pos.to(device),
         'key_padding_mask': None,
         'spatial_shapes': shapes.to(device),
         'level_start_index': (tokens.cumsum(0) - tokens).to(device),
@@ -124,47 +121,29 @@ def encoder_inputs(
 def image_batch(
     batch_size: int,
     image_size: tuple[int, int],
-    *,
     num_classes: int = 80,
-    num_boxes: int = 7,
-    seed: int = 0,
     device: torch.device | str = 'cpu',
 ) -> tuple[Tensor, list[DetDataSample]]:
-    """Normalised images with random boxes, as a detector of mmdet takes them.
+    """Normalised images with random boxes and masks, as a detector of mmdet takes them.
 
-    Images are of unit scale, (batch, 3, height, width); each has ``num_boxes`` ground-truth boxes
-    (COCO has 7 on average) with labels from 0 to ``num_classes - 1``, and masks that fill them.
+    Images are of unit scale, (batch, 3, height, width). Each has 7 boxes, COCO's average, with
+    masks in them and labels below ``num_classes``, and asks for COCO's classes as its text.
     """
     # Here, so that the operators can be measured where only torch is installed.
     from mmdet.datasets import CocoDataset
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-    from mmengine.structures import InstanceData
+    from mmdet.testing import demo_mm_inputs
 
-    height, width = image_size
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(batch_size, 3, height, width, generator=generator)
-    scale = torch.tensor([width, height, width, height])
-    samples = []
-    for _ in range(batch_size):
-        sizes = torch.rand(num_boxes, 2, generator=generator) * 0.4 + 0.05
-        corners = torch.rand(num_boxes, 2, generator=generator) * (1 - sizes)
-        boxes = torch.cat([corners, corners + sizes], dim=1) * scale
-        labels = torch.randint(num_classes, (num_boxes,), generator=generator)
-        names = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
-        meta = dict.fromkeys(names, image_size)
-        # What a detector of open vocabulary looks for.
-        text = {'text': CocoDataset.METAINFO['classes'], 'custom_entities': True}
-        sample = DetDataSample(metainfo={**meta, **text, 'scale_factor': (1.0, 1.0)})
-        sample.gt_instances = InstanceData(bboxes=boxes.to(device), labels=labels.to(device))
-        sample.gt_instances.masks = BitmapMasks(_filled(boxes, image_size), *image_size)
-        samples.append(sample)
-    return images.to(device), samples
-
-
-def _filled(boxes: Tensor, image_size: tuple[int, int]) -> np.ndarray:
-    """A mask for each box, uint8, (boxes, height, width)."""
-    masks = np.zeros((len(boxes), *image_size), np.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist()):
-        mask[top : bottom + 1, left : right + 1] = 1
-    return masks
+    drawn = demo_mm_inputs(
+        batch_size,
+        (3, *image_size),
+        num_items=[7] * batch_size,
+        num_classes=num_classes,
+        with_mask=True,
+        texts=[CocoDataset.METAINFO['classes']] * batch_size,
+        custom_entities=True,
+    )
+    for sample in drawn['data_samples']:
+        size = dict.fromkeys(('batch_input_shape', 'pad_shape'), image_size)
+        sample.set_metainfo({**size, 'scale_factor': (1.0, 1.0)})
+    images = (torch.stack(drawn['inputs']).float() - 127) / 74
+    return images.to(device), [sample.to(device) for sample in drawn['data_samples']]

@@ -1,24 +1,38 @@
-"""The operators of deformable attention, every backend against PyTorch and other packages."""
+"""``mmlite benchmark ops``: every backend of the operators against PyTorch and other packages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import ops
-from .inputs import OperatorInputs, level_sizes, operator_inputs
-from .latency import Call, Ratio, Timing, measure, measurements, num_threads, speedup
-from .memory import peak_memory
-from .peers import PEERS, Operator
-from .report import Report, Start, Table, mebibytes, milliseconds, size, timing_columns
+from .inputs import OperatorInputs, operator_inputs, pyramid_sizes
+from .report import Report, Table, mebibytes, milliseconds, size, timing_columns
+from .timing import (
+    Call,
+    Ratio,
+    Setting,
+    Start,
+    Timing,
+    measure,
+    num_threads,
+    peak_memory,
+    silent,
+    speedup,
+)
+
+Operator = Callable[[OperatorInputs], Tensor]
 
 STANDARD, KEY_AWARE = 'ms_deform_attn', 'key_aware_deform_attn'
 PASSES = ('forward', 'forward+backward')
 _FUSED = {'cpu': 'cpu', 'cuda': 'triton'}
+_HUB_KERNEL = 'kernels-community/deformable-detr'
 
 
 @dataclass(frozen=True)
@@ -41,11 +55,11 @@ class Shape:
 
     @property
     def num_tokens(self) -> int:
-        return sum(h * w for h, w in level_sizes(self.image_size))
+        return sum(h * w for h, w in pyramid_sizes(self.image_size))
 
     def inputs(self, seed: int = 0) -> OperatorInputs:
         own = dict(self.__dict__)
-        return operator_inputs(level_sizes(own.pop('image_size')), **own, seed=seed)
+        return operator_inputs(pyramid_sizes(own.pop('image_size')), **own, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class OperatorResult:
     """One operator on one backend."""
 
     operator: str  # ms_deform_attn or key_aware_deform_attn
-    backend: str  # reference, cpu, triton, or one of PEERS
+    backend: str  # reference, cpu, triton, or one of OTHERS
     direction: str  # of PASSES
     timing: Timing
     over_reference: Ratio  # how many times faster than the same operator in plain PyTorch
@@ -68,7 +82,7 @@ def report(
 ) -> Report:
     """All that ``mmlite benchmark ops`` measures; arguments as below."""
     results, left_out = benchmark_operators(
-        shape, passes=passes, rounds=rounds, warmup=warmup, start=partial(start, 'operators')
+        shape, passes=passes, rounds=rounds, warmup=warmup, start=start
     )
     copy = copy_bandwidth(shape.device)
     curves = []
@@ -78,9 +92,9 @@ def report(
         for axis, values in axes.items():
             curves.append(benchmark_scaling(shape, axis, values, rounds=rounds, on_step=step))
     return Report(
-        settings={**asdict(shape), 'dtype': _name(shape.dtype), 'rounds': rounds},
+        settings={**asdict(shape), 'dtype': str(shape.dtype)[len('torch.') :], 'rounds': rounds},
         results=results,
-        tables=[*tables(shape, results, copy), *map(scaling_table, curves)],
+        tables=[*_tables(shape, results, copy), *map(_scaling_table, curves)],
         notes=[f'Not measured: {name}: {reason}.' for name, reason in left_out.items()],
         further={
             'copy_bandwidth': copy,
@@ -96,7 +110,7 @@ def benchmark_operators(
     passes: Sequence[str] = PASSES,
     rounds: int = 10,
     warmup: int = 2,
-    start: Callable[[int], Callable[[], None]] = lambda total: lambda: None,
+    start: Start = silent,
 ) -> tuple[list[OperatorResult], dict[str, str]]:
     """Measure every backend that runs on the device, all in the same rounds.
 
@@ -105,26 +119,20 @@ def benchmark_operators(
         passes (Sequence[str]): Of :data:`PASSES`.
         rounds (int): Measurements of each contestant.
         warmup (int): Calls before.
-        start (Callable): Called with the number of steps ahead; returns what to call after each.
+        start (Start): Shows progress.
 
     Returns:
         tuple[list[OperatorResult], dict[str, str]]: The results, and why others were left out.
     """
     # Rotating inputs: a GPU would otherwise find the last call's in its cache.
     inputs = [shape.inputs(seed) for seed in range(4 if shape.device_type == 'cuda' else 1)]
-    operators, left_out = _calls(inputs[0], shape.device)
+    setting = Setting(rounds=rounds, warmup=warmup, device=shape.device)
+    operators, left_out = contestants(inputs[0], shape.device)
     results = []
     for direction in passes:
         make = _forward if direction == 'forward' else _forward_backward
         calls = {name: make(operator, inputs) for name, operator in operators.items()}
-        timings = measure(
-            calls,
-            rounds=rounds,
-            warmup=warmup,
-            min_seconds=0.02,
-            device=shape.device,
-            on_step=start(measurements(len(calls), rounds)),
-        )
+        timings = measure(calls, setting, start, f'operators, {direction}', min_seconds=0.02)
         mmcv = timings.get((STANDARD, 'mmcv'))
         for (operator, backend), timing in timings.items():
             moved = _compulsory_bytes(operator, inputs[0])
@@ -136,7 +144,7 @@ def benchmark_operators(
                     timing,
                     over_reference=speedup(timings[operator, 'reference'], timing),
                     over_mmcv=speedup(mmcv, timing) if mmcv else None,
-                    peak_memory=peak_memory(partial(calls[operator, backend], 0), shape.device),
+                    peak_memory=peak_memory(calls[operator, backend], shape.device),
                     bandwidth=moved / timing.median if direction == 'forward' else None,
                 )
             )
@@ -158,18 +166,19 @@ def benchmark_scaling(
         of each contestant. Plain PyTorch is left out where there is a fused backend.
     """
     curve = []
+    setting = Setting(rounds=rounds, warmup=1, device=shape.device)
     for value in values:
         point = shape if axis == 'threads' else replace(shape, **{axis: value})
         inputs = point.inputs()
-        calls, _ = _calls(inputs, point.device)
-        fused = any(backend == _FUSED[point.device_type] for _, backend in calls)
+        operators, _ = contestants(inputs, point.device)
+        fused = any(backend == _FUSED[point.device_type] for _, backend in operators)
         calls = {
             f'{operator} ({backend})': _forward(call, [inputs])
-            for (operator, backend), call in calls.items()
+            for (operator, backend), call in operators.items()
             if not (fused and backend == 'reference')
         }
         with num_threads(value if axis == 'threads' else None):
-            timings = measure(calls, rounds=rounds, warmup=1, min_seconds=0.01, device=point.device)
+            timings = measure(calls, setting, min_seconds=0.01)
         seconds = {name: timing.median for name, timing in timings.items()}
         tokens = point.num_tokens
         curve.append({'axis': axis, 'value': value, 'tokens': tokens, 'seconds': seconds})
@@ -195,19 +204,85 @@ def copy_bandwidth(device: str, num_bytes: int = 2**28) -> float:
     """Bytes a second that a plain copy on the device moves, reading and writing counted."""
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    timing = measure({'copy': lambda index: target.copy_(source)}, rounds=20, device=device)
-    return 2 * num_bytes / timing['copy'].median
+    setting = Setting(rounds=20, device=device)
+    timing = measure({'copy': lambda index: target.copy_(source)}, setting)['copy']
+    return 2 * num_bytes / timing.median
 
 
-def _calls(inputs: OperatorInputs, device: str) -> tuple[dict, dict[str, str]]:
-    """(operator, backend) -> function of :class:`OperatorInputs`, and what is not there."""
+# ---------------------------------------------------------------- contestants
+
+
+def mmcv(device: str) -> Operator:
+    """mmcv's: compiled on CUDA, grid_sample on the CPU."""
+    from mmcv.ops import multi_scale_deform_attn as mmcv
+
+    def on_cuda(x: OperatorInputs) -> Tensor:
+        return mmcv.MultiScaleDeformableAttnFunction.apply(*_arguments(x), len(x.value))
+
+    def on_cpu(x: OperatorInputs) -> Tensor:
+        value, shapes, _, locations, weights = _arguments(x)
+        return mmcv.multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
+
+    return on_cuda if torch.device(device).type == 'cuda' else on_cpu
+
+
+def deformops(device: str) -> Operator:
+    """deformops' by its own choice: Triton or CUDA on a GPU, grid_sample on the CPU."""
+    from deformops.registry import msda
+
+    return lambda x: msda(*_arguments(x))
+
+
+def hugging_face(device: str) -> Operator:
+    """The CUDA kernel that transformers takes from Hugging Face's hub, if it is in the cache."""
+    if torch.device(device).type != 'cuda':
+        raise RuntimeError('it runs on CUDA')
+    from kernels import get_local_kernel, install_kernel
+
+    kernel = get_local_kernel(install_kernel(_HUB_KERNEL, revision='main', local_files_only=True))
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            ctx.save_for_backward(*args)
+            return kernel.ms_deform_attn_forward(*args, len(args[0]))
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, grad_output):
+            args = ctx.saved_tensors
+            value, locations, weights = kernel.ms_deform_attn_backward(
+                *args, grad_output.contiguous(), len(args[0])
+            )
+            return value, None, None, locations, weights
+
+    return lambda x: Attention.apply(*_arguments(x))
+
+
+# Each returns an operator for a device, or raises what the other package raises where it is not
+# installed or cannot run there.
+OTHERS = {'mmcv': mmcv, 'deformops': deformops, 'Hugging Face': hugging_face}
+
+
+def _arguments(x: OperatorInputs) -> tuple[Tensor, ...]:
+    """Value, level sizes, first token of each level, locations and weights, all of one dtype."""
+    tokens = x.spatial_shapes.prod(-1)
+    starts = tokens.cumsum(0) - tokens
+    locations = x.sampling_locations.to(x.value.dtype)
+    return x.value, x.spatial_shapes, starts, locations, x.attention_weights
+
+
+def contestants(
+    inputs: OperatorInputs, device: str
+) -> tuple[dict[tuple[str, str], Operator], dict[str, str]]:
+    """(operator, backend) -> function of :class:`OperatorInputs`; what is not there, and why."""
     calls, left_out = {}, {}
-    for name, make in PEERS.items():
+    for name, make in OTHERS.items():
         try:
-            peer = make(device)
-            peer(inputs)
-            calls[STANDARD, name] = peer
+            calls[STANDARD, name] = make(device)
+            calls[STANDARD, name](inputs)
         except Exception as error:  # another package may fail in any way
+            calls.pop((STANDARD, name), None)
             left_out[f'{STANDARD} ({name})'] = str(error).partition('\n')[0]
     wanted = ('reference', _FUSED[torch.device(device).type])
     for operator, call in ((STANDARD, _standard), (KEY_AWARE, _key_aware)):
@@ -254,12 +329,11 @@ def _compulsory_bytes(operator: str, x: OperatorInputs) -> int:
     return sum(t.numel() * t.element_size() for t in [*read, x.query])  # output is like query
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix('torch.')
+# ---------------------------------------------------------------- tables
 
 
-def tables(shape: Shape, results: Sequence[OperatorResult], copy: float) -> list[Table]:
-    """The results for people, one table for each direction; ``copy`` is the device's bandwidth."""
+def _tables(shape: Shape, results: Sequence[OperatorResult], copy: float) -> list[Table]:
+    """One for each direction; ``copy`` is the device's bandwidth."""
 
     def bandwidth(result: OperatorResult) -> str:
         if result.bandwidth is None:
@@ -270,7 +344,7 @@ def tables(shape: Shape, results: Sequence[OperatorResult], copy: float) -> list
         f'{size(shape.image_size)} ({shape.num_queries or shape.num_tokens} queries, '
         f'{shape.num_tokens} tokens), '
         f'batch {shape.batch_size}, M {shape.num_heads}, D {shape.head_dim}, '
-        f'P {shape.num_points}, {_name(shape.dtype)}, {shape.locations} locations'
+        f'P {shape.num_points}, {str(shape.dtype)[len("torch.") :]}, {shape.locations} locations'
     )
     columns = {
         'operator': lambda r: r.operator,
@@ -287,16 +361,16 @@ def tables(shape: Shape, results: Sequence[OperatorResult], copy: float) -> list
     ]
 
 
-def scaling_table(curve: Sequence[dict]) -> Table:
-    """One curve of :func:`benchmark_scaling` for people."""
+def _scaling_table(curve: Sequence[Mapping[str, Any]]) -> Table:
+    """One curve of :func:`benchmark_scaling`."""
     axis = curve[0]['axis'].replace('_', ' ')
 
-    def value(point: dict) -> object:
+    def value(point: Mapping[str, Any]) -> object:
         return size(point['value']) if isinstance(point['value'], tuple) else point['value']
 
-    contestants = {
+    times = {
         name: lambda point, name=name: milliseconds(point['seconds'][name])
         for name in curve[0]['seconds']
     }
-    columns = {axis: value, 'tokens': lambda point: point['tokens'], **contestants}
+    columns = {axis: value, 'tokens': lambda point: point['tokens'], **times}
     return Table.of(f'Forward, median ms, by {axis}', curve, columns)

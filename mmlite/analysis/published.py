@@ -7,7 +7,6 @@ show them beside ours and label them as published.
 from __future__ import annotations
 
 import csv
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,26 +52,3 @@ def preset(name: str) -> list[list[Published]]:
                 texts = {field: row.pop(field) for field in ('model', 'backbone', 'config')}
                 group.append(Published(**texts, **{k: float(v) for k, v in row.items()}))
     return list(groups.values())
-
-
-@dataclass(frozen=True)
-class DetectorSpec:
-    """Names a detector to look at."""
-
-    config: str  # as for load_config
-    checkpoint: str | None = None  # random weights otherwise
-    published: Published | None = None  # what a paper reports for it
-
-    @classmethod
-    def parse(cls, text: str) -> DetectorSpec:
-        """From ``config`` or ``config,checkpoint``, as on the command line."""
-        config, _, checkpoint = text.partition(',')
-        return cls(config, checkpoint or None)
-
-    @property
-    def name(self) -> str:
-        if self.published:
-            return f'{self.published.model}, {self.published.backbone}'
-        stem = Path(self.config.partition('::')[2] or self.config).stem
-        # What a config's name says about training does not matter here.
-        return re.sub(r'(_\d+xb\d+-\d+e)?(_coco)?$', '', stem)

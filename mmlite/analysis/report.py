@@ -1,19 +1,18 @@
-"""Results as people and programs read them: tables, pages, and the report of a benchmark."""
+"""Results as people and programs read them: tables, plots, pages, JSON."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
-import jinja2
+from .timing import Timing
 
-from .latency import Timing
-
-# Given a text and a number of steps, returns what to call after each step.
-Start = Callable[[str, int], Callable[[], None]]
 Columns = Mapping[str, Callable[[Any], object]]
+# Readable for the colour-blind (Okabe and Ito's palette).
+COLORS = ('#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#009e73', '#999999')
+BASELINE, VARIANT = '#444444', '#d55e00'
 
 
 @dataclass
@@ -56,13 +55,8 @@ class Report:
         return ', '.join(f'{name}: {text}' for name, text in self.machine.items())
 
     def as_json(self) -> dict:
-        return {
-            'machine': self.machine,
-            'settings': self.settings,
-            'command': self.command,
-            'results': self.results,
-            **self.further,
-        }
+        head = {'machine': self.machine, 'settings': self.settings, 'command': self.command}
+        return {**head, 'results': self.results, **self.further}
 
     def markdown(self) -> str:
         tables = [table.markdown() for table in self.tables]
@@ -75,17 +69,56 @@ class Report:
 
 def render(template: str, **content: object) -> str:
     """Fill in one of the pages in ``templates/``."""
-    return _environment().get_template(template).render(content)
+    import jinja2
+
+    loader = jinja2.PackageLoader('mmlite.analysis', 'templates')
+    pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return pages.get_template(template).render(content)
 
 
-@lru_cache(maxsize=1)
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader('mmlite.analysis', 'templates'),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+def plot(draw: Callable[..., None], *arguments) -> str:
+    """Draw on axes of a figure and return it as SVG to stand in a page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Drawn at the width of a phone, so that the text keeps its size there.
+    style = {'svg.fonttype': 'none', 'font.size': 9, 'font.family': 'sans-serif'}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.4, 3.3), layout='constrained')
+        axes = figure.add_subplot()
+        axes.spines[['top', 'right']].set_visible(False)
+        draw(axes, *arguments)
+        target = io.StringIO()
+        # No date, so that equal results make equal pages.
+        figure.savefig(target, format='svg', metadata={'Date': None}, transparent=True)
+    svg = target.getvalue()
+    return svg[svg.index('<svg') :]
+
+
+def scatter(
+    axes: Any, points: list[tuple[str, float, float, dict]], x_label: str, y_label: str
+) -> None:
+    """Points with names, from the lowest up, each high enough to clear the one below it."""
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    for _, x, y, style in points:
+        axes.plot(x, y, **style)
+    axes.set_xlim(0, 1.4 * axes.get_xlim()[1])
+    (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.set_autoscale_on(False)
+    below = -1.0
+    for name, x, y, _ in sorted(points, key=lambda point: point[2]):
+        if name:
+            below = max((y - bottom) / (top - bottom), below + 0.055)
+            axes.annotate(
+                name,
+                (x, y),
+                xytext=(x + 0.03 * right, below),
+                textcoords=('data', 'axes fraction'),
+                fontsize=7,
+                va='center',
+                arrowprops={'arrowstyle': '-', 'lw': 0.4, 'color': '#999999', 'shrinkA': 0},
+            )
 
 
 def timing_columns(timing: Callable[[Any], Timing]) -> Columns:

@@ -26,18 +26,6 @@ from .shared import (
     path_option,
 )
 
-DTYPES = click.Choice(['float32', 'bfloat16', 'float16'])
-
-modes_option = option(
-    '--mode',
-    'modes',
-    type=click.Choice(['eager', 'compiled', 'graph']),
-    multiple=True,
-    default=['eager'],
-    help='How the encoder runs: as it stands, through torch.compile, or, for inference on a GPU, '
-    'as a CUDA graph. Give it more than once for more.',
-)
-
 
 @click.group(context_settings=shared.HELP)
 def benchmark() -> None:
@@ -48,8 +36,6 @@ def benchmark() -> None:
       mmlite benchmark ops
       mmlite benchmark encoder
       mmlite benchmark compare mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py VARIANT.py
-      mmlite benchmark transformers
-      mmlite benchmark deploy LITE_CONFIG.py
     """
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the table
 
@@ -67,22 +53,23 @@ def kind(several_batch_sizes: bool = False, dtype_help: str = 'Other than float3
     batch_size = {'default': 1}
     if several_batch_sizes:
         batch_size = {'default': [1], 'multiple': True, 'help': 'Give it more than once for more.'}
+    dtypes = click.Choice(['float32', 'bfloat16', 'float16'])
     options = (
         shared.image_size_option(),
         count_option('--batch-size', **batch_size),
-        option('--dtype', type=DTYPES, default='float32', help=dtype_help),
+        option('--dtype', type=dtypes, default='float32', help=dtype_help),
         device_option,
         count_option('--threads', help='CPU threads. Default: all cores.'),
         count_option('--rounds', default=10, help='Measurements of each contestant.'),
         count_option('--warmup', default=2),
         json_option,
-        file_option('--markdown', 'markdown_path'),
+        file_option('--markdown', 'markdown_path', help='Write the tables here.'),
     )
 
     def decorate(function: Callable) -> click.Command:
         @functools.wraps(function)
         def run(device, threads, json_path, markdown_path, **own) -> None:
-            from ..analysis.latency import describe_machine, num_threads
+            from ..analysis.timing import describe_machine, num_threads
 
             shared.check_device(device)
             with num_threads(threads), shared.progress() as start:
@@ -106,6 +93,15 @@ def kind(several_batch_sizes: bool = False, dtype_help: str = 'Other than float3
         return benchmark.command(name=function.__name__)(run)
 
     return decorate
+
+
+def several(name: str, choices: str, help: str) -> Callable:
+    """An option that may be given more than once, the first of its choices by default."""
+    words = choices.split()
+    help = f'{help} Give it more than once for more.'
+    destination = f'{name[2:]}s'
+    choice = click.Choice(words)
+    return option(name, destination, type=choice, multiple=True, default=words[:1], help=help)
 
 
 @kind(dtype_help='Of features and weights.')
@@ -150,7 +146,7 @@ def ops(*, dtype, forward_only, scaling, rounds, warmup, start, **shape):
     default=['H3L1-(2+1)x3'],
     help='A Lite schedule of six layers over four levels; give it more than once for more.',
 )
-@modes_option
+@several('--mode', 'eager compiled graph', 'graph: as a CUDA graph, for inference.')
 @count_option('--ffn', default=2048, help='2048 in DINO, 1024 in Deformable DETR.')
 @flag('--train', help='Also measure a training step.')
 @flag('--profile', help='Also show where the time goes.')
@@ -169,48 +165,45 @@ def encoder(*, schedules, modes, ffn, batch_size, train, profile, start, **setti
       mmlite benchmark encoder --schedule 'H2L2-(2+1)x3' --schedule 'H3L1-(6+1)x1' --ffn 1024
     """
     from ..analysis.encoders import report
-    from ..analysis.setting import Setting
+    from ..analysis.timing import Setting
 
     setting = Setting(batch_sizes=(batch_size,), training=train, **setting)
     return report(setting, schedules, ffn, profile, start, modes)
 
 
 @kind(several_batch_sizes=True)
-@click.argument('configs', nargs=-1, metavar='BASELINE VARIANT...')
+@click.argument('names', nargs=-1, metavar='BASELINE VARIANT...')
+@option(
+    '--framework',
+    type=click.Choice(['mmdet', 'transformers']),
+    default='mmdet',
+    help='Of transformers name deformable-detr, grounding-dino or mask2former; all by default.',
+)
 @option(
     '--preset',
     type=click.Choice(['paper-table3', 'paper-table4']),
     help='Instead of configs: every row of a table of the Lite DETR paper, with what it reports.',
 )
-@modes_option
+@option('--schedule', help="Of transformers' Lite encoder; each model's own by default.")
+@several('--mode', 'eager compiled graph fused optimized', 'How models run in PyTorch.')
+@several('--runtime', 'pytorch onnxruntime openvino', 'Others than pytorch run exports.')
+@several('--part', 'detector encoder', 'The whole, or the encoder alone.')
+@flag('--int8', help='Also in 8 bits, in OpenVINO; needs NNCF.')
+@path_option('--exports', help='Keep exports here, and use those that are here again.')
 @flag('--train', help='Also measure a training step.')
 @flag('--count-only', help='Count parameters and FLOPs, time nothing.')
-@path_option(
-    '--annotations',
-    help='COCO annotations to measure AP on, for configs given with a checkpoint.',
-)
+@path_option('--annotations', help='COCO annotations: measure AP of configs with a checkpoint.')
 @path_option('--images', help='Folder of their images.')
 @file_option('--html', 'html_path', help='Write a page with plots here.')
-def compare(
-    *,
-    configs,
-    preset,
-    modes,
-    batch_size,
-    rounds,
-    train,
-    count_only,
-    annotations,
-    images,
-    html_path,
-    start,
-    **setting,
-):
-    """Compare detectors with the first one: FLOPs, parameters, time, memory, accuracy.
+def compare(*, batch_size, rounds, train, count_only, annotations, images, html_path, **own):
+    """Compare models with the first one: FLOPs, parameters, time, memory, accuracy.
 
     A config is a path, mmdet::folder/config.py or mmlite::folder/config.py; a checkpoint may
     follow it after a comma. Without one the weights are random, which is all that cost and time
-    need.
+    need. A single Lite config is compared with its stock one.
+
+    Modes: fused has standard attention on our operators, optimized is mmlite.optimize. Exports run
+    plain, in our portable form, and on our operators.
 
     \b
     Example:
@@ -219,94 +212,21 @@ def compare(
       mmlite benchmark compare stock.py,stock.pth lite.py,lite.pth --train \\
           --annotations val.json --images val/
       mmlite benchmark compare --preset paper-table3 --count-only
+      mmlite benchmark compare lite.py --runtime pytorch --runtime openvino --mode optimized --int8
+      mmlite benchmark compare --framework transformers mask2former
     """
-    from ..analysis import compare_report, published
     from ..analysis.accuracy import Dataset
-    from ..analysis.compare import compare as compare_detectors
-    from ..analysis.published import DetectorSpec
-    from ..analysis.setting import Setting
+    from ..analysis.compare_report import report
+    from ..analysis.timing import Setting
 
-    if bool(configs) == bool(preset):
-        raise ValueError('give either configs, the baseline first, or a --preset')
     if (annotations is None) != (images is None):
         raise ValueError('--annotations and --images go together')
-    groups = [[DetectorSpec.parse(config) for config in configs]]
-    if preset:
-        groups = [
-            [DetectorSpec(row.config, published=row) for row in group]
-            for group in published.preset(preset)
-        ]
-    rounds = 0 if count_only else rounds
-    setting = Setting(batch_sizes=batch_size, rounds=rounds, training=train, **setting)
     dataset = Dataset(annotations, images) if annotations else None
-    # Only the page plots cost against image size.
-    height, width = setting.image_size
-    sizes = [(height * s // 4, width * s // 4) for s in (2, 3, 5) if html_path]
-    results = [compare_detectors(group, setting, dataset, sizes, start, modes) for group in groups]
-    return compare_report.report(results, setting, with_page=bool(html_path))
-
-
-@kind()
-@click.argument('names', nargs=-1, metavar='[MODEL]...')
-@option('--schedule', help="Of the Lite encoder; each model's own by default.")
-def transformers(*, names, schedule, batch_size, start, **setting):
-    """Measure models of Hugging Face transformers: stock, on our operators, and Lite.
-
-    They are made from configs, with random weights: deformable-detr, grounding-dino, mask2former;
-    all of them by default.
-
-    \b
-    Example:
-      mmlite benchmark transformers --threads 2
-      mmlite benchmark transformers mask2former --rounds 2 --warmup 1
-    """
-    from ..analysis.huggingface import report
-    from ..analysis.setting import Setting
-
-    return report(Setting(batch_sizes=(batch_size,), **setting), names, schedule, start)
-
-
-@kind()
-@click.argument('config')
-@option(
-    '--runtime',
-    'runtimes',
-    type=click.Choice(['pytorch', 'onnxruntime', 'openvino']),
-    multiple=True,
-    default=['pytorch', 'onnxruntime', 'openvino'],
-    help='Give it more than once for more.',
-)
-@option(
-    '--part',
-    'parts',
-    type=click.Choice(['detector', 'encoder']),
-    multiple=True,
-    default=['detector', 'encoder'],
-    help='The whole detector, its encoder alone, or both.',
-)
-@flag('--int8', help='Also in 8 bits, in OpenVINO; needs NNCF.')
-@path_option('--exports', 'folder', help='Keep exports here, and use those that are here again.')
-def deploy(*, config, runtimes, parts, int8, folder, batch_size, start, **setting):
-    """Measure a Lite detector and its stock one in PyTorch, ONNX Runtime and OpenVINO.
-
-    In the runtimes both run exported plainly, in the runtime's own operators, and on ours. Weights
-    are random. Exports take minutes: with --exports a second run has them already.
-
-    \b
-    Example:
-      mmlite benchmark deploy CONFIG --threads 2 --int8 --exports work_dirs/exports
-      mmlite benchmark deploy CONFIG --part encoder --runtime openvino --rounds 4
-    """
-    from ..analysis import deploy
-    from ..analysis.setting import Setting
-
-    names = dict(zip(('pytorch', 'onnxruntime', 'openvino'), deploy.RUNTIMES))
-    return deploy.report(
-        config,
-        Setting(batch_sizes=(batch_size,), **setting),
-        [names[runtime] for runtime in runtimes],
-        parts,
-        int8,
-        folder,
-        start,
+    names = ('image_size', 'dtype', 'device', 'warmup')
+    setting = Setting(
+        batch_sizes=batch_size,
+        rounds=0 if count_only else rounds,
+        training=train,
+        **{name: own.pop(name) for name in names},
     )
+    return report(setting=setting, dataset=dataset, with_page=bool(html_path), **own)

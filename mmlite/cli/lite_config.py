@@ -54,7 +54,7 @@ def lite_config(stock: str, schedule: str | None, out: Path | None, image_size) 
 def _show(stock: str, config, image_size: tuple[int, int]) -> None:
     from mmengine.config import Config
 
-    from ..analysis.encoder_cost import encoder_flops
+    from ..analysis.complexity import encoder_flops
     from ..analysis.report import giga, size
     from ..openmmlab.checkpoints import fitting_schedules, lite_change
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -43,26 +43,25 @@ def visualize() -> None:
     warnings.filterwarnings('ignore')  # those of the stack about itself
 
 
-out_option = file_option(
-    '--out',
-    help='PNG file to write; the page gets the same name. Default: named after the command.',
-)
-image_argument = click.argument('image', type=PATH)
-against_option = option(
-    '--against', multiple=True, metavar='CONFIG', help='A detector to draw, too.'
-)
+def command(function: Callable) -> click.Command:
+    """A subcommand that draws CONFIG, and others for comparison, on a device."""
+    out_help = f'PNG file to write; the page gets the same name. Default: {function.__name__}.png.'
+    for add in (
+        file_option('-o', '--out', default=f'{function.__name__}.png', help=out_help),
+        device_option,
+        option('--against', multiple=True, metavar='CONFIG', help='A detector to draw, too.'),
+        click.argument('config'),
+    ):
+        function = add(function)
+    return visualize.command()(function)
 
 
-@visualize.command()
-@click.argument('config')
-@image_argument
-@against_option
+@command
+@click.argument('image', type=PATH)
 @click.option('--point', type=Point(), help='Query: a place. Default: the centre.')
 @click.option('--object', 'rank', type=click.IntRange(0), help='Query: a detection, 0 the surest.')
 @option('--layer', type=int, default=-1, help='Negative from the last.')
 @click.option('--level', type=int, help='Of the token at the point, 0 the largest map.')
-@device_option
-@out_option
 def attention(config, image, against, point, rank, layer, level, device, out) -> None:
     """Draw where a query samples on every level, coloured by attention weight.
 
@@ -79,35 +78,24 @@ def attention(config, image, against, point, rank, layer, level, device, out) ->
 
     if point is not None and rank is not None:
         raise ValueError('give a --point or an --object, not both')
-    check_device(device)
     pixels = _read(image)
     point = point or (pixels.shape[1] / 2, pixels.shape[0] / 2)
     seen = []
-    with progress() as start:
-        step = start('looking', 1 + len(against))
-        for model, name, run in _detectors((config, *against), device):
-            options = {'name': name, 'layer': layer}
-            if rank is None:
-                one = attention_at_point(model, run(image), point, level=level, **options)
-            else:
-                one = attention_of_object(model, run(image), rank, **options)
-            seen.append(one)
-            step()
+    for model, name, run in _detectors((config, *against), device):
+        options = {'name': name, 'layer': layer}
+        if rank is None:
+            one = attention_at_point(model, run(image), point, level=level, **options)
+        else:
+            one = attention_of_object(model, run(image), rank, **options)
+        seen.append(one)
     caption = f'Sampling points of {", ".join(one.name for one in seen)} on {image.name}'
-    _write(draw_attention(pixels, seen), caption, out or Path('attention.png'))
+    _write(draw_attention(pixels, seen), caption, out)
 
 
-@visualize.command()
-@click.argument('config')
-@image_argument
-@against_option
-@path_option(
-    '--annotations',
-    help='COCO annotations, to draw what is there beside what was found.',
-)
+@command
+@click.argument('image', type=PATH)
+@path_option('--annotations', help='COCO annotations, to draw what is there, too.')
 @option('--score', type=click.FloatRange(0, 1), default=0.3)
-@device_option
-@out_option
 def detections(config, image, against, annotations, score, device, out) -> None:
     """Draw what is detected, beside the ground truth.
 
@@ -116,32 +104,26 @@ def detections(config, image, against, annotations, score, device, out) -> None:
       mmlite visualize detections lite.py,lite.pth photo.jpg
       mmlite visualize detections lite.py,lite.pth val/1.jpg --annotations val.json --score 0.5
     """
+    from ..analysis.accuracy import Dataset
     from ..analysis.pictures import draw_boxes, draw_panels
 
-    check_device(device)
     pixels = _read(image)
     panels = []
     if annotations is not None:
-        panels.append(('ground truth', draw_boxes(pixels, *_ground_truth(annotations, image))))
-    with progress() as start:
-        step = start('detecting', 1 + len(against))
-        for model, name, run in _detectors((config, *against), device):
-            found = run(image)().pred_instances
-            found = found[found.scores >= score]
-            drawn = draw_boxes(pixels, found, model.dataset_meta['classes'])
-            panels.append((f'{name}, score at least {score:g}', drawn))
-            step()
-    _write(draw_panels([panels]), f'Detections on {image.name}', out or Path('detections.png'))
+        truth = Dataset(annotations, image.parent).objects(image.name)
+        panels.append(('ground truth', draw_boxes(pixels, *truth)))
+    for model, name, run in _detectors((config, *against), device):
+        found = run(image)().pred_instances
+        found = found[found.scores >= score]
+        drawn = draw_boxes(pixels, found, model.dataset_meta['classes'])
+        panels.append((f'{name}, score at least {score:g}', drawn))
+    _write(draw_panels([panels]), f'Detections on {image.name}', out)
 
 
-@visualize.command()
-@click.argument('config')
+@command
 @click.argument('images', type=PATH)
-@against_option
 @count_option('--max-images', default=50)
 @json_option
-@device_option
-@out_option
 def levels(config, images, against, max_images, json_path, device, out) -> None:
     """Draw how the encoder's attention is spread over low and high levels, over a data set.
 
@@ -158,7 +140,6 @@ def levels(config, images, against, max_images, json_path, device, out) -> None:
     from ..analysis.attention import level_masses
     from ..analysis.pictures import draw_level_masses
 
-    check_device(device)
     if not images.is_dir():
         raise FileNotFoundError(f'image folder {images} does not exist')
     paths = image_files([images])[:max_images]
@@ -172,7 +153,7 @@ def levels(config, images, against, max_images, json_path, device, out) -> None:
                 step()
             masses[name] = torch.stack(seen).mean(0)
     caption = f'Attention of the encoder by level, mean over {len(paths)} images of {images.name}'
-    _write(draw_level_masses(masses.items()), caption, out or Path('levels.png'))
+    _write(draw_level_masses(masses.items()), caption, out)
     plain = {  # null for what a layer does not update
         name: [[[None if v != v else round(v, 4) for v in row] for row in layer] for layer in mass]
         for name, mass in ((name, mass.tolist()) for name, mass in masses.items())
@@ -180,32 +161,28 @@ def levels(config, images, against, max_images, json_path, device, out) -> None:
     write_json(json_path, {'images': len(paths), 'masses': plain})
 
 
-def _detectors(references: tuple[str, ...], device: str):
+def _detectors(references: tuple[str, ...], device: str) -> Iterator[tuple]:
     """Model, name, and what makes a function that runs it on an image, of each detector."""
     from mmdet.apis import inference_detector
 
     from ..analysis.attention import deformable_attentions
-    from ..analysis.published import DetectorSpec
-    from ..openmmlab.build import build_detector, load_config
-    from ..openmmlab.families import encoder_name
+    from ..analysis.complexity import find_encoder
+    from ..openmmlab.build import DetectorSpec, build_detector, load_config
+    from ..openmmlab.families import reads_text
 
+    check_device(device)
     for reference in references:
         spec = DetectorSpec.parse(reference)
         model = build_detector(load_config(spec.config), spec.checkpoint, device)
-        try:
-            encoder = encoder_name(model)
-        except ValueError:
-            encoder = None
-        attentions = deformable_attentions(model)
-        if encoder is None or not any(name.startswith(f'{encoder}.') for name in attentions):
+        encoder = find_encoder(model)
+        if not any(name.startswith(f'{encoder}.') for name in deformable_attentions(model)):
             raise ValueError(
                 f'{type(model).__name__} has no encoder with deformable attention to look into'
             )
         name = spec.name if spec.checkpoint else f'{spec.name} (random weights)'
         # A detector that reads a text is asked for the classes of its data.
-        reads = hasattr(model, 'language_model')
         text = {'text_prompt': model.dataset_meta['classes'], 'custom_entities': True}
-        run = partial(inference_detector, model, **(text if reads else {}))
+        run = partial(inference_detector, model, **(text if reads_text(model) else {}))
         yield model, name, lambda path, run=run: partial(run, str(path))
 
 
@@ -215,30 +192,10 @@ def _read(image: Path):
     return read_image(image)[..., ::-1]
 
 
-def _ground_truth(annotations: Path, image: Path):
-    """The objects of an image and the names of all classes."""
-    import torch
-    from mmengine.structures import InstanceData
-
-    from ..analysis.accuracy import Dataset
-
-    Dataset(annotations, image.parent).check()
-    content = json.loads(annotations.read_text())
-    ids = [i['id'] for i in content['images'] if Path(i['file_name']).name == image.name]
-    if not ids:
-        raise ValueError(f'{annotations} does not list {image.name}')
-    categories = [category['id'] for category in content['categories']]
-    objects = [a for a in content['annotations'] if a['image_id'] == ids[0]]
-    boxes = torch.tensor([a['bbox'] for a in objects], dtype=torch.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    labels = torch.tensor([categories.index(a['category_id']) for a in objects], dtype=torch.int64)
-    names = [category['name'] for category in content['categories']]
-    return InstanceData(bboxes=boxes, labels=labels), names
-
-
 def _write(figure, caption: str, path: Path) -> None:
     from ..analysis.pictures import png_and_page
 
+    path = path if path.suffix else path.with_suffix('.png')
     picture, page = png_and_page(figure, caption)
     path.write_bytes(picture)
     path.with_suffix('.html').write_text(page)

@@ -65,6 +65,8 @@ def translation_table() -> dict[Callable, Callable]:
     from onnxscript import opset18 as onnx
     from onnxscript.values import Opset
 
+    from . import nms  # noqa: F401 - registers distinct_boxes
+
     _define()
     nodes = Opset(DOMAIN, VERSION)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -183,3 +185,23 @@ def _name(config: Config) -> str:
 
 def _one_line(error: Exception) -> str:
     return ' '.join(str(error).split()) or type(error).__name__
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """A config, and where its weights are."""
+
+    config: str  # as for load_config
+    checkpoint: str | None = None  # random weights otherwise
+
+    @classmethod
+    def parse(cls, text: str) -> DetectorSpec:
+        """From ``config`` or ``config,checkpoint``, as on the command line."""
+        config, _, checkpoint = text.partition(',')
+        return cls(config, checkpoint or None)
+
+    @property
+    def name(self) -> str:
+        """The config's name without what it says about training, which does not matter here."""
+        stem = Path(self.config.partition('::')[2] or self.config).stem
+        return re.sub(r'(_\d+xb\d+-\d+e)?(_coco)?$', '', stem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
+from mmdet.models.detectors import DeformableDETR
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from torch import nn
 
@@ -83,9 +84,11 @@ def layer_cfg() -> dict:
     }
 
 
-class Detector(nn.Module):
+class Detector(DeformableDETR):
+    """No more of a detector than its encoder."""
+
     def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.encoder = encoder
 
 

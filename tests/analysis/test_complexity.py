@@ -15,7 +15,7 @@ from mmlite.analysis.complexity import (
     count_parameters,
     deform_attn_flops,
 )
-from mmlite.analysis.inputs import encoder_inputs, image_batch, level_sizes
+from mmlite.analysis.inputs import encoder_inputs, image_batch, pyramid_sizes
 from mmlite.openmmlab.layers import LiteEncoder
 
 DIMS, HEADS, LEVELS, POINTS = 256, 8, 4, 4
@@ -39,7 +39,7 @@ def lite(schedule: str = 'H3L1-(2+1)x3', ffn: int = 2048, **kwargs) -> nn.Module
 
 
 def gflops(encoder: nn.Module, sizes=None) -> float:
-    sizes = sizes or level_sizes(PUBLISHED_SIZE)
+    sizes = sizes or pyramid_sizes(PUBLISHED_SIZE)
     return count_flops(encoder.eval(), **encoder_inputs(sizes)).total / 1e9
 
 
@@ -95,7 +95,7 @@ def test_batch_scales_the_count():
 
 def test_order_of_the_paper():
     """Table 3 of the paper orders its rows so."""
-    sizes = level_sizes((200, 333))
+    sizes = pyramid_sizes((200, 333))
     rows = ['H2L2-(2+1)x3', 'H3L1-(6+1)x1', 'H3L1-(3+1)x2', 'H3L1-(2+1)x3']
     costs = [gflops(lite(row, ffn=1024), sizes) for row in rows] + [gflops(stock(1024), sizes)]
     assert costs == sorted(costs)

@@ -7,8 +7,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.hub import get_config
 
-from mmlite.analysis.complexity import count_detector
-from mmlite.analysis.encoder_cost import encoder_flops, strides
+from mmlite.analysis.complexity import count_detector, encoder_flops, strides
 from mmlite.openmmlab.build import build_detector
 from mmlite.openmmlab.checkpoints import lite_change
 

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmlite.analysis.inputs import encoder_inputs, image_batch, level_sizes, operator_inputs
+from mmlite.analysis.inputs import encoder_inputs, image_batch, operator_inputs, pyramid_sizes
 
 
 def test_levels_of_the_paper():
-    assert level_sizes((800, 1333)) == [(100, 167), (50, 84), (25, 42), (13, 21)]
-    assert sum(h * w for h, w in level_sizes((850, 1040))) == 18549
+    assert pyramid_sizes((800, 1333)) == [(100, 167), (50, 84), (25, 42), (13, 21)]
+    assert sum(h * w for h, w in pyramid_sizes((850, 1040))) == 18549
 
 
 @pytest.mark.parametrize('locations', ['grid', 'uniform'])
@@ -51,11 +51,14 @@ def test_encoder_inputs():
 
 
 def test_images_with_boxes():
-    images, samples = image_batch(2, (64, 96), num_classes=3, num_boxes=5)
+    images, samples = image_batch(2, (64, 96), num_classes=3)
     assert images.shape == (2, 3, 64, 96)
+    assert abs(images.mean()) < 0.1 and abs(images.std() - 1) < 0.1
     boxes = torch.cat([sample.gt_instances.bboxes for sample in samples])
-    assert boxes.shape == (10, 4)
+    assert boxes.shape == (14, 4)
     assert (boxes[:, 2:] > boxes[:, :2]).all()
     assert boxes.min() >= 0
     assert (boxes.amax(0) <= torch.tensor([96.0, 64.0, 96.0, 64.0])).all()
     assert max(sample.gt_instances.labels.max() for sample in samples) < 3
+    assert all(len(sample.gt_instances.masks) == 7 for sample in samples)
+    assert samples[0].batch_input_shape == (64, 96)

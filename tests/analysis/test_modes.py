@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmlite.analysis import modes
-from mmlite.analysis.compare import Result, _in_modes
+from mmlite.analysis.compare import Contestant, _in_modes, in_mode
 from mmlite.analysis.encoders import STOCK, STOCK_FUSED, build_encoders, report
-from mmlite.analysis.published import DetectorSpec
-from mmlite.analysis.setting import Setting
+from mmlite.analysis.timing import Setting
 from mmlite.nn import LiteEncoder
 
 
@@ -24,19 +22,13 @@ def lite() -> LiteEncoder:
 def test_a_mode_says_why_not():
     stock = build_encoders([], 64)[STOCK]
     for encoder in (stock, lite()):
-        assert modes.why_not(encoder, 'eager', 'cpu') == ''
-        assert modes.why_not(encoder, 'compiled', 'cuda:0') == ''
-        assert 'graphs are for CUDA devices' in modes.why_not(encoder, 'graph', 'cpu')
-    assert 'reads values back' in modes.why_not(stock, 'graph', 'cuda')
-    assert modes.why_not(lite(), 'graph', 'cuda') == ''
-
-
-def test_a_mode_changes_a_copy():
-    encoder = lite()
-    assert modes.in_mode(encoder, 'eager') is encoder
-    graph = modes.in_mode(encoder, 'graph')
-    assert graph._replay is not None and encoder._replay is None
-    assert modes.in_mode(encoder, 'compiled')[0] is not encoder
+        assert in_mode(encoder, 'eager', 'cpu') is encoder
+        assert in_mode(encoder, 'compiled', 'cuda:0')[0] is encoder
+        with pytest.raises(ValueError, match='graphs are for CUDA devices, and this is cpu'):
+            in_mode(encoder, 'graph', 'cpu')
+    with pytest.raises(ValueError, match='reads values back'):
+        in_mode(stock, 'graph', 'cuda')
+    assert in_mode(lite(), 'graph', 'cuda')._replay is not None
 
 
 def test_encoders_in_modes(monkeypatch):
@@ -54,16 +46,23 @@ def test_encoders_in_modes(monkeypatch):
 
 
 def test_detectors_in_modes():
-    class Detector(nn.Module):
-        def __init__(self, encoder):
-            super().__init__()
-            self.encoder = encoder
+    def detector(name: str, encoder: nn.Module) -> Contestant:
+        return Contestant(name, nn.ModuleDict({'encoder': encoder}), 'encoder')
 
-    models = [Detector(build_encoders([], 64)[STOCK]), Detector(lite()), nn.Linear(1, 1)]
-    results = [Result(DetectorSpec(name), None, {}) for name in ('stock.py', 'lite.py', 'fcn.py')]
-    found, variants = _in_modes(results, models, ('compiled', 'graph'), 'cuda')
+    contestants = [
+        detector('stock', build_encoders([], 64)[STOCK]),
+        detector('lite', lite()),
+        Contestant('fcn', nn.Linear(1, 1), None),
+    ]
+    notes = []
+    found = _in_modes(contestants, ('compiled', 'graph'), Setting(device='cuda'), notes)
     names = ['stock', 'stock, compiled', 'lite, compiled', 'lite, graph']
-    assert [result.name for result in found] == names
-    assert found[0].latency is not found[1].latency
-    assert variants[0] is models[0] and models[1].encoder._replay is None
-    assert variants[3].encoder._replay is not None
+    assert [contestant.title for contestant in found] == names
+    assert [note.partition(':')[2] for note in notes] == [
+        ' stock, graph: it reads values back from the device, which a graph cannot hold.',
+        ' fcn, compiled: it has no multi-scale encoder.',
+        ' fcn, graph: it has no multi-scale encoder.',
+    ]
+    assert found[0].model is contestants[0].model
+    assert contestants[1].model.encoder._replay is None  # a mode changes a copy
+    assert found[3].model.encoder._replay is not None

@@ -54,7 +54,8 @@ def test_encoder(tmp_path):
     assert report['matmul_peak'] > 0
 
 
-def test_transformers(tmp_path, monkeypatch):
+def transformers_kinds(monkeypatch, *names: str) -> dict:
+    """Small models in place of those that are measured."""
     pytest.importorskip('transformers')
     import transformers_models as models
 
@@ -69,35 +70,39 @@ def test_transformers(tmp_path, monkeypatch):
         assert huggingface.MODELS[name].encoder == encoder
         kind = huggingface.Kind(name, build, schedule, encoder)
         monkeypatch.setitem(huggingface.MODELS, name, kind)
+    return small
+
+
+TRANSFORMERS = ('compare', '--framework', 'transformers', '--image-size', '64x96')
+
+
+def test_transformers(tmp_path, monkeypatch):
+    small = transformers_kinds(monkeypatch)
     path = tmp_path / 'transformers.json'
-    size = ('--image-size', '64x96', '--rounds', '2', '--warmup', '1')
-    result = run('transformers', *size, '--json', str(path))
+    rounds = ('--rounds', '2', '--warmup', '1', '--part', 'detector', '--part', 'encoder')
+    result = run(*TRANSFORMERS, *rounds, '--json', str(path))
     assert result.exit_code == 0, result.output
     assert result.output.count('differ by at most') == 3
     found = json.loads(path.read_text())['results']
-    assert [r['model'] for r in found] == [name for name in small for _ in range(3)]
-    for stock, patched, lite in (found[0:3], found[3:6], found[6:9]):
-        assert [r['variant'] for r in (stock, patched)] == ['stock', 'patched']
-        assert lite['variant'] == f'Lite {small[stock["model"]][2]}'
-        assert stock['encoder_flops'] == patched['encoder_flops'] > lite['encoder_flops'] > 0
-        assert patched['difference'] < 1e-5
-        for r in (stock, patched, lite):
-            assert len(r['encoder_timing']['seconds']) == len(r['timing']['seconds']) == 2
-            assert r['encoder_timing']['mean'] < r['timing']['mean']
+    assert len(found) == 9
+    for name, (stock, fused, lite) in zip(small, (found[0:3], found[3:6], found[6:9])):
+        assert (stock['name'], fused['name']) == (name, f'{name}, fused')
+        assert lite['name'] == f'{name}, Lite {small[name][2]}'
+        encoders = [r['complexity']['stage_flops']['encoder'] for r in (stock, fused, lite)]
+        assert encoders[0] == encoders[1] > encoders[2] > 0
+        assert fused['difference'] < 1e-5
+        for r in (stock, fused, lite):
+            assert len(r['encoder']['seconds']) == len(r['latency']['1']['seconds']) == 2
+            assert r['encoder']['mean'] < r['latency']['1']['mean']
+            assert all(r['stages'][stage] > 0 for stage in ('backbone', 'encoder', 'decoder'))
 
 
-def test_transformers_without_our_kernels(monkeypatch):
-    pytest.importorskip('transformers')
-    import transformers_models as models
-
+def test_without_our_kernels(monkeypatch):
     from mmlite import ops
-    from mmlite.analysis import huggingface
 
-    kind = huggingface.Kind('tiny', models.deformable_detr, 'H3L1-(2+1)x2', 'model.encoder')
-    monkeypatch.setitem(huggingface.MODELS, 'deformable-detr', kind)
+    transformers_kinds(monkeypatch)
     monkeypatch.setattr(ops, 'backends', lambda: [ops.BackendStatus('cpu', False, 'out of order')])
-    size = ('--image-size', '64x96', '--rounds', '2', '--warmup', '1')
-    result = run('transformers', 'deformable-detr', *size)
+    result = run(*TRANSFORMERS, 'deformable-detr', '--count-only')
     assert 'Our CPU kernels did not run: out of order.' in result.output
 
 
@@ -107,7 +112,7 @@ def test_transformers_without_our_kernels(monkeypatch):
         (('ops', '--image-size', 'wide'), "'wide' is not a size"),
         (('ops', '--image-size', '32x48', '--queries', '999'), 'queries must be between'),
         (('ops', '--device', 'cuda:99'), "device 'cuda:99' cannot be used here"),
-        (('transformers', 'nobody'), "there is no model 'nobody'; choose among deformable-detr"),
+        ((*TRANSFORMERS, 'nobody'), "there is no model 'nobody'; choose among deformable-detr"),
         (('encoder', '--schedule', 'H9'), "schedule 'H9' is not of the form"),
     ],
 )
@@ -118,7 +123,7 @@ def test_bad_input(arguments, message):
     assert 'Traceback' not in result.output
 
 
-@pytest.mark.parametrize('command', [(), ('ops',), ('encoder',), ('transformers',)])
+@pytest.mark.parametrize('command', [(), ('ops',), ('encoder',), ('compare',)])
 def test_help_has_an_example(command):
     result = run(*command, '--help')
     assert result.exit_code == 0
@@ -140,9 +145,9 @@ model = dict(
 
 
 @pytest.mark.timeout(900)
-def test_deploy(tmp_path, monkeypatch):
+def test_runtimes(tmp_path, monkeypatch):
     pytest.importorskip('onnxscript')
-    from mmlite.analysis import deploy
+    from mmlite.analysis import exported
     from mmlite.export import library
 
     for runtime in ('onnxruntime', 'openvino'):
@@ -151,45 +156,40 @@ def test_deploy(tmp_path, monkeypatch):
             library(runtime)
         except FileNotFoundError as error:
             pytest.skip(str(error))
-    config, path = tmp_path / 'lite.py', tmp_path / 'deploy.json'
+    config, path = tmp_path / 'lite.py', tmp_path / 'compare.json'
     config.write_text(LITE)
 
-    def measured(part: str, runtime: str) -> dict[tuple[str, str, str], dict]:
+    def measured(part: str, *options: str) -> dict[str, dict]:
         result = run(
-            *('deploy', str(config), '--part', part, '--runtime', 'pytorch', '--runtime', runtime),
+            *('compare', str(config), '--part', part, '--runtime', 'pytorch', *options),
             *('--image-size', '64x96', '--rounds', '2', '--warmup', '1', '--threads', '1'),
             *('--json', str(path), '--exports', str(tmp_path / 'exports')),
         )
         assert result.exit_code == 0, result.output
-        found = {}
-        for result in json.loads(path.read_text())['results']:
-            who = result['contestant']
-            found[who['runtime'], who['model'].split()[0], who['form']] = result
-            assert len(result['timing']['seconds']) == 2
-        return found
+        return {result['name']: result for result in json.loads(path.read_text())['results']}
 
-    encoders = measured('encoder', 'onnxruntime')
-    for model in ('stock', 'Lite'):
+    encoders = measured('encoder', '--runtime', 'onnxruntime')
+    for model in ('stock', 'lite'):
         for form in ('plain', 'portable', 'our operator'):
-            result = encoders['ONNX Runtime', model, form]
-            assert result['over_stock'] and result['over_plain']
-    assert encoders['PyTorch', 'stock', "MMDetection's way"]['over_stock']['median'] == 1
+            assert len(encoders[f'{model}, onnxruntime, {form}']['encoder']['seconds']) == 2
+    assert not encoders['stock']['latency']  # the part alone
 
     # Whole detectors are exported likewise; one of them is enough.
-    everyone = deploy._contestants
+    everyone = exported._contestants
     monkeypatch.setattr(
-        deploy,
+        exported,
         '_contestants',
         lambda *arguments: [
-            who for who in everyone(*arguments) if who.model != 'stock' and not who.portable
+            who for who in everyone(*arguments) if (who.name, who.form) == ('lite', 'our operator')
         ],
     )
-    detectors = measured('detector', 'openvino')
-    assert {form for _, _, form in detectors} == {"MMDetection's way", 'optimised', 'our operator'}
+    modes = ('--mode', 'eager', '--mode', 'optimized')
+    detectors = measured('detector', '--runtime', 'openvino', *modes)
+    lites = ('lite', 'lite, optimized', 'lite, openvino, our operator')
+    assert list(detectors) == ['stock', 'stock, optimized', *lites]
     for result in detectors.values():
         assert all(result['stages'][stage] > 0 for stage in ('backbone', 'encoder', 'decoder'))
+        assert len(result['latency']['1']['seconds']) == 2
 
-    refused = run('deploy', str(config), '--dtype', 'bfloat16')
+    refused = run('compare', str(config), '--runtime', 'openvino', '--dtype', 'bfloat16')
     assert 'leave out --device, --dtype and --batch-size' in ' '.join(refused.output.split())
-    stock = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
-    assert 'give a Lite config' in run('deploy', stock, '--runtime', 'pytorch').output

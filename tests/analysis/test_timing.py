@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
-from mmlite.analysis import latency
-from mmlite.analysis.latency import Timing, measure, measurements, num_threads, speedup
+from mmlite.analysis import timing
+from mmlite.analysis.timing import (
+    Setting,
+    Timing,
+    measure,
+    num_threads,
+    peak_memory,
+    speedup,
+)
+
+MIB = 2**20
 
 
 @pytest.fixture
@@ -18,7 +29,7 @@ def clock(monkeypatch):
         taken.append(call(index))
         return taken[-1] * (1 + 0.1 * len(taken))
 
-    monkeypatch.setattr(latency, '_wall_clock', fake)
+    monkeypatch.setattr(timing, '_wall_clock', fake)
     return taken
 
 
@@ -26,13 +37,14 @@ def test_order_alternates():
     order = []
     calls = {name: lambda index, name=name: order.append(name) for name in 'abc'}
     steps = []
-    measure(calls, rounds=3, warmup=1, on_step=lambda: steps.append(1))
+    start = lambda text, total: lambda: steps.append(total)  # noqa: E731
+    measure(calls, Setting(rounds=3, warmup=1), start)
     assert order == list('abc' + 'abc' + 'cba' + 'abc' + 'cba')
-    assert len(steps) == measurements(3, 3) == 15
+    assert len(steps) == steps[0] == 15  # the bar runs to its end
 
 
 def test_drift_cancels(clock):
-    timings = measure({'slow': lambda index: 3.0, 'fast': lambda index: 1.0}, rounds=8)
+    timings = measure({'slow': lambda index: 3.0, 'fast': lambda index: 1.0}, Setting(rounds=8))
     assert speedup(timings['slow'], timings['fast']).median == pytest.approx(3.0, rel=1e-9)
     # The plain means differ: the two are not measured at the same moments, round by round.
     assert timings['slow'].seconds[0] / timings['fast'].seconds[0] != pytest.approx(3.0, rel=1e-3)
@@ -40,15 +52,15 @@ def test_drift_cancels(clock):
 
 def test_quick_calls_are_repeated():
     seen = []
-    measure({'quick': seen.append}, rounds=2, warmup=1, min_seconds=0.001)
+    measure({'quick': seen.append}, Setting(rounds=2, warmup=1), min_seconds=0.001)
     assert len(seen) > 20
     assert len(set(seen)) > 10  # the running number lets a call choose among inputs
 
 
 def test_statistics():
-    timing = Timing((4.0, 1.0, 2.0, 3.0))
-    assert (timing.median, timing.mean) == (2.5, 2.5)
-    assert timing.p95 == pytest.approx(3.85)
+    taken = Timing((4.0, 1.0, 2.0, 3.0))
+    assert (taken.median, taken.mean) == (2.5, 2.5)
+    assert taken.p95 == pytest.approx(3.85)
     ratio = speedup(Timing((4.0, 4.0, 8.0, 8.0)), Timing((1.0, 1.0, 1.0, 1.0)))
     assert (ratio.low, ratio.median, ratio.high) == (5.0, 6.0, 7.0)
     assert str(ratio) == '6.00x (5.00 to 7.00)'
@@ -56,7 +68,7 @@ def test_statistics():
 
 def test_nothing_to_measure():
     with pytest.raises(ValueError, match='at least one contestant'):
-        measure({})
+        measure({}, Setting())
 
 
 def test_threads_are_restored():
@@ -65,3 +77,16 @@ def test_threads_are_restored():
         assert torch.get_num_threads() == 1
         raise RuntimeError
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='the high-water mark is read from Linux')
+@pytest.mark.parametrize(('kept', 'freed'), [(24, 0), (24, 72), (0, 160), (4, 0)])
+def test_peak_on_the_cpu(kept, freed):
+    def call(index):
+        result = torch.ones(kept * MIB, dtype=torch.uint8)
+        scratch = torch.ones(freed * MIB, dtype=torch.uint8)
+        del scratch
+        return result
+
+    call(0)
+    assert peak_memory(call) / MIB == pytest.approx(kept + freed, abs=2)

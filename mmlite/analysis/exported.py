@@ -1,0 +1,222 @@
+"""Detectors in ONNX Runtime and OpenVINO, exported in the forms that can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..export.detector import DESCRIPTION, load, open_session, read_description, write_description
+from ..export.graph import Pyramid, encode
+from ..export.operators import attention_as
+from ..export.program import Traced, trace, trace_encoder
+from ..export.runtimes import import_runtime, library
+from ..export.write import FILES, to_onnx, to_openvino, write
+from ..openmmlab.families import encoder_name
+from ..ops import reference
+from .compare import ONNX, OPENVINO, Contestant, Detector
+from .complexity import STAGES, called_with, stage_of
+from .timing import Call, Setting, Start
+
+# Without our operators: attention as MMCV writes it, or in our portable form.
+PLAIN, PORTABLE, OURS = FORMS = ('plain', 'portable', 'our operator')
+_FORMATS = {ONNX: 'onnx', OPENVINO: 'openvino'}
+
+
+class Exported(Contestant):
+    """A detector, exported for a runtime.
+
+    Args:
+        detector (Detector): What is exported.
+        runtime (str): ``onnxruntime`` or ``openvino``.
+        form (str): Of :data:`FORMS`.
+        folder (Path): Where exports are kept; one that lies there is used again.
+        int8 (bool): In 8 bits, for OpenVINO.
+    """
+
+    def __init__(
+        self, detector: Detector, runtime: str, form: str, folder: Path, int8: bool = False
+    ) -> None:
+        # There is no encoder alone in 8 bits.
+        super().__init__(detector.name, detector.model, None if int8 else detector.encoder_at)
+        self.runtime = runtime
+        self.form = f'{form}, 8 bits' if int8 else form
+        self.costs = detector.costs
+        self.published = detector.published
+        self._detector = detector
+        self._traced_form = form
+        self._int8 = int8
+        self._folder = folder
+
+    def inference(self, setting: Setting, batch_size: int) -> Call:
+        exported = load(self._export(setting, 'detector'), torch.get_num_threads())
+        arguments = exported.arguments_of(_image(setting))
+        return lambda index: exported.session(*arguments)
+
+    def encoder(self, setting: Setting) -> Call:
+        folder = self._export(setting, 'encoder')
+        arguments = [tensor.numpy() for tensor in self._encoder_arguments(setting)[:2]]
+        session = open_session(folder, torch.get_num_threads())
+        return lambda index: session(*arguments)
+
+    def stages(self, call: Call, setting: Setting) -> dict[str, float]:
+        """Medians of OpenVINO's own counters, whose nodes are named by their module."""
+        if self.runtime != OPENVINO:
+            return {}
+        folder = self._export(setting, 'detector')
+        session = open_session(folder, torch.get_num_threads(), profile=True)
+        arguments = load(folder).arguments_of(_image(setting))
+        runs = []
+        for _ in range(1 + min(3, setting.rounds)):
+            session(*arguments)
+            runs.append(dict.fromkeys(STAGES, 0.0))
+            for node in session.request.get_profiling_info():
+                module = node.node_name.partition('/')[0]
+                runs[-1][stage_of(module, self.encoder_at)] += node.real_time.total_seconds()
+        return {stage: float(np.median([run[stage] for run in runs[1:]])) for stage in STAGES}
+
+    def _export(self, setting: Setting, part: str) -> Path:
+        """The folder of the export, which is written unless it lies there."""
+        name = '-'.join([part, self.name, self.form, self.runtime])
+        folder = self._folder / ''.join(c if c.isalnum() else '-' for c in name)
+        if (folder / DESCRIPTION).is_file():
+            found = read_description(folder)
+            fixed = found.get('input') or {}
+            size = found.get('image_size') or [fixed.get('height'), fixed.get('width')]
+            if found['detector'] != type(self.model).__name__ or (
+                size != [None, None] and size != list(setting.image_size)
+            ):
+                raise ValueError(f'{folder} is of another detector or size; choose other --exports')
+        elif part == 'encoder':
+            self._write_encoder(setting, folder)
+        elif self._int8:
+            from ..export.int8 import quantize
+
+            # A model in 8 bits is for one size: mmlite export --image-size, then mmlite quantize.
+            traced = trace(
+                self.model, size=setting.image_size, portable=self._traced_form == PORTABLE
+            )
+            with TemporaryDirectory() as source:
+                write(traced, source, _FORMATS[self.runtime])
+                quantize(source, folder, [_image(setting)])
+        else:
+            program, description = trace(self.model, portable=self._traced_form == PORTABLE)
+            description = {**description, 'portable': self._traced_form != OURS}
+            write(Traced(self._in_form(program), description), folder, _FORMATS[self.runtime])
+        return folder
+
+    def _in_form(self, program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+        """The program with attention in the obvious operators, where it is to be plain."""
+        if self._traced_form != PLAIN:
+            return program
+        from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+        def sizes(flat: Sequence[int]) -> list[tuple[int, int]]:
+            return list(zip(flat[::2], flat[1::2]))
+
+        def standard(value, shapes, locations, weights):
+            return multi_scale_deformable_attn_pytorch(value, sizes(shapes), locations, weights)
+
+        def key_aware(query, key, value, shapes, locations):
+            return reference.key_aware_deform_attn(query, key, value, sizes(shapes), locations)
+
+        return program.run_decompositions(attention_as(standard, key_aware))
+
+    def _encoder_arguments(self, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, their positions and the sizes of the levels."""
+        with called_with(self.model.get_submodule(self.encoder_at)) as call:
+            self._detector.inference(setting, 1)(0)
+        return call['query'], call['query_pos'], call['spatial_shapes']
+
+    def _write_encoder(self, setting: Setting, folder: Path) -> None:
+        tokens, pos, shapes = self._encoder_arguments(setting)
+        graph = _Encoder(self.model, shapes.tolist())
+        portable = self._traced_form == PORTABLE
+        program = self._in_form(trace_encoder(self.model, graph, tokens, pos, portable))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / FILES[_FORMATS[self.runtime]]
+        if self.runtime == ONNX:
+            to_onnx(program, path)
+        else:
+            to_openvino(program, path, portable=self._traced_form != OURS)
+        description = {
+            'detector': type(self.model).__name__,
+            'model': path.name,
+            'format': _FORMATS[self.runtime],
+            'portable': self._traced_form != OURS,
+            'image_size': list(setting.image_size),
+        }
+        write_description(folder, description)
+
+
+def _image(setting: Setting) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*setting.image_size, 3), np.uint8)
+
+
+class _Encoder(nn.Module):
+    """The encoder of a detector, from tokens and their positions to the memory."""
+
+    def __init__(self, model: nn.Module, sizes: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.model = model
+        self.sizes = [tuple(size) for size in sizes]
+
+    def forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
+        encoder = self.model.get_submodule(encoder_name(self.model))
+        return encode(encoder, Pyramid(tokens, pos, self.sizes))
+
+
+def export_all(
+    detectors: Sequence[Detector],
+    runtimes: Sequence[str],
+    setting: Setting,
+    folder: Path,
+    int8: bool,
+    parts: Sequence[str],
+    start: Start,
+) -> list[Exported]:
+    """Export detectors in every form for the runtimes.
+
+    Raises:
+        ValueError: The setting is not for these runtimes, or a detector cannot be exported.
+        ImportError: A runtime is missing.
+        FileNotFoundError: Our operators were not built for a runtime.
+    """
+    if (setting.device, setting.dtype, setting.batch_sizes) != ('cpu', 'float32', (1,)):
+        raise ValueError(
+            'exported models are measured on the CPU with one image, in float32 and in 8 bits: '
+            'leave out --device, --dtype and --batch-size'
+        )
+    for runtime in runtimes:  # asked before minutes go into exports
+        for package in ('onnx', 'onnxscript', runtime):
+            import_runtime(package)
+        library(runtime)
+    if int8:
+        from ..export.int8 import import_nncf
+
+        import_nncf()
+    everyone = list(_contestants(detectors, runtimes, folder, int8))
+    step = start('exporting', len(everyone))
+    for contestant in everyone:
+        for part in parts:
+            if part == 'detector' or contestant.encoder_at is not None:
+                contestant._export(setting, part)
+        step()
+    return everyone
+
+
+def _contestants(
+    detectors: Sequence[Detector], runtimes: Sequence[str], folder: Path, int8: bool
+) -> Iterator[Exported]:
+    for runtime in runtimes:
+        for detector in detectors:
+            for form in FORMS:
+                yield Exported(detector, runtime, form, folder)
+        if int8 and runtime == OPENVINO:
+            for detector in detectors:
+                form = PORTABLE if detector is detectors[0] else OURS
+                yield Exported(detector, runtime, form, folder, int8=True)

@@ -1,0 +1,223 @@
+"""Fair measurements: contestants take turns, so that drift of the machine falls on all alike.
+
+A machine warms up, throttles and gets visitors. Timing one contestant after the other books all
+of that to whoever runs at the wrong moment. Here round 1 runs A B C, round 2 C B A, and so on.
+Over each such pair of rounds a steady drift cancels; ratios are formed pair by pair before their
+median is taken.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+# What is timed. It gets a running number, by which it may choose among several inputs.
+Call = Callable[[int], object]
+# Shows progress: given a text and a number of steps, returns what to call after each step.
+Start = Callable[[str, int], Callable[[], None]]
+Name = TypeVar('Name', bound=Hashable)
+
+
+def silent(text: str, total: int) -> Callable[[], None]:
+    """A :data:`Start` that shows nothing."""
+    return lambda: None
+
+
+@dataclass
+class Timing:
+    """Seconds of one call."""
+
+    seconds: tuple[float, ...]  # one figure a round, in their order
+    median: float = field(init=False)
+    mean: float = field(init=False)
+    p95: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.median, self.p95 = np.percentile(self.seconds, [50, 95]).tolist()
+        self.mean = float(np.mean(self.seconds))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster: median over the pairs of rounds, and its quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        digits = 1 if self.median >= 10 else 2
+        return f'{self.median:.{digits}f}x ({self.low:.{digits}f} to {self.high:.{digits}f})'
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run, where, and how often."""
+
+    image_size: tuple[int, int] = (800, 1333)  # height and width in pixels
+    batch_sizes: tuple[int, ...] = (1,)
+    dtype: str = 'float32'  # or what autocast runs in
+    device: str = 'cpu'
+    rounds: int = 10  # measurements of each contestant; 0 to count only
+    warmup: int = 2  # calls before, at least one
+    training: bool = False  # also measure a training step, at the first batch size
+
+    @property
+    def batch_size(self) -> int:
+        """The first of them."""
+        return self.batch_sizes[0]
+
+    def autocast(self) -> torch.autocast:
+        """What to run a model in."""
+        return torch.autocast(
+            torch.device(self.device).type,
+            dtype=getattr(torch, self.dtype),
+            enabled=self.dtype != 'float32',
+        )
+
+
+def measure(
+    contestants: Mapping[Name, Call],
+    setting: Setting,
+    start: Start = silent,
+    text: str = '',
+    min_seconds: float = 0.0,
+) -> dict[Name, Timing]:
+    """Time several calls against each other.
+
+    Args:
+        contestants (Mapping[Hashable, Call]): Name -> what to time.
+        setting (Setting): An odd number of rounds is raised to the next even one. On CUDA, time is
+            taken between events on the current stream; on the CPU from the wall clock.
+        start (Start): Shows progress, with ``text`` beside the bar.
+        text (str): What is measured.
+        min_seconds (float): Quick calls are repeated within one measurement until it takes about
+            this long.
+
+    Returns:
+        dict[Hashable, Timing]: Seconds of one call, by name.
+
+    Raises:
+        ValueError: There is nothing to measure or no round to do it in.
+    """
+    if not contestants or setting.rounds < 1:
+        raise ValueError('a measurement needs at least one contestant and one round')
+    rounds = setting.rounds + setting.rounds % 2
+    step = start(text, len(contestants) * (1 + rounds))
+    clock = _cuda_clock if torch.device(setting.device).type == 'cuda' else _wall_clock
+    repeats = {}
+    for name, call in contestants.items():
+        for index in range(max(1, setting.warmup)):
+            once = clock(call, index, 1)
+        repeats[name] = max(1, round(min_seconds / max(once, 1e-9)))
+        step()
+    seconds: dict[Name, list[float]] = {name: [] for name in contestants}
+    order = list(contestants)
+    for index in range(rounds):
+        for name in order:
+            seconds[name].append(clock(contestants[name], index, repeats[name]))
+            step()
+        order.reverse()
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def speedup(baseline: Timing, variant: Timing) -> Ratio:
+    """How many times faster ``variant`` is than ``baseline``, both from one :func:`measure`."""
+    pairs = [np.reshape(timing.seconds, (-1, 2)).sum(1) for timing in (baseline, variant)]
+    low, median, high = np.percentile(pairs[0] / pairs[1], [25, 50, 75])
+    return Ratio(float(median), float(low), float(high))
+
+
+def _wall_clock(call: Call, index: int, repeats: int) -> float:
+    start = time.perf_counter()
+    for repeat in range(repeats):
+        call(index * repeats + repeat)
+    return (time.perf_counter() - start) / repeats
+
+
+def _cuda_clock(call: Call, index: int, repeats: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for repeat in range(repeats):
+        call(index * repeats + repeat)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / repeats
+
+
+def peak_memory(call: Call, device: torch.device | str = 'cpu') -> int | None:
+    """Bytes that ``call(0)`` needs at its peak beyond what was in use, its result included.
+
+    On CUDA this is what torch's allocator hands out. On the CPU it is the high-water mark of the
+    process, which also sees the scratch memory of kernels. It is exact to about 1 MiB, as pages
+    that the system had taken away come back; what was allocated but never touched does not count.
+
+    Run it before, too: what a first call sets up for good would count. None on a CPU whose
+    operating system does not tell (other than Linux).
+    """
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call(0)
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # Give back what the allocator holds in reserve; the call would otherwise use it unseen.
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _process_memory('VmRSS')
+        Path('/proc/self/clear_refs').write_text('5')  # sets the high-water mark back to now
+    except (OSError, AttributeError):
+        return None
+    result = call(0)
+    peak = _process_memory('VmHWM')
+    del result
+    return max(0, peak - before)
+
+
+def _process_memory(field: str) -> int:
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(re.search(rf'^{field}:\s*(\d+) kB', status, re.MULTILINE)[1])
+
+
+@contextmanager
+def num_threads(count: int | None) -> Iterator[None]:
+    """Run with ``count`` intra-op threads of torch, ``None`` for as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def describe_machine(device: torch.device | str = 'cpu') -> dict[str, str]:
+    """What the numbers were taken on, for the head of a report."""
+    cpuinfo = Path('/proc/cpuinfo')
+    found = re.search(r'model name\s*: (.*)', cpuinfo.read_text() if cpuinfo.exists() else '')
+    cpu = found[1] if found else platform.processor() or platform.machine()
+    machine = {
+        'CPU': f'{cpu}, {os.cpu_count()} cores visible',
+        'threads': str(torch.get_num_threads()),
+        'instructions': torch.backends.cpu.get_cpu_capability(),
+        'PyTorch': torch.__version__,
+        'Python': platform.python_version(),
+    }
+    if torch.device(device).type == 'cuda':
+        properties = torch.cuda.get_device_properties(device)
+        machine['GPU'] = f'{properties.name}, {properties.total_memory / 2**30:.0f} GiB'
+        machine['CUDA'] = str(torch.version.cuda)
+    return machine

@@ -109,7 +109,7 @@ def test_without_our_kernels(monkeypatch):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (('ops', '--image-size', 'wide'), "'wide' is not a size"),
+        (('ops', '--image-size', '0', '48'), '0 is not in the range'),
         (('ops', '--image-size', '32x48', '--queries', '999'), 'queries must be between'),
         (('ops', '--device', 'cuda:99'), "device 'cuda:99' cannot be used here"),
         ((*TRANSFORMERS, 'nobody'), "there is no model 'nobody'; choose among deformable-detr"),

@@ -11,7 +11,7 @@ from mmlite.export import Detector
 from mmlite.export.pipeline import class_names, prepare, preprocessing
 
 ENDS = [dict(type='LoadImageFromFile'), dict(type='PackDetInputs')]
-FLOOR = dict(type='FixScaleResize', scale=(240, 150), keep_ratio=True, backend='pillow')
+FLOOR = dict(type='FixScaleResize', scale=(243, 150), keep_ratio=True, backend='pillow')
 
 
 def config(*steps: dict, **dataset) -> Config:

@@ -8,33 +8,42 @@ from pathlib import Path
 
 import click
 
-from .shared import HELP, file_option, image_size_option, print_table
+from .shared import cfg_options, image_size_option, out_option, print_table
 
 
-@click.command(context_settings=HELP)
+@click.command()
 @click.argument('stock')
-@click.option('--schedule', help='For example H3L1-(2+1)x3. Without it, those that fit are shown.')
-@file_option('-o', '--out', help='Write the config here. Default: print it.')
+@click.option(
+    '--schedule', help="For example 'H3L1-(2+1)x3'. With --out alone: the main schedule that fits."
+)
+@out_option('Write the config here. Default: print it.', '.py')
 @image_size_option(help='What GFLOPs are counted at.')
-def lite_config(stock: str, schedule: str | None, out: Path | None, image_size) -> None:
+@cfg_options
+def lite_config(
+    stock: str,
+    schedule: str | None,
+    out: Path | None,
+    image_size: tuple[int, int],
+    cfg_options: dict,
+) -> None:
     """Write the Lite config of a STOCK config, or say why there is none.
 
-    STOCK is a path or mmdet::folder/config.py. Without a schedule the schedules that fit are shown,
-    with the GFLOPs of the encoder before and after, and what the Lite DETR paper reports for the
-    like.
+    STOCK is a path or mmdet::folder/config.py. Without --schedule and --out the schedules that fit
+    are shown, with the GFLOPs of the encoder before and after, and what the Lite DETR paper reports
+    for the like.
 
     \b
     Example:
       mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py
-      mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py --schedule 'H3L1-(2+1)x3' -o lite.py
-    """  # noqa: E501
+      mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py -o lite.py
+      mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py --schedule 'H2L2-(2+1)x3'
+    """
     from ..openmmlab.build import load_config
-    from ..openmmlab.checkpoints import lite_config as text_of
+    from ..openmmlab.lite_config import lite_config as text_of
+    from ..openmmlab.lite_config import main_schedule
 
-    config = load_config(stock)
-    if schedule is None:
-        if out is not None:
-            raise ValueError('a config has one schedule; choose it with --schedule')
+    config = load_config(stock, cfg_options)
+    if schedule is None and out is None:
         _show(stock, config, image_size)
         return
     base: str | Path = stock
@@ -43,12 +52,14 @@ def lite_config(stock: str, schedule: str | None, out: Path | None, image_size) 
         base = Path(os.path.relpath(Path(stock).resolve(), folder)).as_posix()
         if out is not None and out.resolve() == Path(stock).resolve():
             raise ValueError(f'{out} is the stock config itself; choose another name')
-    text = text_of(config, base, schedule)
+    chosen = schedule or main_schedule(config.model)
+    text = text_of(config, base, chosen, cfg_options)
     if out is None:
         click.echo(text, nl=False)
-    else:
-        out.write_text(text)
-        click.echo(f'wrote {out}')
+        return
+    out.write_text(text)
+    why = '' if schedule else ', the main one that fits; choose another with --schedule'
+    click.echo(f'Wrote {out} with schedule {chosen}{why}')
 
 
 def _show(stock: str, config, image_size: tuple[int, int]) -> None:
@@ -56,7 +67,7 @@ def _show(stock: str, config, image_size: tuple[int, int]) -> None:
 
     from ..analysis.complexity import encoder_flops
     from ..analysis.report import giga, size
-    from ..openmmlab.checkpoints import fitting_schedules, lite_change
+    from ..openmmlab.lite_config import fitting_schedules, lite_change
 
     schedules = fitting_schedules(config.model)
     changes = {schedule: lite_change(config.model, schedule) for schedule in schedules}

@@ -91,7 +91,12 @@ def lite_change(model_config: dict, schedule: str | EncoderSchedule) -> dict:
     return change
 
 
-def lite_config(config: Config, base: str | Path, schedule: str | EncoderSchedule) -> str:
+def lite_config(
+    config: Config,
+    base: str | Path,
+    schedule: str | EncoderSchedule,
+    changes: dict | None = None,
+) -> str:
     """The text of a Lite config that inherits a stock one.
 
     Args:
@@ -99,20 +104,28 @@ def lite_config(config: Config, base: str | Path, schedule: str | EncoderSchedul
         base (str | Path): What the text inherits: ``mmdet::folder/config.py``, or a path as seen
             from the file that the text is for.
         schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
+        changes (dict, optional): What else the text changes, by keys such as
+            ``'model.num_queries'``.
 
     Returns:
-        str: A config of three entries.
+        str: A config of three entries, and those of ``changes``.
 
     Raises:
-        ValueError: See :func:`lite_change`.
+        ValueError: See :func:`lite_change`; or a change is of one entry of a list, which a config
+            cannot inherit.
     """
-    change = lite_change(config.model, schedule)
+    for key in changes or {}:
+        if any(part.isdecimal() for part in key.split('.')):
+            raise ValueError(
+                f'a config cannot inherit a list and change {key}; give the whole list'
+            )
+    entries = Config({'model': lite_change(config.model, schedule)})
+    entries.merge_from_dict(changes or {})
     # A list of a config takes the place of its base's, so the base's imports are kept.
     imports = list((config.get('custom_imports') or {}).get('imports', ()))
     imports = [*imports, *(() if 'mmlite' in imports else ('mmlite',))]
-    return (
-        f'_base_ = {str(base)!r}\ncustom_imports = dict(imports={imports!r})\n'
-        f'model = {_as_code(change)}\n'
+    return f'_base_ = {str(base)!r}\ncustom_imports = dict(imports={imports!r})\n' + ''.join(
+        f'{name} = {_as_code(entry)}\n' for name, entry in entries.items()
     )
 
 

@@ -26,6 +26,17 @@ def test_writes_a_config_that_inherits_a_file(tmp_path):
     assert model.encoder.schedule == 'H3L1-(3+1)x2'
 
 
+def test_takes_the_main_schedule_and_changes(tmp_path):
+    changes = ('--cfg-options', 'model.num_queries=300', 'train_cfg.max_epochs=2')
+    done = run(DINO, '-o', tmp_path / 'lite', *changes)
+    assert 'schedule H3L1-(2+1)x3, the main one that fits' in done.output
+    config = Config.fromfile(tmp_path / 'lite.py')
+    assert (config.model.type, config.model.num_queries) == ('LiteDINO', 300)
+    assert config.model.encoder.schedule == 'H3L1-(2+1)x3'
+    assert config.train_cfg.max_epochs == 2
+    assert config.model.backbone.depth == 50
+
+
 def test_shows_schedules_with_cost_and_what_is_published():
     done = run(DINO)
     assert done.exit_code == 0, done.output
@@ -39,7 +50,7 @@ def test_wrong_use_is_one_sentence(tmp_path):
     for arguments, message in (
         (('mmdet::yolox/yolox_s_8xb8-300e_coco.py',), 'YOLOX has no deformable encoder'),
         ((DINO, '--schedule', 'H2L1-(2+1)x3'), 'is for 3 feature levels'),
-        ((DINO, '-o', tmp_path / 'lite.py'), 'choose it with --schedule'),
+        ((DINO, '-o', tmp_path / 'lite.py', '--cfg-options', 'a.0.b=1'), 'give the whole list'),
         ((tmp_path / 'none.py',), 'does not exist'),
     ):
         done = run(*arguments)

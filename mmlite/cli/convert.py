@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .shared import PATH, console, flag, json_option, path_option, print_table, write_json
+from .shared import (
+    PATH,
+    cfg_options,
+    console,
+    flag,
+    image_files,
+    images_option,
+    json_option,
+    option,
+    print_table,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -31,30 +42,37 @@ if TYPE_CHECKING:
     'dino or lite-dino.',
 )
 @click.option('--schedule', help="A Lite model's schedule, for example 'H3L1-(2+1)x3'.")
-@click.option(
+@option(
     '--classes',
     type=click.Choice(['coco', 'keep']),
     default='coco',
-    show_default=True,
     help="Turn the authors' 91 category slots into MMDetection's 80 classes (and back), or keep "
     'the rows of the class layers as they are.',
 )
 @click.option('--num-queries', type=int, help='Queries at inference, if the file does not say.')
 @flag('--ema', help='Take the averaged weights of the file.')
 @flag('--to-official', help="The way back: to the authors' layout.")
-@path_option(
+@click.option(
     '--from-stock',
     'lite_config',
+    metavar='CONFIG',
     help='Start the Lite detector of this config from a stock detector.',
 )
-@path_option(
-    '--image',
-    'images',
-    multiple=True,
-    help='Image to fit and compare on with --from-stock; may be given several times.',
+@images_option(
+    help='An image, or a folder of them, to fit and compare on with --from-stock; can be repeated.'
 )
+@cfg_options
 @json_option
-def convert(source, target, to_official, lite_config, images, json_path, **options) -> None:
+def convert(
+    source: Path,
+    target: Path,
+    to_official: bool,
+    lite_config: str | None,
+    image_paths: tuple[Path, ...],
+    cfg_options: dict,
+    json_path: Path | None,
+    **options,
+) -> None:
     """Convert a checkpoint of the original authors to MMDetection or back, or start from stock.
 
     SOURCE is a file of Deformable DETR, H-Deformable-DETR, DINO or Lite-DINO as their authors
@@ -62,19 +80,31 @@ def convert(source, target, to_official, lite_config, images, json_path, **optio
     config that goes with them.
 
     With --from-stock, SOURCE holds trained weights of MMDetection's detector, and TARGET gets a
-    starting point for the Lite detector of the config: `load_from` of its training.
+    starting point for the Lite detector of CONFIG: `load_from` of its training.
 
     \b
     Example:
       mmlite convert r50_s3ex3_50.4.pth lite_dino.pth --schedule 'H3L1-(2+1)x3'
       mim test mmdet lite_dino.py --checkpoint lite_dino.pth
       mmlite convert lite_dino.pth original_again.pth --to-official
-      mmlite convert dino_r50.pth start.pth --from-stock my_lite_dino.py --image street.jpg
+      mmlite convert dino_r50.pth start.pth --from-stock my_lite_dino.py --images street.jpg
     """
-    if lite_config or images:
+    if not target.suffix:
+        target = target.with_suffix('.pth')
+    if lite_config or image_paths or cfg_options:
         if to_official or options['family'] or options['ema'] or options['num_queries']:
-            raise ValueError('--from-stock takes --schedule and --image alone of the other options')
-        report = _from_stock(source, target, lite_config, options['schedule'], images)
+            raise ValueError(
+                'of the other options, --from-stock takes --schedule, --images and --cfg-options'
+            )
+        if lite_config is None or not image_paths:
+            raise ValueError(
+                'a warm start needs the config of the Lite detector and images to fit on: '
+                '--from-stock CONFIG --images IMAGE'
+            )
+        _refuse_target(target, source)
+        if options['schedule']:
+            cfg_options['model.encoder.schedule'] = options['schedule']
+        report = _from_stock(source, target, lite_config, cfg_options, image_files(image_paths))
     else:
         _refuse_target(target, source)
         if to_official and (options['schedule'] or options['ema']):
@@ -124,33 +154,18 @@ def _to_official(source, target, family, classes, **_) -> dict:
 
 
 def _from_stock(
-    source: Path,
-    target: Path,
-    lite_config: Path | None,
-    schedule: str | None,
-    images: tuple[Path, ...],
+    source: Path, target: Path, lite_config: str, changes: dict, images: list[Path]
 ) -> dict:
     import torch
     from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
-    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
 
+    from ..openmmlab.build import load_config
     from ..openmmlab.checkpoints import load_checkpoint, unpack, warm_start
 
-    if lite_config is None or not images:
-        raise ValueError(
-            'a warm start needs the config of the Lite detector and an image or more to fit on: '
-            '--from-stock CONFIG --image IMAGE'
-        )
-    _refuse_target(target, source)
-    for path in (lite_config, *images):
-        if not path.is_file():
-            raise FileNotFoundError(f'{path} does not exist')
+    config = load_config(lite_config, changes)
     state, _ = unpack(load_checkpoint(source))
-    register_all_modules()
-    config = Config.fromfile(lite_config)
-    if schedule:
-        config.merge_from_dict({'model.encoder.schedule': schedule})
+    init_default_scope('mmdet')
     model_config = copy.deepcopy(config.model)
     model = MODELS.build(config.model)
     model.init_weights()
@@ -161,16 +176,18 @@ def _from_stock(
     return dict(source=str(source), written=[str(target)], **asdict(report))
 
 
-def _load_images(model: torch.nn.Module, config: Config, images: tuple[Path, ...]) -> dict:
+def _load_images(model: torch.nn.Module, config: Config, images: list[Path]) -> dict:
     """The images as one batch, read and resized as the config's test images are."""
     from mmcv.transforms import Compose
     from mmdet.datasets import CocoDataset
+
+    from ..openmmlab.families import reads_text
 
     pipeline = config.test_dataloader.dataset.pipeline
     pipeline = Compose([step for step in pipeline if not step.type.endswith('Annotations')])
     # A detector that reads a text is asked for the classes of its data.
     text = (config.test_dataloader.dataset.get('metainfo') or CocoDataset.METAINFO)['classes']
-    asked = dict(text=text, custom_entities=True) if hasattr(model, 'language_model') else {}
+    asked = dict(text=text, custom_entities=True) if reads_text(model) else {}
     packed = [
         pipeline(dict(img_path=str(path), img_id=i, **asked)) for i, path in enumerate(images)
     ]

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 
 from ..openmmlab import require
-from .shared import FOLDER, count_option, option, print_table, progress, write_json
+from .shared import count_option, option, out_option, print_table, progress, write_json
 
 # What is to be learnt -> the config, what of it COCO's metrics measure, and where it goes.
 TASKS = {
@@ -40,11 +40,9 @@ SHOWN_SCORE = 0.3
     default='detection',
     help='Boxes by a small Lite-DINO, or masks by a small Lite-Mask2Former.',
 )
-@option(
-    '--out',
-    type=FOLDER,
-    help='Folder for the data, the checkpoint, the results and the picture. Default: '
-    'work_dirs/demo, or work_dirs/demo-segmentation.',
+@out_option(
+    'Folder for the data, the checkpoint, the results and the picture. Default: work_dirs/demo, or '
+    'work_dirs/demo-segmentation.'
 )
 @count_option('--epochs', help='Default: as in the config.')
 @option('--train-images', type=click.IntRange(8), default=600)

@@ -88,10 +88,11 @@ def spread(arguments: Sequence[str]) -> list[str]:
     """Rewrite arguments as click takes them.
 
     As in MMDetection's tools, several changes may follow one ``--cfg-options``. An image size may
-    be written 800x1333, as version 0.1.0 had it.
+    be written 800x1333 and ``--images`` without its s, as version 0.1.0 had them.
     """
     result: list[str] = []
     for argument in arguments:
+        argument = re.sub('^--image(?=$|=)', '--images', argument)
         if result[-2:-1] == ['--cfg-options'] and re.match(r'[^-][^=]*=', argument):
             result.append('--cfg-options')
         option, has_value, value = argument.partition('=')

@@ -26,6 +26,11 @@ def test_changes_follow_one_option_as_in_mmdetection():
     assert 'config my.py' in output
 
 
+def test_spellings_of_the_first_version_go_on_working():
+    assert spread(['--image', 'a.png', '--image=b.png']) == ['--images', 'a.png', '--images=b.png']
+    assert spread(['--image-size', '8x9']) == ['--image-size', '8', '9']
+
+
 def test_a_change_without_a_value_is_refused():
     assert 'write KEY=VALUE' in run('my.py', '--cfg-options', 'model')
 

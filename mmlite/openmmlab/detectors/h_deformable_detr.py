@@ -42,12 +42,12 @@ class HDeformableDETR(DeformableDETR):
         if not (with_box_refine and as_two_stage):
             raise ValueError(
                 f'{type(self).__name__} refines boxes and selects its queries from the encoder; '
-                'set with_box_refine=True and as_two_stage=True, or leave both out.'
+                'set with_box_refine=True and as_two_stage=True, or leave both out'
             )
         if num_one2many_queries < 0:
             raise ValueError(
-                f'num_one2many_queries={num_one2many_queries}; give 0 (no one-to-many branch) or '
-                'more.'
+                f'num_one2many_queries={num_one2many_queries}; give 0, no one-to-many branch, or '
+                'more'
             )
         self.num_one2many_queries = num_one2many_queries
         super().__init__(
@@ -65,19 +65,19 @@ class HDeformableDETR(DeformableDETR):
     def pre_decoder(
         self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Tensor
     ) -> tuple[dict, dict]:
-        """Fills the query slots with the encoder's best proposals.
+        """Fill the query slots with the encoder's best proposals.
 
         Args:
-            memory (Tensor): Output of the encoder, (batch, tokens, embed_dims).
-            memory_mask (Tensor, optional): True on padding, (batch, tokens).
-            spatial_shapes (Tensor): (height, width) of each level, (levels, 2).
+            memory (Tensor): Output of the encoder, shape (bs, num_tokens, embed_dims).
+            memory_mask (Tensor, optional): True on padding, shape (bs, num_tokens).
+            spatial_shapes (Tensor): (h, w) of each level, shape (num_levels, 2).
 
         Returns:
-            tuple[dict, dict]: Arguments of :meth:`forward_decoder` and, in training, those of the
-            head: encoder outputs of every token and the number of one-to-many queries.
+            tuple[dict, dict]: Arguments of :meth:`forward_decoder` and, in training, of the head's
+            ``loss``.
 
         Raises:
-            ValueError: If the pyramid has fewer tokens than there are queries.
+            ValueError: The pyramid has fewer tokens than there are queries.
         """
         num_one2many = self.num_one2many_queries if self.training else 0
         num_queries = self.num_queries + num_one2many
@@ -86,7 +86,7 @@ class HDeformableDETR(DeformableDETR):
             raise ValueError(
                 f'{num_queries} queries need as many tokens, but the images of this batch give '
                 f'{num_tokens}; use larger images or fewer queries (num_queries='
-                f'{self.num_queries}, num_one2many_queries={self.num_one2many_queries}).'
+                f'{self.num_queries}, num_one2many_queries={self.num_one2many_queries})'
             )
 
         features, proposals = self.gen_encoder_output_proposals(memory, memory_mask, spatial_shapes)
@@ -117,51 +117,25 @@ class HDeformableDETR(DeformableDETR):
         return decoder_inputs_dict, head_inputs_dict
 
     def group_mask(self, num_one2many: int, device: torch.device) -> Tensor:
-        """Self-attention mask of the decoder, True where a query may not look.
-
-        The one-to-one queries come first; neither group sees the other, so adding one-to-many
-        queries leaves the one-to-one outputs as they are.
+        """Self-attention mask of the decoder, which keeps the two groups of queries apart.
 
         Returns:
-            Tensor: bool, (queries, queries) over ``num_queries + num_one2many`` queries.
+            Tensor: bool, True where a query may not look, shape (num_queries + num_one2many, ) * 2.
         """
         is_one2many = torch.arange(self.num_queries + num_one2many, device=device)
         is_one2many = is_one2many >= self.num_queries
         return is_one2many[:, None] != is_one2many[None]
 
     def forward_decoder(
-        self,
-        query: Tensor,
-        query_pos: Tensor,
-        memory: Tensor,
-        memory_mask: Tensor | None,
-        reference_points: Tensor,
-        spatial_shapes: Tensor,
-        level_start_index: Tensor,
-        valid_ratios: Tensor,
-        self_attn_mask: Tensor | None = None,
+        self, memory: Tensor, memory_mask: Tensor | None, reference_points: Tensor, **kwargs
     ) -> dict:
-        """:meth:`DeformableDETR.forward_decoder` with a mask for the decoder's self-attention.
-
-        Args:
-            self_attn_mask (Tensor, optional): What :meth:`group_mask` returns. The other arguments
-                are those of mmdet's method.
-
-        Returns:
-            dict: ``hidden_states`` (layers, batch, queries, embed_dims) and ``references``, the
-            initial boxes and each layer's refined ones, (batch, queries, 4) each, cxcywh in [0, 1].
-        """
+        """As in ``DeformableDETR``; ``self_attn_mask`` goes to the decoder, too."""
         hidden_states, references = self.decoder(
-            query=query,
-            query_pos=query_pos,
             value=memory,
             key_padding_mask=memory_mask,
-            self_attn_mask=self_attn_mask,
             reference_points=reference_points,
-            spatial_shapes=spatial_shapes,
-            level_start_index=level_start_index,
-            valid_ratios=valid_ratios,
             reg_branches=self.bbox_head.reg_branches,
+            **kwargs,
         )
         return dict(hidden_states=hidden_states, references=[reference_points, *references])
 

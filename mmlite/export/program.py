@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from .. import __version__, ops
+from .. import ops
 from ..models import Change
 from ..openmmlab.families import encoder_name, family_of, reads_text
 from ..openmmlab.layers import LiteEncoder, fuse_into
@@ -151,7 +152,7 @@ def describe(
     divisor = getattr(preprocessor, 'pad_size_divisor', 1)
     described = {
         'version': FORMAT_VERSION,
-        'mmlite': __version__,
+        'mmlite': version('mmlite'),
         'detector': type(model).__name__,
         'schedule': None if schedule is None else str(schedule),
         'classes': graph.classes or class_names(config, model, graph.num_classes),

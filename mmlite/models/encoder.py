@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -93,6 +94,36 @@ def stock_layers(steps: Iterable[EncoderStep]) -> list[int]:
         updates += step.updates_high
         layers.append(updates)
     return layers
+
+
+@torch.no_grad()
+def copy_counterparts(
+    lite: nn.Module, stock: nn.Module, encoder: str = ''
+) -> tuple[list[str], list[str]]:
+    """Copy into a Lite model what its stock model has, too, by names and shapes.
+
+    Args:
+        lite (nn.Module): The Lite model or its encoder, changed in place.
+        stock (nn.Module): The stock model or its encoder.
+        encoder (str): Name of the encoder in both models.
+
+    Returns:
+        tuple[list[str], list[str]]: Names of the entries copied, and of those that are new.
+    """
+    source, copied, new = stock.state_dict(), [], []
+    stock_layer_of = stock_layers(lite.get_submodule(encoder).steps)
+    prefix = encoder and f'{encoder}.'
+    # Grounding DINO has layers of three kinds.
+    of_layer = re.compile(rf'({re.escape(prefix)}(?:\w+_)?layers)\.(\d+)\.(.+)')
+    for name, value in lite.state_dict().items():
+        match = of_layer.fullmatch(name)
+        theirs = f'{match[1]}.{stock_layer_of[int(match[2])]}.{match[3]}' if match else name
+        if theirs in source and source[theirs].shape == value.shape:
+            value.copy_(source[theirs])
+            copied.append(name)
+        elif name != f'{prefix}schedule_code':
+            new.append(name)
+    return copied, new
 
 
 @torch.no_grad()

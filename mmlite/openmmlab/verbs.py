@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from typing import Any
 
-import torch
 from mmdet.registry import MODELS
 from torch import nn
 
-from ..models import changing, stock_layers
+from ..models import changing, copy_counterparts
 from ..nn import EncoderSchedule
 from .families import FAMILIES, encoder_name, family_of, find_holder, is_lite
-from .layers import LiteEncoder, fuse
+from .layers import fuse
 from .lite_config import forget_building, lite_change
 
 __all__ = ['fuse', 'to_lite']
@@ -59,7 +57,7 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
             arguments[further] = getattr(stock, further)
     lite_class = MODELS.get(family.lite)
     encoder = lite_class.encoder_class(schedule=schedule, **{**arguments, **options})
-    _copy_layers(encoder, stock)
+    copy_counterparts(encoder, stock)
     like = next(stock.parameters())
     encoder.to(like.device).train(stock.training)
     with changing(model, 'to_lite') as change:
@@ -76,16 +74,3 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
         'to_lite: %s is %s with schedule %s; train what is new', family.stock, family.lite, schedule
     )
     return model
-
-
-@torch.no_grad()
-def _copy_layers(encoder: LiteEncoder, stock: nn.Module) -> None:
-    """Copy into each layer what the stock layer it stands for has, too."""
-    source, layer_of = stock.state_dict(), stock_layers(encoder.steps)
-    for name, value in encoder.state_dict().items():
-        # Grounding DINO has layers of three kinds.
-        match = re.fullmatch(r'((?:\w+_)?layers)\.(\d+)\.(.+)', name)
-        if match:
-            name = f'{match[1]}.{layer_of[int(match[2])]}.{match[3]}'
-        if name in source and source[name].shape == value.shape:
-            value.copy_(source[name])

@@ -161,7 +161,7 @@ def test_what_has_no_lite_variant():
     other = get_config('mmdet::detr/detr_r50_8xb2-150e_coco.py').model  # one map
     other.backbone.init_cfg = None
     other = MODELS.build(other)
-    with pytest.raises(ValueError, match='DETR has no multi-scale encoder'):
+    with pytest.raises(ValueError, match='DETR has no Lite variant'):
         mmlite.to_lite(other, 'H3L1-(2+1)x3')
     with pytest.raises(ValueError, match='DETR has no deformable attention'):
         mmlite.fuse(other)

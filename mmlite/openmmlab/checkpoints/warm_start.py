@@ -13,7 +13,6 @@ and without gradients, to what the stock detector computes on a few images:
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +24,12 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
+from ...models import copy_counterparts, stock_layers
 from ...nn import StepTokens, encoder_reference_points
 from ...ops.reference import sample
 from ..detectors.grounding_dino import adapt_bert
 from ..families import encoder_name
-from ..layers import KeyAwareDeformableAttention, LiteEncoder, level_sizes
+from ..layers import KeyAwareDeformableAttention, level_sizes
 from ..lite_config import stock_config
 
 # Tokens that a fit looks at; more change nothing that can be seen.
@@ -107,7 +107,7 @@ def warm_start(
         adapt_bert(stock.language_model)
     unused = _load_stock(stock, stock_state)
     stock.to(data['inputs'].device)
-    copied, new = copy_counterparts(model, stock)
+    copied, new = copy_counterparts(model, stock, encoder_name(model))
     with _evaluating(model), _evaluating(stock):
         expected = _outputs(stock, data)
         before = _agreement(expected, _outputs(model, data))
@@ -142,46 +142,6 @@ def _load_stock(stock: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     return [name for name in state if name not in own]
 
 
-@torch.no_grad()
-def copy_counterparts(model: nn.Module, stock: nn.Module) -> tuple[list[str], list[str]]:
-    """Copy into a Lite model what has a counterpart in its stock model.
-
-    Args:
-        model (nn.Module): The Lite model, changed in place.
-        stock (nn.Module): The stock model.
-
-    Returns:
-        tuple[list[str], list[str]]: The names of the entries copied, and of those that are new.
-    """
-    stock_state, copied, new = stock.state_dict(), [], []
-    encoder = encoder_name(model)
-    stock_layer_of = stock_layers(model.get_submodule(encoder))
-    # Grounding DINO has layers of three kinds.
-    of_layer = re.compile(rf'({re.escape(encoder)}\.(?:\w+_)?layers)\.(\d+)\.(.+)')
-    for name, value in model.state_dict().items():
-        match = of_layer.fullmatch(name)
-        source = f'{match[1]}.{stock_layer_of[int(match[2])]}.{match[3]}' if match else name
-        if source in stock_state and stock_state[source].shape == value.shape:
-            value.copy_(stock_state[source])
-            copied.append(name)
-        elif name != f'{encoder}.schedule_code':
-            new.append(name)
-    return copied, new
-
-
-def stock_layers(encoder: LiteEncoder) -> list[int]:
-    """For each layer of a Lite encoder the stock layer it stands for.
-
-    That is the one that updates the high-level tokens as often. A layer that updates the low-level
-    tokens alone stands for the same one as the layer before it.
-    """
-    layers, updates = [], -1
-    for step in encoder.steps:
-        updates += step.updates_high
-        layers.append(updates)
-    return layers
-
-
 # --- Fits -------------------------------------------------------------------------------------
 
 
@@ -207,7 +167,7 @@ def _fit_encoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
     sizes = level_sizes(inputs['spatial_shapes'])
     mask = inputs['key_padding_mask']
     references = encoder_reference_points(sizes, inputs['valid_ratios'])
-    stock_layer_of = stock_layers(encoder)
+    stock_layer_of = stock_layers(encoder.steps)
 
     def fit(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
         layer, stock_index = encoder.layers[index], stock_layer_of[index]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
 from mmdet.models.layers import DDQTransformerDecoder, DinoTransformerDecoder
 from mmdet.models.layers.transformer import (
     DeformableDetrTransformerDecoder,
@@ -13,18 +11,22 @@ from mmengine.model import ModuleList
 
 from ..layers import KeyAwareDeformableAttention
 
+# What ``cross_attn_cfg`` may have beside the arguments of standard attention.
+_KEY_AWARE = ('proj_key', 'same_loc')
 
-class KeyAwareDecoderLayer(DeformableDetrTransformerDecoderLayer):
-    """A decoder layer whose cross-attention is key-aware; ``cross_attn_cfg`` is of that one."""
+
+class KeyAwareCrossAttention:
+    """Put before a decoder layer of MMDetection: its attention to the image is key-aware."""
 
     def _init_layers(self) -> None:
-        self.self_attn = MultiheadAttention(**self.self_attn_cfg)
-        self.cross_attn = KeyAwareDeformableAttention(**self.cross_attn_cfg)
-        self.embed_dims = self.self_attn.embed_dims
-        self.ffn = FFN(**self.ffn_cfg)
-        self.norms = ModuleList(
-            build_norm_layer(self.norm_cfg, self.embed_dims)[1] for _ in range(3)
-        )
+        config = self.cross_attn_cfg
+        self.cross_attn_cfg = {k: v for k, v in config.items() if k not in _KEY_AWARE}
+        super()._init_layers()
+        self.cross_attn = KeyAwareDeformableAttention(**config)
+
+
+class KeyAwareDecoderLayer(KeyAwareCrossAttention, DeformableDetrTransformerDecoderLayer):
+    """A decoder layer of Deformable DETR with key-aware cross-attention."""
 
 
 class LiteDecoder(DeformableDetrTransformerDecoder):
@@ -49,7 +51,7 @@ class LiteDecoder(DeformableDetrTransformerDecoder):
     def _init_layers(self) -> None:
         if self.post_norm_cfg is not None:
             raise ValueError(f'{type(self).__name__} has no post norm; set post_norm_cfg=None')
-        asked = [n for n in ('proj_key', 'same_loc') if n in self.layer_cfg['cross_attn_cfg']]
+        asked = [name for name in _KEY_AWARE if name in self.layer_cfg['cross_attn_cfg']]
         if asked and not self.key_aware:
             raise ValueError(
                 f'{" and ".join(asked)} in cross_attn_cfg need key-aware attention; set '

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
 from mmdet.models.detectors import GroundingDINO
 from mmdet.models.layers.transformer import (
     DetrTransformerEncoderLayer,
@@ -20,8 +18,8 @@ from torch import Tensor, nn
 
 from ...nn import StepTokens
 from ...nn.encoder import BeforeLayer
-from ..layers import KeyAwareDeformableAttention, LiteEncoder
-from .decoder import LiteDINODecoder
+from ..layers import LiteEncoder
+from .decoder import KeyAwareCrossAttention, LiteDINODecoder
 from .lite import LiteDetectorMixin
 
 
@@ -61,33 +59,28 @@ class LiteGroundingDINOEncoder(LiteEncoder):
         query: Tensor,
         query_pos: Tensor,
         key_padding_mask: Tensor | None,
-        spatial_shapes: Tensor | tuple[tuple[int, int], ...],
-        level_start_index: Tensor | None,
-        valid_ratios: Tensor | None,
+        *args,
         memory_text: Tensor,
         text_attention_mask: Tensor,
         position_ids: Tensor,
         text_self_attention_masks: Tensor,
         before_layer: BeforeLayer | None = None,
+        **kwargs,
     ) -> tuple[Tensor, Tensor]:
         """Encode image and text.
 
         Args:
-            query (Tensor): Tokens of all levels, shape (bs, num_tokens, embed_dims). These and the
-                next five are those of :meth:`LiteEncoder.forward`.
-            query_pos (Tensor): Their positional embedding, same shape.
-            key_padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
-            spatial_shapes (Tensor | tuple[tuple[int, int], ...]): (h, w) of each level.
-            level_start_index (Tensor, optional): Not used.
-            valid_ratios (Tensor, optional): Valid part (w, h) of each level, shape
-                (bs, num_levels, 2).
+            query (Tensor): This and what is not named here is as in :meth:`LiteEncoder.forward`.
+            query_pos (Tensor): Positional embedding of ``query``.
+            key_padding_mask (Tensor, optional): bool, True on padding.
+            *args: Those of :meth:`LiteEncoder.forward`.
             memory_text (Tensor): Tokens of the text, shape (bs, num_words, embed_dims).
             text_attention_mask (Tensor): bool, True on padding, shape (bs, num_words).
             position_ids (Tensor): Place of each word in its phrase, int, shape (bs, num_words).
             text_self_attention_masks (Tensor): bool, True where a word sees another, shape
                 (bs, num_words, num_words).
-            before_layer (Callable, optional): See :meth:`mmlite.nn.LiteEncoder.forward`; comes
-                behind the fusion.
+            before_layer (Callable, optional): Called behind the fusion.
+            **kwargs: Those of :meth:`LiteEncoder.forward`.
 
         Returns:
             tuple[Tensor, Tensor]: Memory of the image and of the text, shaped as they came.
@@ -119,29 +112,13 @@ class LiteGroundingDINOEncoder(LiteEncoder):
             return memory if before_layer is None else before_layer(index, memory, step_tokens)
 
         memory = super().forward(
-            query,
-            query_pos,
-            key_padding_mask,
-            spatial_shapes,
-            level_start_index,
-            valid_ratios,
-            before_layer=fuse,
+            query, query_pos, key_padding_mask, *args, before_layer=fuse, **kwargs
         )
         return memory, memory_text
 
 
-class KeyAwareDecoderLayer(GroundingDinoTransformerDecoderLayer):
-    """A decoder layer whose attention to the image is key-aware."""
-
-    def _init_layers(self) -> None:
-        self.self_attn = MultiheadAttention(**self.self_attn_cfg)
-        self.cross_attn_text = MultiheadAttention(**self.cross_attn_text_cfg)
-        self.cross_attn = KeyAwareDeformableAttention(**self.cross_attn_cfg)
-        self.embed_dims = self.self_attn.embed_dims
-        self.ffn = FFN(**self.ffn_cfg)
-        self.norms = ModuleList(
-            build_norm_layer(self.norm_cfg, self.embed_dims)[1] for _ in range(4)
-        )
+class KeyAwareDecoderLayer(KeyAwareCrossAttention, GroundingDinoTransformerDecoderLayer):
+    """A decoder layer of Grounding DINO with key-aware attention to the image."""
 
 
 class LiteGroundingDINODecoder(LiteDINODecoder):

@@ -113,7 +113,7 @@ def test_new_parts_come_close(stock, changes):
     # A fresh attention weighs all points alike, which is no bad start.
     assert report.result.memory < 0.98 * report.copied_only.memory
     assert report.result.found >= report.copied_only.found
-    state, layers = model.state_dict(), stock_layers(model.encoder)
+    state, layers = model.state_dict(), stock_layers(model.encoder.steps)
     for name in report.copied:
         source = name.split('.')
         if name.startswith('encoder.layers.'):
@@ -168,7 +168,7 @@ def test_a_small_ffn_that_holds_all_units_is_the_stock_ffn(stock):
 def test_layers_stand_for_stock_layers():
     def layers(**encoder):
         encoder = dict(schedule='H3L1-(2+1)x3', num_layers=6, **encoder)
-        return stock_layers(MODELS.build(lite_config(encoder=encoder)).encoder)
+        return stock_layers(MODELS.build(lite_config(encoder=encoder)).encoder.steps)
 
     assert layers() == [0, 1, 2, 3, 4, 5]
     assert layers(update='sequential') == [0, 1, 1, 2, 3, 3, 4, 5, 5]

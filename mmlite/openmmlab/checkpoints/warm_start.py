@@ -13,9 +13,9 @@ and without gradients, to what the stock detector computes on a few images:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
@@ -28,7 +28,7 @@ from ...models import copy_counterparts, stock_layers
 from ...nn import StepTokens, encoder_reference_points
 from ...ops.reference import sample
 from ..detectors.grounding_dino import adapt_bert
-from ..families import encoder_name
+from ..families import encoder_name, find_holder, reads_text
 from ..layers import KeyAwareDeformableAttention, level_sizes
 from ..lite_config import stock_config
 
@@ -42,14 +42,15 @@ class Agreement:
 
     Attributes:
         memory (float): Norm of the difference of the encoders' outputs, relative to the stock's.
-        found (float): Share of the stock detector's detections that the Lite detector has too: the
-            same class with an IoU of at least 0.5. Of each image the 20 best are asked for.
-        score (float): Mean difference of the scores of those that were found.
+        found (float, optional): Share of the stock detector's detections that the Lite detector has
+            too: the same class with an IoU of at least 0.5. Of each image the 20 best are asked
+            for. None where the two have other classes.
+        score (float, optional): Mean difference of the scores of those that were found.
     """
 
     memory: float
-    found: float
-    score: float
+    found: float | None
+    score: float | None
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class WarmStart:
         unused (list[str]): Entries of the stock detector that the Lite one has no place for.
         copied_only (Agreement): With the fitted entries still at their usual random start.
         result (Agreement): In the end.
+        fresh (list[str]): Entries left at their random start, because the stock detector has them
+            for another number of classes or queries.
     """
 
     copied: list[str]
@@ -69,15 +72,26 @@ class WarmStart:
     unused: list[str]
     copied_only: Agreement
     result: Agreement
+    fresh: list[str]
 
     def __str__(self) -> str:
         before, after = self.copied_only, self.result
-        return (
+        text = (
             f'{len(self.copied)} entries copied, {len(self.fitted)} fitted; encoder output within '
-            f'{after.memory:.1%} of the stock detector ({before.memory:.1%} before the fit), '
-            f'{after.found:.1%} of its detections found ({before.found:.1%}), scores within '
-            f'{after.score:.3f}'
+            f'{after.memory:.1%} of the stock detector ({before.memory:.1%} before the fit)'
         )
+        if self.fresh:
+            text += (
+                f'; {len(self.fresh)} entries start at random, as the weights have another number '
+                f'of classes or queries: {", ".join(self.fresh[:3])}'
+                f'{" ..." if len(self.fresh) > 3 else ""}'
+            )
+        if after.found is not None:
+            text += (
+                f', {after.found:.1%} of its detections found ({before.found:.1%}), scores within '
+                f'{after.score:.3f}'
+            )
+        return text
 
 
 @torch.no_grad()
@@ -102,22 +116,43 @@ def warm_start(
     Raises:
         ValueError: If the weights are not those of the stock detector.
     """
-    stock = MODELS.build(stock_config(model_config))
-    if hasattr(stock, 'language_model'):
+    stock = MODELS.build(_teacher_config(model_config, stock_state))
+    if reads_text(stock):
         adapt_bert(stock.language_model)
     unused = _load_stock(stock, stock_state)
-    stock.to(data['inputs'].device)
+    stock.to(data['inputs'].device).eval()
     copied, new = copy_counterparts(model, stock, encoder_name(model))
-    with _evaluating(model), _evaluating(stock):
-        expected = _outputs(stock, data)
-        before = _agreement(expected, _outputs(model, data))
-        _fit_encoder(model, stock, data)
-        _fit_decoder(model, stock, data)
-        after = _agreement(expected, _outputs(model, data))
-    return WarmStart(copied, new, unused, before, after)
+    # The offsets of an attention with same_loc have another shape, too, and are fitted.
+    other_rows = stock.state_dict().keys() & set(new)
+    fresh = [name for name in new if name in other_rows and 'sampling_offsets' not in name]
+    fitted = [name for name in new if name not in fresh]
+    training = model.training
+    model.eval()
+    expected = _outputs(stock, data)
+    before = _agreement(expected, _outputs(model, data), not fresh)
+    _fit_encoder(model, stock, data)
+    _fit_decoder(model, stock, data)
+    after = _agreement(expected, _outputs(model, data), not fresh)
+    model.train(training)
+    return WarmStart(copied, fitted, unused, before, after, fresh)
 
 
 # --- Copies -----------------------------------------------------------------------------------
+
+
+def _teacher_config(model_config: ConfigDict, state: Mapping[str, Tensor]) -> ConfigDict:
+    """The stock detector's config, with the number of classes and queries that its weights have."""
+    config = stock_config(model_config)
+    _, holder, family = find_holder(config)
+    head, rows = holder.get('bbox_head', {}), {name: len(v) for name, v in state.items() if v.dim()}
+    if 'num_classes' in head and not family.reads_text:  # whose class layer has no rows
+        head.num_classes = rows.get('bbox_head.cls_branches.0.bias', head.num_classes)
+    if 'num_queries' in holder and 'num_one2many_queries' not in holder:
+        holder.num_queries = rows.get('query_embedding.weight', holder.num_queries)
+    if 'max_per_img' in (holder.get('test_cfg') or {}):
+        most = holder.get('num_queries', 300) * head.get('num_classes', 80)
+        holder.test_cfg.max_per_img = min(holder.test_cfg.max_per_img, most)
+    return config
 
 
 def _load_stock(stock: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -147,8 +182,8 @@ def _load_stock(stock: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 def _fit_encoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
     stock_encoder, encoder = _encoder(stock), _encoder(model)
-    inputs = {}  # keyword arguments of the stock encoder
-    targets = {}  # of each stock layer, the tokens before its last norm
+    inputs: dict = {}  # keyword arguments of the stock encoder
+    targets: dict[int, Tensor] = {}  # of each stock layer, the tokens before its last norm
     hooks = [
         layer.norms[1].register_forward_pre_hook(
             lambda _, args, index=index: targets.__setitem__(index, args[0])
@@ -196,31 +231,25 @@ def _fit_encoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
 
 
 def _fit_decoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
-    """Fit key-aware cross-attention where the decoder has it, each layer behind fitted ones."""
-    hooks = []
-    if not hasattr(model, 'decoder'):  # Mask2Former's attends to masked maps
-        return
-    for layer, stock_layer in zip(model.decoder.layers, stock.decoder.layers):
-        if not isinstance(layer.cross_attn, KeyAwareDeformableAttention):
-            continue
-
-        def fit(attention, args, kwargs, stock_attention=stock_layer.cross_attn):
-            names = ('query', 'key', 'value', 'identity', 'query_pos')
-            call = {**dict(zip(names, args)), **kwargs}
-            wanted = ('query', 'value', 'query_pos', 'key_padding_mask')
-            _fit_attention(
-                attention,
-                stock_attention,
-                **{name: call.get(name) for name in wanted},
-                reference_points=call['reference_points'],
-                spatial_shapes=level_sizes(call['spatial_shapes']),
-            )
-
-        hooks.append(layer.cross_attn.register_forward_pre_hook(fit, with_kwargs=True))
+    """Fit key-aware attention outside the encoder, each layer behind fitted ones."""
+    encoder = f'{encoder_name(model)}.'
+    hooks = [
+        attention.register_forward_pre_hook(
+            partial(_fit_on_call, stock.get_submodule(name)), with_kwargs=True
+        )
+        for name, attention in model.named_modules()
+        if isinstance(attention, KeyAwareDeformableAttention) and not name.startswith(encoder)
+    ]
     if hooks:
         _outputs(model, data)
     for hook in hooks:
         hook.remove()
+
+
+def _fit_on_call(stock: nn.Module, attention: nn.Module, args: tuple, kwargs: dict) -> None:
+    call = {**dict(zip(('query', 'key', 'value', 'identity', 'query_pos'), args)), **kwargs}
+    call['spatial_shapes'] = level_sizes(call['spatial_shapes'])
+    _fit_attention(attention, stock, **call)
 
 
 def _fit_attention(
@@ -228,10 +257,11 @@ def _fit_attention(
     stock: MultiScaleDeformableAttention,
     query: Tensor,
     value: Tensor,
-    query_pos: Tensor | None,
-    key_padding_mask: Tensor | None,
     reference_points: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
+    spatial_shapes: tuple[tuple[int, int], ...],
+    query_pos: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    **_: object,
 ) -> None:
     """Fit the query projection so that <q, k> comes close to the logits of the stock attention.
 
@@ -346,16 +376,6 @@ def _least_squares(features: Tensor, wanted: Tensor, prior: Tensor) -> tuple[Ten
 # --- How close --------------------------------------------------------------------------------
 
 
-@contextmanager
-def _evaluating(model: nn.Module):
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 def _encoder(model: nn.Module) -> nn.Module:
     return model.get_submodule(encoder_name(model))
 
@@ -372,8 +392,10 @@ def _outputs(model: nn.Module, data: dict) -> tuple[Tensor, list]:
     return memory, [result.pred_instances for result in results]
 
 
-def _agreement(expected: tuple, actual: tuple) -> Agreement:
-    memory = (actual[0] - expected[0]).norm() / expected[0].norm()
+def _agreement(expected: tuple, actual: tuple, same_classes: bool) -> Agreement:
+    memory = float((actual[0] - expected[0]).norm() / expected[0].norm())
+    if not same_classes:
+        return Agreement(memory, None, None)
     found, score, wanted = 0, 0.0, 0
     for stock, lite in zip(expected[1], actual[1]):
         stock = stock[stock.scores.argsort(descending=True)[:20]]
@@ -386,4 +408,4 @@ def _agreement(expected: tuple, actual: tuple) -> Agreement:
         found += int(hit.sum())
         wanted += len(hit)
         score += float(differences.gather(1, best)[hit].sum())
-    return Agreement(float(memory), found / max(wanted, 1), score / max(found, 1))
+    return Agreement(memory, found / max(wanted, 1), score / max(found, 1))

@@ -20,13 +20,10 @@ from mmengine.logging import MMLogger
 
 import mmlite  # noqa: F401
 from mmlite.cli import main
+from mmlite.models import stock_layers
 from mmlite.openmmlab.checkpoints import stock_config, warm_start
 from mmlite.openmmlab.checkpoints.hooks import WarmStartHook
-from mmlite.openmmlab.checkpoints.warm_start import (
-    _conjugate_gradients,
-    _least_squares,
-    stock_layers,
-)
+from mmlite.openmmlab.checkpoints.warm_start import _conjugate_gradients, _least_squares
 
 register_all_modules()
 
@@ -174,6 +171,21 @@ def test_layers_stand_for_stock_layers():
     assert layers(update='sequential') == [0, 1, 1, 2, 3, 3, 4, 5, 5]
 
 
+def test_weights_of_other_classes_and_queries(stock):
+    """As published weights of 80 classes start a detector for one's own data."""
+    model, report = start(stock, bbox_head=dict(num_classes=7), num_queries=20)
+    of_rows = ('query_embedding', 'label_embedding', 'cls_branches')
+    assert len(report.fresh) == 2 + 2 * len(model.bbox_head.cls_branches)
+    assert all(any(part in name for part in of_rows) for name in report.fresh)
+    assert set(report.copied) | set(report.fitted) | set(report.fresh) == set(
+        model.state_dict()
+    ) - {'encoder.schedule_code'}
+    assert torch.equal(model.level_embed, stock['level_embed'])
+    assert report.result.memory < 0.98 * report.copied_only.memory
+    assert report.result.found is None
+    assert 'another number of classes or queries' in str(report)
+
+
 def test_solvers():
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(3, 10, 10, generator=generator, dtype=torch.float64)
@@ -198,8 +210,8 @@ def test_refuses_other_weights_and_configs(stock):
         stock_config(lite_config(type='DINO'))
     with pytest.raises(ValueError, match=r'weights are not those of the DINO behind this config.*'):
         start({name: value for name, value in stock.items() if 'decoder' not in name})
-    with pytest.raises(ValueError, match=r'cls_branches\S+ .*another shape'):
-        start(stock, bbox_head=dict(num_classes=7))
+    with pytest.raises(ValueError, match=r'level_embed .*another shape'):
+        start({**stock, 'level_embed': torch.zeros(5, 256)})
 
 
 def test_hook(stock, tmp_path):

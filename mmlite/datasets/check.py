@@ -12,10 +12,13 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
-from mmdet.datasets import CocoDataset
+from mmcv.transforms import Compose
+from mmdet.datasets import CocoDataset, CocoPanopticDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.fileio import get_local_path
@@ -23,7 +26,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 from .coco import check_categories, read_annotations
-from .images import ImageFile, decode_images
+from .images import DecodedImage, ImageFile, decode_images
 
 # COCO's ranges of an object's area in pixels.
 SIZES = {'small': (0, 32**2), 'medium': (32**2, 96**2), 'large': (96**2, math.inf)}
@@ -39,7 +42,9 @@ PROBLEMS = {
     'unreadable image': 'the file is no image that OpenCV reads; training ends there',
     'truncated image': 'the file ends too soon: training ends there, or learns from grey pixels',
     'image of another size': "width and height in the file are not the image's: boxes may be off",
-    'image turned by EXIF': 'training sees it turned; boxes made for the unturned one are off',
+    'image turned by EXIF': 'training sees it turned or mirrored, and its boxes may be for the '
+    'other way round; save it upright',
+    'image too thin': 'fewer tokens than queries: prediction ends there; leave it out',
     'duplicate image id': 'the later image replaces the earlier one',
     'duplicate object id': 'MMDetection refuses the file',
     'duplicate category id': 'the later category replaces the earlier one',
@@ -50,6 +55,8 @@ PROBLEMS = {
     'box without area': 'MMDetection leaves it out',
     'box outside the image': 'MMDetection leaves it out',
     'box partly outside': 'it reaches more than a pixel beyond the image',
+    'object without a mask': "the config loads masks: training ends with KeyError 'mask'",
+    'broken mask': 'no polygon of three points or more: MMDetection leaves the object out',
     'more objects than queries': 'some cannot be found; raise num_queries',
 }
 REMARKS = {
@@ -58,7 +65,7 @@ REMARKS = {
     'image in two splits': 'the evaluation is of images that were trained on',
     'categories': 'trained without them, as the config says',
     'class without objects': 'nothing of it is learned, or evaluated',
-    'not checked': 'not a data set in COCO format',
+    'not checked': "not a data set in COCO's format of instances: nothing of it was read",
 }
 
 
@@ -83,6 +90,28 @@ class Finding:
     @property
     def meaning(self) -> str:
         return PROBLEMS.get(self.kind) or REMARKS[self.kind]
+
+
+class Findings:
+    """Findings as they come up, those of a kind together."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str], Finding] = {}
+
+    def add(self, data: str, kind: str, place: Any) -> None:
+        self._found.setdefault((data, kind), Finding(data, kind)).places.append(str(place))
+
+    @contextlib.contextmanager
+    def of_errors(self, data: str, kind: str) -> Iterator[None]:
+        """What the code inside raises becomes a finding."""
+        try:
+            yield
+        except Exception as error:  # a registry and a file that anybody wrote fail in many ways
+            self.add(data, kind, ' '.join(str(error).split()) or type(error).__name__)
+
+    def sorted(self) -> list[Finding]:
+        """Problems first."""
+        return sorted(self._found.values(), key=lambda finding: not finding.is_problem)
 
 
 @dataclass
@@ -122,18 +151,43 @@ class DataSummary:
     classes: list[ClassCount] = field(default_factory=list)
 
 
-class Findings:
-    """Findings as they come up, those of a kind together."""
+@dataclass
+class _Image:
+    id: Any
+    file: ImageFile
+    size: tuple[int, int]
+    objects: int = 0
 
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, str], Finding] = {}
 
-    def add(self, data: str, kind: str, place: Any) -> None:
-        self._found.setdefault((data, kind), Finding(data, kind)).places.append(str(place))
+class _Data(DataSummary):
+    """A data set that a config names, and what the config does with it."""
 
-    def sorted(self) -> list[Finding]:
-        """Problems first."""
-        return sorted(self._found.values(), key=lambda finding: not finding.is_problem)
+    def __init__(self, split: str, dataset: CocoDataset, pipeline: list, evaluators: list) -> None:
+        super().__init__(split, dataset.ann_file, config_classes=list(dataset.metainfo['classes']))
+        self.dataset = dataset
+        self.pipeline = pipeline
+        self.evaluated = split != 'train'
+        self.evaluated_with = {e['ann_file'] for e in evaluators if e.get('ann_file')}
+        self.has_masks = any(step.get('with_mask') for step in pipeline) or any(
+            'segm' in np.atleast_1d(e.get('metric') or 'bbox') for e in evaluators
+        )
+        load = next((step for step in pipeline if _name(step).startswith('LoadImage')), {})
+        color = load.get('color_type', 'color')
+        self.ignore_orientation = (
+            color == 'unchanged'
+            or color.endswith('_ignore_orientation')
+            or load.get('imdecode_backend') not in (None, 'cv2', 'pillow')
+        )
+        self.listed: list[_Image] = []
+
+    def merge(self, other: _Data) -> None:
+        """Take in the same files as another split names them."""
+        if other.name not in self.name.split(', '):
+            self.name += f', {other.name}'
+        self.evaluated |= other.evaluated
+        self.evaluated_with |= other.evaluated_with
+        self.has_masks |= other.has_masks
+        self.pipeline = other.pipeline  # of the evaluation, which is without chance
 
 
 def check_data(
@@ -159,29 +213,40 @@ def check_data(
         ValueError: The config names no data set.
     """
     init_default_scope(config.get('default_scope', 'mmdet'))
-    num_queries = _num_queries(config.model)
-    checked = []
+    checked: list[_Data] = []
     for data in _data_sets(config, findings):
-        summary = DataSummary(data.name, data.dataset.ann_file)
-        with _problem_of(findings, data.name, 'data set'):
-            checked.append((data, summary, _check_annotations(data, summary, findings)))
-    images = [image for _, _, of_data in checked for image in of_data]
+        with findings.of_errors(data.name, 'data set'):
+            _read(data, findings)
+            checked.append(data)
+    images = [(data, image) for data in checked for image in data.listed]
     step = progress('Decoding images', len(images))
-    for image, found in zip(images, decode_images([image.file for image in images], workers)):
-        for kind, place in _image_problems(image, found):
-            findings.add(image.data, kind, place)
+    found = decode_images([image.file for _, image in images], workers)
+    queries = _num_queries(config.model)
+    splits: dict[str, dict[str, None]] = defaultdict(dict)
+    for (data, image), decoded in zip(images, found):
+        for kind, what in _image_problems(image, decoded, queries):
+            findings.add(data.name, kind, f'{image.file.path}{what}')
+        image.size = decoded.size or image.size
+        splits[os.path.abspath(image.file.path)][data.name] = None
         step()
-    for image in images:
-        if num_queries is not None and image.objects > num_queries:
-            place = f'{image.file.path} ({image.objects} objects, {num_queries} queries)'
-            findings.add(image.data, 'more objects than queries', place)
-    summaries = [summary for _, summary, _ in checked]
-    _check_splits(summaries, images, findings)
-    for data, summary, of_data in checked:
-        for path in data.evaluated_with:
-            with _problem_of(findings, data.name, 'evaluator'):
-                _check_evaluator(path, summary, {image.id for image in of_data})
-    return summaries
+    for path, names in splits.items():
+        if len(names) > 1:
+            findings.add(' and '.join(names), 'image in two splits', path)
+    for first, second in zip(checked, checked[1:]):
+        pairs = enumerate(zip(first.labels, second.labels))
+        differ = [(label, *names) for label, names in pairs if names[0] != names[1]]
+        if differ:
+            findings.add(
+                f'{first.name} and {second.name}',
+                'classes',
+                'label {} is {!r} in {} and {!r} in {}: list the categories of both files in the '
+                'same order'.format(*differ[0][:2], first.name, differ[0][2], second.name),
+            )
+    for data in checked:
+        for path in sorted(data.evaluated_with):
+            with findings.of_errors(data.name, 'evaluator'):
+                _check_evaluator(path, data)
+    return list(checked)
 
 
 def check_model(
@@ -195,106 +260,81 @@ def check_model(
         summaries (Sequence[DataSummary]): The data sets, from :func:`check_data`.
         findings (Findings): Gets what does not fit.
     """
-    num_classes = getattr(getattr(model, 'bbox_head', None), 'num_classes', None)
-    for summary in summaries:
-        if num_classes is not None and num_classes != len(summary.config_classes):
-            findings.add(
-                'model',
-                'model',
-                f'bbox_head.num_classes is {num_classes}, but metainfo.classes of {summary.name} '
-                f'has {len(summary.config_classes)}; set both to the same number',
+    from ..openmmlab.families import family_of, reads_text
+
+    def add(text: str) -> None:
+        findings.add('model', 'model', text)
+
+    head = getattr(model, 'bbox_head', None)
+    num_classes = getattr(head, 'num_classes', None)
+    if head is not None and reads_text(model):
+        if num_classes != head.max_text_len:
+            add(
+                f'bbox_head.num_classes is {num_classes}, but of a detector that reads a text it '
+                f'is the number of tokens, whatever the classes; set it to {head.max_text_len}'
             )
+    elif num_classes is not None:
+        for summary in summaries:
+            if num_classes != len(summary.config_classes):
+                add(
+                    f'bbox_head.num_classes is {num_classes}, but metainfo.classes of '
+                    f'{summary.name} has {len(summary.config_classes)}; set both to the same number'
+                )
     num_queries = getattr(model, 'num_queries', None)
     asked = (getattr(model, 'test_cfg', None) or {}).get('max_per_img', 0)
     if num_queries and num_classes and asked > num_queries * num_classes:
-        findings.add(
-            'model',
-            'model',
+        add(
             f'test_cfg.max_per_img={asked} asks for more predictions than {num_queries} queries of '
-            f'{num_classes} classes give; lower it or raise num_queries',
+            f'{num_classes} classes give; lower it or raise num_queries'
         )
     wanted = getattr(model, 'num_feature_levels', None)
     if wanted is not None:
         try:
             with torch.no_grad():
-                found = len(model.extract_feat(torch.zeros(1, 3, 256, 256)))
+                maps = model.extract_feat(torch.zeros(1, 3, 256, 256))
         except Exception as error:  # whatever a backbone and a neck that do not fit raise
-            findings.add('model', 'model', f'the backbone and the neck do not run: {error}')
+            add(f'the backbone and the neck do not run: {error}')
         else:
-            if found != wanted:
-                findings.add(
-                    'model',
-                    'model',
-                    f'num_feature_levels is {wanted}, but the neck gives {found} maps; set '
-                    'neck.num_outs, num_feature_levels and num_levels of the attention alike',
+            if len(maps) != wanted:
+                add(
+                    f'num_feature_levels is {wanted}, but the neck gives {len(maps)} maps; set '
+                    'neck.num_outs, num_feature_levels and num_levels of the attention alike'
                 )
+            family = family_of(model)
+            # DDQ-DETR fills up what is missing.
+            if getattr(model, 'as_two_stage', False) and family and family.graph != 'ddq':
+                strides = [256 // feature_map.shape[-1] for feature_map in maps]
+                _check_thin_images(summaries, strides, num_queries, findings)
     start = config.get('load_from')
     if start and '://' not in start and not os.path.isfile(start):
-        findings.add('model', 'model', f'load_from={start} does not exist')
+        add(f'load_from={start} does not exist')
 
 
-@dataclass
-class _DataSet:
-    """A data set that a config names, not yet read."""
-
-    name: str
-    dataset: CocoDataset
-    evaluated: bool
-    evaluated_with: list[str]
-    ignore_orientation: bool
-
-    @property
-    def source(self) -> tuple:
-        dataset = self.dataset
-        return (dataset.ann_file, dataset.data_prefix['img'], tuple(dataset.metainfo['classes']))
-
-
-@dataclass
-class _Image:
-    data: str
-    id: Any
-    file: ImageFile
-    size: tuple[int, int]
-    objects: int = 0
-
-
-def _data_sets(config: Config, findings: Findings) -> list[_DataSet]:
+def _data_sets(config: Config, findings: Findings) -> list[_Data]:
     """The data sets of a config, unwrapped; those of several splits that are the same, once."""
-    found: dict[tuple, _DataSet] = {}
-    named = False
-    for split in ('train', 'val', 'test'):
-        loader = config.get(f'{split}_dataloader')
-        if not loader:
-            continue
-        evaluators = config.get(f'{split}_evaluator') or []
-        evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
-        files = [e['ann_file'] for e in evaluators if e.get('ann_file')]
-        for cfg in _unwrapped(loader.dataset):
-            named = True
-            with _problem_of(findings, split, 'data set'):
-                # Read by us, not by its constructor, which only makes the paths whole.
-                dataset = DATASETS.build({**cfg, 'pipeline': [], 'lazy_init': True})
-                if not isinstance(dataset, CocoDataset):
-                    findings.add(split, 'not checked', type(dataset).__name__)
-                    continue
-                load = next(iter(cfg.get('pipeline') or ()), {})
-                data = _DataSet(
-                    split,
-                    dataset,
-                    split != 'train',
-                    list(files),
-                    load.get('color_type') == 'color_ignore_orientation',
-                )
-                known = found.setdefault(data.source, data)
-                if known is not data:
-                    known.name += f', {split}' if split not in known.name.split(', ') else ''
-                    known.evaluated |= data.evaluated
-                    known.evaluated_with += [f for f in files if f not in known.evaluated_with]
-    if not named:
+    found: dict[tuple, _Data] = {}
+    loaders = {split: config.get(f'{split}_dataloader') for split in ('train', 'val', 'test')}
+    if not any(loaders.values()):
         raise ValueError(
             'the config names no data set: train_dataloader, val_dataloader and test_dataloader '
             'are missing'
         )
+    for split, loader in loaders.items():
+        evaluators = config.get(f'{split}_evaluator') or []
+        evaluators = list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
+        for cfg in _unwrapped(loader.dataset) if loader else ():
+            with findings.of_errors(split, 'data set'):
+                kind = DATASETS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
+                instances = issubclass(kind, CocoDataset)
+                if not instances or issubclass(kind, CocoPanopticDataset):
+                    findings.add(split, 'not checked', kind.__name__)
+                    continue
+                # Read by us, not by its constructor, which only makes the paths whole.
+                dataset = DATASETS.build({**cfg, 'pipeline': [], 'lazy_init': True})
+                data = _Data(split, dataset, list(cfg.get('pipeline') or ()), evaluators)
+                source = (dataset.ann_file, dataset.data_prefix['img'], *data.config_classes)
+                if found.setdefault(source, data) is not data:
+                    found[source].merge(data)
     return list(found.values())
 
 
@@ -307,62 +347,41 @@ def _unwrapped(cfg: dict) -> Iterator[dict]:
         yield from _unwrapped(part)
 
 
-@contextlib.contextmanager
-def _problem_of(findings: Findings, data: str, kind: str) -> Iterator[None]:
-    """What the code inside raises becomes a finding."""
-    try:
-        yield
-    except Exception as error:  # a registry and a file that anybody wrote fail in many ways
-        findings.add(data, kind, ' '.join(str(error).split()) or type(error).__name__)
+def _name(step: dict) -> str:
+    """The class of a pipeline's step, which a config names in several ways."""
+    return getattr(step['type'], '__name__', step['type']).rpartition('.')[2]
 
 
 def _read_quietly(path: str, backend_args: dict | None = None) -> Any:
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells of its progress
-        if backend_args is None:
-            return read_annotations(path)
-        with get_local_path(path, backend_args=backend_args) as local_path:
-            return read_annotations(local_path)
+    quiet = contextlib.redirect_stdout(io.StringIO())  # pycocotools tells of its progress
+    with quiet, get_local_path(path, backend_args=backend_args) as local_path:
+        return read_annotations(local_path)
 
 
-def _check_annotations(data: _DataSet, summary: DataSummary, findings: Findings) -> list[_Image]:
-    """Fill in ``summary``, find what is wrong with the annotation file, and list its images."""
-    dataset = data.dataset
+def _read(data: _Data, findings: Findings) -> None:
+    """Fill in what a data set holds, and find what is wrong with its annotation file."""
+    dataset, classes = data.dataset, data.config_classes
     coco = _read_quietly(dataset.ann_file, dataset.backend_args)
-    content = coco.dataset
-    classes = list(dataset.metainfo['classes'])
+    content = {'annotations': (), **coco.dataset}
     names = {category['id']: category['name'] for category in content['categories']}
-    summary.config_classes = classes
-    summary.labels = [name for name in names.values() if name in classes]
+    data.labels = [name for name in names.values() if name in classes]
 
     def add(kind: str, place: Any) -> None:
         findings.add(data.name, kind, place)
 
-    try:
-        remarks = check_categories(
+    with findings.of_errors(data.name, 'classes'):
+        wrong_names = data.labels != classes[: len(data.labels)]
+        for remark in check_categories(
             dataset.ann_file,
             list(names.values()),
             classes,
             ignored=getattr(dataset, 'ignored_categories', ()),
             evaluated=data.evaluated,
-        )
-        wrong_names = summary.labels != classes[: len(summary.labels)]
-        for remark in remarks:
+        ):
             add('classes' if wrong_names and 'another order' in remark else 'categories', remark)
-    except ValueError as error:
-        add('classes', error)
-
-    for part, kind in (
-        ('images', 'duplicate image id'),
-        ('annotations', 'duplicate object id'),
-        ('categories', 'duplicate category id'),
-    ):
-        ids = Counter(entry['id'] for entry in content.get(part, ()))
-        for number in (number for number, count in ids.items() if count > 1):
-            add(kind, number)
 
     images = {
         number: _Image(
-            data.name,
             number,
             ImageFile(
                 os.path.join(dataset.data_prefix['img'], image['file_name']),
@@ -373,27 +392,41 @@ def _check_annotations(data: _DataSet, summary: DataSummary, findings: Findings)
         )
         for number, image in coco.imgs.items()
     }
+
+    def place_of(annotation: dict) -> str:
+        image = images.get(annotation['image_id'])
+        path = image.file.path if image else f'no image, image_id {annotation["image_id"]}'
+        return f'object {annotation["id"]} in {path}'
+
+    for part, kind, describe in (
+        ('images', 'duplicate image id', lambda entry: f'{entry["id"]}: {entry["file_name"]}'),
+        ('annotations', 'duplicate object id', place_of),
+        ('categories', 'duplicate category id', lambda entry: f'{entry["id"]}: {entry["name"]}'),
+    ):
+        ids = Counter(entry['id'] for entry in content[part])
+        for entry in content[part]:
+            if ids[entry['id']] > 1:
+                add(kind, describe(entry))
     paths = Counter(image.file.path for image in images.values())
     for path in (path for path, count in paths.items() if count > 1):
         add('image listed twice', path)
 
-    counts = {name: ClassCount(name) for name in summary.labels}
+    counts = {name: ClassCount(name) for name in data.labels}
     images_of = defaultdict(set)
     annotated = set()
-    for annotation in content.get('annotations', ()):
-        image = images.get(annotation['image_id'])
-        name = names.get(annotation['category_id'])
+    for annotation in content['annotations']:
+        image, name = images.get(annotation['image_id']), names.get(annotation['category_id'])
         annotated.add(annotation['image_id'])
-        for kind, place in _object_problems(annotation, image, name, data.evaluated):
-            add(kind, place)
+        for kind, what in _object_problems(annotation, image, name, data):
+            add(kind, f'{place_of(annotation)}{what}')
         if image is None or name not in counts or annotation.get('iscrowd'):
             continue
         image.objects += 1
         images_of[name].add(image.id)
         counts[name].objects += 1
+        area = _area(annotation)
         for size, (low, high) in SIZES.items():
-            if low <= _area(annotation) < high:
-                setattr(counts[name], size, getattr(counts[name], size) + 1)
+            setattr(counts[name], size, getattr(counts[name], size) + (low <= area < high))
     for name, count in counts.items():
         count.images = len(images_of[name])
         if not count.objects:
@@ -401,47 +434,54 @@ def _check_annotations(data: _DataSet, summary: DataSummary, findings: Findings)
     for image in images.values():
         if image.id not in annotated:
             add('image without objects', image.file.path)
-    summary.classes = list(counts.values())
-    summary.images = len(images)
-    summary.objects = sum(count.objects for count in counts.values())
-    summary.most_objects = max(image.objects for image in images.values())
-    if not data.evaluated and not summary.objects:
+    data.listed, data.images = list(images.values()), len(images)
+    data.classes = list(counts.values())
+    data.objects = sum(count.objects for count in data.classes)
+    data.most_objects = max(image.objects for image in data.listed)
+    if not data.evaluated and not data.objects:
         add('classes', 'it holds no objects of the classes of the config: nothing to learn')
-    return list(images.values())
 
 
 def _object_problems(
-    annotation: dict, image: _Image | None, category: str | None, evaluated: bool
+    annotation: dict, image: _Image | None, category: str | None, data: _Data
 ) -> Iterator[tuple[str, str]]:
-    """Kind and place of everything that is wrong with an object."""
-    place = f'object {annotation["id"]}'
+    """The kind of everything that is wrong with an object, and what to say of it."""
     if image is None:
-        yield 'object of no image', f'{place}, image_id {annotation["image_id"]}'
+        yield 'object of no image', ''
         return
     if category is None:
-        yield 'object of no category', f'{place}, category_id {annotation["category_id"]}'
+        yield 'object of no category', f', category_id {annotation["category_id"]}'
     # pycocotools' evaluation reads iscrowd, MMDetection's data set does without.
-    for key in ('bbox', 'area', 'iscrowd') if evaluated else ('bbox', 'area'):
-        if key not in annotation:
-            yield 'object without a key', f'{place} lacks {key!r}'
-    if 'bbox' not in annotation:
+    missing = {'bbox', 'area', *(['iscrowd'] if data.evaluated else [])} - annotation.keys()
+    for key in sorted(missing):
+        yield 'object without a key', f' lacks {key!r}'
+    if 'bbox' in missing:
         return
-    box = annotation['bbox']
-    place = f'{place} in {image.file.path}: {box}'
+    box, (width, height) = annotation['bbox'], image.size
     if not _is_box(box):
-        yield 'broken box', place
+        yield 'broken box', f': {box}'
         return
-    x, y, width, height = box
     inside = [
         min(start + length, limit) - max(start, 0)
-        for start, length, limit in zip((x, y), (width, height), image.size)
+        for start, length, limit in zip(box[:2], box[2:], image.size)
     ]
-    if width < 1 or height < 1 or _area(annotation) <= 0:
-        yield 'box without area', place
-    elif min(inside) <= 0:
-        yield 'box outside the image', f'{place}, image {image.size[0]}x{image.size[1]}'
-    elif width - inside[0] > 1 or height - inside[1] > 1:
-        yield 'box partly outside', f'{place}, image {image.size[0]}x{image.size[1]}'
+    # The first that holds is said; MMDetection leaves the object out for each of the first two.
+    checks = {
+        'box without area': min(box[2:]) < 1 or _area(annotation) <= 0,
+        'box outside the image': min(inside) <= 0,
+        'box partly outside': box[2] - inside[0] > 1 or box[3] - inside[1] > 1,
+    }
+    wrong = next((kind for kind, holds in checks.items() if holds), None)
+    if wrong:
+        yield wrong, f': {box}, image {width}x{height}'
+    if data.has_masks and wrong in (None, 'box partly outside') and category in data.labels:
+        mask = annotation.get('segmentation')
+        if not mask:
+            yield 'object without a mask', ''
+        elif isinstance(mask, list) and not any(len(p) >= 6 and len(p) % 2 == 0 for p in mask):
+            yield 'broken mask', f': {mask}'
+        elif isinstance(mask, dict) and not mask.keys() >= {'counts', 'size'}:
+            yield 'broken mask', f': of the keys {", ".join(mask)}'
 
 
 def _is_box(box: Any) -> bool:
@@ -460,55 +500,60 @@ def _area(annotation: dict) -> float:
     return box[2] * box[3] if _is_box(box) else 0
 
 
-def _image_problems(image: _Image, found) -> Iterator[tuple[str, str]]:
-    path = image.file.path
-    if found.problem is not None:
-        yield found.problem, path
+def _image_problems(
+    image: _Image, found: DecodedImage, num_queries: int | None
+) -> Iterator[tuple[str, str]]:
+    if num_queries is not None and image.objects > num_queries:
+        yield 'more objects than queries', f' ({image.objects} objects, {num_queries} queries)'
+    if found.size is None:
+        yield found.problem or '', ''
+        return
+    sizes = ' in the file, '.join(f'{width}x{height}' for width, height in (image.size, found.size))
+    # Width and height exchanged, and listed so: the boxes are for the turned image.
+    meant = found.orientation >= 5 and found.size == image.size and len(set(found.size)) > 1
+    if found.orientation != 1 and not meant:
+        yield 'image turned by EXIF', f': orientation {found.orientation}, {sizes} in truth'
     elif found.size != image.size:
-        sizes = f'{image.size[0]}x{image.size[1]} in the file, {found.size[0]}x{found.size[1]}'
-        kind = 'image turned by EXIF' if found.turned else 'image of another size'
-        yield kind, f'{path}: {sizes} in truth'
+        yield 'image of another size', f': {sizes} in truth'
 
 
-def _check_splits(
-    summaries: Sequence[DataSummary], images: Sequence[_Image], findings: Findings
-) -> None:
-    """What the data sets say of the same thing."""
-    for first, second in zip(summaries, summaries[1:]):
-        for label, names in enumerate(zip(first.labels, second.labels)):
-            if names[0] != names[1]:
-                findings.add(
-                    f'{first.name} and {second.name}',
-                    'classes',
-                    f'label {label} is {names[0]!r} in {first.name} and {names[1]!r} in '
-                    f'{second.name}: list the categories of both files in the same order',
-                )
-                break
-    splits = defaultdict(dict)
-    for image in images:
-        splits[os.path.abspath(image.file.path)][image.data] = None
-    for path, names in splits.items():
-        if len(names) > 1:
-            findings.add(' and '.join(names), 'image in two splits', path)
-
-
-def _check_evaluator(path: str, summary: DataSummary, image_ids: set) -> None:
+def _check_evaluator(path: str, data: _Data) -> None:
     """Raises ValueError where an evaluator reads another file than the data set's."""
-    if os.path.abspath(path) == os.path.abspath(summary.annotation_file):
+    if os.path.abspath(path) == os.path.abspath(data.annotation_file):
         return
     coco = _read_quietly(path)
-    unknown = image_ids - set(coco.imgs)
-    if unknown:
+    unknown = {image.id for image in data.listed} - set(coco.imgs)
+    names = [category['name'] for category in coco.dataset['categories']]
+    wrong = f'lacks {len(unknown)} of its images' if unknown else ''
+    if [name for name in names if name in data.config_classes] != data.labels:
+        wrong = wrong or 'has other categories or another order'
+    if wrong:
         raise ValueError(
-            f'its ann_file {path} is not the one of the data set, {summary.annotation_file}, and '
-            f'lacks {len(unknown)} of its images: set both to the same file'
+            f'its ann_file {path} is not the one of the data set, {data.annotation_file}, and '
+            f'{wrong}: set both to the same file'
         )
-    labels = [c['name'] for c in coco.dataset['categories'] if c['name'] in summary.config_classes]
-    if labels != summary.labels:
-        raise ValueError(
-            f'its ann_file {path} is not the one of the data set, {summary.annotation_file}, and '
-            'has other categories or another order: set both to the same file'
-        )
+
+
+def _check_thin_images(
+    summaries: Sequence[DataSummary], strides: list[int], num_queries: int, findings: Findings
+) -> None:
+    """Find the images with fewer tokens than queries, resized as for the evaluation."""
+    for data in summaries:
+        if not isinstance(data, _Data) or not data.evaluated:
+            continue
+        steps = [s for s in data.pipeline if _name(s) in ('Resize', 'FixScaleResize', 'Pad')]
+        resize = Compose(steps)
+
+        @cache
+        def tokens(size: tuple[int, int], resize: Compose = resize) -> int:
+            pixels = np.zeros((size[1], size[0]), np.uint8)
+            height, width = resize({'img': pixels, 'img_shape': pixels.shape})['img'].shape[:2]
+            return sum(math.ceil(height / s) * math.ceil(width / s) for s in strides)
+
+        for image in data.listed:
+            if tokens(image.size) < num_queries:
+                what = f'{tokens(image.size)} tokens, {num_queries} queries'
+                findings.add(data.name, 'image too thin', f'{image.file.path} ({what})')
 
 
 def _num_queries(model: dict) -> int | None:

@@ -17,6 +17,8 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+_ORIENTATION = 0x0112  # of EXIF: 1 is upright
+
 
 class ImageFile(NamedTuple):
     """An image to decode.
@@ -39,12 +41,12 @@ class DecodedImage(NamedTuple):
         size (tuple[int, int], optional): Width and height in pixels, as training sees them.
         problem (str, optional): ``'missing image'``, ``'unreadable image'`` or
             ``'truncated image'``.
-        turned (bool): Width and height are exchanged by the orientation in its EXIF data.
+        orientation (int): How training sees it turned or mirrored: EXIF's number, 1 for not at all.
     """
 
     size: tuple[int, int] | None = None
     problem: str | None = None
-    turned: bool = False
+    orientation: int = 1
 
 
 def decode_images(files: Sequence[ImageFile], workers: int) -> Iterator[DecodedImage]:
@@ -65,30 +67,29 @@ def decode(file: ImageFile) -> DecodedImage:
     """
     try:
         content = _read(file)
-    except FileNotFoundError:
-        return DecodedImage(problem='missing image')
-    except OSError:
-        return DecodedImage(problem='unreadable image')
-    size = None
+    except OSError as error:
+        missing = isinstance(error, FileNotFoundError)
+        return DecodedImage(problem='missing image' if missing else 'unreadable image')
+    orientation = 1
     try:
         with Image.open(io.BytesIO(content)) as image:
-            size = image.size
+            orientation = image.getexif().get(_ORIENTATION, 1)
             image.load()
     except UnidentifiedImageError:
         pass  # a format that only OpenCV knows, or no image
     except Exception:  # each format has errors of its own for data that end too soon
-        return DecodedImage(size, problem='truncated image')
-    flags = cv2.IMREAD_COLOR
-    if file.ignore_orientation:
-        flags |= cv2.IMREAD_IGNORE_ORIENTATION
+        return DecodedImage(problem='truncated image')
+    data, raw = np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+        pixels = cv2.imdecode(data, raw if file.ignore_orientation else cv2.IMREAD_COLOR)
+        # OpenCV follows the orientation of some formats only.
+        if orientation != 1 and np.array_equal(pixels, cv2.imdecode(data, raw)):
+            orientation = 1
     except cv2.error:
         pixels = None
     if pixels is None:
         return DecodedImage(problem='unreadable image')
-    height, width = pixels.shape[:2]
-    return DecodedImage((width, height), turned=size is not None and size != (width, height))
+    return DecodedImage((pixels.shape[1], pixels.shape[0]), orientation=orientation)
 
 
 def _read(file: ImageFile) -> bytes:

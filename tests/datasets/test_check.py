@@ -6,12 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 from PIL import Image
 
 from mmlite.datasets import CLASSES, check, generate_shapes
 from mmlite.datasets.check import Findings, check_data, check_model
 from mmlite.datasets.images import decode
+from mmlite.openmmlab import families
 from mmlite.openmmlab.build import build_detector
 
 CONFIG = Path(__file__).parents[2] / (
@@ -79,11 +81,8 @@ def test_nothing_to_find(config, root):
     assert train.classes[0].images == len(of_disc)
 
 
-def first_box(box=None, **entries):
-    def change(content):
-        content['annotations'][0].update({} if box is None else {'bbox': box}, **entries)
-
-    return change
+def first(**entries):
+    return lambda content: content['annotations'][0].update(entries)
 
 
 def drop(key, part='annotations'):
@@ -94,36 +93,49 @@ def repeat(part, **entries):
     return lambda content: content[part].append({**content[part][0], **entries})
 
 
+def without(key, value):
+    def change(content):
+        content['annotations'] = [a for a in content['annotations'] if a[key] != value]
+
+    return change
+
+
+HERE = r'object 1 in .*train/00000\.png'
+
+
 @pytest.mark.parametrize(
     ('change', 'kind', 'place'),
     [
-        (first_box([200, 5, 20, 20]), 'box outside the image', 'object 1 in .*00000.png'),
-        (first_box([100, 5, 60, 20]), 'box partly outside', r'\[100, 5, 60, 20\], image 128x128'),
-        (first_box([-9, 5, 60, 20]), 'box partly outside', 'object 1'),
-        (first_box([10, 10, 0, 20]), 'box without area', 'object 1'),
-        (first_box([10, 10, 20, 20], area=0), 'box without area', 'object 1'),
-        (first_box([10, 10, 20]), 'broken box', r'object 1 .*: \[10, 10, 20\]'),
-        (first_box([10, 10, float('nan'), 5]), 'broken box', 'nan'),
-        (first_box(image_id=77), 'object of no image', 'object 1, image_id 77'),
-        (first_box(category_id=77), 'object of no category', 'object 1, category_id 77'),
-        (drop('bbox'), 'object without a key', "object 1 lacks 'bbox'"),
-        (drop('area'), 'object without a key', "object 1 lacks 'area'"),
-        (repeat('annotations'), 'duplicate object id', '^1$'),
-        (repeat('images', file_name='00001.png'), 'duplicate image id', '^0$'),
-        (repeat('categories'), 'duplicate category id', '^1$'),
+        # Images are 128 pixels wide and high; a pixel beyond is no matter.
+        (first(bbox=[128, 5, 20, 20]), 'box outside the image', rf'{HERE}.*image 128x128'),
+        (first(bbox=[5, 128, 20, 20]), 'box outside the image', HERE),
+        (first(bbox=[-20, 5, 20, 20]), 'box outside the image', HERE),
+        (first(bbox=[127, 5, 1, 20]), None, ''),
+        (first(bbox=[100, 5, 29, 20]), None, ''),
+        (first(bbox=[100, 5, 29.5, 20]), 'box partly outside', rf'{HERE}: \[100, 5, 29.5, 20\]'),
+        (first(bbox=[5, 100, 20, 29]), None, ''),
+        (first(bbox=[5, 100, 20, 29.5]), 'box partly outside', HERE),
+        (first(bbox=[-1, -1, 60, 20]), None, ''),
+        (first(bbox=[-1.5, 5, 60, 20]), 'box partly outside', HERE),
+        (first(bbox=[5, -1.5, 60, 20]), 'box partly outside', HERE),
+        (first(bbox=[10, 10, 1, 1]), None, ''),
+        (first(bbox=[10, 10, 0.9, 20]), 'box without area', HERE),
+        (first(bbox=[10, 10, 20, 0.9]), 'box without area', HERE),
+        (first(area=0), 'box without area', HERE),
+        (first(bbox=[10, 10, 20]), 'broken box', rf'{HERE}: \[10, 10, 20\]'),
+        (first(bbox=[10, 10, float('nan'), 5]), 'broken box', 'nan'),
+        (first(image_id=77), 'object of no image', 'object 1 in no image, image_id 77'),
+        (first(category_id=77), 'object of no category', f'{HERE}, category_id 77'),
+        (drop('bbox'), 'object without a key', f"{HERE} lacks 'bbox'"),
+        (drop('area'), 'object without a key', f"{HERE} lacks 'area'"),
+        (repeat('annotations'), 'duplicate object id', HERE),
+        (repeat('images', file_name='00001.png'), 'duplicate image id', '^0: 00001.png$'),
+        (repeat('categories'), 'duplicate category id', '^1: disc$'),
         (repeat('images', id=99), 'image listed twice', '00000.png'),
         (repeat('categories', id=9, name='moon'), 'categories', "left out: 'moon'"),
         (lambda c: c['categories'].reverse(), 'classes', 'in another order'),
-        (
-            lambda c: c.update(annotations=[a for a in c['annotations'] if a['image_id'] != 2]),
-            'image without objects',
-            '00002.png',
-        ),
-        (
-            lambda c: c.update(annotations=[a for a in c['annotations'] if a['category_id'] != 2]),
-            'class without objects',
-            'ring',
-        ),
+        (without('image_id', 2), 'image without objects', '00002.png'),
+        (without('category_id', 2), 'class without objects', 'ring'),
         (lambda c: c.update(annotations=[]), 'classes', 'nothing to learn'),
         (lambda c: c['images'][0].update(width=64), 'image of another size', '64x128 .* 128x128'),
         (lambda c: c['images'][0].update(file_name='no.png'), 'missing image', 'train/no.png'),
@@ -134,15 +146,49 @@ def repeat(part, **entries):
 def test_annotations(config, root, change, kind, place):
     edit(root, change)
     found, _ = run(config)
-    assert ('train', kind) in found
-    assert any(re.search(place, p) for p in found['train', kind]), found
+    if kind is None:
+        assert found == {}
+    else:
+        assert any(re.search(place, p) for p in found['train', kind]), found
+
+
+@pytest.mark.parametrize(
+    ('change', 'kind'),
+    [
+        (drop('segmentation'), 'object without a mask'),
+        (first(segmentation=[]), 'object without a mask'),
+        (first(segmentation=[[1, 1, 9, 9]]), 'broken mask'),
+        (first(segmentation=[[1, 1, 9, 9, 5]]), 'broken mask'),
+        (first(segmentation=[[1, 1, 9, 9], [1, 1, 9, 9, 5, 3]]), None),
+        (first(segmentation=dict(size=[128, 128])), 'broken mask'),
+        (first(segmentation=dict(size=[128, 128], counts=[16384])), None),
+    ],
+)
+def test_masks_where_the_config_loads_them(config, root, change, kind):
+    edit(root, change)
+    assert run(config)[0] == {}
+    pipeline = config.train_dataloader.dataset.pipeline
+    pipeline[1].with_mask = True
+    found, _ = run(config)
+    assert list(found) == ([('train', kind)] if kind else [])
+    assert all(re.match(HERE, place) for places in found.values() for place in places)
+    if kind == 'object without a mask':  # which is what happens in training
+        with pytest.raises(KeyError, match='mask'):
+            DATASETS.build(config.train_dataloader.dataset).prepare_data(0)
+
+
+def test_masks_that_the_evaluation_asks_for(config, root):
+    edit(root, drop('segmentation'), 'val')
+    config.val_evaluator.metric = ['bbox', 'segm']
+    assert list(run(config)[0]) == [('val, test', 'object without a mask')]
 
 
 def test_a_file_for_the_evaluation_needs_iscrowd(config, root):
     for split in ('train', 'val'):
         edit(root, drop('iscrowd'), split)
     found, _ = run(config)
-    assert found == {('val, test', 'object without a key'): ["object 1 lacks 'iscrowd'"]}
+    (place,) = found.pop(('val, test', 'object without a key'))
+    assert found == {} and re.fullmatch(r"object 1 in .*val/00000\.png lacks 'iscrowd'", place)
 
 
 @pytest.mark.parametrize('text', [None, '', '{"images": '])
@@ -172,22 +218,41 @@ def test_images(config, root):
     }
 
 
-def test_image_turned_by_its_exif_data(config, root):
+@pytest.mark.parametrize(
+    ('orientation', 'height', 'listed', 'kind'),
+    [
+        *((number, 96, (128, 96), 'turned') for number in range(2, 9)),
+        *((number, 128, (128, 128), 'turned') for number in (2, 6, 8)),
+        (1, 96, (128, 96), None),
+        (6, 96, (96, 128), None),  # boxes that were made for the turned image
+        (3, 96, (96, 128), 'turned'),
+    ],
+)
+def test_image_turned_by_its_exif_data(config, root, orientation, height, listed, kind):
     exif = Image.Exif()
-    exif[0x0112] = 6
+    exif[0x0112] = orientation
     path = root / 'train/00000.jpg'
-    Image.open(root / 'train/00000.png').resize((128, 96)).save(path, exif=exif)
-    edit(root, lambda c: c['images'][0].update(file_name=path.name, height=96))
+    Image.open(root / 'train/00000.png').resize((128, height)).save(path, exif=exif)
+    entries = dict(file_name=path.name, width=listed[0], height=listed[1])
+    edit(root, lambda c: c['images'][0].update(entries))
+    edit(root, without('image_id', 0))  # whose boxes were drawn for another size
     found, _ = run(config)
-    (place,) = found['train', 'image turned by EXIF']
-    assert '128x96 in the file, 96x128 in truth' in place
+    places = found.pop(('train', 'image turned by EXIF'), None)
+    assert (places is not None) == (kind is not None), found
+    if places:
+        assert f'00000.jpg: orientation {orientation}, {listed[0]}x{listed[1]} in' in places[0]
+        config.train_dataloader.dataset.pipeline[0].color_type = 'color_ignore_orientation'
+        assert ('train', 'image turned by EXIF') not in run(config)[0]
 
 
-def test_more_objects_than_queries(config):
-    config.model.num_queries = 1
-    found, (train, _) = run(config)
-    assert train.most_objects > 1
-    assert any('1 queries' in place for place in found['train', 'more objects than queries'])
+def test_as_many_objects_as_queries(config):
+    _, (train, _) = run(config)
+    config.model.num_queries = train.most_objects
+    assert run(config)[0] == {}
+    config.model.num_queries -= 1
+    found, _ = run(config)
+    (place, *_) = found['train', 'more objects than queries']
+    assert f'({train.most_objects} objects, {train.most_objects - 1} queries)' in place
 
 
 def test_wrappers_are_opened(config):
@@ -228,12 +293,11 @@ def test_evaluator_that_reads_another_file(config, root, file, text):
     assert text in found['val, test', 'evaluator'][0]
 
 
-def test_data_set_in_another_format(config):
-    config.train_dataloader.dataset = dict(
-        type='VOCDataset', data_root='voc', ann_file='train.txt', data_prefix=dict(sub_data_root='')
-    )
+@pytest.mark.parametrize('kind', ['VOCDataset', 'ODVGDataset', 'CocoPanopticDataset'])
+def test_data_set_in_another_format(config, kind):
+    config.train_dataloader.dataset = dict(type=kind, data_root='nowhere', ann_file='train.txt')
     found, _ = run(config)
-    assert found == {('train', 'not checked'): ['VOCDataset']}
+    assert found == {('train', 'not checked'): [kind]}
 
 
 def test_config_without_data(config):
@@ -273,3 +337,30 @@ def test_stock_model_that_is_asked_for_too_much(config):
     config.model.test_cfg.max_per_img = 300
     (place,) = fits(config)
     assert 'max_per_img=300' in place
+
+
+@pytest.mark.parametrize(('width', 'thin'), [(6, False), (5, True)])
+def test_image_with_fewer_tokens_than_queries(config, root, width, thin):
+    """Resized from 80 pixels to 128, 6 become 10: 16 x 2, 8, 4 and 2 tokens are 46. 5 become 8."""
+    Image.open(root / 'val/00000.png').resize((width, 80)).save(root / 'val/00000.png')
+    edit(root, lambda c: c['images'][0].update(width=width, height=80), 'val')
+    config.model.num_queries = config.model.test_cfg.max_per_img = 46
+    places = fits(config)
+    assert len(places) == thin
+    if thin:
+        assert re.search(r'val/00000\.png \(30 tokens, 46 queries\)', places[0])
+
+
+@pytest.mark.parametrize(('num_classes', 'wrong'), [(256, 0), (4, 1)])
+def test_detector_that_reads_text(config, num_classes, wrong, monkeypatch):
+    """Its classes are tokens, of which it has 256, whatever the data's classes."""
+    monkeypatch.setattr(families, 'reads_text', lambda model: True)
+    found = Findings()
+    summaries = check_data(config, Findings(), workers=1)
+    model = build_detector(config)
+    model.bbox_head.num_classes, model.bbox_head.max_text_len = num_classes, 256
+    check_model(model, config, summaries, found)
+    assert [place for f in found.sorted() for place in f.places if 'set it to 256' in place] == [
+        place for f in found.sorted() for place in f.places
+    ]
+    assert sum(len(f.places) for f in found.sorted()) == wrong

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from mmcv.transforms import LoadImageFromFile
 from PIL import Image
 
 from mmlite.datasets.images import DecodedImage, ImageFile, decode, decode_images
@@ -55,12 +56,19 @@ def test_missing_file(tmp_path):
     assert decode(ImageFile(str(tmp_path))).problem == 'unreadable image'
 
 
-def test_orientation(write):
+@pytest.mark.parametrize('orientation', range(1, 9))
+@pytest.mark.parametrize('ignored', [False, True])
+def test_orientation_as_mmdetection_loads_it(write, orientation, ignored):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter
-    file = write(encoded(exif=exif))
-    assert decode(file) == DecodedImage(SIZE[::-1], turned=True)
-    assert decode(file._replace(ignore_orientation=True)) == DecodedImage(SIZE)
+    exif[0x0112] = orientation
+    file = write(encoded(exif=exif))._replace(ignore_orientation=ignored)
+    found = decode(file)
+    load = LoadImageFromFile(color_type='color_ignore_orientation' if ignored else 'color')
+    height, width = load({'img_path': file.path})['img_shape']
+    assert found.size == (width, height)
+    # By hand: 5 to 8 exchange width and height.
+    assert found.size == (SIZE[::-1] if orientation >= 5 and not ignored else SIZE)
+    assert found.orientation == (1 if ignored else orientation)
 
 
 def test_storage_backend(write):

@@ -69,3 +69,15 @@ def test_config_that_does_not_exist(tmp_path):
 
 def test_help_shows_an_example():
     assert 'mmlite check my_config.py' in run('--help').output
+
+
+def test_says_what_it_did_not_read(config):
+    with config.open('a') as file:
+        file.write(
+            "train_dataloader = dict(dataset=dict(_delete_=True, type='ODVGDataset', "
+            "data_root='nowhere', ann_file='train.jsonl'))\n"
+        )
+    result = run(config, '--workers', 1)
+    assert result.exit_code == 0, result.output
+    assert 'No problems found in what was checked, without train' in result.output
+    assert 'ODVGDataset' in result.output

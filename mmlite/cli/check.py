@@ -1,4 +1,4 @@
-"""``mmlite check``: what is wrong with the data of a config, before any training is lost on it."""
+"""``mmlite check``: finds what is wrong with the data of a config before it is trained on."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
-from rich.table import Table
 
-from ..openmmlab import require
 from .shared import (
     cfg_options,
     config_argument,
-    console,
     count_option,
     json_option,
     print_table,
     progress,
+    read_config,
     write_json,
 )
 
@@ -32,11 +30,11 @@ SHOWN_PLACES = 3
 @click.command()
 @config_argument
 @count_option('--workers', default=os.cpu_count(), help='Processes that decode images.')
-@json_option
 @cfg_options
+@json_option
 @click.pass_context
 def check(
-    ctx: click.Context, config: str, workers: int, json_path: Path | None, cfg_options: dict
+    ctx: click.Context, config: str, workers: int, cfg_options: dict, json_path: Path | None
 ) -> None:
     """Read every image and annotation of the data sets that CONFIG names, then build its model.
 
@@ -53,11 +51,10 @@ def check(
       mmlite check my_config.py --workers 8 --json report.json
       mmlite check my_config.py --cfg-options model.num_queries=300
     """
-    require()
+    cfg = read_config(config, cfg_options)
     from ..datasets.check import Findings, check_data, check_model
-    from ..openmmlab.build import build_detector, load_config
+    from ..openmmlab.build import build_detector
 
-    cfg = load_config(config, cfg_options)
     findings = Findings()
     with progress() as start:
         summaries = check_data(cfg, findings, workers, start)
@@ -90,40 +87,29 @@ def check(
 
 
 def _show(summaries: list[DataSummary], found: list[Finding]) -> None:
-    data = _table('Data', 'data', 'images', 'objects', 'at most in one image', 'annotation file')
-    for summary in summaries:
-        numbers = (summary.images, summary.objects, summary.most_objects)
-        data.add_row(summary.name, *map(str, numbers), escape(summary.annotation_file))
     if summaries:
-        console().print(data)
+        columns = ('data', 'images', 'objects', 'at most in one image', 'annotation file')
+        rows = [
+            (s.name, *map(str, (s.images, s.objects, s.most_objects)), escape(s.annotation_file))
+            for s in summaries
+        ]
+        print_table('Data', columns, rows)
     for summary in summaries:
-        print_table(
-            f'Classes of {summary.name}',
-            ['class', 'images', 'objects', 'small', 'medium', 'large'],
-            [
-                [escape(c.name), *map(str, (c.images, c.objects, c.small, c.medium, c.large))]
-                for c in summary.classes
-            ],
-            justify='right',
-        )
-    findings = _table('Findings', 'data', 'finding', 'count', 'where', show_lines=True)
-    for finding in found:
-        places = finding.places[:SHOWN_PLACES]
-        if len(finding.places) > SHOWN_PLACES:
-            places.append(f'and {len(finding.places) - SHOWN_PLACES} more')
-        color = 'red' if finding.is_problem else 'yellow'
-        findings.add_row(
-            finding.data,
-            f'[{color}]{finding.kind}[/]\n{finding.meaning}',
-            str(len(finding.places)),
-            escape('\n'.join(places)),
-        )
+        columns = ('class', 'images', 'objects', 'small', 'medium', 'large')
+        rows = [
+            (escape(c.name), *(str(getattr(c, name)) for name in columns[1:]))
+            for c in summary.classes
+        ]
+        print_table(f'Classes of {summary.name}', columns, rows, justify='right')
     if found:
-        console().print(findings)
+        columns = ('data', 'finding', 'count', 'where')
+        print_table('Findings', columns, map(_finding, found), show_lines=True)
 
 
-def _table(title: str, *columns: str, **options: bool) -> Table:
-    """A table whose last column shows long paths whole."""
-    table = Table(*columns[:-1], title=title, title_justify='left', **options)
-    table.add_column(columns[-1], overflow='fold')
-    return table
+def _finding(finding: Finding) -> tuple[str, ...]:
+    places = finding.places[:SHOWN_PLACES]
+    if len(finding.places) > SHOWN_PLACES:
+        places.append(f'and {len(finding.places) - SHOWN_PLACES} more')
+    color = 'red' if finding.is_problem else 'yellow'
+    kind = f'[{color}]{finding.kind}[/]\n{finding.meaning}'
+    return finding.data, kind, str(len(finding.places)), escape('\n'.join(places))

@@ -1,4 +1,4 @@
-"""``mmlite demo``: a small Lite detector learns to find shapes, from nothing, on this machine."""
+"""``mmlite demo``: trains a small Lite detector on drawn shapes, on this machine."""
 
 from __future__ import annotations
 
@@ -8,26 +8,18 @@ import os
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from ..openmmlab import require
 from .shared import count_option, option, out_option, print_table, progress, write_json
 
-# What is to be learnt -> the config, what of it COCO's metrics measure, and where it goes.
+# Task -> its config, and which of COCO's metrics evaluate it.
 TASKS = {
-    'detection': (
-        'small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py',
-        'bbox',
-        'work_dirs/demo',
-    ),
-    'segmentation': (
-        'small/lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes.py',
-        'segm',
-        'work_dirs/demo-segmentation',
-    ),
+    'detection': ('small/lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py', 'bbox'),
+    'segmentation': ('small/lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes.py', 'segm'),
 }
 SHOWN_IMAGES = 6
 SHOWN_SCORE = 0.3
@@ -67,21 +59,23 @@ def demo(
       mmlite demo --epochs 2 --out /tmp/demo
       mmlite demo --task segmentation
     """
-    config, measured, default_out = TASKS[task]
-    out = out or Path(default_out)
+    config, measured = TASKS[task]
+    out = out or Path('work_dirs', 'demo' if task == 'detection' else f'demo-{task}')
     _sleep_while_waiting()
     require()
     from ..analysis.accuracy import METRICS
+    from ..datasets import generate_shapes
 
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the progress
-    console = Console(file=sys.stdout)  # not what _quiet() puts in its place
-    start = time.monotonic()
+    began = time.monotonic()
     _make_writable(out)
-
-    _draw_data(console, out / 'data', {'train': train_images, 'val': val_images}, seed)
+    splits = {'train': train_images, 'val': val_images}
+    with progress() as start:
+        step = start('Drawing images', sum(splits.values()))
+        generate_shapes(out / 'data', splits, seed=seed, progress=step)
     runner = _build(config, out, epochs, seed)
-    _train(console, runner)
-    console.print('Evaluating on the held-out images')
+    _train(runner)
+    click.echo('Evaluating on the held-out images')
     with _quiet():
         metrics = runner.val()
     lite, stock = _encoder_gflops(runner.cfg)
@@ -92,19 +86,18 @@ def demo(
         'encoder_gflops': lite,
         'stock_encoder_gflops': stock,
         'epochs': runner.max_epochs,
-        'seconds': round(time.monotonic() - start),
+        'seconds': round(time.monotonic() - began),
     }
     write_json(out / 'results.json', results)
     of = 'boxes' if measured == 'bbox' else 'masks'
     title = f'COCO metrics of {of} after {results["epochs"]} epochs, {results["seconds"]} s'
     print_table(title, list(METRICS), [[f'{100 * results[name]:.1f}' for name in METRICS]])
-    console.print(
+    click.echo(
         f'Encoder: {lite:.3f} GFLOPs; the stock encoder of as many layers needs {stock:.3f} '
-        f'({1 - lite / stock:.0%} saved)',
-        soft_wrap=True,
+        f'({1 - lite / stock:.0%} saved)\n'
+        f'Ground truth and predictions: {picture}\n'
+        f'Checkpoint, config and results: {out}'
     )
-    console.print(f'Ground truth and predictions: {picture}', soft_wrap=True)
-    console.print(f'Checkpoint, config and results: {out}', soft_wrap=True)
 
 
 def _sleep_while_waiting() -> None:
@@ -127,14 +120,6 @@ def _make_writable(out: Path) -> None:
         ) from error
 
 
-def _draw_data(console: Console, root: Path, splits: dict[str, int], seed: int) -> None:
-    from ..datasets import generate_shapes
-
-    with progress(console) as start:
-        step = start('Drawing images', sum(splits.values()))
-        generate_shapes(root, splits, seed=seed, progress=step)
-
-
 def _build(config: str, out: Path, epochs: int | None, seed: int):
     """The runner of the embedded config, on the data in ``out``."""
     from mmengine.config import Config
@@ -155,10 +140,13 @@ def _build(config: str, out: Path, epochs: int | None, seed: int):
         return Runner.from_cfg(cfg)
 
 
-def _train(console: Console, runner) -> None:
+def _train(runner) -> None:
     from mmengine.hooks import Hook
 
-    with progress(console) as start, _quiet():
+    say = partial(print, file=sys.stdout, flush=True)  # past what _quiet() puts in its place
+    is_terminal = sys.stdout.isatty()
+
+    with progress() as start, _quiet():
 
         class ShowProgress(Hook):
             def before_train(self, runner) -> None:
@@ -166,25 +154,19 @@ def _train(console: Console, runner) -> None:
                 self.started = time.monotonic()
 
             def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-                self.step(f'loss {_loss(runner):.2f}')
+                # The mean over the last 20 iterations.
+                self.loss = f'loss {runner.message_hub.get_scalar("train/loss").mean(20):.2f}'
+                self.step(self.loss)
 
             def after_train_epoch(self, runner) -> None:
-                if not console.is_terminal:  # where there is no bar to look at
-                    done = runner.epoch + 1
-                    left = (time.monotonic() - self.started) / done * (runner.max_epochs - done)
-                    console.print(
-                        f'Epoch {done} of {runner.max_epochs}: loss {_loss(runner):.2f}, '
-                        f'{left // 60:.0f} min {left % 60:.0f} s left'
-                    )
-                    console.file.flush()
+                if not is_terminal:  # where there is no bar to look at
+                    done, epochs = runner.epoch + 1, runner.max_epochs
+                    left = (time.monotonic() - self.started) / done * (epochs - done)
+                    minutes, seconds = divmod(round(left), 60)
+                    say(f'Epoch {done} of {epochs}: {self.loss}, {minutes} min {seconds} s left')
 
         runner.register_hook(ShowProgress(), priority='VERY_LOW')
         runner.train()
-
-
-def _loss(runner) -> float:
-    """Mean over the last 20 iterations."""
-    return runner.message_hub.get_scalar('train/loss').mean(20)
 
 
 def _encoder_gflops(cfg) -> list[float]:

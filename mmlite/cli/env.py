@@ -11,7 +11,7 @@ import click
 
 from .shared import FILE, print_table, write_json
 
-# Where two distributions provide the same import, the first one found is shown.
+# Import name -> the distributions that provide it. The first one found is shown.
 _PACKAGES = {
     'mmlite': ('mmlite-detr',),
     'torch': ('torch',),
@@ -60,21 +60,13 @@ def collect() -> dict:
 
     from ..ops import backends
 
-    gpus = {
-        f'cuda:{index}': torch.cuda.get_device_name(index)
-        for index in range(torch.cuda.device_count())
-    }
+    devices = range(torch.cuda.device_count())
+    gpus = {f'cuda:{index}': torch.cuda.get_device_name(index) for index in devices}
+    capability = torch.backends.cpu.get_cpu_capability()
+    cpu = f'{platform.machine()}, {torch.get_num_threads()} threads, {capability}'
     return {
-        'versions': {
-            'python': platform.python_version(),
-            **{name: _version(distributions) for name, distributions in _PACKAGES.items()},
-        },
-        'machine': {
-            'cpu': f'{platform.machine()}, {torch.get_num_threads()} threads, '
-            f'{torch.backends.cpu.get_cpu_capability()}',
-            **(gpus or {'cuda': 'none'}),
-            **_tools(),
-        },
+        'versions': {'python': platform.python_version(), **{n: _version(n) for n in _PACKAGES}},
+        'machine': {'cpu': cpu, **(gpus or {'cuda': 'none'}), **_tools()},
         'backends': [status._asdict() for status in backends()],
     }
 
@@ -89,11 +81,11 @@ def _tools() -> dict[str, str]:
     return {name: found[name] for name in ('GCC', 'CUDA_HOME', 'NVCC', 'OpenCV') if name in found}
 
 
-def _version(distributions: tuple[str, ...]) -> str:
-    for distribution in distributions:
+def _version(name: str) -> str:
+    for distribution in _PACKAGES[name]:
         try:
             found = version(distribution)
         except PackageNotFoundError:
             continue
-        return found if distribution == distributions[0] else f'{found} ({distribution})'
+        return found if distribution == _PACKAGES[name][0] else f'{found} ({distribution})'
     return 'not installed'

@@ -9,7 +9,6 @@ import click
 from rich.console import Console
 from rich.markup import escape
 
-from ..openmmlab import require
 from .shared import (
     cfg_options,
     checkpoint_argument,
@@ -20,6 +19,7 @@ from .shared import (
     images_option,
     option,
     out_option,
+    read_config,
     read_image,
 )
 
@@ -85,18 +85,17 @@ def export(
       mmlite export my_config.py work_dirs/my/epoch_12.pth -o exported --images data/val
       mmlite export my_config.py epoch_12.pth --format openvino -o exported
     """
-    require()
+    cfg = read_config(config, cfg_options)
     from ..export.compare import REPORT, compare
     from ..export.graphs import check_config
     from ..export.write import export_detector
-    from ..openmmlab.build import build_detector, load_config
+    from ..openmmlab.build import build_detector
 
     if batch_size != 'any' and not (batch_size.isdecimal() and int(batch_size)):
         raise ValueError(f"--batch-size must be a number of images or 'any'; got {batch_size!r}")
     batch = None if batch_size == 'any' else int(batch_size)
     images = [read_image(file) for file in image_files(image_paths)] if image_paths else [_drawn()]
     names = None if text is None else [name.strip() for name in text.split('.') if name.strip()]
-    cfg = load_config(config, cfg_options)
     check_config(cfg.model)
     model = build_detector(cfg, checkpoint)
     console = Console()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .shared import cfg_options, image_size_option, out_option, print_table
+from .shared import cfg_options, image_size_option, out_option, print_table, read_config
 
 
 @click.command()
@@ -38,13 +38,12 @@ def lite_config(
       mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py -o lite.py
       mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py --schedule 'H2L2-(2+1)x3'
     """
-    from ..openmmlab.build import load_config
+    config = read_config(stock, cfg_options)
     from ..openmmlab.lite_config import lite_config as text_of
     from ..openmmlab.lite_config import main_schedule
 
-    config = load_config(stock, cfg_options)
     if schedule is None and out is None:
-        _show(stock, config, image_size)
+        _show(config, image_size)
         return
     base: str | Path = stock
     if '::' not in stock:
@@ -62,51 +61,47 @@ def lite_config(
     click.echo(f'Wrote {out} with schedule {chosen}{why}')
 
 
-def _show(stock: str, config, image_size: tuple[int, int]) -> None:
+def _show(config, image_size: tuple[int, int]) -> None:
     from mmengine.config import Config
 
     from ..analysis.complexity import encoder_flops
     from ..analysis.report import giga, size
     from ..openmmlab.lite_config import fitting_schedules, lite_change
 
-    schedules = fitting_schedules(config.model)
-    changes = {schedule: lite_change(config.model, schedule) for schedule in schedules}
-    reported = _published(stock, config.model)
+    reported = _published(config.model)
     before = encoder_flops(config.model, image_size)
     rows = [('stock', giga(before), '', _cell(reported.get('stock')))]
-    for schedule, change in changes.items():
+    for schedule in fitting_schedules(config.model):
         lite = Config({'model': copy.deepcopy(config.model)})
-        lite.merge_from_dict({'model': change})
+        lite.merge_from_dict({'model': lite_change(config.model, schedule)})
         after = encoder_flops(lite.model, image_size)
-        rows.append(
-            (schedule, giga(after), f'{1 - after / before:.0%}', _cell(reported.get(schedule)))
-        )
+        saved = f'{1 - after / before:.0%}'
+        rows.append((schedule, giga(after), saved, _cell(reported.get(schedule))))
     columns = ('schedule', 'encoder GFLOPs', 'saved', 'published box AP (GFLOPs)')
     print_table(f'Schedules that fit, at {size(image_size)}', columns, rows, 'right')
     if reported:
         click.echo('Published: Lite DETR (arXiv 2303.07335), COCO val2017; not measured here.')
 
 
-def _published(stock: str, model) -> dict:
+# As the paper names detectors, and backbones by their depths.
+_DETECTORS = {'DINO': 'DINO', 'DeformableDETR': 'Deformable DETR', 'HDeformableDETR': 'H-DETR'}
+_BACKBONES = {('ResNet', (50,)): 'R50', ('SwinTransformer', (2, 2, 6, 2)): 'Swin-T'}
+
+
+def _published(model) -> dict:
     """Schedule, or 'stock' -> the paper's row for the same detector and backbone."""
     from ..analysis.published import PRESETS, preset
 
-    families = {'DINO': 'DINO', 'DeformableDETR': 'Deformable DETR', 'HDeformableDETR': 'H-DETR'}
-    depth = model.backbone.get('depth')
-    backbone = {('ResNet', 50): 'R50', ('SwinTransformer', 96): 'Swin-T'}.get(
-        (model.backbone.type, depth or model.backbone.get('embed_dims'))
-    )
-    if list(model.backbone.get('depths', (2, 2, 6, 2))) != [2, 2, 6, 2]:  # Swin-S is as wide
-        backbone = None
-    for group in (group for name in PRESETS for group in preset(name)):
-        if (group[0].model, group[0].backbone) == (families.get(model.type), backbone):
-            return {
-                row.model.split()[-1] if index else 'stock': row for index, row in enumerate(group)
-            }
+    backbone = model.backbone
+    depths = (backbone.depth,) if 'depth' in backbone else backbone.get('depths', (2, 2, 6, 2))
+    wanted = _DETECTORS.get(model.type), _BACKBONES.get((backbone.type, tuple(depths)))
+    for stock, *lite in (group for name in PRESETS for group in preset(name)):
+        if (stock.model, stock.backbone) == wanted:
+            return {'stock': stock, **{row.model.split()[-1]: row for row in lite}}
     return {}
 
 
 def _cell(row) -> str:
-    return (
-        '' if row is None else f'{row.ap:.1f} ({row.gflops:.0f}, encoder {row.encoder_gflops:.0f})'
-    )
+    if row is None:
+        return ''
+    return f'{row.ap:.1f} ({row.gflops:.0f}, encoder {row.encoder_gflops:.0f})'

@@ -1,4 +1,4 @@
-"""What several subcommands share: options, progress bars, tables, files."""
+"""What the subcommands share: options, progress bars, tables, files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table as RichTable
+from rich.table import Table
 
 if TYPE_CHECKING:
     import numpy as np
+    from mmengine.config import Config
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -117,6 +118,16 @@ class Point(click.ParamType):
         return x, y
 
 
+def read_config(reference: str | Path, changes: dict | None = None) -> Config:
+    """A config with the changes of ``--cfg-options``, once MMDetection is known to be there."""
+    from ..openmmlab import require
+
+    require()
+    from ..openmmlab.build import load_config
+
+    return load_config(str(reference), changes)
+
+
 # What a folder of images is searched for.
 _IMAGE_KINDS = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
 
@@ -164,8 +175,8 @@ def check_device(device: str) -> None:
 
 
 @contextmanager
-def progress(console: Console | None = None) -> Iterator[Callable[[str, int], Callable[..., None]]]:
-    """A progress bar, by default on stderr and gone in the end.
+def progress() -> Iterator[Callable[[str, int], Callable[..., None]]]:
+    """A progress bar on stderr, gone in the end.
 
     Give a text and a number of steps, get what to call after each; it takes a note to show.
     """
@@ -173,8 +184,7 @@ def progress(console: Console | None = None) -> Iterator[Callable[[str, int], Ca
         *(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn()),
         *(TimeRemainingColumn(), TextColumn('{task.fields[note]}')),
     )
-    transient = console is None
-    with Progress(*columns, console=console or Console(stderr=True), transient=transient) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
 
         def start(text: str, total: int) -> Callable[..., None]:
             task = bar.add_task(text, total=total, note='')
@@ -189,12 +199,17 @@ def console() -> Console:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], justify: str = 'left'
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    justify: str = 'left',
+    **style: bool,
 ) -> None:
     """Print a table; ``justify`` says where the cells of all columns but the first stand."""
-    shown = RichTable(title=title, title_justify='left')
+    shown = Table(title=title, title_justify='left', **style)
     for index, column in enumerate(columns):
-        shown.add_column(column, justify=justify if index else 'left', no_wrap=not index)
+        justified = justify if index else 'left'
+        shown.add_column(column, justify=justified, no_wrap=not index, overflow='fold')
     for row in rows:
         shown.add_row(*row)
     console().print(shown)

@@ -38,7 +38,7 @@ def test_takes_the_main_schedule_and_changes(tmp_path):
 
 
 def test_shows_schedules_with_cost_and_what_is_published():
-    done = run(DINO)
+    done = run(DINO, '--image-size', 128, 160)
     assert done.exit_code == 0, done.output
     (row,) = (line for line in done.output.splitlines() if 'H3L1-(2+1)x3' in line)
     assert '50.4' in row and '151' in row and '%' in row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
+from typing import Any
 
 import torch
 from mmengine.hooks import Hook
@@ -107,19 +108,27 @@ class OptimizeHook(Hook):
         custom_hooks = [dict(type='OptimizeHook')]
     """
 
-    def before_test(self, runner: Runner) -> None:
-        """Optimise the model, whose weights are loaded by now.
+    # Hooks such as EMAHook exchange the weights before and after the epoch. What they exchange must
+    # be the model itself: it is optimised after the first exchange and restored before the second.
+    priority = 'VERY_HIGH'
+
+    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Optimise the model before the first batch.
 
         Args:
             runner (Runner): The runner.
+            batch_idx (int): Number of the batch.
+            data_batch (Any): Not used.
         """
-        optimize(getattr(runner.model, 'module', runner.model))
-        runner.logger.info('the detector predicts optimised')
+        if batch_idx == 0:
+            optimize(getattr(runner.model, 'module', runner.model))
+            runner.logger.info('the detector predicts optimised')
 
-    def after_test(self, runner: Runner) -> None:
-        """Take it back.
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        """Restore the model.
 
         Args:
             runner (Runner): The runner.
+            metrics (dict[str, float], optional): Not used.
         """
         restore(getattr(runner.model, 'module', runner.model), last=True)

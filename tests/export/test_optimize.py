@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
+from logging import getLogger
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from mmengine.hooks import EMAHook
+from mmengine.runner import Runner
 
 import mmlite
 from mmlite.export.compare import difference, predict
@@ -47,17 +54,35 @@ def test_predictions_stay_and_it_can_be_undone(name, detector, images):
             np.testing.assert_array_equal(same, array)
 
 
-def test_hook(detector):
-    class FakeRunner:
-        model = detector('LiteDINO')
-        logger = type('Logger', (), {'info': staticmethod(print)})
+def test_hook_beside_averaged_weights(detector, images):
+    """As ``mim test`` calls them: the averaged weights predict, optimised, and nothing is left."""
+    runner = SimpleNamespace(_hooks=[], model=detector('LiteDINO'), logger=getLogger('test'))
+    for hook in (ema := EMAHook(), OptimizeHook()):
+        Runner.register_hook(runner, hook)
+    call = partial(Runner.call_hook, runner)
+    call('before_run')
+    average = ema.ema_model.module
+    for parameter in average.parameters():
+        parameter.data.mul_(1.01)
+    state = copy.deepcopy([runner.model.state_dict(), average.state_dict()])
+    height, width = images[0].shape[:2]
+    batch = images[0].transpose(2, 0, 1)[None].astype(np.float32), [(height, width)]
+    (expected,) = predict(average, *batch)
 
-    hook = OptimizeHook()
-    before = type(FakeRunner.model).predict
-    hook.before_test(FakeRunner)
-    assert FakeRunner.model.predict is not before
-    hook.after_test(FakeRunner)
-    assert 'predict' not in vars(FakeRunner.model)
+    call('before_test')
+    call('before_test_epoch')
+    call('before_test_iter', batch_idx=0, data_batch=None)
+    call('before_test_iter', batch_idx=1, data_batch=None)
+    assert 'predict' in vars(runner.model)
+    (actual,) = predict(runner.model, *batch)
+    assert max(difference(expected, actual, (height, width))) < 1e-4
+    call('after_test_epoch', metrics={})
+    call('after_test')
+    assert 'predict' not in vars(runner.model)
+    for model, before in zip((runner.model, average), state):
+        after = model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_a_norm_with_an_activation_is_not_folded(detector):

@@ -6,7 +6,8 @@
 Layouts are those of :mod:`mmlite.ops`; ``spatial_shapes`` is an int64 input, h0, w0, h1, w1, ...,
 so that sizes may be dynamic. Without ``key`` the value serves as its own key.
 
-The operators from offsets become these two with the locations worked out in front of them.
+Both stand for ``mmlite::deform_attn``. Where that takes offsets, the locations are worked out in
+front of the node.
 """
 
 from __future__ import annotations
@@ -70,12 +71,14 @@ def translation_table() -> dict[Callable, Callable]:
     _define()
     nodes = Opset(DOMAIN, VERSION)
 
-    def key_aware_deform_attn(query, key, value, spatial_shapes, sampling_locations):
-        inputs = [query, value, spatial_shapes, sampling_locations]
+    def deform_attn(
+        query, key, value, spatial_shapes, reference_points, sampling, attention_weights
+    ):
+        """At locations: :func:`decompositions` have replaced the offsets."""
+        if query is None:
+            return nodes.MSDeformAttn(value, spatial_shapes, sampling, attention_weights)
+        inputs = [query, value, spatial_shapes, sampling]
         return nodes.KeyAwareDeformAttn(*inputs, *([] if key is None else [key]))
-
-    def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
-        return nodes.MSDeformAttn(value, spatial_shapes, sampling_locations, attention_weights)
 
     def distinct_boxes(boxes, scores, iou_threshold, most):
         """ONNX's own operator, and the boxes that it names as a mask."""
@@ -98,46 +101,55 @@ def translation_table() -> dict[Callable, Callable]:
 
     # The exporter reads types from annotations that hold objects: an int64 tensor has it join the
     # level sizes, symbols and numbers, to one.
-    tensors = {name: FLOAT for inputs in _INPUTS.values() for name in inputs}
-    tensors |= {'spatial_shapes': INT64, 'key': Optional[FLOAT]}
+    tensors = dict.fromkeys(
+        ('query', 'key', 'reference_points', 'attention_weights'), Optional[FLOAT]
+    )
+    tensors |= {'value': FLOAT, 'spatial_shapes': INT64, 'sampling': FLOAT}
     tensors |= {'boxes': FLOAT, 'scores': FLOAT, 'iou_threshold': float, 'most': int}
     table = {}
-    for function in (key_aware_deform_attn, ms_deform_attn, distinct_boxes):
+    for function in (deform_attn, distinct_boxes):
         arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
         function.__annotations__ = {name: tensors[name] for name in arguments}
         table[getattr(torch.ops.mmlite, function.__name__).default] = function
     return table
 
 
+def _locations(spatial_shapes, reference_points, sampling):
+    """Where the operator samples."""
+    if reference_points is None:
+        return sampling
+    level_sizes = list(zip(spatial_shapes[::2], spatial_shapes[1::2]))
+    return reference.sampling_locations(reference_points, sampling, level_sizes)
+
+
 def decompositions() -> dict[Callable, Callable]:
-    """The operators from offsets in terms of those that runtimes know."""
+    """Our operator from offsets in terms of the one at locations, which runtimes know."""
+    operator = torch.ops.mmlite.deform_attn.default
 
-    def locate(spatial_shapes, reference_points, sampling_offsets):
-        level_sizes = list(zip(spatial_shapes[::2], spatial_shapes[1::2]))
-        return reference.sampling_locations(reference_points, sampling_offsets, level_sizes)
+    def deform_attn(
+        query, key, value, spatial_shapes, reference_points, sampling, attention_weights
+    ):
+        if reference_points is None:
+            return NotImplemented  # stays as it is
+        locations = _locations(spatial_shapes, reference_points, sampling)
+        return operator(query, key, value, spatial_shapes, None, locations, attention_weights)
 
-    def key_aware_deform_attn(query, key, value, spatial_shapes, reference_points, offsets):
-        locations = locate(spatial_shapes, reference_points, offsets)
-        return torch.ops.mmlite.key_aware_deform_attn(query, key, value, spatial_shapes, locations)
-
-    def ms_deform_attn(value, spatial_shapes, reference_points, offsets, attention_weights):
-        locations = locate(spatial_shapes, reference_points, offsets)
-        return torch.ops.mmlite.ms_deform_attn(value, spatial_shapes, locations, attention_weights)
-
-    return {
-        torch.ops.mmlite.key_aware_deform_attn_from_offsets.default: key_aware_deform_attn,
-        torch.ops.mmlite.ms_deform_attn_from_offsets.default: ms_deform_attn,
-    }
+    return {operator: deform_attn}
 
 
 def attention_as(ms_deform_attn: Callable, key_aware_deform_attn: Callable) -> dict:
-    """All of our operators in terms of these functions, which take the arguments of the two.
+    """Our operator in terms of these functions, which take the arguments of the two nodes.
 
     Returns:
         dict[Callable, Callable]: For ``ExportedProgram.run_decompositions``.
     """
-    return {
-        **decompositions(),
-        torch.ops.mmlite.ms_deform_attn.default: ms_deform_attn,
-        torch.ops.mmlite.key_aware_deform_attn.default: key_aware_deform_attn,
-    }
+
+    def deform_attn(
+        query, key, value, spatial_shapes, reference_points, sampling, attention_weights
+    ):
+        locations = _locations(spatial_shapes, reference_points, sampling)
+        if query is None:
+            return ms_deform_attn(value, spatial_shapes, locations, attention_weights)
+        return key_aware_deform_attn(query, key, value, spatial_shapes, locations)
+
+    return {torch.ops.mmlite.deform_attn.default: deform_attn}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 from mmengine.analysis import complexity_analysis
 from mmengine.analysis.jit_handles import get_shape
@@ -30,33 +29,21 @@ def deform_attn_flops(
     return (4 + 4 + 1 + 1) * channels if key_aware else 4 * channels
 
 
-def _deform_attn(shape_of: Callable, value: int, sampling: int, levels: tuple, *, key_aware: bool):
-    """The rule of an operator of ours, whose arguments ``shape_of`` gives the shape of.
-
-    ``value`` and ``sampling`` (locations or offsets) say which arguments these are, and ``levels``
-    which one tells the number of levels, and in which dimension.
-    """
-
-    def rule(args: Sequence, out: object) -> int:
-        batch, queries, heads, _, points, _ = shape_of(args[sampling])
-        argument, axis = levels
-        num_points = shape_of(args[argument])[axis] * points
-        head_dim = shape_of(args[value])[-1]
-        return deform_attn_flops(batch * queries, heads, num_points, head_dim, key_aware=key_aware)
-
-    return rule
-
-
 def operator_rules(shape_of: Callable) -> dict[str, Callable]:
-    """The rule of each operator: FLOPs from its arguments, whose shapes ``shape_of`` tells."""
-    key_aware = partial(_deform_attn, shape_of, 2, key_aware=True)
-    standard = partial(_deform_attn, shape_of, 0, key_aware=False)
-    return {
-        'key_aware_deform_attn': key_aware(4, (4, 3)),
-        'key_aware_deform_attn_from_offsets': key_aware(5, (4, 2)),
-        'ms_deform_attn': standard(2, (2, 3)),
-        'ms_deform_attn_from_offsets': standard(3, (2, 2)),
-    }
+    """The rule of our operator: FLOPs from its arguments, whose shapes ``shape_of`` tells."""
+
+    def deform_attn(args: Sequence, out: object) -> int:
+        query, value, reference_points, sampling = (
+            None if args[i] is None else shape_of(args[i]) for i in (0, 2, 4, 5)
+        )
+        batch, queries, heads, levels, points, _ = sampling
+        if reference_points is not None:  # one set of offsets may serve all levels
+            levels = reference_points[2]
+        return deform_attn_flops(
+            batch * queries, heads, levels * points, value[-1], key_aware=query is not None
+        )
+
+    return {'deform_attn': deform_attn}
 
 
 # mmengine's ``get_model_complexity_info``, which counts for mmdet's ``get_flops``, skips operators

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library
+from . import operator
 
 _INTERFACE = 3  # kInterface of csrc/problem.h
 _MAX_HEAD_DIM = 256
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_OPERATORS = {'standard': 0, 'key aware': 1, 'key aware, shared': 2}
+_STANDARD, _KEY_AWARE, _SHARED = 0, 1, 2  # Operator of csrc/problem.h
+# The operator's tensors in their order, by their names in `Problem`.
+_INPUTS = ('query', 'key', 'value', 'reference', 'locations', 'weights')
 _GRADS = {
     'grad_query': 1,
     'grad_key': 2,
@@ -195,34 +197,19 @@ def _packed(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _points(locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype, the wider of the two."""
-    if locations.dtype == weights.dtype:
-        return _packed(locations), _packed(weights)
-    dtype = torch.promote_types(locations.dtype, weights.dtype)
-    return _packed(locations.to(dtype)), _packed(weights.to(dtype))
-
-
-def _problem(
-    operator: str,
-    value: Tensor,
-    spatial_shapes: Sequence[int],
-    locations: Tensor,
-    reference: Tensor | None = None,
-    **rows: Tensor,
-) -> _Problem:
+def _problem(rows: Mapping[str, Tensor], spatial_shapes: Sequence[int]) -> _Problem:
     """Describe a call. The problem does not keep the tensors alive: the caller does.
 
-    With a reference, ``locations`` are offsets from it. The gradients among ``rows`` are those that
-    the backward pass computes.
+    ``rows`` holds what the call has of ``_ROWS``. With a reference, ``locations`` are offsets from
+    it. The gradients among them are those that the backward pass computes.
     """
+    value, locations, reference = rows['value'], rows['locations'], rows.get('reference')
     batch, tokens, heads, dim = value.shape
     _, queries, _, offset_levels, points, _ = locations.shape
-    rows |= {'value': value, 'locations': locations}
     sampling, reference_batch = 0, 0
     if reference is not None:
-        rows['reference'] = reference
         sampling, reference_batch = reference.shape[3] // 2, reference.shape[0]
+    op = _STANDARD if 'weights' in rows else _KEY_AWARE if 'key' in rows else _SHARED
     grads = 0
     for name in rows:
         grads |= _GRADS.get(name, 0)
@@ -236,7 +223,7 @@ def _problem(
             *numbers,
             reference_batch,
             offset_levels,
-            _OPERATORS[operator],
+            op,
             _DTYPES[value.dtype],
             _DTYPES[locations.dtype],
             grads,
@@ -267,208 +254,57 @@ def _run(function: Callable[[_Problem], int], problem: _Problem) -> None:
         raise RuntimeError('the CPU kernels refuse a call that does not fit together')
 
 
-def _refuse_wide_heads(value: Tensor) -> None:
+def _inputs(query, key, value, reference_points, sampling, attention_weights) -> dict[str, Tensor]:
+    """The tensors of a call, by their names in ``Problem``, as the kernels read them."""
     if value.shape[3] > _MAX_HEAD_DIM:
         raise ValueError(
             f'the CPU kernels serve heads of up to {_MAX_HEAD_DIM} numbers, and these have '
             f"{value.shape[3]}; use_backend('reference') takes them"
         )
+    if attention_weights is not None and attention_weights.dtype != sampling.dtype:
+        dtype = torch.promote_types(attention_weights.dtype, sampling.dtype)
+        sampling, attention_weights = sampling.to(dtype), attention_weights.to(dtype)
+    if reference_points is not None:
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        reference_points = reference_points.to(dtype)
+    tensors = (query, key, value, reference_points, sampling, attention_weights)
+    return {name: _packed(tensor) for name, tensor in zip(_INPUTS, tensors) if tensor is not None}
 
 
-def _reference(reference_points: Tensor, value: Tensor) -> Tensor:
-    """As the kernels read it: in their own dtype."""
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return _packed(reference_points.to(dtype))
-
-
-def _key_aware(query, key, value, spatial_shapes, reference, locations) -> Tensor:
-    _refuse_wide_heads(value)
-    query, value, locations = _packed(query), _packed(value), _packed(locations)
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    rows = {'query': query, 'output': output}
-    operator = 'key aware, shared'
-    if key is not None:
-        rows['key'] = _packed(key)
-        operator = 'key aware'
-    problem = _problem(operator, value, spatial_shapes, locations, reference, **rows)
-    _run(_kernels.mmlite_forward, problem)
+def forward(query, key, value, spatial_shapes, reference_points, sampling, attention_weights):
+    """The operator; see :mod:`mmlite.ops.operator`."""
+    rows = _inputs(query, key, value, reference_points, sampling, attention_weights)
+    rows['output'] = output = value.new_empty(*sampling.shape[:3], value.shape[3])
+    _run(_kernels.mmlite_forward, _problem(rows, spatial_shapes))
     return output.flatten(2)
 
 
-def _standard(value, spatial_shapes, reference, locations, attention_weights) -> Tensor:
-    _refuse_wide_heads(value)
-    value = _packed(value)
-    locations, weights = _points(locations, attention_weights)
-    output = value.new_empty(*locations.shape[:3], value.shape[3])
-    rows = {'weights': weights, 'output': output}
-    problem = _problem('standard', value, spatial_shapes, locations, reference, **rows)
-    _run(_kernels.mmlite_forward, problem)
-    return output.flatten(2)
-
-
-def _key_aware_backward(
-    grad_output, query, key, value, spatial_shapes, reference, locations, wanted
-) -> dict[str, Tensor]:
-    """The gradients whose names are wanted."""
-    _refuse_wide_heads(value)
-    query, value, locations = _packed(query), _packed(value), _packed(locations)
-    rows = {'query': query, 'grad_output': _packed(grad_output.reshape(query.shape))}
-    operator = 'key aware, shared'
-    if key is not None:
-        rows['key'] = key = _packed(key)
-        operator = 'key aware'
-    inputs = {'query': query, 'key': key, 'value': value}
-    inputs |= {'reference': reference, 'locations': locations}
-    grads = _empty_grads(inputs, wanted)
-    if grads:
-        problem = _problem(operator, value, spatial_shapes, locations, reference, **rows, **grads)
-        _run(_kernels.mmlite_backward, problem)
-    return grads
-
-
-def _standard_backward(
-    grad_output, value, spatial_shapes, reference, locations, attention_weights, wanted
-) -> dict[str, Tensor]:
-    """The gradients whose names are wanted."""
-    _refuse_wide_heads(value)
-    value = _packed(value)
-    locations, weights = _points(locations, attention_weights)
-    shape = (*locations.shape[:3], value.shape[3])
-    rows = {'weights': weights, 'grad_output': _packed(grad_output.reshape(shape))}
-    inputs = {'value': value, 'reference': reference, 'locations': locations, 'weights': weights}
-    grads = _empty_grads(inputs, wanted)
-    if grads:
-        problem = _problem('standard', value, spatial_shapes, locations, reference, **rows, **grads)
-        _run(_kernels.mmlite_backward, problem)
-    return grads
-
-
-def _empty_grads(inputs: Mapping[str, Tensor | None], wanted: Mapping[str, bool]) -> dict:
-    """Room for the gradients that are wanted."""
-    return {
-        f'grad_{name}': tensor.new_empty(tensor.shape)
-        for name, tensor in inputs.items()
-        if tensor is not None and wanted.get(name)
-    }
-
-
-def _results(
-    grads: Mapping[str, Tensor], names: Sequence[str], inputs: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """The gradients in the order of the operator's tensors and in their dtypes."""
-    some = next(tensor for tensor in inputs if tensor is not None)
-    return tuple(
-        grads[f'grad_{name}'].to(tensor.dtype)
-        if tensor is not None and f'grad_{name}' in grads
-        else some.new_empty(0)
-        for name, tensor in zip(names, inputs)
-    )
-
-
-def key_aware_deform_attn(query, key, value, spatial_shapes, sampling_locations):
-    return _key_aware(query, key, value, spatial_shapes, None, sampling_locations)
-
-
-def key_aware_deform_attn_from_offsets(
-    query, key, value, spatial_shapes, reference_points, sampling_offsets
-):
-    reference = _reference(reference_points, value)
-    return _key_aware(query, key, value, spatial_shapes, reference, sampling_offsets)
-
-
-def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights):
-    return _standard(value, spatial_shapes, None, sampling_locations, attention_weights)
-
-
-def ms_deform_attn_from_offsets(
-    value, spatial_shapes, reference_points, sampling_offsets, attention_weights
-):
-    reference = _reference(reference_points, value)
-    return _standard(value, spatial_shapes, reference, sampling_offsets, attention_weights)
-
-
-def key_aware_deform_attn_backward(
-    grad_output, query, key, value, spatial_shapes, sampling_locations, output_mask
-):
-    names = ('query', 'key', 'value', 'locations')
-    grads = _key_aware_backward(
-        grad_output,
-        query,
-        key,
-        value,
-        spatial_shapes,
-        None,
-        sampling_locations,
-        dict(zip(names, output_mask)),
-    )
-    return _results(grads, names, (query, key, value, sampling_locations))
-
-
-def key_aware_deform_attn_from_offsets_backward(
-    grad_output, query, key, value, spatial_shapes, reference_points, sampling_offsets, output_mask
-):
-    names = ('query', 'key', 'value', 'reference', 'locations')
-    grads = _key_aware_backward(
-        grad_output,
-        query,
-        key,
-        value,
-        spatial_shapes,
-        _reference(reference_points, value),
-        sampling_offsets,
-        dict(zip(names, output_mask)),
-    )
-    return _results(grads, names, (query, key, value, reference_points, sampling_offsets))
-
-
-def ms_deform_attn_backward(
-    grad_output, value, spatial_shapes, sampling_locations, attention_weights, output_mask
-):
-    names = ('value', 'locations', 'weights')
-    grads = _standard_backward(
-        grad_output,
-        value,
-        spatial_shapes,
-        None,
-        sampling_locations,
-        attention_weights,
-        dict(zip(names, output_mask)),
-    )
-    return _results(grads, names, (value, sampling_locations, attention_weights))
-
-
-def ms_deform_attn_from_offsets_backward(
+def backward(
     grad_output,
+    query,
+    key,
     value,
     spatial_shapes,
     reference_points,
-    sampling_offsets,
+    sampling,
     attention_weights,
     output_mask,
 ):
-    names = ('value', 'reference', 'locations', 'weights')
-    grads = _standard_backward(
-        grad_output,
-        value,
-        spatial_shapes,
-        _reference(reference_points, value),
-        sampling_offsets,
-        attention_weights,
-        dict(zip(names, output_mask)),
+    """The gradients of the operator's tensors in their order, empty where not wanted."""
+    tensors = (query, key, value, reference_points, sampling, attention_weights)
+    rows = _inputs(*tensors)
+    wanted = {name for name, is_wanted in zip(_INPUTS, output_mask) if is_wanted}
+    grads = {name: row.new_empty(row.shape) for name, row in rows.items() if name in wanted}
+    if grads:
+        shape = (*sampling.shape[:3], value.shape[3])
+        rows['grad_output'] = _packed(grad_output.reshape(shape))
+        rows |= {f'grad_{name}': grad for name, grad in grads.items()}
+        _run(_kernels.mmlite_backward, _problem(rows, spatial_shapes))
+    return tuple(
+        grads[name].to(tensor.dtype) if name in grads else value.new_empty(0)
+        for name, tensor in zip(_INPUTS, tensors)
     )
-    inputs = (value, reference_points, sampling_offsets, attention_weights)
-    return _results(grads, names, inputs)
 
 
 if _kernels is not None:
-    for _operator in (
-        key_aware_deform_attn,
-        key_aware_deform_attn_backward,
-        key_aware_deform_attn_from_offsets,
-        key_aware_deform_attn_from_offsets_backward,
-        ms_deform_attn,
-        ms_deform_attn_backward,
-        ms_deform_attn_from_offsets,
-        ms_deform_attn_from_offsets_backward,
-    ):
-        library.implement(_operator.__name__, 'CPU', _operator)
+    operator.implement('CPU', forward, backward)

@@ -10,11 +10,9 @@ triton    CUDA                     fused Triton kernels (:mod:`mmlite.ops.triton
 reference every device             plain PyTorch (:mod:`mmlite.ops.reference`), always there
 ========= ======================== =====================================================
 
-The fused ones are ``torch.library`` operators (:mod:`mmlite.ops.library`). Whichever runs, its
-arguments are checked where it runs (:mod:`mmlite.ops.checks`).
-
-Both attentions come in two forms: with sampling locations, and ``*_from_offsets`` with what the
-locations are made of, which then are never written to memory.
+The four functions are faces of one registered operator (:mod:`mmlite.ops.operator`), which the
+fused backends implement. Both attentions come in two forms: with sampling locations, and
+``*_from_offsets`` with what the locations are made of, which then are never written to memory.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, cpu, library, mmcv, reference, triton
+from . import cpu, mmcv, operator, reference, triton
 
 _FUSED = {'cpu': cpu, 'triton': triton}
 
@@ -125,16 +123,7 @@ def key_aware_deform_attn(
     Raises:
         ValueError: Shapes, dtypes or devices do not fit each other.
     """
-    key_is_value = key is value
-    query, key, value = _autocast(query, key, value)
-    own_key = None if key_is_value else key
-    sizes = _flat(spatial_shapes)
-    if _takes_reference(value, len(sizes) // 2):
-        checks.key_aware_deform_attn(query, own_key, value, sizes, sampling_locations)
-        return reference.key_aware_deform_attn(
-            query, own_key, value, _pairs(sizes), sampling_locations
-        )
-    return library.key_aware_deform_attn(query, own_key, value, sizes, sampling_locations)
+    return _attend(query, key, value, spatial_shapes, None, sampling_locations, None)
 
 
 def ms_deform_attn(
@@ -160,15 +149,7 @@ def ms_deform_attn(
     Raises:
         ValueError: Shapes, dtypes or devices do not fit each other.
     """
-    (value,) = _autocast(value)
-    sizes = _flat(spatial_shapes)
-    if _takes_reference(value, len(sizes) // 2):
-        checks.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
-        # mmcv's CUDA operator where Triton does not serve, unless the reference is asked for.
-        by_mmcv = _choice.backend is None and not mmcv.why_not(value, len(sizes) // 2)
-        op = mmcv.ms_deform_attn if by_mmcv else reference.ms_deform_attn
-        return op(value, _pairs(sizes), sampling_locations, attention_weights)
-    return library.ms_deform_attn(value, sizes, sampling_locations, attention_weights)
+    return _attend(None, None, value, spatial_shapes, None, sampling_locations, attention_weights)
 
 
 def key_aware_deform_attn_from_offsets(
@@ -204,17 +185,7 @@ def key_aware_deform_attn_from_offsets(
     Raises:
         ValueError: Shapes, dtypes or devices do not fit each other.
     """
-    key_is_value = key is value
-    query, key, value = _autocast(query, key, value)
-    own_key = None if key_is_value else key
-    sizes = _flat(spatial_shapes)
-    arguments = (reference_points, sampling_offsets)
-    if _takes_reference(value, len(sizes) // 2):
-        checks.key_aware_deform_attn_from_offsets(query, own_key, value, sizes, *arguments)
-        locations = _locate(value, sizes, *arguments)
-        own_key = value if key_is_value else key
-        return key_aware_deform_attn(query, own_key, value, _pairs(sizes), locations)
-    return library.key_aware_deform_attn_from_offsets(query, own_key, value, sizes, *arguments)
+    return _attend(query, key, value, spatial_shapes, reference_points, sampling_offsets, None)
 
 
 def ms_deform_attn_from_offsets(
@@ -248,81 +219,79 @@ def ms_deform_attn_from_offsets(
     Raises:
         ValueError: Shapes, dtypes or devices do not fit each other.
     """
-    (value,) = _autocast(value)
-    sizes = _flat(spatial_shapes)
-    arguments = (reference_points, sampling_offsets, attention_weights)
-    if _takes_reference(value, len(sizes) // 2):
-        # mmcv's operator takes locations, too.
-        checks.ms_deform_attn_from_offsets(value, sizes, *arguments)
-        locations = _locate(value, sizes, reference_points, sampling_offsets)
-        return ms_deform_attn(value, _pairs(sizes), locations, attention_weights)
-    return library.ms_deform_attn_from_offsets(value, sizes, *arguments)
+    return _attend(
+        None, None, value, spatial_shapes, reference_points, sampling_offsets, attention_weights
+    )
 
 
-def _takes_reference(value: Tensor, levels: int) -> bool:
-    """Whether the reference runs: where it is forced, or no fused backend takes the call."""
-    name = _choice.backend
-    if name == 'reference':
-        return True
-    if name is None:
-        # The registered operators know their shapes, which is all that tensors without values
-        # need: meta tensors, and CUDA tensors where torch has no CUDA, which are fake.
-        if value.is_meta or (value.is_cuda and not _HAS_CUDA):
-            return False
-        return all(module.why_not(value, levels) for module in _FUSED.values())
-    reason = _FUSED[name].why_not(value, levels)
-    if reason:
-        raise ValueError(
-            f'the {name} backend was asked for, but does not serve this call: {reason}'
-        )
-    return False
-
-
-def _locate(
-    value: Tensor, sizes: list[int], reference_points: Tensor, sampling_offsets: Tensor
+def _attend(
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]] | Tensor,
+    reference_points: Tensor | None,
+    sampling: Tensor,
+    attention_weights: Tensor | None,
 ) -> Tensor:
-    """The sampling locations, (B, Q, M, L, P, 2).
-
-    In float32 or float64: half precision would put them pixels beside their place.
-    """
-    points = reference_points.to(torch.float64 if value.dtype == torch.float64 else torch.float32)
-    return reference.sampling_locations(points, sampling_offsets, _pairs(sizes))
-
-
-def _flat(spatial_shapes: Sequence[tuple[int, int]] | Tensor) -> list[int]:
-    """Level sizes as the registered operators take them: h0, w0, h1, w1, ..."""
+    """What the public functions share. The arguments are the registered operator's."""
+    if key is value:
+        key = None
+    dtype = autocast_dtype(value.device.type)
+    if dtype is not None:
+        value = _cast(value, dtype)
+        query = query if query is None else _cast(query, dtype)
+        key = key if key is None else _cast(key, dtype)
     shapes = _read(spatial_shapes) if isinstance(spatial_shapes, Tensor) else spatial_shapes
     sizes: list[int] = []
     for shape in shapes:
         if len(shape) != 2:
             raise ValueError(f'spatial_shapes must be pairs (h, w); got {shape} among them')
         sizes += shape
-    return sizes
+    points = (reference_points, sampling, attention_weights)
+    if _is_fused(value, len(shapes)):
+        return operator.deform_attn(query, key, value, sizes, *points)
+    operator.check(query, key, value, sizes, *points)
+    # mmcv's CUDA operator where Triton does not serve, unless the reference is asked for.
+    if attention_weights is not None and _choice.backend is None and not mmcv.why_not(value):
+        return mmcv.ms_deform_attn(value, shapes, reference_points, sampling, attention_weights)
+    return reference.deform_attn(query, key, value, shapes, *points)
 
 
-def _pairs(sizes: list[int]) -> list[tuple[int, int]]:
-    return list(zip(sizes[::2], sizes[1::2]))
+def _is_fused(value: Tensor, levels: int) -> bool:
+    """Whether a fused backend takes the call: the one that is forced, or any."""
+    name = _choice.backend
+    if name == 'reference':
+        return False
+    if name is None:
+        # The registered operator knows its shapes, which is all that tensors without values
+        # need: meta tensors, and CUDA tensors where torch has no CUDA, which are fake.
+        if value.is_meta or (value.is_cuda and not _HAS_CUDA):
+            return True
+        return not all(module.why_not(value, levels) for module in _FUSED.values())
+    reason = _FUSED[name].why_not(value, levels)
+    if reason:
+        raise ValueError(
+            f'the {name} backend was asked for, but does not serve this call: {reason}'
+        )
+    return True
 
 
-def _read(spatial_shapes: Tensor) -> list[list[int]]:
+def _read(spatial_shapes: Tensor) -> list[tuple[int, int]]:
     """The one place where level sizes are read out of a tensor."""
     if spatial_shapes.is_floating_point():
         raise ValueError(f'spatial_shapes must hold integers; got {spatial_shapes.dtype}')
-    if spatial_shapes.dim() != 2:
+    if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
         raise ValueError(
             f'spatial_shapes must have shape (L, 2); got {tuple(spatial_shapes.shape)}'
         )
     if spatial_shapes.is_meta:
         raise ValueError('spatial_shapes is a meta tensor without values: pass pairs of ints')
-    return spatial_shapes.tolist()
+    return [(height, width) for height, width in spatial_shapes.tolist()]
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the autocast dtype, as a matrix product would be; float64 stays as it is."""
-    dtype = autocast_dtype(tensors[0].device.type)
-    if dtype is None:
-        return tensors
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """To autocast's dtype, as for a matrix product; float64 stays as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

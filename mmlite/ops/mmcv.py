@@ -31,7 +31,7 @@ def status() -> tuple[bool, str]:
     return True, f'mmcv {sys.modules["mmcv"].__version__}, ms_deform_attn alone'
 
 
-def why_not(value: Tensor, levels: int) -> str:
+def why_not(value: Tensor) -> str:
     """Why this backend does not take a call with such a ``value``, or ''."""
     if not value.is_cuda:
         return f'it runs on CUDA, and value is on {value.device}'
@@ -45,19 +45,21 @@ def why_not(value: Tensor, levels: int) -> str:
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
-    sampling_locations: Tensor,
+    reference_points: Tensor | None,
+    sampling: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Standard attention; arguments as for :func:`mmlite.ops.ms_deform_attn`, checked there."""
-    if not sampling_locations.numel():  # nothing to launch a kernel for
-        return reference.ms_deform_attn(
-            value, spatial_shapes, sampling_locations, attention_weights
-        )
+    """Standard attention at locations, or at offsets from reference points; checked before."""
+    if reference_points is not None:
+        reference_points = reference.compute_dtype(reference_points)
+        sampling = reference.sampling_locations(reference_points, sampling, spatial_shapes)
+    if not sampling.numel():  # nothing to launch a kernel for
+        return reference.ms_deform_attn(value, spatial_shapes, sampling, attention_weights)
     dtype = value.dtype if value.dtype == torch.float64 else torch.float32
     output = _module().MultiScaleDeformableAttnFunction.apply(
         value.to(dtype).contiguous(),
-        *_tables(tuple(spatial_shapes), value.device),
-        sampling_locations.to(dtype).contiguous(),
+        *_tables(tuple(map(tuple, spatial_shapes)), value.device),
+        sampling.to(dtype).contiguous(),
         attention_weights.to(dtype).contiguous(),
         value.shape[0],  # images a launch, which must divide their number
     )

@@ -13,6 +13,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def deform_attn(
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    reference_points: Tensor | None,
+    sampling: Tensor,
+    attention_weights: Tensor | None,
+) -> Tensor:
+    """What the registered operator computes; see :mod:`mmlite.ops.operator`.
+
+    Locations are formed in float32: half precision would put them pixels beside their place.
+    """
+    if reference_points is not None:
+        reference_points = compute_dtype(reference_points)
+        sampling = sampling_locations(reference_points, sampling, spatial_shapes)
+    if query is not None:
+        return key_aware_deform_attn(query, key, value, spatial_shapes, sampling)
+    assert attention_weights is not None
+    return ms_deform_attn(value, spatial_shapes, sampling, attention_weights)
+
+
 def key_aware_deform_attn(
     query: Tensor,
     key: Tensor | None,
@@ -25,7 +47,7 @@ def key_aware_deform_attn(
     ``key`` is ``None`` where the value serves as its own key, so that it is sampled once.
     """
     dtype = query.dtype
-    query = _compute_dtype(query)
+    query = compute_dtype(query)
     sampled_value = sample(value, spatial_shapes, sampling_locations)
     sampled_key = sampled_value if key is None else sample(key, spatial_shapes, sampling_locations)
     scale = query.shape[-1] ** -0.5
@@ -33,21 +55,6 @@ def key_aware_deform_attn(
     weights = logits.softmax(-1)
     output = (weights.unsqueeze(-1) * sampled_value).sum(-2)
     return output.flatten(2).to(dtype)
-
-
-def key_aware_deform_attn_from_offsets(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-) -> Tensor:
-    """See :func:`mmlite.ops.key_aware_deform_attn_from_offsets`."""
-    locations = sampling_locations(
-        _compute_dtype(reference_points), _compute_dtype(sampling_offsets), spatial_shapes
-    )
-    return key_aware_deform_attn(query, key, value, spatial_shapes, locations)
 
 
 def ms_deform_attn(
@@ -58,22 +65,8 @@ def ms_deform_attn(
 ) -> Tensor:
     """Multi-scale deformable attention; see :func:`mmlite.ops.ms_deform_attn`."""
     sampled_value = sample(value, spatial_shapes, sampling_locations)
-    weights = _compute_dtype(attention_weights).flatten(-2).unsqueeze(-1)
+    weights = compute_dtype(attention_weights).flatten(-2).unsqueeze(-1)
     return (weights * sampled_value).sum(-2).flatten(2).to(value.dtype)
-
-
-def ms_deform_attn_from_offsets(
-    value: Tensor,
-    spatial_shapes: Sequence[tuple[int, int]],
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_weights: Tensor,
-) -> Tensor:
-    """See :func:`mmlite.ops.ms_deform_attn_from_offsets`."""
-    locations = sampling_locations(
-        _compute_dtype(reference_points), _compute_dtype(sampling_offsets), spatial_shapes
-    )
-    return ms_deform_attn(value, spatial_shapes, locations, attention_weights)
 
 
 def sampling_locations(
@@ -150,10 +143,10 @@ def sample(
     queries, levels, points = (sampling_locations.shape[i] for i in (1, 3, 4))
     # (-2, 3) lies outside a map of any size, so clamping changes neither samples nor gradients;
     # it keeps the pixel coordinates of wild locations within the range of integers.
-    locations = _compute_dtype(sampling_locations)
+    locations = compute_dtype(sampling_locations)
     locations = locations.nan_to_num(nan=-2.0, posinf=3.0, neginf=-2.0).clamp(-2.0, 3.0)
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B*M, Q, P, 2)
-    maps = _compute_dtype(value).permute(0, 2, 3, 1).flatten(0, 1)  # (B*M, D, S)
+    maps = compute_dtype(value).permute(0, 2, 3, 1).flatten(0, 1)  # (B*M, D, S)
 
     sampled = []
     start = 0
@@ -174,5 +167,6 @@ def sample(
     return samples.permute(0, 3, 1, 4, 2)
 
 
-def _compute_dtype(tensor: Tensor) -> Tensor:
+def compute_dtype(tensor: Tensor) -> Tensor:
+    """In float32 or float64, which every sum is computed in."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()

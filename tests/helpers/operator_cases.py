@@ -79,36 +79,29 @@ class Case:
         return self
 
     @property
-    def flat_shapes(self) -> list[int]:
-        """The level sizes as the registered operators take them."""
-        return [size for shape in self.spatial_shapes for size in shape]
-
-    @property
-    def operator(self) -> str:
-        """Name of the operator, public and registered."""
-        name = 'ms_deform_attn' if self.variant == 'standard' else 'key_aware_deform_attn'
-        return name if 'locations' in self.inputs else f'{name}_from_offsets'
-
-    @property
     def names(self) -> list[str]:
-        """The tensors among the operator's arguments, in their order."""
-        places = ('locations', 'reference_points', 'sampling_offsets')
-        places = [name for name in places if name in self.inputs]
-        if self.variant == 'standard':
-            return ['value', *places, 'weights']
-        return ['query', 'key', 'value', *places]
+        """The tensors of the registered operator in their order, also those this case lacks."""
+        sampling = 'locations' if 'locations' in self.inputs else 'sampling_offsets'
+        return ['query', 'key', 'value', 'reference_points', sampling, 'weights']
 
-    def arguments(self, inputs: dict[str, Tensor], spatial_shapes: list) -> list:
-        """The operator's arguments; no key where the value is its own."""
-        arguments = [inputs.get(name) for name in self.names]
-        arguments.insert(self.names.index('value') + 1, spatial_shapes)
-        return arguments
+    @property
+    def arguments(self) -> list:
+        """The registered operator's arguments; no key where the value is its own."""
+        arguments: list = [self.inputs.get(name) for name in self.names]
+        sizes = [size for shape in self.spatial_shapes for size in shape]
+        return [*arguments[:3], sizes, *arguments[3:]]
 
     def call(self, inputs: dict[str, Tensor]) -> Tensor:
-        arguments = self.arguments(inputs, self.spatial_shapes)
-        if self.variant == 'shared key':
-            arguments[1] = inputs['value']
-        return getattr(ops, self.operator)(*arguments)
+        """The public function of this case."""
+        places = [inputs[name] for name in self.names[3:5] if name in inputs]
+        suffix = '_from_offsets' if len(places) == 2 else ''
+        value = inputs['value']
+        if self.variant == 'standard':
+            function = getattr(ops, f'ms_deform_attn{suffix}')
+            return function(value, self.spatial_shapes, *places, inputs['weights'])
+        function = getattr(ops, f'key_aware_deform_attn{suffix}')
+        key = inputs.get('key', value)
+        return function(inputs['query'], key, value, self.spatial_shapes, *places)
 
     def run(self, backend: str, widen: bool = False) -> dict[str, Tensor]:
         """Output and all gradients, by name; with ``widen`` computed from float32 inputs."""
@@ -122,12 +115,12 @@ class Case:
         return {'output': output.detach(), **dict(zip(inputs, grads))}
 
     def run_module(self, module: ModuleType, only: str | None = None) -> dict[str, Tensor]:
-        """Output and gradients, by name, from the functions a backend registers itself."""
-        args = self.arguments(self.inputs, self.flat_shapes)
-        output = getattr(module, self.operator)(*args)
+        """Output and gradients, by name, from the two functions that a backend registers."""
+        output = module.forward(*self.arguments)
         wanted = [only in (None, name) for name in self.names]
-        grads = getattr(module, f'{self.operator}_backward')(self.grad_output, *args, wanted)
-        return {'output': output, **dict(zip(self.names, grads))}
+        grads = dict(zip(self.names, module.backward(self.grad_output, *self.arguments, wanted)))
+        assert not any(grad.numel() for name, grad in grads.items() if name not in self.inputs)
+        return {'output': output, **{name: grads[name] for name in self.inputs}}
 
     @staticmethod
     def compare(

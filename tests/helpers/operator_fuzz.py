@@ -15,8 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmlite import ops  # noqa: F401  (defines torch.ops.mmlite)
-from mmlite.ops import reference
+from mmlite.ops import operator, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TOLERANCE = {
@@ -27,6 +26,7 @@ _TOLERANCE = {
 }
 _SHAPES = 'spatial_shapes'
 _MASK = 'output_mask'
+_POINTS = ('reference_points', 'sampling')
 
 
 def random_call(rng: random.Random) -> tuple[str, dict]:
@@ -50,35 +50,32 @@ def random_call(rng: random.Random) -> tuple[str, dict]:
         return dtype if rng.random() < 0.5 or dtype == torch.float64 else torch.float32
 
     shape = (batch, queries, heads, levels, points)
-    tensors = {'value': normal(batch, tokens, heads, dim), _SHAPES: sizes}
+    arguments = dict.fromkeys(('query', 'key', 'value', _SHAPES, *_POINTS, 'attention_weights'))
+    arguments |= {'value': normal(batch, tokens, heads, dim), _SHAPES: sizes}
     if from_offsets:
         count = (rng.choice((1, batch)), queries, levels, rng.choice((2, 4)))
         reference_points = torch.rand(count, generator=generator) * 1.2 - 0.1
         offsets = torch.randn(
             batch, queries, heads, rng.choice((1, levels)), points, 2, generator=generator
         )
-        tensors['reference_points'] = reference_points.to(points_dtype())
-        tensors['sampling_offsets'] = offsets.to(points_dtype())
+        arguments['reference_points'] = reference_points.to(points_dtype())
+        arguments['sampling'] = offsets.to(points_dtype())
     else:
         locations = torch.rand(*shape, 2, generator=generator)
-        tensors['sampling_locations'] = (locations * 1.6 - 0.3).to(points_dtype())
-    name = rng.choice(('key_aware_deform_attn', 'ms_deform_attn'))
-    if name == 'ms_deform_attn':
-        tensors['attention_weights'] = torch.rand(shape, generator=generator).to(points_dtype())
-    else:
-        key = normal(batch, tokens, heads, dim) if rng.random() < 0.5 else None
-        tensors = {'query': normal(batch, queries, heads, dim), 'key': key, **tensors}
-    if from_offsets:
-        name += '_from_offsets'
+        arguments['sampling'] = (locations * 1.6 - 0.3).to(points_dtype())
     if rng.random() < 0.5:
-        name += '_backward'
-        count = len(tensors) - 1  # all but the level sizes
-        tensors = {
-            'grad_output': normal(batch, queries, heads * dim),
-            **tensors,
-            _MASK: [rng.random() < 0.7 for _ in range(count)],
-        }
-    return name, tensors
+        arguments['attention_weights'] = torch.rand(shape, generator=generator).to(points_dtype())
+    else:
+        arguments['query'] = normal(batch, queries, heads, dim)
+        if rng.random() < 0.5:
+            arguments['key'] = normal(batch, tokens, heads, dim)
+    if rng.random() < 0.5:
+        return 'deform_attn', arguments
+    return 'deform_attn_backward', {
+        'grad_output': normal(batch, queries, heads * dim),
+        **arguments,
+        _MASK: [rng.random() < 0.7 for _ in range(6)],
+    }
 
 
 def _cut(rng: random.Random, tensor: Tensor) -> Tensor:
@@ -157,8 +154,8 @@ def expected_of(name: str, arguments: dict) -> list[Tensor | None]:
     arguments = dict(arguments)
     sizes = arguments[_SHAPES]
     arguments[_SHAPES] = list(zip(sizes[::2], sizes[1::2]))
-    function = getattr(reference, name.removesuffix('_backward'))
-    if not name.endswith('_backward'):
+    function = reference.deform_attn
+    if name == 'deform_attn':
         return [function(*arguments.values())]
     grad_output, mask = arguments.pop('grad_output'), arguments.pop(_MASK)
     inputs = {n: t.detach().requires_grad_() for n, t in arguments.items() if isinstance(t, Tensor)}
@@ -183,24 +180,23 @@ def check_call(rng: random.Random) -> str:
     context = f'{name}({described}), changed {changed}'
     tensors = [a for a in arguments.values() if isinstance(a, Tensor)]
     try:
-        actual = getattr(torch.ops.mmlite, name)(*arguments.values())
+        actual = getattr(operator, name)(*arguments.values())
     except (ValueError, RuntimeError, TypeError, OverflowError) as error:
         assert changed, f'{context} was refused: {error}'
         return 'refused'
     if any(tensor.is_meta for tensor in tensors):
         return 'computed'
     actual = [actual] if isinstance(actual, Tensor) else list(actual)
-    places = ('reference_points', 'sampling_offsets', 'sampling_locations')
-    is_place = [n in places for n in arguments if n not in ('grad_output', _SHAPES, _MASK)]
+    is_place = [n in _POINTS for n in arguments if n not in ('grad_output', _SHAPES, _MASK)]
     for index, (mine, wanted) in enumerate(zip(actual, expected_of(name, arguments))):
         if wanted is None:
             assert not mine.numel(), f'{context}: result {index} was not asked for'
             continue
         assert mine.dtype == wanted.dtype and mine.shape == wanted.shape, f'{context}: {index}'
-        if name.endswith('_backward') and is_place[index]:
+        if name == 'deform_attn_backward' and is_place[index]:
             # The liberties of Case.compare_bits_of_nonsense; the gradients of offsets and of
             # reference points are sums of what has them, and so may be anything there.
-            is_sum = 'reference_points' in arguments
+            is_sum = arguments['reference_points'] is not None
             free = wanted.isnan() & (is_sum | mine.isinf() | (mine == 0))
             wanted = torch.where(free, mine, wanted)
         tolerance = _TOLERANCE[wanted.dtype if wanted.dtype in _TOLERANCE else torch.float32]

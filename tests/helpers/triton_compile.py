@@ -27,8 +27,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from mmlite.ops import triton as backend
-from mmlite.ops.triton.tuning import Config, candidates
+from mmlite.ops.triton import launch
 
 _DISASSEMBLER = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
 _PYRAMID = ((7, 9), (4, 5), (2, 3), (1, 1), (1, 1), (1, 1))  # any sizes: they are not compiled in
@@ -58,23 +57,22 @@ class Resources(NamedTuple):
     narrow_atomics: int
 
 
-def compile_kernels(case: Case, arch: int, config: Config | None = None) -> dict[str, Resources]:
+def compile_kernels(case: Case, arch: int) -> dict[str, Resources]:
     """Compile what an operator's forward and backward launch.
 
     Args:
         case (Case): The operator's inputs, on the CPU.
         arch (int): Compute capability, 90 for 9.0.
-        config (Config, optional): The launch configuration. Default: the rule.
 
     Returns:
         dict[str, Resources]: By the kernel's name: ``forward``, ``backward`` and, under
         deterministic algorithms, ``ordered_sum``.
     """
     compiled = {}
-    launch = JITFunction.run
+    run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        compiled[self.__name__] = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[self.__name__] = run(self, *args, grid=grid, warmup=True, **kwargs)
 
     device = SimpleNamespace(
         get_current_target=lambda: GPUTarget('cuda', arch, 32),
@@ -82,12 +80,12 @@ def compile_kernels(case: Case, arch: int, config: Config | None = None) -> dict
         get_current_stream=lambda device: 0,
     )
     driver.set_active(device)
-    configs = candidates if config is None else lambda points, dim: (config,)
+    capability = divmod(arch, 10)
     with (
         mock.patch.object(JITFunction, 'run', compile_only),
-        mock.patch.object(backend, 'candidates', configs),
+        mock.patch.object(launch, '_capability_of', lambda tensor: capability),
     ):
-        case.run_module(backend)
+        case.run_module(launch)
     return {name: resources(kernel) for name, kernel in compiled.items()}
 
 
@@ -119,10 +117,15 @@ def resources(compiled: CompiledKernel) -> Resources:
     )
 
 
+def config_of(kernel: str, variant: str, arch: int, points: int, dim: int) -> launch.Config:
+    """What :func:`compile_kernels` compiles a kernel for."""
+    padded = triton.next_power_of_2(points), triton.next_power_of_2(dim)
+    wide = kernel == 'backward' and arch < 90 and variant != 'key apart'
+    return launch.configuration(*padded, wide)
+
+
 def check() -> None:
-    """Compile one configuration of everything; complain about spills and narrow feature loads."""
-    rule = candidates(4, 32)[0]
-    elements = 4 * 32 * rule.block_q // (32 * rule.num_warps)  # of a tile, a thread
+    """Compile everything once; complain about spills and narrow feature loads."""
     for arch, (variant, dtype) in itertools.product(
         (80, 90),
         (
@@ -133,9 +136,10 @@ def check() -> None:
         ),
     ):
         tiles = 4 * (2 if variant == 'key apart' else 1)  # one a pixel
-        found = compile_kernels(Case(variant, dtype=dtype), arch)
-        for name, kernel in found.items():
+        for name, kernel in compile_kernels(Case(variant, dtype=dtype), arch).items():
             context = (arch, variant, dtype, name, kernel)
+            config = config_of(name, variant, arch, 4, 32)
+            elements = 4 * 32 * config.block_q // (32 * config.num_warps)  # of a tile, a thread
             assert kernel.wide_loads >= tiles * elements * dtype.itemsize // 16, context
             assert kernel.local_bytes <= (0 if name == 'forward' else 256), context
         if dtype == torch.float16 or variant == 'standard':
@@ -144,13 +148,9 @@ def check() -> None:
                 for name, kernel in compile_kernels(offsets, arch).items():
                     spills = 0 if name == 'forward' else 256
                     assert kernel.local_bytes <= spills, (arch, variant, dtype, boxes, name, kernel)
-    for ahead in (rule, candidates(4, 32)[1]):
-        ahead = ahead._replace(ahead=True)
-        forward = compile_kernels(Case('shared key', dtype=torch.float16), 90, ahead)['forward']
-        assert forward.local_bytes == 0, (ahead, forward)
     for dim in (24, 64):
         compile_kernels(Case('shared key', dim=dim, dtype=torch.bfloat16), 90)
-    with mock.patch.object(backend, '_INT32_ELEMENTS', 1):
+    with mock.patch.object(launch, '_INT32_ELEMENTS', 1):
         compile_kernels(Case('shared key', dtype=torch.float16), 90)
         torch.use_deterministic_algorithms(True)
         assert 'ordered_sum' in compile_kernels(Case('key apart', dtype=torch.float16), 90)
@@ -170,10 +170,9 @@ def main() -> None:
         check()
         return
     print(f'{args.variant}, head size {args.dim}, {args.levels} levels, {args.points} points\n')
-    print('| sm | dtype | queries | warps | kernel | ' + ' | '.join(Resources._fields) + ' |')
+    print('| sm | dtype | kernel | queries | warps | ' + ' | '.join(Resources._fields) + ' |')
     print('|---' * (5 + len(Resources._fields)) + '|')
-    configs = candidates(triton.next_power_of_2(args.points), triton.next_power_of_2(args.dim))
-    for arch, dtype, config in itertools.product(args.arch, args.dtype, configs):
+    for arch, dtype in itertools.product(args.arch, args.dtype):
         case = Case(
             args.variant,
             _PYRAMID[: args.levels],
@@ -182,9 +181,9 @@ def main() -> None:
             dtype=getattr(torch, dtype),
         )
         case.inputs['locations'] = case.inputs['locations'].float()
-        for name, kernel in compile_kernels(case, arch, config).items():
-            row = (arch, dtype, config.block_q, config.num_warps, name, *kernel)
-            print('| ' + ' | '.join(map(str, row)) + ' |', flush=True)
+        for name, kernel in compile_kernels(case, arch).items():
+            config = config_of(name, args.variant, arch, args.points, args.dim)
+            print('| ' + ' | '.join(map(str, (arch, dtype, name, *config, *kernel))) + ' |')
 
 
 if __name__ == '__main__':

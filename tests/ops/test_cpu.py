@@ -15,7 +15,7 @@ from operator_cases import VARIANTS
 from torch import Tensor
 
 from mmlite import ops
-from mmlite.ops import cpu, library
+from mmlite.ops import cpu, operator
 
 AVAILABLE, REASON = cpu.status()
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason=REASON)
@@ -262,13 +262,11 @@ def test_opcheck(variant):
     if not hasattr(torch.library, 'opcheck'):
         pytest.skip('torch.library.opcheck came with torch 2.4')
     for case in (Case(variant, batch=1), Case(variant, batch=1).from_offsets()):
-        tensors = {name: tensor.requires_grad_() for name, tensor in case.inputs.items()}
-        args = case.arguments(tensors, case.flat_shapes)
-        torch.library.opcheck(getattr(library, case.operator), args)
-        backward = getattr(library, f'{case.operator}_backward')
-        detached = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
-        mask = [True] * len(case.names)
-        torch.library.opcheck(backward, (case.grad_output, *detached, mask))
+        backward = (case.grad_output, *case.arguments, [True] * 6)
+        torch.library.opcheck(operator.deform_attn_backward, backward)
+        for tensor in case.inputs.values():
+            tensor.requires_grad_()
+        torch.library.opcheck(operator.deform_attn, case.arguments)
 
 
 @pytest.mark.skipif(
@@ -300,24 +298,24 @@ def test_operator_refuses_shapes_that_do_not_fit():
     inputs = case.inputs
     for wrong in ([(7, 9)], [(7, 9), (4, 5), (2, 3), (1, 2)], [(2**40, 2**40)] * 4, [(-7, -9)] * 4):
         with pytest.raises(ValueError, match='spatial_shapes'):
-            library.key_aware_deform_attn(
+            operator.deform_attn(
                 inputs['query'],
                 None,
                 inputs['value'],
                 [size for shape in wrong for size in shape],
+                None,
                 inputs['locations'][:, :, :, : len(wrong)],
+                None,
             )
 
 
 def test_interface_refuses_what_does_not_fit():
     """The library itself looks at what it is handed, whoever hands it over."""
     case = Case('key apart', batch=1)
-    value, query, key = (case.inputs[name] for name in ('value', 'query', 'key'))
-    locations, output = case.inputs['locations'], torch.empty_like(query)
+    rows = {**case.inputs, 'output': torch.empty_like(case.inputs['query'])}
 
     def status(**changes) -> int:
-        rows = {'query': query, 'key': key, 'output': output}
-        problem = cpu._problem('key aware', value, case.flat_shapes, locations, **rows)
+        problem = cpu._problem(rows, case.arguments[3])
         for name, change in changes.items():
             setattr(problem, name, change)
         return cpu._kernels.mmlite_forward(problem)
@@ -341,7 +339,7 @@ def test_interface_refuses_what_does_not_fit():
     }.items():
         for change in wrong:
             assert status(**{name: change}) == 1, (name, change)
-    assert status(tokens=value.shape[1] + 1) == 2
+    assert status(tokens=case.inputs['value'].shape[1] + 1) == 2
     assert cpu._kernels.mmlite_forward(None) == cpu._kernels.mmlite_backward(None) == 1
 
 

@@ -48,12 +48,17 @@ def test_computes_the_same(mmcv, dtype):
     case = Case('standard', dtype=dtype)
     names = ('value', 'locations', 'weights')
     results = []
-    for function in (backend.ms_deform_attn, reference.ms_deform_attn):
+
+    def by_reference(value, shapes, _, locations, weights):
+        return reference.ms_deform_attn(value, shapes, locations, weights)
+
+    for function in (backend.ms_deform_attn, by_reference):
         inputs = [case.inputs[name].clone().requires_grad_() for name in names]
         value, locations, weights = inputs
         output = function(
             value.transpose(0, 1).contiguous().transpose(0, 1),
             case.spatial_shapes,
+            None,
             locations,
             weights,
         )
@@ -66,21 +71,32 @@ def test_computes_the_same(mmcv, dtype):
     assert starts == [0, 63, 83, 89] and im2col_step == 2
 
 
+def test_offsets(mmcv):
+    case = Case('standard').from_offsets(boxes=True)
+    query, key, *arguments = case.arguments
+    arguments[1] = case.spatial_shapes
+    actual = backend.ms_deform_attn(*arguments)
+    assert Function.calls
+    torch.testing.assert_close(actual, reference.deform_attn(query, key, *arguments))
+
+
 def test_nothing_to_do(mmcv):
     case = Case('standard', queries=0)
     value, locations, weights = (case.inputs[name] for name in ('value', 'locations', 'weights'))
-    assert backend.ms_deform_attn(value, case.spatial_shapes, locations, weights).shape[1] == 0
+    assert (
+        backend.ms_deform_attn(value, case.spatial_shapes, None, locations, weights).shape[1] == 0
+    )
     assert not Function.calls
 
 
 def test_says_why_not(mmcv, monkeypatch):
-    assert backend.why_not(on_gpu(), 4) == backend.why_not(on_gpu(torch.bfloat16), 9) == ''
-    assert backend.why_not(torch.zeros(1), 4) == 'it runs on CUDA, and value is on cpu'
-    assert 'torch.int8' in backend.why_not(on_gpu(torch.int8), 4)
+    assert backend.why_not(on_gpu()) == backend.why_not(on_gpu(torch.bfloat16)) == ''
+    assert backend.why_not(torch.zeros(1)) == 'it runs on CUDA, and value is on cpu'
+    assert 'torch.int8' in backend.why_not(on_gpu(torch.int8))
     monkeypatch.setattr(torch, 'are_deterministic_algorithms_enabled', lambda: True)
-    assert 'not deterministic' in backend.why_not(on_gpu(), 4)
+    assert 'not deterministic' in backend.why_not(on_gpu())
     with torch.no_grad():
-        assert backend.why_not(on_gpu(), 4) == ''
+        assert backend.why_not(on_gpu()) == ''
 
 
 @pytest.mark.parametrize('version', [lambda: 'not available', None])
@@ -89,7 +105,7 @@ def test_an_mmcv_without_cuda(mmcv, version):
     if version:
         mmcv.ext_module.get_compiling_cuda_version = version
     assert backend.status() == (False, 'this mmcv is built without CUDA')
-    assert backend.why_not(on_gpu(), 4) == 'this mmcv is built without CUDA'
+    assert backend.why_not(on_gpu()) == 'this mmcv is built without CUDA'
 
 
 def test_mmcv_is_not_imported_for_it(monkeypatch):

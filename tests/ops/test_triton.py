@@ -20,8 +20,9 @@ import torch.utils.checkpoint
 from operator_cases import PYRAMID, VARIANTS, Case
 from torch import Tensor
 
+from mmlite.ops import operator
 from mmlite.ops import triton as backend
-from mmlite.ops.triton import tuning
+from mmlite.ops.triton import launch
 
 triton = pytest.importorskip('triton', minversion='3.0')
 
@@ -42,7 +43,7 @@ def deterministic(request):
 
 def run(case: Case) -> dict[str, Tensor]:
     """Output and all gradients by name, from the functions that are registered for CUDA."""
-    return case.run_module(backend)
+    return case.run_module(launch)
 
 
 def check(case: Case, rtol: float = 1e-5, grad_rtol: float = 1e-4) -> None:
@@ -90,9 +91,8 @@ def test_half_precision(variant, dtype, float32_points, deterministic):
         case.inputs['locations'] = case.inputs['locations'].float() + 1e-3
     actual, expected = run(case), case.run('reference', widen=True)
     for name, tensor in actual.items():
-        if name != 'key' or variant == 'key apart':
-            wanted = case.grad_output if name == 'output' else case.inputs[name]
-            assert (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape), name
+        wanted = case.grad_output if name == 'output' else case.inputs[name]
+        assert (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape), name
     # The interpreter cuts bfloat16 off instead of rounding it.
     ulps = 0.505 if AVAILABLE or dtype == torch.float16 else 1.01
     rounding = ulps * torch.finfo(dtype).eps
@@ -146,8 +146,8 @@ def test_only_the_gradients_asked_for(variant, deterministic):
     case = Case(variant, PYRAMID[2:], queries=3, heads=2, dim=8, device=DEVICE)
     expected = run(case)
     for index, name in enumerate(expected):
-        if index and expected[name].numel():
-            grads = case.run_module(backend, only=name)
+        if index:
+            grads = case.run_module(launch, only=name)
             assert grads[name].numel() and sum(bool(grad.numel()) for grad in grads.values()) == 2
             case.compare({name: grads[name]}, {name: expected[name]}, 1e-6, 1e-6)
 
@@ -194,7 +194,7 @@ def test_nothing_to_do(variant, empty, deterministic):
 @DETERMINISTIC
 def test_wide_indices(deterministic, monkeypatch):
     """Features of one image beyond the range of int32 are indexed with int64."""
-    monkeypatch.setattr(backend, '_INT32_ELEMENTS', 1)
+    monkeypatch.setattr(launch, '_INT32_ELEMENTS', 1)
     check(Case('key apart', PYRAMID[2:], queries=3, heads=2, dim=8, device=DEVICE))
 
 
@@ -242,19 +242,32 @@ def test_wild_offsets_count_as_outside(variant, boxes, deterministic):
     assert not actual['sampling_offsets'].any() and not actual['reference_points'].any()
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize('boxes', [None, False, True])
-def test_locations_loaded_a_level_ahead(variant, boxes, monkeypatch):
-    config = tuning.Config(4, 1, ahead=True)
-    monkeypatch.setattr(backend, 'candidates', lambda points, dim: [config])
-    case = Case(variant, PYRAMID[1:], 1, 5, 2, 8, 3, device=DEVICE)
-    check(case if boxes is None else case.from_offsets(boxes))
-
-
-@pytest.mark.parametrize('config', tuning.candidates(4, 32)[1:])
+@pytest.mark.parametrize('config', [(1, 1), (4, 1), (16, 8)], ids=str)
 def test_every_configuration_is_right(config, monkeypatch):
-    monkeypatch.setattr(backend, 'candidates', lambda points, dim: [config])
+    monkeypatch.setattr(launch, 'configuration', lambda *args, **kwargs: launch.Config(*config))
     check(Case('shared key', PYRAMID[2:], 1, 5, 2, 8, device=DEVICE))
+
+
+def test_configurations():
+    assert launch.configuration(4, 32) == (16, 4)
+    assert launch.configuration(4, 32, wide=True) == (8, 1)
+    assert launch.configuration(16, 256) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ('variant', 'capability', 'wide'),
+    [
+        ('shared key', (8, 0), True),
+        ('standard', (8, 9), True),
+        ('key apart', (8, 0), False),
+        ('shared key', (9, 0), False),
+    ],
+)
+def test_backward_is_wide_where_that_saves_instructions(variant, capability, wide, monkeypatch):
+    monkeypatch.setattr(launch, '_capability_of', lambda tensor: capability)
+    with mock.patch.object(launch, 'configuration', wraps=launch.configuration) as chosen:
+        check(Case(variant, PYRAMID[2:], 1, 5, 2, 8, device=DEVICE))
+    assert chosen.call_args.args[2] == wide
 
 
 @pytest.mark.parametrize(
@@ -347,8 +360,8 @@ def test_dispatch(variant, dtype):
     expected = case.run('reference', widen=True)
     rtol = 1e-4 if dtype == torch.float32 else 0.505 * torch.finfo(dtype).eps
     case.compare(case.run('triton'), expected, rtol, rtol)
-    with mock.patch.object(backend.library, 'key_aware_deform_attn') as fused:
-        Case('shared key', device=DEVICE).call(Case('shared key', device=DEVICE).inputs)
+    with mock.patch.object(operator, 'deform_attn') as fused:
+        case.call(case.inputs)
     fused.assert_called_once()
 
 
@@ -356,14 +369,9 @@ def test_dispatch(variant, dtype):
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_opcheck(variant):
     case = Case(variant, device=DEVICE)
-    inputs = {name: tensor.requires_grad_() for name, tensor in case.inputs.items()}
-    value, locations = inputs['value'], inputs['locations']
-    if variant == 'standard':
-        args = (value, case.spatial_shapes, locations, inputs['weights'])
-        torch.library.opcheck(torch.ops.mmlite.ms_deform_attn.default, args)
-    else:
-        args = (inputs['query'], inputs.get('key'), value, case.spatial_shapes, locations)
-        torch.library.opcheck(torch.ops.mmlite.key_aware_deform_attn.default, args)
+    for tensor in case.inputs.values():
+        tensor.requires_grad_()
+    torch.library.opcheck(operator.deform_attn, case.arguments)
 
 
 @on_device
@@ -377,11 +385,8 @@ def test_compile_fullgraph(variant):
 
 @on_device
 @pytest.mark.parametrize('variant', VARIANTS)
-@pytest.mark.parametrize('autotune', ['0', '1'])
-def test_cuda_graph(variant, autotune, monkeypatch, tmp_path):
-    """Forward and backward, tuned before the capture or never, replay on new inputs."""
-    monkeypatch.setenv('MMLITE_AUTOTUNE', autotune)
-    monkeypatch.setattr(backend, 'TUNER', tuning.Tuner(tmp_path))
+def test_cuda_graph(variant):
+    """Forward and backward replay on new inputs."""
     case = Case(variant, device=DEVICE)
     run(case)
     graph = torch.cuda.CUDAGraph()

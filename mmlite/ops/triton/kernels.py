@@ -65,7 +65,7 @@ def _read(sampling, place, exists, reference_points, centre, is_query, REF_DIM: 
     """What says where the points lie, as it is stored: nothing here waits for what it loads.
 
     x and y of every point, (POINTS, BLOCK_Q); x and y of the reference points, and the sizes w and
-    h of their boxes, (1, BLOCK_Q). What there is not is the x and y of the points again.
+    h of their boxes, (1, BLOCK_Q). Where those do not exist, x and y stand in their place.
     """
     x = tl.load(sampling + 2 * place, mask=exists, other=0.0)
     y = tl.load(sampling + 2 * place + 1, mask=exists, other=0.0)
@@ -101,14 +101,30 @@ def _box_unit(box, P: tl.constexpr):
 
 
 @triton.jit
-def _locate(x, y, exists, height, width, start):
-    """Where the points fall in their map, from their pixel coordinates.
+def _locate(
+    x,
+    y,
+    centre_x,
+    centre_y,
+    box_w,
+    box_h,
+    exists,
+    height,
+    width,
+    start,
+    INDEX: tl.constexpr,
+    REF_DIM: tl.constexpr,
+    P: tl.constexpr,
+):
+    """Where the points fall in their map.
 
     Returns the token of each point's north-west pixel; the fractions of a pixel that the point
     lies to the east and to the south of it; and whether the north-west, north-east, south-west and
     south-east pixel is in the map. Comparisons are false for NaN, so that a location that is not
     finite is outside.
     """
+    x = _in_pixels(x, centre_x, box_w, width, REF_DIM, P)
+    y = _in_pixels(y, centre_y, box_h, height, REF_DIM, P)
     inside = exists & (x >= -1) & (x < width) & (y >= -1) & (y < height)
     x = tl.where(inside, x, 0.0)
     y = tl.where(inside, y, 0.0)
@@ -119,20 +135,16 @@ def _locate(x, y, exists, height, width, start):
     column = column.to(tl.int32)
     row = row.to(tl.int32)
     # A point inside has -1 <= column < width, and -1 <= row < height.
-    in_north = inside & (row >= 0)
-    in_south = inside & (row < height - 1)
-    in_west = column >= 0
-    in_east = column < width - 1
-    token = start + row * width + column
-    return (
-        token,
-        east,
-        south,
-        in_north & in_west,
-        in_north & in_east,
-        in_south & in_west,
-        in_south & in_east,
-    )
+    north_row = inside & (row >= 0)
+    south_row = inside & (row < height - 1)
+    west_column = column >= 0
+    east_column = column < width - 1
+    token = (start + row * width + column).to(INDEX)
+    nw = north_row & west_column
+    ne = north_row & east_column
+    sw = south_row & west_column
+    se = south_row & east_column
+    return token, east, south, nw, ne, sw, se
 
 
 @triton.jit
@@ -143,29 +155,29 @@ def _pixel(rows, token, stride, in_map, is_channel):
 
 
 @triton.jit
-def _sample(rows, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se, is_channel):
+def _sample(rows, token, width, stride, east, south, nw, ne, sw, se, is_channel):
     """Bilinear interpolation of the four pixels of every point; (POINTS, BLOCK_Q, DIM)."""
     west = 1 - east
     north = 1 - south
-    result = (north * west)[:, :, None] * _pixel(rows, token, stride, in_nw, is_channel)
-    result += (north * east)[:, :, None] * _pixel(rows, token + 1, stride, in_ne, is_channel)
+    result = (north * west)[:, :, None] * _pixel(rows, token, stride, nw, is_channel)
+    result += (north * east)[:, :, None] * _pixel(rows, token + 1, stride, ne, is_channel)
     token += width
-    result += (south * west)[:, :, None] * _pixel(rows, token, stride, in_sw, is_channel)
-    result += (south * east)[:, :, None] * _pixel(rows, token + 1, stride, in_se, is_channel)
+    result += (south * west)[:, :, None] * _pixel(rows, token, stride, sw, is_channel)
+    result += (south * east)[:, :, None] * _pixel(rows, token + 1, stride, se, is_channel)
     return result
 
 
 @triton.jit
-def _slopes(rows, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se, is_channel):
+def _slopes(rows, token, width, stride, east, south, nw, ne, sw, se, is_channel):
     """As :func:`_sample`, and the slopes of the samples per pixel to the east and to the south.
 
     Weighted sums rather than steps from pixel to pixel: one infinite feature makes the sample
     infinite, not NaN.
     """
-    nw = _pixel(rows, token, stride, in_nw, is_channel)
-    ne = _pixel(rows, token + 1, stride, in_ne, is_channel)
-    sw = _pixel(rows, token + width, stride, in_sw, is_channel)
-    se = _pixel(rows, token + width + 1, stride, in_se, is_channel)
+    nw = _pixel(rows, token, stride, nw, is_channel)
+    ne = _pixel(rows, token + 1, stride, ne, is_channel)
+    sw = _pixel(rows, token + width, stride, sw, is_channel)
+    se = _pixel(rows, token + width + 1, stride, se, is_channel)
     east = east[:, :, None]
     south = south[:, :, None]
     north_row = (1 - east) * nw + east * ne
@@ -221,16 +233,13 @@ def forward(
     INDEX: tl.constexpr,
     REF_DIM: tl.constexpr,
     SAME_LOC: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     """Sample, weigh, sum.
 
     ``KEY_AWARE``: the weights are the softmax of the query-key products, built up level by level
     with a running maximum; ``attention_weights`` is not read. Otherwise the weights are given, and
     ``query`` and ``key`` are not read. ``KEY_IS_VALUE``: one sample serves as both. ``INDEX`` is
-    an integer type that can index the features of one image. ``AHEAD``: where the next level's
-    points lie is loaded before this level's features are, so that its wait falls together with
-    theirs; that takes registers.
+    an integer type that can index the features of one image.
     """
     batch, head, first = _block(num_queries, num_heads, BLOCK_Q)
     line = tl.arange(0, BLOCK_Q)
@@ -259,57 +268,25 @@ def forward(
         q = (q * (scale * LOG2_E))[None, :, :]
         maximum = tl.full([BLOCK_Q], float('-inf'), dtype=tl.float32)
         total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    if AHEAD:
-        x, y, centre_x, centre_y, box_w, box_h = _read(
-            sampling, place, exists, reference_points, centre, has_centre, REF_DIM
-        )
     start = 0
     for level in range(L):
         height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
         width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
-        if not AHEAD:
-            x, y, centre_x, centre_y, box_w, box_h = _read(
-                sampling, place, exists, reference_points, centre, has_centre, REF_DIM
-            )
-        x_pixel = _in_pixels(x, centre_x, box_w, width, REF_DIM, P)
-        y_pixel = _in_pixels(y, centre_y, box_h, height, REF_DIM, P)
-        token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
-            x_pixel, y_pixel, exists, height, width, start
+        x, y, centre_x, centre_y, box_w, box_h = _read(
+            sampling, place, exists, reference_points, centre, has_centre, REF_DIM
         )
-        if not SAME_LOC:
-            place += P
-        centre += REF_DIM
-        if AHEAD:
-            is_more = level + 1 < L
-            x, y, centre_x, centre_y, box_w, box_h = _read(
-                sampling,
-                place,
-                exists & is_more,
-                reference_points,
-                centre,
-                has_centre & is_more,
-                REF_DIM,
-            )
-        token = token.to(INDEX)
+        token, east, south, nw, ne, sw, se = _locate(
+            x, y, centre_x, centre_y, box_w, box_h, exists, height, width, start, INDEX, REF_DIM, P
+        )
         sampled = _sample(
-            value + image, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se, is_channel
+            value + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
         )
         if KEY_AWARE:
             if KEY_IS_VALUE:
                 logits = tl.sum(q * sampled, axis=2)
             else:
                 sampled_key = _sample(
-                    key + image,
-                    token,
-                    width,
-                    stride,
-                    east,
-                    south,
-                    in_nw,
-                    in_ne,
-                    in_sw,
-                    in_se,
-                    is_channel,
+                    key + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
                 )
                 logits = tl.sum(q * sampled_key, axis=2)
             logits = tl.where(point < P, logits, float('-inf'))
@@ -325,6 +302,9 @@ def forward(
         result += tl.sum(weights[:, :, None] * sampled, axis=0)
         start += height * width
         location += P
+        if not SAME_LOC:
+            place += P
+        centre += REF_DIM
     if KEY_AWARE:
         result /= total[:, None]
     tl.store(output + vector, result.to(output.dtype.element_ty), mask=vector_mask)
@@ -435,48 +415,32 @@ def backward(
             height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
             width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
             places = place if SAME_LOC else place + level * P
+            centres = centre + level * REF_DIM
             x, y, centre_x, centre_y, box_w, box_h = _read(
-                sampling,
-                places,
+                sampling, places, exists, reference_points, centres, has_centre, REF_DIM
+            )
+            token, east, south, nw, ne, sw, se = _locate(
+                x,
+                y,
+                centre_x,
+                centre_y,
+                box_w,
+                box_h,
                 exists,
-                reference_points,
-                centre + level * REF_DIM,
-                has_centre,
-                REF_DIM,
-            )
-            x_pixel = _in_pixels(x, centre_x, box_w, width, REF_DIM, P)
-            y_pixel = _in_pixels(y, centre_y, box_h, height, REF_DIM, P)
-            token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
-                x_pixel, y_pixel, exists, height, width, start
-            )
-            token = token.to(INDEX)
-            sampled = _sample(
-                value + image,
-                token,
+                height,
                 width,
-                stride,
-                east,
-                south,
-                in_nw,
-                in_ne,
-                in_sw,
-                in_se,
-                is_channel,
+                start,
+                INDEX,
+                REF_DIM,
+                P,
+            )
+            sampled = _sample(
+                value + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
             )
             g_v = tl.sum(g * sampled, axis=2)
             if not KEY_IS_VALUE:
                 sampled = _sample(
-                    key + image,
-                    token,
-                    width,
-                    stride,
-                    east,
-                    south,
-                    in_nw,
-                    in_ne,
-                    in_sw,
-                    in_se,
-                    is_channel,
+                    key + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
                 )
             logits = tl.sum(q * sampled, axis=2) * (scale * LOG2_E)
             logits = tl.where(point < P, logits, float('-inf'))
@@ -502,14 +466,11 @@ def backward(
         x, y, centre_x, centre_y, box_w, box_h = _read(
             sampling, place, exists, reference_points, centre, has_centre, REF_DIM
         )
-        x_pixel = _in_pixels(x, centre_x, box_w, width, REF_DIM, P)
-        y_pixel = _in_pixels(y, centre_y, box_h, height, REF_DIM, P)
-        token, east, south, in_nw, in_ne, in_sw, in_se = _locate(
-            x_pixel, y_pixel, exists, height, width, start
+        token, east, south, nw, ne, sw, se = _locate(
+            x, y, centre_x, centre_y, box_w, box_h, exists, height, width, start, INDEX, REF_DIM, P
         )
-        token = token.to(INDEX)
         v, v_x, v_y = _slopes(
-            value + image, token, width, stride, east, south, in_nw, in_ne, in_sw, in_se, is_channel
+            value + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
         )
         g_v = tl.sum(g * v, axis=2)
         if KEY_AWARE:
@@ -517,17 +478,7 @@ def backward(
                 k = v
             else:
                 k, k_x, k_y = _slopes(
-                    key + image,
-                    token,
-                    width,
-                    stride,
-                    east,
-                    south,
-                    in_nw,
-                    in_ne,
-                    in_sw,
-                    in_se,
-                    is_channel,
+                    key + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
                 )
             logits = tl.sum(q * k, axis=2) * (scale * LOG2_E)
             logits = tl.where(point < P, logits, float('-inf'))
@@ -554,7 +505,7 @@ def backward(
             slope_x = tl.sum(slope_x, axis=2)
             slope_y = tl.sum(slope_y, axis=2)
             # A point outside has no slope, whatever else there is of it.
-            inside = in_nw | in_ne | in_sw | in_se
+            inside = nw | ne | sw | se
             if GRAD_SAMPLING:
                 grad_x = slope_x
                 grad_y = slope_y
@@ -604,9 +555,7 @@ def backward(
                 is_east = i % 2 == 1
                 is_south = i // 2 == 1
                 pixel = token + i % 2 + tl.where(is_south, width, 0)
-                in_map = tl.where(
-                    is_south, tl.where(is_east, in_se, in_sw), tl.where(is_east, in_ne, in_nw)
-                )
+                in_map = tl.where(is_south, tl.where(is_east, se, sw), tl.where(is_east, ne, nw))
                 bilinear = tl.where(is_east, east, west) * tl.where(is_south, south, north)
                 if ORDERED:
                     row = tl.where(in_map, first_row + pixel, num_rows)

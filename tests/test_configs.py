@@ -14,7 +14,7 @@ from mmlite.openmmlab.families import encoder_name
 
 register_all_modules()
 CONFIGS = Path(__file__).parents[1] / 'configs'
-FILES = sorted(CONFIGS.glob('*/*.py'))
+FILES = sorted(CONFIGS.glob('[!_]*/*.py'))  # without _base_, which they inherit
 
 
 def names(files):

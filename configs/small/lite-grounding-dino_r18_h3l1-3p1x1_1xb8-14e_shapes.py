@@ -38,19 +38,10 @@ model = dict(
 
 meta_keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
 meta_keys += ('flip', 'flip_direction', 'text', 'custom_entities')
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='Resize', scale=_base_.image_size, keep_ratio=True),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs', meta_keys=meta_keys),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='Resize', scale=_base_.image_size, keep_ratio=True),
-    dict(type='PackDetInputs', meta_keys=meta_keys),
-]
+train_pipeline = _base_.train_pipeline
+train_pipeline[-1].meta_keys = meta_keys
+test_pipeline = _base_.test_pipeline
+test_pipeline[-1].meta_keys = meta_keys
 train_dataloader = dict(dataset=dict(return_classes=True, pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(return_classes=True, pipeline=test_pipeline))
 test_dataloader = val_dataloader

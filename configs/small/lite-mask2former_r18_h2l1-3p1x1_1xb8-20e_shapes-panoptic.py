@@ -18,22 +18,12 @@ model = dict(
 
 data_root = _base_.data_root
 metainfo = dict(classes=things + stuff, thing_classes=things, stuff_classes=stuff)
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadPanopticAnnotations'),
-    dict(type='Resize', scale=_base_.image_size, keep_ratio=True),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=_base_.image_size, keep_ratio=True),
-    dict(type='LoadPanopticAnnotations'),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
-    ),
-]
+load_annotations = dict(type='LoadPanopticAnnotations')
+train_pipeline = _base_.train_pipeline
+train_pipeline[1] = load_annotations
+load_image, _, resize, pack = _base_.test_pipeline
+test_pipeline = [load_image, resize, load_annotations, pack]
+del load_annotations, load_image, resize, pack, _
 train_dataloader = dict(
     dataset=dict(
         type='CocoPanopticDataset',

@@ -181,10 +181,12 @@ def _load_images(model: torch.nn.Module, config: Config, images: list[Path]) -> 
     from mmcv.transforms import Compose
     from mmdet.datasets import CocoDataset
 
-    from ..openmmlab.families import reads_text
+    from ..openmmlab.families import reads_text, type_name
 
     pipeline = config.test_dataloader.dataset.pipeline
-    pipeline = Compose([step for step in pipeline if not step.type.endswith('Annotations')])
+    pipeline = Compose(
+        [step for step in pipeline if not type_name(step.type).endswith('Annotations')]
+    )
     # A detector that reads a text is asked for the classes of its data.
     text = (config.test_dataloader.dataset.get('metainfo') or CocoDataset.METAINFO)['classes']
     asked = dict(text=text, custom_entities=True) if reads_text(model) else {}

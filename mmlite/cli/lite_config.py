@@ -91,10 +91,12 @@ _BACKBONES = {('ResNet', (50,)): 'R50', ('SwinTransformer', (2, 2, 6, 2)): 'Swin
 def _published(model) -> dict:
     """Schedule, or 'stock' -> the paper's row for the same detector and backbone."""
     from ..analysis.published import PRESETS, preset
+    from ..openmmlab.families import type_name
 
     backbone = model.backbone
     depths = (backbone.depth,) if 'depth' in backbone else backbone.get('depths', (2, 2, 6, 2))
-    wanted = _DETECTORS.get(model.type), _BACKBONES.get((backbone.type, tuple(depths)))
+    kind = type_name(backbone.type), tuple(depths)
+    wanted = _DETECTORS.get(type_name(model.type)), _BACKBONES.get(kind)
     for stock, *lite in (group for name in PRESETS for group in preset(name)):
         if (stock.model, stock.backbone) == wanted:
             return {'stock': stock, **{row.model.split()[-1]: row for row in lite}}

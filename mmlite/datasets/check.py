@@ -153,7 +153,6 @@ class DataSummary:
 
 @dataclass
 class _Image:
-    id: Any
     file: ImageFile
     size: tuple[int, int]
     objects: int = 0
@@ -178,7 +177,7 @@ class _Data(DataSummary):
             or color.endswith('_ignore_orientation')
             or load.get('imdecode_backend') not in (None, 'cv2', 'pillow')
         )
-        self.listed: list[_Image] = []
+        self.listed: dict[Any, _Image] = {}  # by id
 
     def merge(self, other: _Data) -> None:
         """Take in the same files as another split names them."""
@@ -218,7 +217,7 @@ def check_data(
         with findings.of_errors(data.name, 'data set'):
             _read(data, findings)
             checked.append(data)
-    images = [(data, image) for data in checked for image in data.listed]
+    images = [(data, image) for data in checked for image in data.listed.values()]
     step = progress('Decoding images', len(images))
     found = decode_images([image.file for _, image in images], workers)
     queries = _num_queries(config.model)
@@ -382,7 +381,6 @@ def _read(data: _Data, findings: Findings) -> None:
 
     images = {
         number: _Image(
-            number,
             ImageFile(
                 os.path.join(dataset.data_prefix['img'], image['file_name']),
                 dataset.backend_args,
@@ -399,45 +397,43 @@ def _read(data: _Data, findings: Findings) -> None:
         return f'object {annotation["id"]} in {path}'
 
     for part, kind, describe in (
-        ('images', 'duplicate image id', lambda entry: f'{entry["id"]}: {entry["file_name"]}'),
-        ('annotations', 'duplicate object id', place_of),
-        ('categories', 'duplicate category id', lambda entry: f'{entry["id"]}: {entry["name"]}'),
+        ('images', 'image', lambda entry: f'{entry["id"]}: {entry["file_name"]}'),
+        ('annotations', 'object', place_of),
+        ('categories', 'category', lambda entry: f'{entry["id"]}: {entry["name"]}'),
     ):
         ids = Counter(entry['id'] for entry in content[part])
         for entry in content[part]:
             if ids[entry['id']] > 1:
-                add(kind, describe(entry))
+                add(f'duplicate {kind} id', describe(entry))
     paths = Counter(image.file.path for image in images.values())
     for path in (path for path, count in paths.items() if count > 1):
         add('image listed twice', path)
 
-    counts = {name: ClassCount(name) for name in data.labels}
-    images_of = defaultdict(set)
+    found: dict[str, list[tuple]] = {name: [] for name in data.labels}  # image ids and areas
     annotated = set()
     for annotation in content['annotations']:
         image, name = images.get(annotation['image_id']), names.get(annotation['category_id'])
         annotated.add(annotation['image_id'])
         for kind, what in _object_problems(annotation, image, name, data):
             add(kind, f'{place_of(annotation)}{what}')
-        if image is None or name not in counts or annotation.get('iscrowd'):
-            continue
-        image.objects += 1
-        images_of[name].add(image.id)
-        counts[name].objects += 1
-        area = _area(annotation)
-        for size, (low, high) in SIZES.items():
-            setattr(counts[name], size, getattr(counts[name], size) + (low <= area < high))
-    for name, count in counts.items():
-        count.images = len(images_of[name])
-        if not count.objects:
+        if image is not None and name in found and not annotation.get('iscrowd'):
+            image.objects += 1
+            found[name].append((annotation['image_id'], _area(annotation)))
+    for name, objects in found.items():
+        sizes = {
+            size: sum(low <= area < high for _, area in objects)
+            for size, (low, high) in SIZES.items()
+        }
+        in_images = len({image_id for image_id, _ in objects})
+        data.classes.append(ClassCount(name, in_images, len(objects), **sizes))
+        if not objects:
             add('class without objects', name)
-    for image in images.values():
-        if image.id not in annotated:
+    for number, image in images.items():
+        if number not in annotated:
             add('image without objects', image.file.path)
-    data.listed, data.images = list(images.values()), len(images)
-    data.classes = list(counts.values())
+    data.listed, data.images = images, len(images)
     data.objects = sum(count.objects for count in data.classes)
-    data.most_objects = max(image.objects for image in data.listed)
+    data.most_objects = max(image.objects for image in images.values())
     if not data.evaluated and not data.objects:
         add('classes', 'it holds no objects of the classes of the config: nothing to learn')
 
@@ -522,7 +518,7 @@ def _check_evaluator(path: str, data: _Data) -> None:
     if os.path.abspath(path) == os.path.abspath(data.annotation_file):
         return
     coco = _read_quietly(path)
-    unknown = {image.id for image in data.listed} - set(coco.imgs)
+    unknown = data.listed.keys() - coco.imgs.keys()
     names = [category['name'] for category in coco.dataset['categories']]
     wrong = f'lacks {len(unknown)} of its images' if unknown else ''
     if [name for name in names if name in data.config_classes] != data.labels:
@@ -550,7 +546,7 @@ def _check_thin_images(
             height, width = resize({'img': pixels, 'img_shape': pixels.shape})['img'].shape[:2]
             return sum(math.ceil(height / s) * math.ceil(width / s) for s in strides)
 
-        for image in data.listed:
+        for image in data.listed.values():
             if tokens(image.size) < num_queries:
                 what = f'{tokens(image.size)} tokens, {num_queries} queries'
                 findings.add(data.name, 'image too thin', f'{image.file.path} ({what})')
@@ -558,8 +554,6 @@ def _check_thin_images(
 
 def _num_queries(model: dict) -> int | None:
     """Queries of a detector's config, where MMDetection's detectors have the number."""
-    for part in (model, model.get('bbox_head') or {}):
-        for name in ('num_queries', 'num_query'):
-            if isinstance(part, dict) and name in part:
-                return part[name]
-    return None
+    parts = (model, model.get('bbox_head') or {})
+    found = (part.get(name) for part in parts for name in ('num_queries', 'num_query'))
+    return next((number for number in found if number is not None), None)

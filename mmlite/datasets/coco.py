@@ -135,43 +135,44 @@ def check_categories(
     repeated = [name for name, count in Counter(labels).items() if count > 1]
     unknown = [name for name in categories if name not in classes and name not in ignored]
     missing = [name for name in classes if name not in categories]
+    wrong = ''
     if not labels:
-        raise ValueError(
-            f'annotation file {path} has none of the classes of the config, {_listed(classes)}; '
-            f'set metainfo.classes to its categories, {_listed(categories)}, and '
-            'bbox_head.num_classes to their number'
+        wrong = (
+            f'has none of the classes of the config, {_listed(classes)}; set metainfo.classes to '
+            f'its categories, {_listed(categories)}, and bbox_head.num_classes to their number'
         )
-    if repeated:
-        raise ValueError(
-            f'annotation file {path} lists categories twice: {_listed(repeated)}; MMDetection '
-            'would give each its own label; merge them in the file'
+    elif repeated:
+        wrong = (
+            f'lists categories twice: {_listed(repeated)}; MMDetection would give each its own '
+            'label; merge them in the file'
         )
-    if missing and evaluated:
-        raise ValueError(
-            f'annotation file {path} lacks classes of the config: {_listed(missing)}; a prediction '
-            f'of them would end the evaluation; add them to its categories, or set '
-            f'metainfo.classes to {_listed(labels)} and bbox_head.num_classes to their number'
+    elif missing and evaluated:
+        wrong = (
+            f'lacks classes of the config: {_listed(missing)}; a prediction of them would end the '
+            f'evaluation; add them to its categories, or set metainfo.classes to {_listed(labels)} '
+            'and bbox_head.num_classes to their number'
         )
+    if wrong:
+        raise ValueError(f'annotation file {path} {wrong}')
     remarks = []
     if unknown:
         remarks.append(
-            f'annotation file {path} has categories that the config does not know, and their '
-            f'objects are left out: {_listed(unknown)}; add them to metainfo.classes (now '
-            f'{_listed(classes)}) and count them in bbox_head.num_classes, or name them in '
-            'ignored_categories of a CheckedCocoDataset'
+            'has categories that the config does not know, and their objects are left out: '
+            f'{_listed(unknown)}; add them to metainfo.classes (now {_listed(classes)}) and count '
+            'them in bbox_head.num_classes, or name them in ignored_categories of a '
+            'CheckedCocoDataset'
         )
     if labels != classes[: len(labels)]:
         remarks.append(
-            f'annotation file {path} has the classes in another order than the config, and the '
-            f'order of the file is what numbers the labels: they will be shown under wrong names; '
-            f'set metainfo.classes to {_listed(labels + missing)}'
+            'has the classes in another order than the config, and the order of the file is what '
+            'numbers the labels: they will be shown under wrong names; set metainfo.classes to '
+            f'{_listed(labels + missing)}'
         )
     elif missing:
         remarks.append(
-            f'annotation file {path} lacks classes of the config: {_listed(missing)}; nothing will '
-            'be learned of them'
+            f'lacks classes of the config: {_listed(missing)}; nothing will be learned of them'
         )
-    return remarks
+    return [f'annotation file {path} {remark}' for remark in remarks]
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:

@@ -77,21 +77,12 @@ def generate_shapes(
             file_name = f'{index:05d}.png'
             # imencode, as imwrite only returns False where it cannot write
             (folder / file_name).write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
-            images.append(
-                {'id': index, 'file_name': file_name, 'width': image_size, 'height': image_size}
-            )
+            size = {'width': image_size, 'height': image_size}
+            images.append({'id': index, 'file_name': file_name, **size})
             for label, box, area, polygon in objects:
-                annotations.append(
-                    {
-                        'id': len(annotations) + 1,
-                        'image_id': index,
-                        'category_id': label + 1,
-                        'bbox': box,
-                        'area': area,
-                        'segmentation': [polygon],
-                        'iscrowd': 0,
-                    }
-                )
+                ids = {'id': len(annotations) + 1, 'image_id': index}
+                shape = {'bbox': box, 'area': area, 'segmentation': [polygon], 'iscrowd': 0}
+                annotations.append({**ids, 'category_id': label + 1, **shape})
             progress()
         content = {
             'images': images,
@@ -144,13 +135,8 @@ def generate_panoptic(root: str | Path, split: str) -> None:
         # An id is red + 256 green + 65536 blue, and OpenCV's channels are blue, green, red.
         pixels = np.stack([np.zeros_like(ids), np.zeros_like(ids), ids], axis=-1)
         (folder / image['file_name']).write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
-        panoptic.append(
-            {
-                'image_id': image['id'],
-                'file_name': image['file_name'],
-                'segments_info': segments,
-            }
-        )
+        entry = {'image_id': image['id'], 'file_name': image['file_name']}
+        panoptic.append({**entry, 'segments_info': segments})
     content = {**content, 'annotations': panoptic, 'categories': [*things, background]}
     (annotations / f'panoptic_{split}.json').write_text(json.dumps(content))
 

@@ -23,9 +23,11 @@ from torch import nn
 
 from .checkpoints.loading import load_checkpoint
 from .detectors.grounding_dino import adapt_bert
-from .families import reads_text
+from .families import reads_text, type_name
 
 _PACKAGE = Path(__file__).parents[1]
+# mmengine's initialisation from a checkpoint: its registered name and its class.
+_PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 
 def load_config(reference: str, changes: dict | None = None) -> Config:
@@ -80,7 +82,7 @@ def build_detector(
         FileNotFoundError: There is no such checkpoint.
         ValueError: The detector cannot be built or the checkpoint does not fit it.
     """
-    init_default_scope(config.get('default_scope', 'mmdet'))
+    init_default_scope(config.get('default_scope') or 'mmdet')
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(logging.WARNING)  # mmengine would tell how it initialised each parameter
@@ -172,7 +174,7 @@ def _without_pretraining(config):
             (name, _without_pretraining(value))
             for name, value in config.items()
             if name != 'pretrained'
-            and not (isinstance(value, dict) and value.get('type') == 'Pretrained')
+            and not (isinstance(value, dict) and type_name(value.get('type')) in _PRETRAINED)
         )
     if isinstance(config, (list, tuple)):
         return type(config)(_without_pretraining(value) for value in config)

@@ -74,6 +74,11 @@ def resolve(kind: str | type) -> type | None:
     return kind if isinstance(kind, type) else MODELS.get(kind)
 
 
+def type_name(kind: str | type) -> str:
+    """The name of the class that a config's ``type`` means; see :func:`resolve`."""
+    return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
+
+
 def family_of(kind: str | type | nn.Module, subclasses: bool = True) -> Family | None:
     """The family of a holder.
 
@@ -153,10 +158,10 @@ def find_holder(model_config: dict) -> tuple[tuple[str, ...], dict, Family]:
     """
     found = _search(model_config, ())
     if found is None:
-        kind = model_config.get('type', 'the model')
+        kind = type_name(model_config.get('type', 'the model'))
         raise ValueError(
-            f'{getattr(kind, "__name__", kind)} has no deformable encoder that mmlite can replace; '
-            f'it serves {", ".join(family.stock for family in FAMILIES)}'
+            f'{kind} has no deformable encoder that mmlite can replace; it serves '
+            f'{", ".join(family.stock for family in FAMILIES)}'
         )
     return found
 

@@ -111,8 +111,9 @@ def lite_config(
         str: A config of three entries, and those of ``changes``.
 
     Raises:
-        ValueError: See :func:`lite_change`; or a change is of one entry of a list, which a config
-            cannot inherit.
+        ValueError: See :func:`lite_change`; a change is of one entry of a list, which a config
+            cannot inherit; or the stock config is in Python style and cannot be imported by its
+            name.
     """
     for key in changes or {}:
         if any(part.isdecimal() for part in key.split('.')):
@@ -124,9 +125,37 @@ def lite_config(
     # A list of a config takes the place of its base's, so the base's imports are kept.
     imports = list((config.get('custom_imports') or {}).get('imports', ()))
     imports = [*imports, *(() if 'mmlite' in imports else ('mmlite',))]
-    return f'_base_ = {str(base)!r}\ncustom_imports = dict(imports={imports!r})\n' + ''.join(
-        f'{name} = {_as_code(entry)}\n' for name, entry in entries.items()
+    imports_line = f'custom_imports = dict(imports={imports!r})\n'
+    lines = {name: _as_code(entry) for name, entry in entries.items()}
+    if not (config.filename and Config._is_lazy_import(str(config.filename))):
+        text = ''.join(f'{name} = {code}\n' for name, code in lines.items())
+        return f'_base_ = {str(base)!r}\n{imports_line}{text}'
+    # In Python style a change is merged by hand, and a type is a class.
+    lite = find_holder(config.model)[2].lite
+    lines['model'] = lines['model'].replace(f'type={lite!r}', f'type={lite}')
+    inherited = [name for name in lines if isinstance(config.get(name), dict)]
+    text = ''.join(
+        f'{name}.merge({code})\n' if name in inherited else f'{name} = {code}\n'
+        for name, code in lines.items()
     )
+    return (
+        'from mmengine.config import read_base\n\n'
+        f'from mmlite.openmmlab.detectors import {lite}\n\n'
+        f'with read_base():\n    from {_module(str(base))} import *\n\n{imports_line}{text}'
+    )
+
+
+def _module(base: str) -> str:
+    """A path as ``import`` says it, seen from the file that imports."""
+    *folders, file = Path(base).with_suffix('').parts
+    up = folders.count('..')
+    names = [*folders[up:], file]
+    if not all(name.isidentifier() for name in names):
+        raise ValueError(
+            f'{base} is a config in Python style, which others import: rename its file and folders '
+            'to names that Python can import'
+        )
+    return '.' * (up + 1) + '.'.join(names)
 
 
 def _as_code(value: Any) -> str:

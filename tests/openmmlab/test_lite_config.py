@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
+import python_style_dino
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.hub import get_config
 
-import mmlite  # noqa: F401
+import mmlite
 from mmlite.openmmlab import families
+from mmlite.openmmlab.build import build_detector, load_config
 from mmlite.openmmlab.checkpoints import fitting_schedules, lite_change, lite_config, stock_config
 from mmlite.openmmlab.lite_config import main_schedule
 
@@ -101,3 +104,39 @@ def test_lite_is_no_stock_and_stock_no_lite():
     model.type, model.encoder.schedule = 'LiteDINO', SCHEDULE
     with pytest.raises(ValueError, match=r'LiteDINO is Lite already, with schedule H3L1'):
         lite_change(model, SCHEDULE)
+
+
+@pytest.fixture(params=['classes', 'full names'])
+def python_style(request, tmp_path):
+    """A stock DINO in Python style, as somebody writes it and as MMEngine dumps it."""
+    path = tmp_path / 'configs/stock.py'
+    path.parent.mkdir()
+    path.write_text(Path(python_style_dino.__file__).read_text())
+    if request.param == 'full names':
+        Config.fromfile(path).dump(path)
+    return path
+
+
+def test_types_are_classes_or_full_names(python_style, tmp_path):
+    stock = load_config(str(python_style))
+    assert main_schedule(stock.model) == 'H3L1-(2+1)x1'
+    path = tmp_path / 'lite.py'
+    changes = {'model.num_queries': 30, 'train_cfg': dict(max_epochs=2)}
+    path.write_text(lite_config(stock, 'configs/stock.py', 'H3L1-(2+1)x1', changes))
+    lite = load_config(str(path))
+    assert (lite.model.num_queries, lite.train_cfg.max_epochs) == (30, 2)
+    model = build_detector(lite)
+    assert type(model).__name__ == 'LiteDINO' and len(model.encoder.layers) == 2
+    expected = copy.deepcopy(stock.model)
+    expected.update(type='DINO', num_queries=30)
+    assert stock_config(lite.model).to_dict() == expected.to_dict()
+    mmlite.to_lite(built := build_detector(stock), 'H3L1-(2+1)x1')
+    assert families.is_lite(built.cfg.model.type)
+
+
+def test_a_file_that_python_cannot_import():
+    stock = Config.fromfile(python_style_dino.__file__)
+    for base, start in (('../../a/stock.py', '...a.stock'), ('stock.py', '.stock')):
+        assert f'from {start} import *' in lite_config(stock, base, 'H3L1-(2+1)x1')
+    with pytest.raises(ValueError, match='rename its file and folders'):
+        lite_config(stock, '../dino-4scale/stock.py', 'H3L1-(2+1)x1')

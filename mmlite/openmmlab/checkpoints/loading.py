@@ -84,21 +84,19 @@ def load_checkpoint(
             raise ValueError(f'{path} is not a checkpoint that torch can read: {reason}') from error
         raise ValueError(
             f'{path} is refused: it holds {refused[1]}, which could run code when it is loaded; '
-            f'{_way_out(path, refused[1], "is blocked" in str(error))}'
+            f'{_way_out(refused[1], "is blocked" in str(error))}'
         ) from error
 
 
-def _way_out(path: str, name: str, is_blocked: bool) -> str:
+def _way_out(name: str, is_blocked: bool) -> str:
     if is_blocked:
         return 'torch never loads this, so do not trust the file'
+    if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4
+        return f'if you trust the file, read it with load_checkpoint(path, allow=[{name}])'
     module = name.rpartition('.')[0]
-    if hasattr(torch.serialization, 'add_safe_globals'):
-        line = f'import torch, {module}; torch.serialization.add_safe_globals([{name}])'
-        return f'if you trust the file, run this before, or put it at the top of the config: {line}'
     return (
-        f'if you trust the file, load and save it again: import torch, {module}, '
-        f'mmlite.checkpoints as c; torch.save(c.load_checkpoint({path!r}, allow=[{name}])'
-        f"['state_dict'], 'weights.pth')"
+        'if you trust the file, run this before, or put it at the top of the config: '
+        f'import torch, {module}; torch.serialization.add_safe_globals([{name}])'
     )
 
 

@@ -11,7 +11,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import Tensor
 
-from .official import Conversion, Layout
+from .official import Conversion
 
 _DINO = 'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py'
 _DEFORMABLE_DETR = 'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py'
@@ -42,29 +42,31 @@ def official_config(
     embed_dims = state['level_embed'].shape[1]
     heads = getattr(args, 'nheads', 8)
     shape = dict(embed_dims=embed_dims, num_heads=heads)
-    encoder = dict(
-        num_layers=layout.encoder_layers,
-        layer_cfg=dict(
-            self_attn_cfg=dict(
-                shape, **_attention(state, 'encoder.layers.0.self_attn', layout, args)
-            ),
-            ffn_cfg=_ffn(state, 'encoder'),
-        ),
-    )
-    decoder = dict(
-        num_layers=layout.decoder_layers,
-        layer_cfg=dict(
-            self_attn_cfg=dict(shape),
-            cross_attn_cfg=dict(
-                shape, **_attention(state, 'decoder.layers.0.cross_attn', layout, args)
-            ),
-            ffn_cfg=_ffn(state, 'decoder'),
-        ),
-    )
+
+    def layers(part: str, number: int, attention: str) -> dict:
+        first = f'{part}.layers.0'
+        channels = len(state[f'{first}.ffn.layers.0.0.weight'])
+        sampled = _attention(state, f'{first}.{attention}', layout.num_levels, heads, args)
+        return dict(
+            num_layers=number,
+            layer_cfg={
+                'self_attn_cfg': dict(shape),
+                f'{attention}_cfg': dict(shape, **sampled),
+                'ffn_cfg': dict(embed_dims=embed_dims, feedforward_channels=channels),
+            },
+        )
+
+    encoder = layers('encoder', layout.encoder_layers, 'self_attn')
+    decoder = layers('decoder', layout.decoder_layers, 'cross_attn')
     embedded = len(state.get('query_embedding.weight', ()))
     if layout.family == 'h-deformable-detr':
         num_queries = num_queries or getattr(args, 'num_queries_one2one', None)
-        num_queries = num_queries or _one2one_queries(embedded)
+        if not num_queries and embedded not in (300, 1800):
+            raise ValueError(
+                f'the file has {embedded} queries and does not say how many are one-to-one; give '
+                'the number of queries at inference: --num-queries'
+            )
+        num_queries = num_queries or 300
     else:
         num_queries = embedded or num_queries or getattr(args, 'num_queries', 300)
     model = dict(
@@ -82,7 +84,9 @@ def official_config(
         encoder=encoder,
         decoder=decoder,
         positional_encoding=dict(num_feats=embed_dims // 2),
-        bbox_head=dict(num_classes=_num_classes(state), embed_dims=embed_dims),
+        bbox_head=dict(
+            num_classes=len(state['bbox_head.cls_branches.0.weight']), embed_dims=embed_dims
+        ),
     )
     base = _DINO
     if layout.family == 'deformable-detr':
@@ -130,38 +134,18 @@ def check_conversion(conversion: Conversion, config: str) -> None:
 
 
 def _attention(
-    state: Mapping[str, Tensor], name: str, layout: Layout, args: Namespace | None
+    state: Mapping[str, Tensor], name: str, levels: int, heads: int, args: Namespace | None
 ) -> dict:
-    heads, levels = getattr(args, 'nheads', 8), layout.num_levels
     points = getattr(args, 'enc_n_points' if 'encoder' in name else 'dec_n_points', 4)
-    cfg = dict(num_levels=levels)
     rows = len(state[f'{name}.sampling_offsets.weight'])
     is_key_aware = f'{name}.query_proj.weight' in state
-    if is_key_aware and levels > 1 and rows == 2 * heads * points:
-        cfg.update(num_points=points, same_loc=True)
-    else:
-        cfg.update(num_points=rows // (2 * heads * levels))
+    same_loc = is_key_aware and levels > 1 and rows == 2 * heads * points
+    cfg = dict(num_levels=levels, num_points=points if same_loc else rows // (2 * heads * levels))
+    if same_loc:
+        cfg.update(same_loc=True)
     if f'{name}.key_proj.weight' in state:
         cfg.update(proj_key=True)
     return cfg
-
-
-def _one2one_queries(embedded: int) -> int:
-    if embedded not in (300, 1800):
-        raise ValueError(
-            f'the file has {embedded} queries and does not say how many are one-to-one; give the '
-            'number of queries at inference: --num-queries'
-        )
-    return 300
-
-
-def _num_classes(state: Mapping[str, Tensor]) -> int:
-    return len(state['bbox_head.cls_branches.0.weight'])
-
-
-def _ffn(state: Mapping[str, Tensor], part: str) -> dict:
-    channels, embed_dims = state[f'{part}.layers.0.ffn.layers.0.0.weight'].shape
-    return dict(embed_dims=embed_dims, feedforward_channels=channels)
 
 
 def _backbone(state: Mapping[str, Tensor], kind: str) -> dict:

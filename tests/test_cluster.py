@@ -126,6 +126,7 @@ def test_two_processes_end_with_the_same_weights(folder):
     assert differ  # they saw different images
 
 
+@pytest.mark.slow
 def test_goes_on_from_the_last_checkpoint_when_a_process_is_killed(folder):
     printed = train(
         folder,
@@ -144,6 +145,7 @@ def test_goes_on_from_the_last_checkpoint_when_a_process_is_killed(folder):
     assert len(content['message_hub']['log_scalars']['train/loss'].data[0]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for CPUs')
 def test_fsdp_saves_a_whole_model(folder):
     text = (ROOT / 'docs/cluster.md').read_text()
@@ -165,6 +167,7 @@ FAMILIES = (
 )
 
 
+@pytest.mark.slow
 def test_the_newer_families(tiny_bert, monkeypatch):
     """In one pair of processes, without mim and data, which are the same for all detectors."""
     monkeypatch.setenv('BERT', tiny_bert)

@@ -147,6 +147,7 @@ def test_compare_builds_times_both(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_decompositions_are_the_same_and_timed():
     for needed in ('onnxscript', 'onnxruntime', 'openvino'):
         pytest.importorskip(needed)

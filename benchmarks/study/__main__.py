@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from mmlite.cli import shared
-from mmlite.cli.shared import FOLDER, HELP, count_option, flag, option
+from mmlite.cli.shared import HELP, count_option, flag, option, out_option
 from mmlite.openmmlab import require
 
 
@@ -39,8 +39,7 @@ class _Command(click.Command):
 
 
 @click.command(cls=_Command, context_settings=HELP)
-@click.argument('plan', required=False)
-@click.option('--plan', 'named_plan', metavar='PLAN', help='The same as the argument.')
+@click.argument('plan')
 @option(
     '--data',
     'roots',
@@ -51,16 +50,10 @@ class _Command(click.Command):
 @option('--seed', 'seeds', type=click.IntRange(0), multiple=True, help="Instead of the plan's.")
 @count_option('--jobs', default=1, help='Runs at a time, each in a process on a core of its own.')
 @option('--gpus', type=click.IntRange(0), default=0, help='GPUs of each run; they run in turn.')
-@option(
-    '--out',
-    type=FOLDER,
-    default='work_dirs/study',
-    help="Folder of the studies; this one's is in it.",
-)
+@out_option("Folder of the studies; this one's is in it.", default='work_dirs/study')
 @flag('--report', 'only_report', help='Train nothing; report what is there.')
 def study(
-    plan: str | None,
-    named_plan: str | None,
+    plan: str,
     roots: tuple[tuple[str, Path], ...],
     seeds: tuple[int, ...],
     jobs: int,
@@ -79,7 +72,7 @@ def study(
     Example:
       python -m benchmarks.study small --data bccd=data/bccd --jobs 2
       python -m benchmarks.study small --report
-      python -m benchmarks.study --plan coco --gpus 8
+      python -m benchmarks.study coco --gpus 8
     """
     require()
     from .execute import Study, execute
@@ -87,9 +80,7 @@ def study(
     from .report import write_report
 
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the progress
-    if (plan is None) == (named_plan is None):
-        raise click.UsageError('give one plan: a YAML file, or small or coco')
-    chosen = read_plan(plan or named_plan, dict(roots), seeds)
+    chosen = read_plan(plan, dict(roots), seeds)
     found = Study(chosen, out / chosen.name)
     console = shared.console()
     complete = True

@@ -95,7 +95,7 @@ def make_report(study: Study, results: Mapping[Run, dict]) -> Report:
         tables=tables,
         notes=notes,
         page={'title': plan.title, 'state': state, 'headline': headline, 'figures': figures},
-        template='study.html',
+        template=Path(__file__).with_name('report.html.jinja'),
         machine={
             name: ' or '.join(dict.fromkeys(str(m.get(name)) for m in machines))
             for name in machines[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .timing import Timing
@@ -46,7 +47,7 @@ class Report:
     notes: list[str] = field(default_factory=list)  # sentences for below the tables
     further: dict = field(default_factory=dict)  # what else programs get
     page: dict | None = None  # what the page shows beside the tables
-    template: str = 'compare.html'  # of the page
+    template: str | Path = 'compare.html'  # of the page; a path for one from elsewhere
     machine: dict[str, str] = field(default_factory=dict)  # what it ran on
     command: str = ''  # what repeats it
 
@@ -67,13 +68,14 @@ class Report:
         return render(self.template, report=self, **self.page)
 
 
-def render(template: str, **content: object) -> str:
-    """Fill in one of the pages in ``templates/``."""
+def render(template: str | Path, **content: object) -> str:
+    """Fill in one of the pages in ``templates/``, or a page of one's own that extends them."""
     import jinja2
 
-    loader = jinja2.PackageLoader('mmlite.analysis', 'templates')
+    folders = [Path(__file__).with_name('templates'), Path(template).parent]
+    loader = jinja2.FileSystemLoader(folders)
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return pages.get_template(template).render(content)
+    return pages.get_template(Path(template).name).render(content)
 
 
 def plot(draw: Callable[..., None], *arguments) -> str:

@@ -40,6 +40,7 @@ def test_trains_evaluates_and_draws(tmp_path, monkeypatch):
     assert load_checkpoint(out / 'epoch_2.pth')['meta']['epoch'] == 2
 
 
+@pytest.mark.slow
 def test_segmentation(tmp_path):
     out = tmp_path / 'demo'
     sizes = ('--epochs', 1, '--train-images', 8, '--val-images', 2)

@@ -39,7 +39,7 @@ def test_trains_reports_and_does_nothing_twice(tmp_path):
     # Planted, a run whose loss was not finite: it is named, and not averaged.
     path = folder / 'drawn/warm/seed0/result.json'
     path.write_text(json.dumps({**found, 'finite': False, 'problem': 'the loss is nan'}))
-    again = run('--plan', plan, '--out', tmp_path / 'out', '--report')
+    again = run(plan, '--out', tmp_path / 'out', '--report')
     assert again.exit_code == 0, again.output
     assert 'Not averaged' in again.output
     assert '| warm |' not in (folder / 'report.md').read_text()
@@ -49,7 +49,7 @@ def test_trains_reports_and_does_nothing_twice(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'sentence'),
     [
-        ([], 'give one plan'),
+        ([], "Missing argument 'PLAN'"),
         (['nothing'], 'these ship: coco, small'),
         (['small', '--data', 'details=x'], 'those that take one are: bccd'),
         (['small', '--data', 'bccd'], 'names no folder'),

@@ -102,6 +102,7 @@ def test_another_config_is_not_mixed_in(study, fake, tmp_path):
         changed.check()
 
 
+@pytest.mark.slow
 def test_killed_run_ends_where_it_would_have(study):
     """The same losses and metrics, whether or not it was stopped in the second epoch."""
     study.draw(no_progress)

@@ -211,6 +211,8 @@ class InterleavedEncoder(nn.Module):
                     f"this encoder's is {self.schedule} with {self.update} updates; set "
                     f"encoder=dict(schedule='{theirs}', update='{update}')"
                 )
+            # A code that was averaged would be cut off to other integers, and saved so.
+            state_dict[key] = self.schedule.encode(update).to(state_dict[key].device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -351,6 +351,21 @@ def test_unfitting_arguments(arguments, message):
         LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **arguments})
 
 
+@pytest.mark.parametrize('assign', [{}, {'assign': True}])
+def test_a_code_that_was_averaged_is_saved_right(assign):
+    if assign and torch.__version__ < (2, 1):
+        pytest.skip('assign came with torch 2.1')
+    schedule = 'H2L2-(3+1)x1'
+    encoder = LiteEncoder(schedule, **THIN)
+    state = {name: value.float() - 0.01 for name, value in encoder.state_dict().items()}
+    encoder.load_state_dict(state, **assign)
+    assert encoder.schedule_code.tolist() == [2, 2, 3, 1, 0]
+    assert encoder.schedule_code.dtype == torch.int64
+    again = LiteEncoder(schedule, **THIN)
+    again.load_state_dict(encoder.state_dict())
+    assert state['schedule_code'][0] < 2  # the caller's stay as they are
+
+
 def test_unfitting_features():
     encoder = LiteEncoder('H3L1-(2+1)x1', **THIN)
     arguments = inputs()

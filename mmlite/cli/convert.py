@@ -21,6 +21,7 @@ from .shared import (
     json_option,
     option,
     print_table,
+    read_config,
     write_json,
 )
 
@@ -91,6 +92,7 @@ def convert(
     """
     if not target.suffix:
         target = target.with_suffix('.pth')
+    _refuse_target(target, source)
     if lite_config or image_paths or cfg_options:
         if to_official or options['family'] or options['ema'] or options['num_queries']:
             raise ValueError(
@@ -101,12 +103,11 @@ def convert(
                 'a warm start needs the config of the Lite detector and images to fit on: '
                 '--from-stock CONFIG --images IMAGE'
             )
-        _refuse_target(target, source)
         if options['schedule']:
             cfg_options['model.encoder.schedule'] = options['schedule']
-        report = _from_stock(source, target, lite_config, cfg_options, image_files(image_paths))
+        config = read_config(lite_config, cfg_options)
+        report = _from_stock(source, target, config, image_files(image_paths))
     else:
-        _refuse_target(target, source)
         if to_official and (options['schedule'] or options['ema']):
             raise ValueError('--to-official takes neither --schedule nor --ema; leave them out')
         report = (_to_official if to_official else _from_official)(source, target, **options)
@@ -153,17 +154,13 @@ def _to_official(source, target, family, classes, **_) -> dict:
     return _report(conversion, source, [target])
 
 
-def _from_stock(
-    source: Path, target: Path, lite_config: str, changes: dict, images: list[Path]
-) -> dict:
+def _from_stock(source: Path, target: Path, config: Config, images: list[Path]) -> dict:
     import torch
     from mmdet.registry import MODELS
     from mmengine.registry import init_default_scope
 
-    from ..openmmlab.build import load_config
     from ..openmmlab.checkpoints import load_checkpoint, unpack, warm_start
 
-    config = load_config(lite_config, changes)
     state, _ = unpack(load_checkpoint(source))
     init_default_scope('mmdet')
     model_config = copy.deepcopy(config.model)
@@ -183,16 +180,13 @@ def _load_images(model: torch.nn.Module, config: Config, images: list[Path]) -> 
 
     from ..openmmlab.families import reads_text, type_name
 
-    pipeline = config.test_dataloader.dataset.pipeline
-    pipeline = Compose(
-        [step for step in pipeline if not type_name(step.type).endswith('Annotations')]
-    )
+    dataset = config.test_dataloader.dataset
+    steps = [step for step in dataset.pipeline if not type_name(step.type).endswith('Annotations')]
     # A detector that reads a text is asked for the classes of its data.
-    text = (config.test_dataloader.dataset.get('metainfo') or CocoDataset.METAINFO)['classes']
-    asked = dict(text=text, custom_entities=True) if reads_text(model) else {}
-    packed = [
-        pipeline(dict(img_path=str(path), img_id=i, **asked)) for i, path in enumerate(images)
-    ]
+    classes = (dataset.get('metainfo') or CocoDataset.METAINFO)['classes']
+    asked = dict(text=classes, custom_entities=True) if reads_text(model) else {}
+    pipeline = Compose(steps)
+    packed = [pipeline(dict(img_path=str(p), img_id=i, **asked)) for i, p in enumerate(images)]
     batch = {name: [item[name] for item in packed] for name in ('inputs', 'data_samples')}
     return model.data_preprocessor(batch, False)
 
@@ -215,27 +209,23 @@ def _report(conversion: Conversion, source: Path, written: list[Path]) -> dict:
 def _print(report: dict) -> None:
     from ..openmmlab.checkpoints.official import FAMILIES
 
-    parts = Counter(map(_part, report['mapped'].values()))
-    rows = [(part, str(count)) for part, count in parts.items()]
     title = f'{FAMILIES[report["model"]]} {report["schedule"] or ""}'.strip()
-    print_table(
-        f'{title}: mapped', ('part', 'entries'), [*rows, ('all', str(len(report['mapped'])))]
-    )
-    for heading, entries in (('left', report['left']), ('filled in', report['filled'])):
-        if entries:
-            reasons = Counter(map(_kind, entries.values())).items()
-            rows = [(str(count), reason) for reason, count in reasons]
-            print_table(heading, ('entries', 'why'), rows)
+    parts = Counter(map(_part, report['mapped'].values()))
+    rows = [(part, str(count)) for part, count in (*parts.items(), ('all', len(report['mapped'])))]
+    print_table(f'{title}: mapped', ('part', 'entries'), rows)
+    for heading in ('left', 'filled'):
+        kinds = Counter(
+            'repeats another entry' if why.startswith('repeats ') else why
+            for why in report[heading].values()
+        )
+        if kinds:
+            print_table(heading, ('entries', 'why'), [(str(n), kind) for kind, n in kinds.items()])
     click.echo(f'Wrote {" and ".join(report["written"])}')
 
 
 def _part(name: str) -> str:
     """The module of the detector that an entry belongs to."""
     return '.'.join(name.split('.')[: 2 if name.startswith('transformer.') else 1])
-
-
-def _kind(reason: str) -> str:
-    return 'repeats another entry' if reason.startswith('repeats ') else reason
 
 
 def _meta(state: dict) -> dict:

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from ..openmmlab import require
-from .shared import count_option, option, out_option, print_table, progress, write_json
+from .shared import count_option, option, out_option, print_table, progress, read_config, write_json
 
 # Task -> its config, and which of COCO's metrics evaluate it.
 TASKS = {
@@ -64,7 +64,9 @@ def demo(
     _sleep_while_waiting()
     require()
     from ..analysis.accuracy import METRICS
+    from ..analysis.complexity import encoder_flops
     from ..datasets import generate_shapes
+    from ..openmmlab.lite_config import stock_config
 
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the progress
     began = time.monotonic()
@@ -78,7 +80,8 @@ def demo(
     click.echo('Evaluating on the held-out images')
     with _quiet():
         metrics = runner.val()
-    lite, stock = _encoder_gflops(runner.cfg)
+    models = runner.cfg.model, stock_config(runner.cfg.model)
+    lite, stock = (encoder_flops(model, runner.cfg.image_size) / 1e9 for model in models)
     picture = _draw_predictions(runner, out / 'predictions.png')
 
     results = {
@@ -122,10 +125,9 @@ def _make_writable(out: Path) -> None:
 
 def _build(config: str, out: Path, epochs: int | None, seed: int):
     """The runner of the embedded config, on the data in ``out``."""
-    from mmengine.config import Config
     from mmengine.runner import Runner
 
-    cfg = Config.fromfile(Path(__file__).parents[1] / '.mim' / 'configs' / config)
+    cfg = read_config(f'mmlite::{config}')
     epochs = epochs or cfg.train_cfg.max_epochs
     cfg.train_cfg.max_epochs = cfg.param_scheduler[-1].T_max = epochs
     cfg.train_cfg.val_interval = epochs + 1  # evaluated once, after training
@@ -133,9 +135,8 @@ def _build(config: str, out: Path, epochs: int | None, seed: int):
     cfg.merge_from_dict({'work_dir': str(out), 'log_level': 'ERROR', 'randomness': {'seed': seed}})
     for split in ('train', 'val', 'test'):
         cfg[f'{split}_dataloader'].dataset.data_root = str(out / 'data')
-    for split in ('val', 'test'):
-        annotations = out / 'data' / 'annotations' / 'instances_val.json'
-        cfg[f'{split}_evaluator'].ann_file = str(annotations)
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        evaluator.ann_file = str(out / 'data/annotations/instances_val.json')
     with _quiet():
         return Runner.from_cfg(cfg)
 
@@ -167,20 +168,6 @@ def _train(runner) -> None:
 
         runner.register_hook(ShowProgress(), priority='VERY_LOW')
         runner.train()
-
-
-def _encoder_gflops(cfg) -> list[float]:
-    """GFLOPs of the Lite encoder and of the stock encoder with the same number of layers."""
-    from mmdet.registry import MODELS
-
-    from ..analysis.complexity import count_detector
-    from ..openmmlab.checkpoints import stock_config
-
-    stock = stock_config(cfg.model)
-    return [
-        count_detector(MODELS.build(model), cfg.image_size).stage_flops['encoder'] / 1e9
-        for model in (cfg.model, stock)
-    ]
 
 
 def _draw_predictions(runner, path: Path) -> Path:

@@ -97,8 +97,8 @@ def _show(summaries: list[DataSummary], found: list[Finding]) -> None:
     for summary in summaries:
         columns = ('class', 'images', 'objects', 'small', 'medium', 'large')
         rows = [
-            (escape(c.name), *(str(getattr(c, name)) for name in columns[1:]))
-            for c in summary.classes
+            (escape(count['name']), *(str(count[name]) for name in columns[1:]))
+            for count in summary.classes
         ]
         print_table(f'Classes of {summary.name}', columns, rows, justify='right')
     if found:

@@ -12,8 +12,8 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +28,13 @@ from torch import nn
 from .coco import check_categories, read_annotations
 from .images import DecodedImage, ImageFile, decode_images
 
-# COCO's ranges of an object's area in pixels.
-SIZES = {'small': (0, 32**2), 'medium': (32**2, 96**2), 'large': (96**2, math.inf)}
+# Where COCO's small, medium and large objects begin, and the last end: areas in pixels.
+_SIZE_EDGES = (0, 32**2, 96**2, math.inf)
+COUNTS = ('name', 'images', 'objects', 'small', 'medium', 'large')
+_REPORTED = (
+    *('name', 'annotation_file', 'images', 'objects', 'most_objects'),
+    *('labels', 'config_classes', 'classes'),
+)
 
 # Kind of finding -> what it leads to. Problems end training, lose objects or make the numbers
 # wrong; remarks may be meant.
@@ -89,17 +94,15 @@ class Finding:
 
     @property
     def meaning(self) -> str:
-        return PROBLEMS.get(self.kind) or REMARKS[self.kind]
+        return {**PROBLEMS, **REMARKS}[self.kind]
 
 
-class Findings:
+class Findings(dict[tuple[str, str], Finding]):
     """Findings as they come up, those of a kind together."""
 
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, str], Finding] = {}
-
-    def add(self, data: str, kind: str, place: Any) -> None:
-        self._found.setdefault((data, kind), Finding(data, kind)).places.append(str(place))
+    def add(self, data: str, kind: str, *places: Any) -> None:
+        if places:
+            self.setdefault((data, kind), Finding(data, kind)).places += map(str, places)
 
     @contextlib.contextmanager
     def of_errors(self, data: str, kind: str) -> Iterator[None]:
@@ -111,44 +114,7 @@ class Findings:
 
     def sorted(self) -> list[Finding]:
         """Problems first."""
-        return sorted(self._found.values(), key=lambda finding: not finding.is_problem)
-
-
-@dataclass
-class ClassCount:
-    """How often a class occurs in a data set, by size: ``SIZES`` in area."""
-
-    name: str
-    images: int = 0
-    objects: int = 0
-    small: int = 0
-    medium: int = 0
-    large: int = 0
-
-
-@dataclass
-class DataSummary:
-    """What a data set holds.
-
-    Attributes:
-        name (str): ``'train'``, ``'val'``, ``'test'``, or several that are the same.
-        annotation_file (str): Its annotation file.
-        images (int): Images that the file lists.
-        objects (int): Objects of the config's classes, crowds apart.
-        most_objects (int): Objects in the fullest image.
-        labels (list[str]): Name of each label, in the order that MMDetection numbers them.
-        config_classes (list[str]): ``metainfo.classes`` of the config.
-        classes (list[ClassCount]): Counts by class.
-    """
-
-    name: str
-    annotation_file: str
-    images: int = 0
-    objects: int = 0
-    most_objects: int = 0
-    labels: list[str] = field(default_factory=list)
-    config_classes: list[str] = field(default_factory=list)
-    classes: list[ClassCount] = field(default_factory=list)
+        return sorted(self.values(), key=lambda finding: not finding.is_problem)
 
 
 @dataclass
@@ -158,35 +124,67 @@ class _Image:
     objects: int = 0
 
 
-class _Data(DataSummary):
-    """A data set that a config names, and what the config does with it."""
+class _Use(NamedTuple):
+    """Where a config names a data set."""
 
-    def __init__(self, split: str, dataset: CocoDataset, pipeline: list, evaluators: list) -> None:
-        super().__init__(split, dataset.ann_file, config_classes=list(dataset.metainfo['classes']))
-        self.dataset = dataset
-        self.pipeline = pipeline
-        self.evaluated = split != 'train'
+    split: str
+    dataset: CocoDataset
+    pipeline: list
+    evaluators: list
+
+
+class DataSummary:
+    """What a data set holds, and what the config does with it.
+
+    Attributes:
+        name (str): ``'train'``, ``'val'``, ``'test'``, or several that are the same.
+        annotation_file (str): Its annotation file.
+        config_classes (list[str]): ``metainfo.classes`` of the config.
+        labels (list[str]): Name of each label, in the order that MMDetection numbers them.
+        classes (list[dict]): For each label its ``name``, the number of ``images`` and ``objects``,
+            and of ``small``, ``medium`` and ``large`` objects.
+        listed (dict): The images of the file, by id.
+    """
+
+    def __init__(self, uses: list[_Use]) -> None:
+        self.name = ', '.join(dict.fromkeys(use.split for use in uses))
+        self.dataset = uses[0].dataset
+        self.annotation_file: str = self.dataset.ann_file
+        self.config_classes = list(self.dataset.metainfo['classes'])
+        self.pipeline = uses[-1].pipeline  # of the evaluation, which is without chance
+        self.evaluated = any(use.split != 'train' for use in uses)
+        evaluators = [evaluator for use in uses for evaluator in use.evaluators]
         self.evaluated_with = {e['ann_file'] for e in evaluators if e.get('ann_file')}
-        self.has_masks = any(step.get('with_mask') for step in pipeline) or any(
+        self.has_masks = any(step.get('with_mask') for use in uses for step in use.pipeline) or any(
             'segm' in np.atleast_1d(e.get('metric') or 'bbox') for e in evaluators
         )
-        load = next((step for step in pipeline if _name(step).startswith('LoadImage')), {})
+        load = next((s for s in uses[0].pipeline if _name(s).startswith('LoadImage')), {})
         color = load.get('color_type', 'color')
         self.ignore_orientation = (
             color == 'unchanged'
             or color.endswith('_ignore_orientation')
             or load.get('imdecode_backend') not in (None, 'cv2', 'pillow')
         )
-        self.listed: dict[Any, _Image] = {}  # by id
+        self.labels: list[str] = []
+        self.classes: list[dict] = []
+        self.listed: dict[Any, _Image] = {}
 
-    def merge(self, other: _Data) -> None:
-        """Take in the same files as another split names them."""
-        if other.name not in self.name.split(', '):
-            self.name += f', {other.name}'
-        self.evaluated |= other.evaluated
-        self.evaluated_with |= other.evaluated_with
-        self.has_masks |= other.has_masks
-        self.pipeline = other.pipeline  # of the evaluation, which is without chance
+    @property
+    def images(self) -> int:
+        return len(self.listed)
+
+    @property
+    def objects(self) -> int:
+        """Objects of the config's classes, crowds apart."""
+        return sum(count['objects'] for count in self.classes)
+
+    @property
+    def most_objects(self) -> int:
+        """Objects in the fullest image."""
+        return max(image.objects for image in self.listed.values())
+
+    def as_json(self) -> dict:
+        return {name: getattr(self, name) for name in _REPORTED}
 
 
 def check_data(
@@ -197,13 +195,8 @@ def check_data(
 ) -> list[DataSummary]:
     """Read every annotation and decode every image of the data sets that a config names.
 
-    Args:
-        config (Config): Its ``train_dataloader``, ``val_dataloader``, ``test_dataloader`` and their
-            evaluators are followed, through wrappers such as ``RepeatDataset`` too.
-        findings (Findings): Gets what is found.
-        workers (int): Processes that decode.
-        progress (Callable): Called with a text and the number of images; what it returns is
-            called after each.
+    Wrappers such as ``RepeatDataset`` are opened, and the evaluators are compared. ``workers`` is
+    the number of processes that decode; what ``progress`` returns is called after each image.
 
     Returns:
         list[DataSummary]: What the data sets hold that could be read.
@@ -212,7 +205,7 @@ def check_data(
         ValueError: The config names no data set.
     """
     init_default_scope(config.get('default_scope', 'mmdet'))
-    checked: list[_Data] = []
+    checked = []
     for data in _data_sets(config, findings):
         with findings.of_errors(data.name, 'data set'):
             _read(data, findings)
@@ -231,21 +224,21 @@ def check_data(
     for path, names in splits.items():
         if len(names) > 1:
             findings.add(' and '.join(names), 'image in two splits', path)
-    for first, second in zip(checked, checked[1:]):
-        pairs = enumerate(zip(first.labels, second.labels))
-        differ = [(label, *names) for label, names in pairs if names[0] != names[1]]
-        if differ:
-            findings.add(
-                f'{first.name} and {second.name}',
-                'classes',
-                'label {} is {!r} in {} and {!r} in {}: list the categories of both files in the '
-                'same order'.format(*differ[0][:2], first.name, differ[0][2], second.name),
-            )
+    for one, two in zip(checked, checked[1:]):
+        for label, (first, second) in enumerate(zip(one.labels, two.labels)):
+            if first != second:
+                findings.add(
+                    f'{one.name} and {two.name}',
+                    'classes',
+                    f'label {label} is {first!r} in {one.name} and {second!r} in {two.name}: list '
+                    'the categories of both files in the same order',
+                )
+                break
     for data in checked:
         for path in sorted(data.evaluated_with):
             with findings.of_errors(data.name, 'evaluator'):
                 _check_evaluator(path, data)
-    return list(checked)
+    return checked
 
 
 def check_model(
@@ -261,9 +254,7 @@ def check_model(
     """
     from ..openmmlab.families import family_of, reads_text
 
-    def add(text: str) -> None:
-        findings.add('model', 'model', text)
-
+    add = partial(findings.add, 'model', 'model')
     head = getattr(model, 'bbox_head', None)
     num_classes = getattr(head, 'num_classes', None)
     if head is not None and reads_text(model):
@@ -273,11 +264,11 @@ def check_model(
                 f'is the number of tokens, whatever the classes; set it to {head.max_text_len}'
             )
     elif num_classes is not None:
-        for summary in summaries:
-            if num_classes != len(summary.config_classes):
+        for data in summaries:
+            if num_classes != len(data.config_classes):
                 add(
-                    f'bbox_head.num_classes is {num_classes}, but metainfo.classes of '
-                    f'{summary.name} has {len(summary.config_classes)}; set both to the same number'
+                    f'bbox_head.num_classes is {num_classes}, but metainfo.classes of {data.name} '
+                    f'has {len(data.config_classes)}; set both to the same number'
                 )
     num_queries = getattr(model, 'num_queries', None)
     asked = (getattr(model, 'test_cfg', None) or {}).get('max_per_img', 0)
@@ -286,32 +277,35 @@ def check_model(
             f'test_cfg.max_per_img={asked} asks for more predictions than {num_queries} queries of '
             f'{num_classes} classes give; lower it or raise num_queries'
         )
-    wanted = getattr(model, 'num_feature_levels', None)
-    if wanted is not None:
-        try:
-            with torch.no_grad():
-                maps = model.extract_feat(torch.zeros(1, 3, 256, 256))
-        except Exception as error:  # whatever a backbone and a neck that do not fit raise
-            add(f'the backbone and the neck do not run: {error}')
-        else:
-            if len(maps) != wanted:
-                add(
-                    f'num_feature_levels is {wanted}, but the neck gives {len(maps)} maps; set '
-                    'neck.num_outs, num_feature_levels and num_levels of the attention alike'
-                )
-            family = family_of(model)
-            # DDQ-DETR fills up what is missing.
-            if getattr(model, 'as_two_stage', False) and family and family.graph != 'ddq':
-                strides = [256 // feature_map.shape[-1] for feature_map in maps]
-                _check_thin_images(summaries, strides, num_queries, findings)
     start = config.get('load_from')
     if start and '://' not in start and not os.path.isfile(start):
         add(f'load_from={start} does not exist')
+    wanted = getattr(model, 'num_feature_levels', None)
+    if wanted is None:
+        return
+    try:
+        with torch.no_grad():
+            maps = model.extract_feat(torch.zeros(1, 3, 256, 256))
+    except Exception as error:  # whatever a backbone and a neck that do not fit raise
+        add(f'the backbone and the neck do not run: {error}')
+        return
+    if len(maps) != wanted:
+        add(
+            f'num_feature_levels is {wanted}, but the neck gives {len(maps)} maps; set '
+            'neck.num_outs, num_feature_levels and num_levels of the attention alike'
+        )
+    family = family_of(model)
+    # DDQ-DETR fills up what is missing.
+    if getattr(model, 'as_two_stage', False) and family and family.graph != 'ddq':
+        strides = [256 // feature_map.shape[-1] for feature_map in maps]
+        for data in summaries:
+            if data.evaluated:
+                findings.add(data.name, 'image too thin', *_thin_images(data, strides, num_queries))
 
 
-def _data_sets(config: Config, findings: Findings) -> list[_Data]:
+def _data_sets(config: Config, findings: Findings) -> list[DataSummary]:
     """The data sets of a config, unwrapped; those of several splits that are the same, once."""
-    found: dict[tuple, _Data] = {}
+    found: dict[tuple, list[_Use]] = defaultdict(list)
     loaders = {split: config.get(f'{split}_dataloader') for split in ('train', 'val', 'test')}
     if not any(loaders.values()):
         raise ValueError(
@@ -324,17 +318,15 @@ def _data_sets(config: Config, findings: Findings) -> list[_Data]:
         for cfg in _unwrapped(loader.dataset) if loader else ():
             with findings.of_errors(split, 'data set'):
                 kind = DATASETS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
-                instances = issubclass(kind, CocoDataset)
-                if not instances or issubclass(kind, CocoPanopticDataset):
+                if not issubclass(kind, CocoDataset) or issubclass(kind, CocoPanopticDataset):
                     findings.add(split, 'not checked', kind.__name__)
                     continue
                 # Read by us, not by its constructor, which only makes the paths whole.
                 dataset = DATASETS.build({**cfg, 'pipeline': [], 'lazy_init': True})
-                data = _Data(split, dataset, list(cfg.get('pipeline') or ()), evaluators)
-                source = (dataset.ann_file, dataset.data_prefix['img'], *data.config_classes)
-                if found.setdefault(source, data) is not data:
-                    found[source].merge(data)
-    return list(found.values())
+                files = (dataset.ann_file, dataset.data_prefix['img'])
+                use = _Use(split, dataset, list(cfg.get('pipeline') or ()), evaluators)
+                found[(*files, *dataset.metainfo['classes'])].append(use)
+    return [DataSummary(uses) for uses in found.values()]
 
 
 def _unwrapped(cfg: dict) -> Iterator[dict]:
@@ -357,89 +349,66 @@ def _read_quietly(path: str, backend_args: dict | None = None) -> Any:
         return read_annotations(local_path)
 
 
-def _read(data: _Data, findings: Findings) -> None:
+def _read(data: DataSummary, findings: Findings) -> None:
     """Fill in what a data set holds, and find what is wrong with its annotation file."""
     dataset, classes = data.dataset, data.config_classes
+    add = partial(findings.add, data.name)
     coco = _read_quietly(dataset.ann_file, dataset.backend_args)
     content = {'annotations': (), **coco.dataset}
     names = {category['id']: category['name'] for category in content['categories']}
     data.labels = [name for name in names.values() if name in classes]
-
-    def add(kind: str, place: Any) -> None:
-        findings.add(data.name, kind, place)
-
     with findings.of_errors(data.name, 'classes'):
         wrong_names = data.labels != classes[: len(data.labels)]
+        ignored = getattr(dataset, 'ignored_categories', ())
         for remark in check_categories(
-            dataset.ann_file,
-            list(names.values()),
-            classes,
-            ignored=getattr(dataset, 'ignored_categories', ()),
-            evaluated=data.evaluated,
+            dataset.ann_file, list(names.values()), classes, ignored, data.evaluated
         ):
             add('classes' if wrong_names and 'another order' in remark else 'categories', remark)
 
-    images = {
-        number: _Image(
-            ImageFile(
-                os.path.join(dataset.data_prefix['img'], image['file_name']),
-                dataset.backend_args,
-                data.ignore_orientation,
-            ),
-            (image['width'], image['height']),
-        )
-        for number, image in coco.imgs.items()
-    }
+    def image_of(entry: dict) -> _Image:
+        path = os.path.join(dataset.data_prefix['img'], entry['file_name'])
+        file = ImageFile(path, dataset.backend_args, data.ignore_orientation)
+        return _Image(file, (entry['width'], entry['height']))
 
     def place_of(annotation: dict) -> str:
         image = images.get(annotation['image_id'])
         path = image.file.path if image else f'no image, image_id {annotation["image_id"]}'
         return f'object {annotation["id"]} in {path}'
 
+    images = data.listed = {number: image_of(entry) for number, entry in coco.imgs.items()}
     for part, kind, describe in (
-        ('images', 'image', lambda entry: f'{entry["id"]}: {entry["file_name"]}'),
+        ('images', 'image', '{id}: {file_name}'.format_map),
         ('annotations', 'object', place_of),
-        ('categories', 'category', lambda entry: f'{entry["id"]}: {entry["name"]}'),
+        ('categories', 'category', '{id}: {name}'.format_map),
     ):
         ids = Counter(entry['id'] for entry in content[part])
-        for entry in content[part]:
-            if ids[entry['id']] > 1:
-                add(f'duplicate {kind} id', describe(entry))
+        twice = [describe(entry) for entry in content[part] if ids[entry['id']] > 1]
+        add(f'duplicate {kind} id', *twice)
     paths = Counter(image.file.path for image in images.values())
-    for path in (path for path, count in paths.items() if count > 1):
-        add('image listed twice', path)
+    add('image listed twice', *(path for path, count in paths.items() if count > 1))
 
     found: dict[str, list[tuple]] = {name: [] for name in data.labels}  # image ids and areas
-    annotated = set()
     for annotation in content['annotations']:
         image, name = images.get(annotation['image_id']), names.get(annotation['category_id'])
-        annotated.add(annotation['image_id'])
         for kind, what in _object_problems(annotation, image, name, data):
             add(kind, f'{place_of(annotation)}{what}')
         if image is not None and name in found and not annotation.get('iscrowd'):
             image.objects += 1
             found[name].append((annotation['image_id'], _area(annotation)))
     for name, objects in found.items():
-        sizes = {
-            size: sum(low <= area < high for _, area in objects)
-            for size, (low, high) in SIZES.items()
-        }
-        in_images = len({image_id for image_id, _ in objects})
-        data.classes.append(ClassCount(name, in_images, len(objects), **sizes))
-        if not objects:
-            add('class without objects', name)
-    for number, image in images.items():
-        if number not in annotated:
-            add('image without objects', image.file.path)
-    data.listed, data.images = images, len(images)
-    data.objects = sum(count.objects for count in data.classes)
-    data.most_objects = max(image.objects for image in images.values())
+        sizes = np.histogram([area for _, area in objects], _SIZE_EDGES)[0].tolist()
+        numbers = (len(dict(objects)), len(objects), *sizes)  # first, images
+        data.classes.append(dict(zip(COUNTS, (name, *numbers))))
+    add('class without objects', *(name for name, objects in found.items() if not objects))
+    annotated = {annotation['image_id'] for annotation in content['annotations']}
+    bare = (image.file.path for number, image in images.items() if number not in annotated)
+    add('image without objects', *bare)
     if not data.evaluated and not data.objects:
         add('classes', 'it holds no objects of the classes of the config: nothing to learn')
 
 
 def _object_problems(
-    annotation: dict, image: _Image | None, category: str | None, data: _Data
+    annotation: dict, image: _Image | None, category: str | None, data: DataSummary
 ) -> Iterator[tuple[str, str]]:
     """The kind of everything that is wrong with an object, and what to say of it."""
     if image is None:
@@ -481,19 +450,14 @@ def _object_problems(
 
 
 def _is_box(box: Any) -> bool:
-    return (
-        isinstance(box, (list, tuple))
-        and len(box) == 4
-        and all(isinstance(x, (int, float)) and math.isfinite(x) for x in box)
-    )
+    numbers = box if isinstance(box, list) and len(box) == 4 else [None]
+    return all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
 
 
 def _area(annotation: dict) -> float:
     """What COCO's evaluation goes by: ``area``, of the mask where there is one."""
-    if 'area' in annotation:
-        return annotation['area']
     box = annotation.get('bbox')
-    return box[2] * box[3] if _is_box(box) else 0
+    return annotation.get('area', box[2] * box[3] if _is_box(box) else 0)
 
 
 def _image_problems(
@@ -513,43 +477,38 @@ def _image_problems(
         yield 'image of another size', f': {sizes} in truth'
 
 
-def _check_evaluator(path: str, data: _Data) -> None:
+def _check_evaluator(path: str, data: DataSummary) -> None:
     """Raises ValueError where an evaluator reads another file than the data set's."""
     if os.path.abspath(path) == os.path.abspath(data.annotation_file):
         return
     coco = _read_quietly(path)
     unknown = data.listed.keys() - coco.imgs.keys()
     names = [category['name'] for category in coco.dataset['categories']]
-    wrong = f'lacks {len(unknown)} of its images' if unknown else ''
-    if [name for name in names if name in data.config_classes] != data.labels:
-        wrong = wrong or 'has other categories or another order'
-    if wrong:
-        raise ValueError(
-            f'its ann_file {path} is not the one of the data set, {data.annotation_file}, and '
-            f'{wrong}: set both to the same file'
-        )
+    if unknown:
+        wrong = f'lacks {len(unknown)} of its images'
+    elif [name for name in names if name in data.config_classes] != data.labels:
+        wrong = 'has other categories or another order'
+    else:
+        return
+    raise ValueError(
+        f'its ann_file {path} is not the one of the data set, {data.annotation_file}, and '
+        f'{wrong}: set both to the same file'
+    )
 
 
-def _check_thin_images(
-    summaries: Sequence[DataSummary], strides: list[int], num_queries: int, findings: Findings
-) -> None:
-    """Find the images with fewer tokens than queries, resized as for the evaluation."""
-    for data in summaries:
-        if not isinstance(data, _Data) or not data.evaluated:
-            continue
-        steps = [s for s in data.pipeline if _name(s) in ('Resize', 'FixScaleResize', 'Pad')]
-        resize = Compose(steps)
+def _thin_images(data: DataSummary, strides: list[int], num_queries: int) -> Iterator[str]:
+    """The images with fewer tokens than queries, resized as for the evaluation."""
+    resize = Compose([s for s in data.pipeline if _name(s) in ('Resize', 'FixScaleResize', 'Pad')])
 
-        @cache
-        def tokens(size: tuple[int, int], resize: Compose = resize) -> int:
-            pixels = np.zeros((size[1], size[0]), np.uint8)
-            height, width = resize({'img': pixels, 'img_shape': pixels.shape})['img'].shape[:2]
-            return sum(math.ceil(height / s) * math.ceil(width / s) for s in strides)
+    @cache
+    def tokens(size: tuple[int, int]) -> int:
+        pixels = np.zeros((size[1], size[0]), np.uint8)
+        height, width = resize({'img': pixels, 'img_shape': pixels.shape})['img'].shape[:2]
+        return sum(math.ceil(height / s) * math.ceil(width / s) for s in strides)
 
-        for image in data.listed.values():
-            if tokens(image.size) < num_queries:
-                what = f'{tokens(image.size)} tokens, {num_queries} queries'
-                findings.add(data.name, 'image too thin', f'{image.file.path} ({what})')
+    for image in data.listed.values():
+        if tokens(image.size) < num_queries:
+            yield f'{image.file.path} ({tokens(image.size)} tokens, {num_queries} queries)'
 
 
 def _num_queries(model: dict) -> int | None:

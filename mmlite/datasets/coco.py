@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 
 from mmdet.datasets import CocoDataset
@@ -25,8 +24,7 @@ class CheckedCocoDataset(CocoDataset):
     Args:
         ignored_categories (Sequence[str]): Categories of the annotation file that are left out on
             purpose, without a warning.
-        *args: As for ``mmdet.datasets.CocoDataset``.
-        **kwargs: As for ``mmdet.datasets.CocoDataset``.
+        *args, **kwargs: As for ``mmdet.datasets.CocoDataset``.
 
     Raises:
         FileNotFoundError: The annotation file or the first image it lists does not exist.
@@ -41,42 +39,30 @@ class CheckedCocoDataset(CocoDataset):
     def COCOAPI(self, annotation_file: str) -> COCO:
         """Read and check the annotation file; the stock class calls this to read it."""
         coco = read_annotations(annotation_file)
-        self._check_first_image(coco, annotation_file)
-        remarks = check_categories(
-            annotation_file,
-            [category['name'] for category in coco.dataset['categories']],
-            self.metainfo['classes'],
-            ignored=self.ignored_categories,
-            evaluated=self.test_mode,
-        )
-        for remark in remarks:
-            warnings.warn(remark, stacklevel=2)
-        if not self.test_mode:
-            known = set(coco.get_cat_ids(cat_names=self.metainfo['classes']))
-            if not any(annotation['category_id'] in known for annotation in coco.anns.values()):
-                raise ValueError(
-                    f'annotation file {annotation_file} holds no objects of the classes of the '
-                    'config: there is nothing to learn'
-                )
-        return coco
-
-    def _check_first_image(self, coco: COCO, annotation_file: str) -> None:
         image = os.path.join(self.data_prefix['img'], coco.dataset['images'][0]['file_name'])
         if self.backend_args is None and not os.path.isfile(image):
             raise FileNotFoundError(
                 f'image {image}, listed in {annotation_file}, does not exist; check data_root and '
                 'data_prefix in the config'
             )
+        names = [category['name'] for category in coco.dataset['categories']]
+        classes = self.metainfo['classes']
+        for remark in check_categories(
+            annotation_file, names, classes, self.ignored_categories, self.test_mode
+        ):
+            warnings.warn(remark, stacklevel=2)
+        known = set(coco.get_cat_ids(cat_names=classes))
+        has_objects = any(annotation['category_id'] in known for annotation in coco.anns.values())
+        if not self.test_mode and not has_objects:
+            raise ValueError(
+                f'annotation file {annotation_file} holds no objects of the classes of the '
+                'config: there is nothing to learn'
+            )
+        return coco
 
 
 def read_annotations(path: str) -> COCO:
-    """Read an annotation file in COCO's format.
-
-    Args:
-        path (str): The file.
-
-    Returns:
-        COCO: The file, with at least one image and one category.
+    """Read an annotation file in COCO's format, with at least one image and one category.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -108,21 +94,14 @@ def check_categories(
     path: str,
     categories: Sequence[str],
     classes: Sequence[str],
-    *,
     ignored: Sequence[str] = (),
     evaluated: bool = False,
 ) -> list[str]:
     """Compare the categories of an annotation file with the classes of a config.
 
     MMDetection's label ``i`` is the ``i``-th category *of the file* that is among the classes.
-
-    Args:
-        path (str): The file, for the sentences.
-        categories (Sequence[str]): Names of its categories, in its order.
-        classes (Sequence[str]): ``metainfo.classes`` of the config.
-        ignored (Sequence[str]): Categories that are left out on purpose.
-        evaluated (bool): A detector is evaluated on the file. Predictions of a class that it
-            lacks then end the evaluation.
+    ``ignored`` are categories left out on purpose. Where a detector is ``evaluated`` on the file,
+    predictions of a class that it lacks end the evaluation.
 
     Returns:
         list[str]: What does not fit and trains all the same, a sentence each.
@@ -132,49 +111,53 @@ def check_categories(
     """
     classes = list(classes)
     labels = [name for name in categories if name in classes]
-    repeated = [name for name, count in Counter(labels).items() if count > 1]
+    twice = [name for name in dict.fromkeys(labels) if labels.count(name) > 1]
     unknown = [name for name in categories if name not in classes and name not in ignored]
     missing = [name for name in classes if name not in categories]
-    wrong = ''
-    if not labels:
-        wrong = (
+    reordered = labels != classes[: len(labels)]
+    errors = [
+        (
+            not labels,
             f'has none of the classes of the config, {_listed(classes)}; set metainfo.classes to '
-            f'its categories, {_listed(categories)}, and bbox_head.num_classes to their number'
-        )
-    elif repeated:
-        wrong = (
-            f'lists categories twice: {_listed(repeated)}; MMDetection would give each its own '
-            'label; merge them in the file'
-        )
-    elif missing and evaluated:
-        wrong = (
+            f'its categories, {_listed(categories)}, and bbox_head.num_classes to their number',
+        ),
+        (
+            twice,
+            f'lists categories twice: {_listed(twice)}; MMDetection would give each its own '
+            'label; merge them in the file',
+        ),
+        (
+            missing and evaluated,
             f'lacks classes of the config: {_listed(missing)}; a prediction of them would end the '
             f'evaluation; add them to its categories, or set metainfo.classes to {_listed(labels)} '
-            'and bbox_head.num_classes to their number'
-        )
-    if wrong:
-        raise ValueError(f'annotation file {path} {wrong}')
-    remarks = []
-    if unknown:
-        remarks.append(
+            'and bbox_head.num_classes to their number',
+        ),
+    ]
+    remarks = [
+        (
+            unknown,
             'has categories that the config does not know, and their objects are left out: '
             f'{_listed(unknown)}; add them to metainfo.classes (now {_listed(classes)}) and count '
             'them in bbox_head.num_classes, or name them in ignored_categories of a '
-            'CheckedCocoDataset'
-        )
-    if labels != classes[: len(labels)]:
-        remarks.append(
+            'CheckedCocoDataset',
+        ),
+        (
+            reordered,
             'has the classes in another order than the config, and the order of the file is what '
             'numbers the labels: they will be shown under wrong names; set metainfo.classes to '
-            f'{_listed(labels + missing)}'
-        )
-    elif missing:
-        remarks.append(
-            f'lacks classes of the config: {_listed(missing)}; nothing will be learned of them'
-        )
-    return [f'annotation file {path} {remark}' for remark in remarks]
+            f'{_listed(labels + missing)}',
+        ),
+        (
+            missing and not reordered,
+            f'lacks classes of the config: {_listed(missing)}; nothing will be learned of them',
+        ),
+    ]
+    for applies, text in errors:
+        if applies:
+            raise ValueError(f'annotation file {path} {text}')
+    return [f'annotation file {path} {text}' for applies, text in remarks if applies]
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
-    shown = ', '.join(repr(name) for name in names[:most])
+    shown = ', '.join(map(repr, names[:most]))
     return shown if len(names) <= most else f'{shown} and {len(names) - most} more'

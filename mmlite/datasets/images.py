@@ -21,32 +21,19 @@ _ORIENTATION = 0x0112  # of EXIF: 1 is upright
 
 
 class ImageFile(NamedTuple):
-    """An image to decode.
+    """An image to decode."""
 
-    Attributes:
-        path (str): Path, or the address that ``backend_args`` read.
-        backend_args (dict, optional): Storage backend, as for MMDetection's data sets.
-        ignore_orientation (bool): Do not turn the image as its EXIF data ask for.
-    """
-
-    path: str
-    backend_args: dict[str, Any] | None = None
-    ignore_orientation: bool = False
+    path: str  # or the address that backend_args read
+    backend_args: dict[str, Any] | None = None  # as for MMDetection's data sets
+    ignore_orientation: bool = False  # do not turn the image as its EXIF data ask for
 
 
 class DecodedImage(NamedTuple):
-    """What became of it.
+    """What became of it."""
 
-    Attributes:
-        size (tuple[int, int], optional): Width and height in pixels, as training sees them.
-        problem (str, optional): ``'missing image'``, ``'unreadable image'`` or
-            ``'truncated image'``.
-        orientation (int): How training sees it turned or mirrored: EXIF's number, 1 for not at all.
-    """
-
-    size: tuple[int, int] | None = None
-    problem: str | None = None
-    orientation: int = 1
+    size: tuple[int, int] | None = None  # width and height in pixels, as training sees them
+    problem: str | None = None  # 'missing image', 'unreadable image' or 'truncated image'
+    orientation: int = 1  # how training sees it turned or mirrored: EXIF's number
 
 
 def decode_images(files: Sequence[ImageFile], workers: int) -> Iterator[DecodedImage]:

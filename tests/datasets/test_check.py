@@ -72,13 +72,13 @@ def test_nothing_to_find(config, root):
     assert train.labels == train.config_classes == list(CLASSES)
     content = json.loads((root / 'annotations/instances_train.json').read_text())
     areas = [annotation['area'] for annotation in content['annotations']]
-    assert train.objects == sum(count.objects for count in train.classes) == len(areas)
-    assert sum(c.small for c in train.classes) == sum(area < 32**2 for area in areas)
-    assert sum(c.large for c in train.classes) == sum(area >= 96**2 for area in areas)
+    assert train.objects == sum(count['objects'] for count in train.classes) == len(areas)
+    assert sum(c['small'] for c in train.classes) == sum(area < 32**2 for area in areas)
+    assert sum(c['large'] for c in train.classes) == sum(area >= 96**2 for area in areas)
     in_image = [a['image_id'] for a in content['annotations']]
     assert train.most_objects == max(in_image.count(i) for i in in_image)
     of_disc = {a['image_id'] for a in content['annotations'] if a['category_id'] == 1}
-    assert train.classes[0].images == len(of_disc)
+    assert train.classes[0]['images'] == len(of_disc)
 
 
 def first(**entries):
@@ -323,7 +323,7 @@ def test_model_that_does_not_fit(config, root):
     config.model.bbox_head.num_classes = 7
     config.load_from = str(root / 'none.pth')
     config.model.neck.num_outs = 3
-    classes, also, levels, start = fits(config)
+    classes, also, start, levels = fits(config)
     assert 'bbox_head.num_classes is 7, but metainfo.classes of train has 4' in classes
     assert 'of val, test has 4' in also
     assert 'num_feature_levels is 4, but the neck gives 3 maps' in levels

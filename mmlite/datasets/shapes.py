@@ -47,14 +47,12 @@ def generate_shapes(
 
     Args:
         root (str | Path): Folder of the data set; made if it is not there.
-        splits (dict[str, int]): Number of images of each split, such as
-            ``{'train': 600, 'val': 100}``.
+        splits (dict[str, int]): Images of each split, such as ``{'train': 600, 'val': 100}``.
         image_size (int): Width and height of the images in pixels, at least 128 for shapes and
             64 for details.
         seed (int): Seed of the drawing.
         progress (Callable): Called after each image.
-        style (Style, optional): What is drawn, of :data:`mmlite.datasets.STYLES`. Shapes by
-            default.
+        style (Style, optional): What is drawn, of :data:`mmlite.datasets.STYLES`: shapes.
 
     Raises:
         ValueError: ``image_size`` is too small for the largest objects.
@@ -75,8 +73,7 @@ def generate_shapes(
             rng = np.random.default_rng((seed, number, index))
             pixels, objects = style.draw(rng, image_size)
             file_name = f'{index:05d}.png'
-            # imencode, as imwrite only returns False where it cannot write
-            (folder / file_name).write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
+            _write_png(folder / file_name, pixels)
             size = {'width': image_size, 'height': image_size}
             images.append({'id': index, 'file_name': file_name, **size})
             for label, box, area, polygon in objects:
@@ -101,10 +98,6 @@ def generate_panoptic(root: str | Path, split: str) -> None:
     ``root/annotations/panoptic_<split>/``, whose pixels hold segment ids as COCO's do. What no
     shape covers is of one more category, ``background``, which is stuff.
 
-    Args:
-        root (str | Path): Folder of the data set.
-        split (str): For example ``'train'``.
-
     Raises:
         OSError: There is no such split, or ``root`` cannot be written.
     """
@@ -125,16 +118,14 @@ def generate_panoptic(root: str | Path, split: str) -> None:
         segments = []
         categories = (background['id'], *(a['category_id'] for a in own))
         for segment, category in enumerate(categories, start=1):
-            rows, columns = np.nonzero(ids == segment)
-            if not len(rows):
-                continue  # covered by others
-            x, y = int(columns.min()), int(rows.min())
-            box = [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]
-            entry = {'id': segment, 'category_id': category, 'iscrowd': 0}
-            segments.append({**entry, 'bbox': box, 'area': len(rows)})
+            mask = (ids == segment).astype(np.uint8)
+            area = int(mask.sum())
+            if area:  # or it is covered by others
+                entry = {'id': segment, 'category_id': category, 'iscrowd': 0}
+                segments.append({**entry, 'bbox': [*cv2.boundingRect(mask)], 'area': area})
         # An id is red + 256 green + 65536 blue, and OpenCV's channels are blue, green, red.
         pixels = np.stack([np.zeros_like(ids), np.zeros_like(ids), ids], axis=-1)
-        (folder / image['file_name']).write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
+        _write_png(folder / image['file_name'], pixels)
         entry = {'image_id': image['id'], 'file_name': image['file_name']}
         panoptic.append({**entry, 'segments_info': segments})
     content = {**content, 'annotations': panoptic, 'categories': [*things, background]}
@@ -142,11 +133,7 @@ def generate_panoptic(root: str | Path, split: str) -> None:
 
 
 def draw_image(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, list[Drawn]]:
-    """Draw one image.
-
-    Returns:
-        tuple: The pixels, uint8 (image_size, image_size, 3), and the shapes.
-    """
+    """Draw one image: its pixels, uint8 (image_size, image_size, 3), and the shapes."""
     pixels = background(rng, image_size)
     boxes: list[np.ndarray] = []
     shapes = []
@@ -154,20 +141,21 @@ def draw_image(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, l
         sizes = rng.choice(list(_SIDES), p=list(_FREQUENCY.values()))
         side = int(rng.integers(*_SIDES[sizes], endpoint=True))
         label = int(rng.integers(len(CLASSES)))
-        outline, hole = _outline(rng, CLASSES[label], side)
-        low, high = outline.min(0), outline.max(0)
+        parts = _outlines(rng, CLASSES[label], side)
+        low, high = parts[0].min(0), parts[0].max(0)
         room = image_size - 1 - (high - low)
         shift = np.round(rng.uniform(0, 1, 2) * room - low)
         box = np.concatenate([low + shift, high + shift])
         if any(overlap(box, other) > _MAX_OVERLAP for other in boxes):
             continue  # no second try: crowded images hold fewer shapes
         boxes.append(box)
-        _paint(rng, pixels, outline + shift, None if hole is None else hole + shift)
+        parts = [part + shift for part in parts]
+        _paint(rng, pixels, parts)
         x1, y1 = np.floor(box[:2]).astype(int)
         x2, y2 = np.ceil(box[2:]).astype(int) + 1
         width, height = int(x2 - x1), int(y2 - y1)
-        polygon = _polygon(outline + shift, None if hole is None else hole + shift)
-        shapes.append((label, [int(x1), int(y1), width, height], width * height, polygon))
+        box_in_pixels = [int(x1), int(y1), width, height]
+        shapes.append((label, box_in_pixels, width * height, _polygon(parts)))
     return pixels, shapes
 
 
@@ -186,16 +174,14 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.clip(pixels, 0, 255).astype(np.uint8)
 
 
-def _outline(
-    rng: np.random.Generator, name: str, side: int
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The corners (N, 2) of a shape around the origin, and of the hole in it."""
+def _outlines(rng: np.random.Generator, name: str, side: int) -> list[np.ndarray]:
+    """The corners (N, 2) of a shape around the origin, then those of the hole in it."""
     if name in ('disc', 'ring'):
         angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         stretch = rng.uniform(0.75, 1, 2)
         stretch /= stretch.max()
         outline = side / 2 * stretch * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-        return outline, 0.55 * outline if name == 'ring' else None
+        return [outline, 0.55 * outline] if name == 'ring' else [outline]
     if name == 'triangle':
         angles = np.linspace(0, 2 * np.pi, 3, endpoint=False)
         outline = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -207,25 +193,28 @@ def _outline(
     turn = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     outline = outline @ rotation
-    return outline * side / np.ptp(outline, axis=0).max(), None
+    return [outline * side / np.ptp(outline, axis=0).max()]
 
 
-def _polygon(outline: np.ndarray, hole: np.ndarray | None) -> list[float]:
+def _polygon(parts: list[np.ndarray]) -> list[float]:
     """COCO's polygon of a shape, in its coordinates: the centre of the first pixel is 0.5."""
-    if hole is not None:  # one line in, around the hole the other way, and out again
+    outline, *holes = parts
+    for hole in holes:  # one line in, around the hole the other way, and out again
         outline = np.concatenate([outline, outline[:1], hole[:1], hole[:0:-1], hole[:1]])
     return (outline + 0.5).round(2).flatten().tolist()
 
 
-def _paint(
-    rng: np.random.Generator, pixels: np.ndarray, outline: np.ndarray, hole: np.ndarray | None
-) -> None:
+def _paint(rng: np.random.Generator, pixels: np.ndarray, parts: list[np.ndarray]) -> None:
     """Fill a shape with a bright or dark colour that stands out from the background."""
     color = rng.uniform(0, 45, 3)
     color[rng.permutation(3)[: rng.integers(0, 3)]] = rng.uniform(210, 255)
-    parts = [outline] if hole is None else [outline, hole]  # filled by the even-odd rule
-    fixed_point = [np.round(part * 16).astype(np.int32) for part in parts]
+    fixed_point = [np.round(part * 16).astype(np.int32) for part in parts]  # even-odd rule
     cv2.fillPoly(pixels, fixed_point, color.tolist(), lineType=cv2.LINE_AA, shift=4)
+
+
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    # imencode, as imwrite only returns False where it cannot write
+    path.write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
 
 
 def overlap(box: np.ndarray, other: np.ndarray) -> float:

@@ -29,9 +29,14 @@ FAMILIES = {
 }
 # Where a LiteEncoder carries its schedule.
 _SCHEDULE = 'encoder.schedule_code'
+# Last names that the original layout has no place for.
+_UNUSED = {
+    'schedule_code': 'is among the arguments of the run there',
+    'num_batches_tracked': "the authors' frozen BatchNorm does not count batches",
+}
 _LABELS = 'dn_query_generator.label_embedding'
-_LEVEL = r'input_proj\.\d+\.0\.weight'
 # Of either layout.
+_LEVEL = r'(input_proj\.\d+\.0|neck\.\w+\.\d+\.conv)\.weight'
 _DECODER_LAYER = r'(transformer\.)?decoder\.layers\.\d+\.norms?\.?1\.weight'
 
 # The authors' names and MMDetection's. {i} and {j} stand for numbers, * for the rest of a name,
@@ -113,31 +118,17 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted state dict and what became of every entry of the file.
-
-    Attributes:
-        layout (Layout): What was read off the file.
-        state_dict (dict[str, Tensor]): The converted entries.
-        mapped (dict[str, str]): Name in the file -> name in ``state_dict``.
-        left (dict[str, Tensor]): Entries, or rows of them, that have no place in the new layout.
-            Given to the conversion back, they make it exact.
-        reasons (dict[str, str]): Why, for every name in ``left`` and for duplicates that were
-            dropped.
-        filled (dict[str, str]): Names in ``state_dict`` whose values, or some rows of them, are not
-            in the file, and what they hold.
-        schedule (EncoderSchedule | None): Schedule of a Lite model.
-    """
+    """A converted state dict and what became of every entry of the file."""
 
     layout: Layout
     state_dict: dict[str, Tensor] = field(default_factory=dict)
-    mapped: dict[str, str] = field(default_factory=dict)
+    mapped: dict[str, str] = field(default_factory=dict)  # name in the file -> in state_dict
+    # Entries, or rows of them, without a place in the new layout. They make the way back exact.
     left: dict[str, Tensor] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # of those and of dropped duplicates
+    # Names in state_dict with values that are not in the file, and what these are.
     filled: dict[str, str] = field(default_factory=dict)
-    schedule: EncoderSchedule | None = None
-
-    def _leave(self, name: str, tensor: Tensor, reason: str) -> None:
-        self.left[name], self.reasons[name] = tensor, reason
+    schedule: EncoderSchedule | None = None  # of a Lite model
 
 
 def unpack(checkpoint: Any, ema: bool = False) -> tuple[dict[str, Tensor], Namespace | None]:
@@ -154,22 +145,23 @@ def unpack(checkpoint: Any, ema: bool = False) -> tuple[dict[str, Tensor], Names
     Raises:
         ValueError: If there is no state dict in it.
     """
-    state, args = checkpoint, None
-    if isinstance(checkpoint, Mapping):
-        args = checkpoint.get('args')
-        keys = ('ema_model',) if ema else ('model', 'state_dict')
-        found = [key for key in keys if isinstance(checkpoint.get(key), Mapping)]
-        if ema and not found:
-            raise ValueError('the checkpoint has no ema_model; leave out --ema')
-        state = checkpoint[found[0]] if found else checkpoint
+    content = checkpoint if isinstance(checkpoint, Mapping) else {}
+    keys = ('ema_model',) if ema else ('model', 'state_dict')
+    found = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
+    if ema and not found:
+        raise ValueError('the checkpoint has no ema_model; leave out --ema')
+    state = found[0] if found else checkpoint
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
             'the checkpoint has no state dict: expected one under model or state_dict, or a bare '
             'one'
         )
     prefix = 'module.' if all(name.startswith('module.') for name in state) else ''
-    state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state, args if isinstance(args, Namespace) else None
+    args = content.get('args')
+    return (
+        {name.removeprefix(prefix): value for name, value in state.items()},
+        args if isinstance(args, Namespace) else None,
+    )
 
 
 def from_official(
@@ -201,35 +193,33 @@ def from_official(
     state, args = unpack(checkpoint, ema)
     if 'transformer.level_embed' not in state:
         raise ValueError(_foreign(state))
-    layout = _read_layout(state)
-    _check_family(layout, family)
+    layout = _read_layout(state, family)
     schedule = _find_schedule(state, layout, args, schedule)
     conversion = Conversion(layout, schedule=schedule)
-    own = {}
-    for name, tensor in state.items():
+    left, reasons = conversion.left, conversion.reasons
+    for name, value in state.items():
         copied = re.fullmatch(r'transformer\.decoder\.((class|bbox)_embed\..+)', name)
         if copied is not None:
-            if copied[1] not in state or not torch.equal(tensor, state[copied[1]]):
+            if copied[1] not in state or not torch.equal(value, state[copied[1]]):
                 raise ValueError(
                     f'{name} should repeat {copied[1]} but does not; the file was not written by '
                     f"the authors' {FAMILIES[layout.family]}"
                 )
-            conversion.reasons[name] = f'repeats {copied[1]}'
+            reasons[name] = f'repeats {copied[1]}'
         elif _is_unused_projection(name, state):
-            conversion._leave(name, tensor, 'not used by standard attention')
-        else:
-            own[name] = tensor
+            left[name], reasons[name] = value, 'not used by standard attention'
+    own = [name for name in state if name not in reasons]
     conversion.mapped.update(_rename(own, _table(state), FAMILIES[layout.family]))
     select = coco_classes and layout.num_classes == 91
     for name, new_name in conversion.mapped.items():
-        value = own[name]
-        if '.downsample.' in new_name and layout.backbone == 'swin':
+        value = state[name]
+        if '.downsample.' in name and layout.backbone == 'swin':
             # The four neighbours are concatenated block by block there, and by column first;
             # channel by channel here (nn.Unfold), and by row first.
             value = value.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].mT.flatten(-2)
         kept, dropped, why = _class_rows(name, layout, len(value), select)
         if dropped:
-            conversion._leave(name, value[dropped], why)
+            left[name], reasons[name] = value[dropped], why
         conversion.state_dict[new_name] = value[kept] if kept else value
     if schedule is not None:
         conversion.state_dict[_SCHEDULE] = schedule.encode()
@@ -266,24 +256,19 @@ def to_official(
             "the file is no Deformable DETR, H-Deformable-DETR, DINO or Lite-DINO in MMDetection's "
             'layout'
         )
-    unused = {
-        name: 'is among the arguments of the run there'
-        if name == _SCHEDULE
-        else "the authors' frozen BatchNorm does not count batches"
+    reasons = {
+        name: _UNUSED[name.rpartition('.')[2]]
         for name in state
-        if name == _SCHEDULE or name.endswith('num_batches_tracked')
+        if name.rpartition('.')[2] in _UNUSED
     }
     backwards = [(mmdet, authors) for authors, mmdet in _table(state)]
     mapped = _rename(
-        [name for name in state if name not in unused], backwards, 'the original layout'
+        [name for name in state if name not in reasons], backwards, 'the original layout'
     )
     official = {new_name: state[name] for name, new_name in mapped.items()}
-    layout = _read_layout(official)
-    _check_family(layout, family)
+    layout = _read_layout(official, family)
+    left_here = {name: state[name] for name in reasons}
     filled: dict[str, str] = {}
-    conversion = Conversion(layout, official, mapped, filled=filled, schedule=_carried(state))
-    for name, reason in unused.items():
-        conversion._leave(name, state[name], reason)
     expand = coco_classes and layout.num_classes == 80
     for name in list(official):
         value = official[name]
@@ -311,15 +296,14 @@ def to_official(
             norm = f'input_proj.{level}.1.bias'
             fill(f'input_proj.{level}.0.bias', norm, 'the neck has no bias')
     for name in list(official):
-        attention, found, _ = name.rpartition('.attention_weights.weight')
+        attention, found, end = name.rpartition('.attention_weights.')
         if found and layout.family == 'lite-dino':
-            for end in ('weight', 'bias'):
-                like = f'{attention}.output_proj.{end}'
-                fill(f'{attention}.query_proj.{end}', like, 'not used by standard attention')
+            like = f'{attention}.output_proj.{end}'
+            fill(f'{attention}.query_proj.{end}', like, 'not used by standard attention')
         is_class = name.startswith('class_embed.') and layout.two_stage
         if is_class or (name.startswith('bbox_embed.') and layout.refines):
             official[f'transformer.decoder.{name}'] = official[name]
-    return conversion
+    return Conversion(layout, official, mapped, left_here, reasons, filled, _carried(state))
 
 
 def convert_encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -362,8 +346,10 @@ def _foreign(state: Mapping[str, Tensor]) -> str:
     )
 
 
-def _read_layout(state: Mapping[str, Tensor]) -> Layout:
-    """Layout of a state dict with the authors' names."""
+def _read_layout(state: Mapping[str, Tensor], wanted: str | None) -> Layout:
+    """Layout of a state dict with the authors' names, which is to be of the family wanted."""
+    if wanted not in (None, *FAMILIES):
+        raise ValueError(f'{wanted!r} is none of {", ".join(FAMILIES)}')
     is_lite = _count(state, r'transformer\.encoder\.layers\.\d+\.(norm22|.+query_proj)\.weight')
     two_stage = 'transformer.enc_output.weight' in state
     if 'label_enc.weight' in state:
@@ -376,7 +362,12 @@ def _read_layout(state: Mapping[str, Tensor]) -> Layout:
     else:
         mixed = two_stage and 'query_embed.weight' in state
         family = 'h-deformable-detr' if mixed else 'deformable-detr'
-    num_levels, decoder_layers = _count(state, _LEVEL), _count(state, _DECODER_LAYER)
+    if wanted not in (None, family):
+        raise ValueError(
+            f'the file is no {FAMILIES[wanted]}: its names are those of {FAMILIES[family]}; use '
+            f'--model {family}'
+        )
+    (num_levels, num_maps), decoder_layers = _levels(state), _count(state, _DECODER_LAYER)
     heads = [state[f'bbox_embed.{i}.layers.2.bias'] for i in range(decoder_layers)]
     return Layout(
         family=family,
@@ -384,7 +375,7 @@ def _read_layout(state: Mapping[str, Tensor]) -> Layout:
         encoder_layers=_count(state, r'transformer\.encoder\.layers\.\d+\.norm1\.weight'),
         decoder_layers=decoder_layers,
         num_levels=num_levels,
-        num_maps=sum(state[f'input_proj.{i}.0.weight'].shape[-1] == 1 for i in range(num_levels)),
+        num_maps=num_maps,
         # Without refinement all layers share a head.
         refines=two_stage or any(not torch.equal(head, heads[0]) for head in heads),
         two_stage=two_stage,
@@ -392,18 +383,14 @@ def _read_layout(state: Mapping[str, Tensor]) -> Layout:
     )
 
 
+def _levels(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Number of levels, and of those whose convolution is of one pixel: the backbone's maps."""
+    sizes = [value.shape[-1] for name, value in state.items() if re.fullmatch(_LEVEL, name)]
+    return len(sizes), sizes.count(1)
+
+
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return sum(re.fullmatch(pattern, name) is not None for name in state)
-
-
-def _check_family(layout: Layout, family: str | None) -> None:
-    if family not in (None, *FAMILIES):
-        raise ValueError(f'{family!r} is none of {", ".join(FAMILIES)}')
-    if family not in (None, layout.family):
-        raise ValueError(
-            f'the file is no {FAMILIES[family]}: its names are those of '
-            f'{FAMILIES[layout.family]}; use --model {layout.family}'
-        )
 
 
 def _find_schedule(
@@ -432,23 +419,22 @@ def _find_schedule(
             f'the small FFNs are in layers {[i + 1 for i in joint]} of {layers}, which is no '
             'schedule of equal blocks'
         )
-    high_levels = range(levels - 1, 0, -1) if blocks else ()
     fitting = {
-        high: EncoderSchedule(high, levels - high, layers // blocks, blocks) for high in high_levels
+        high: EncoderSchedule(high, levels - high, layers // blocks, blocks)
+        for high in (range(levels - 1, 0, -1) if blocks else ())
     }
     listed = ' or '.join(map(str, fitting.values()))
     stored = getattr(args, 'enc_scale', None)
     if wanted is None:
-        if stored not in fitting:
-            raise ValueError(
-                'the file does not say how many maps are high-level, and its weights cannot tell; '
-                f'give the schedule it was trained with: --schedule {listed or "HxLy-(A+1)xB"}'
-            )
-        return fitting[stored]
+        if stored in fitting:
+            return fitting[stored]
+        raise ValueError(
+            'the file does not say how many maps are high-level, and its weights cannot tell; '
+            f'give the schedule it was trained with: --schedule {listed or "HxLy-(A+1)xB"}'
+        )
     wanted = EncoderSchedule.parse(wanted)
-    if wanted not in fitting.values() and (
-        fitting or (wanted.num_levels, wanted.num_layers) != (levels, layers)
-    ):
+    fits = (wanted.num_levels, wanted.num_layers) == (levels, layers)
+    if not (wanted in fitting.values() if fitting else fits):
         raise ValueError(
             f'schedule {wanted} does not fit the file: it has {levels} levels, {layers} encoder '
             f'layers' + (f' in {blocks} blocks, which fits {listed}' if fitting else '')
@@ -485,13 +471,8 @@ def _table(state: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     swin = 'backbone.0' if is_dino else 'backbone.0.body'
     last = str(_count(state, _DECODER_LAYER))
     rows = [(a.replace('SWIN', swin), m.replace('LAST', last)) for a, m in rows]
-    # Maps of the backbone have convolutions of one pixel there, and are named apart here.
-    maps = sum(
-        re.fullmatch(r'neck\.convs\.\d+\.conv\.weight', name) is not None
-        or (re.fullmatch(_LEVEL, name) is not None and tensor.shape[-1] == 1)
-        for name, tensor in state.items()
-    )
-    for level in range(_count(state, rf'{_LEVEL}|neck\.\w+\.\d+\.conv\.weight')):
+    levels, maps = _levels(state)
+    for level in range(levels):
         neck = f'convs.{level}' if level < maps else f'extra_convs.{level - maps}'
         rows.append((f'input_proj.{level}.0.*', f'neck.{neck}.conv.*'))
         rows.append((f'input_proj.{level}.1.*', f'neck.{neck}.gn.*'))
@@ -510,19 +491,19 @@ def _rename(names: Iterable[str], rows: list[tuple[str, str]], where: str) -> di
         pattern = re.escape(source).replace(r'\*', '(?P<rest>.+)')
         pattern = re.sub(r'\\{(\w)\\}', r'(?P<\1>\\d+)', pattern)
         patterns.append((re.compile(pattern), target.replace('*', '{rest}')))
-    renamed, unknown = {}, []
-    for name in names:
-        for pattern, target in patterns:
-            match = pattern.fullmatch(name)
-            if match:
-                renamed[name] = target.format(**match.groupdict())
-                break
-        else:
-            unknown.append(name)
+
+    def renamed(name: str) -> str | None:
+        matches = ((pattern.fullmatch(name), target) for pattern, target in patterns)
+        return next(
+            (target.format(**found.groupdict()) for found, target in matches if found), None
+        )
+
+    result = {name: renamed(name) for name in names}
+    unknown = [name for name, new_name in result.items() if new_name is None]
     if unknown:
         more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
         raise ValueError(f'{", ".join(unknown[:3])}{more} have no place in {where}')
-    return renamed
+    return result
 
 
 def _is_unused_projection(name: str, state: Mapping[str, Tensor]) -> bool:

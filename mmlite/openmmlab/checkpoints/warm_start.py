@@ -13,7 +13,8 @@ and without gradients, to what the stock detector computes on a few images:
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,9 +24,9 @@ from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...models import copy_counterparts, stock_layers
-from ...nn import StepTokens, encoder_reference_points
 from ...ops.reference import sample
 from ..detectors.grounding_dino import adapt_bert
 from ..families import encoder_name, find_holder, reads_text
@@ -40,38 +41,25 @@ _TOKENS = 4096
 class Agreement:
     """How close a Lite detector is to its stock detector on some images.
 
-    Attributes:
-        memory (float): Norm of the difference of the encoders' outputs, relative to the stock's.
-        found (float, optional): Share of the stock detector's detections that the Lite detector has
-            too: the same class with an IoU of at least 0.5. Of each image the 20 best are asked
-            for. None where the two have other classes.
-        score (float, optional): Mean difference of the scores of those that were found.
+    ``found`` asks for the 20 best detections of each image, by their class and an IoU of at least
+    0.5. It and ``score`` are None where the two detectors have other classes.
     """
 
-    memory: float
-    found: float | None
-    score: float | None
+    memory: float  # norm of the difference of the encoders' outputs, relative to the stock's
+    found: float | None  # share of the stock detector's detections that the Lite one has, too
+    score: float | None  # mean difference of the scores of those that were found
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """What :func:`warm_start` did.
+    """What :func:`warm_start` did."""
 
-    Attributes:
-        copied (list[str]): Entries that are the stock detector's.
-        fitted (list[str]): Entries that were fitted to it.
-        unused (list[str]): Entries of the stock detector that the Lite one has no place for.
-        copied_only (Agreement): With the fitted entries still at their usual random start.
-        result (Agreement): In the end.
-        fresh (list[str]): Entries left at their random start, because the stock detector has them
-            for another number of classes or queries.
-    """
-
-    copied: list[str]
-    fitted: list[str]
-    unused: list[str]
-    copied_only: Agreement
+    copied: list[str]  # entries that are the stock detector's
+    fitted: list[str]  # entries that were fitted to it
+    unused: list[str]  # entries of the stock detector that the Lite one has no place for
+    copied_only: Agreement  # with the fitted entries still at their usual random start
     result: Agreement
+    # Left at their random start: the stock detector's are for other classes or queries.
     fresh: list[str]
 
     def __str__(self) -> str:
@@ -128,10 +116,11 @@ def warm_start(
     fitted = [name for name in new if name not in fresh]
     training = model.training
     model.eval()
-    expected = _outputs(stock, data)
+    targets: dict[int, tuple] = {}  # of each stock layer, the tokens before its last norm
+    norms = [layer.norms[1] for layer in _encoder(stock).layers]
+    expected = _outputs(stock, data, [_keep_arguments(n, targets, i) for i, n in enumerate(norms)])
     before = _agreement(expected, _outputs(model, data), not fresh)
-    _fit_encoder(model, stock, data)
-    _fit_decoder(model, stock, data)
+    _outputs(model, data, _fits(model, stock, targets))
     after = _agreement(expected, _outputs(model, data), not fresh)
     model.train(training)
     return WarmStart(copied, fitted, unused, before, after, fresh)
@@ -180,70 +169,27 @@ def _load_stock(stock: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 # --- Fits -------------------------------------------------------------------------------------
 
 
-def _fit_encoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
-    stock_encoder, encoder = _encoder(stock), _encoder(model)
-    inputs: dict = {}  # keyword arguments of the stock encoder
-    targets: dict[int, Tensor] = {}  # of each stock layer, the tokens before its last norm
-    hooks = [
-        layer.norms[1].register_forward_pre_hook(
-            lambda _, args, index=index: targets.__setitem__(index, args[0])
-        )
-        for index, layer in enumerate(stock_encoder.layers)
-    ]
-    hooks.append(
-        stock_encoder.register_forward_pre_hook(
-            lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True
-        )
-    )
-    _outputs(stock, data)
-    for hook in hooks:
-        hook.remove()
-
-    sizes = level_sizes(inputs['spatial_shapes'])
-    mask = inputs['key_padding_mask']
-    references = encoder_reference_points(sizes, inputs['valid_ratios'])
-    stock_layer_of = stock_layers(encoder.steps)
-
-    def fit(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
-        layer, stock_index = encoder.layers[index], stock_layer_of[index]
-        stock_layer = stock_encoder.layers[stock_index]
-        call = dict(
-            query=step_tokens.pick(memory),
-            value=memory,
-            query_pos=step_tokens.pick(inputs['query_pos']),
-            key_padding_mask=mask,
-            reference_points=step_tokens.pick(references),
-            spatial_shapes=sizes,
-        )
-        if isinstance(layer.self_attn, KeyAwareDeformableAttention):
-            _fit_attention(layer.self_attn, stock_layer.self_attn, **call)
+def _fits(model: nn.Module, stock: nn.Module, targets: dict[int, tuple]) -> Iterator:
+    """Hooks that fit what is new as it is called, behind what is fitted already."""
+    theirs = {}  # name of an attention in the Lite and in the stock detector, where they differ
+    calls: dict[int, tuple] = {}
+    for index, stock_index in enumerate(stock_layers(_encoder(model).steps)):
+        name = f'{encoder_name(model)}.layers.'
+        theirs[f'{name}{index}.self_attn'] = f'{name}{stock_index}.self_attn'
+        layer, stock_layer = _encoder(model).layers[index], _encoder(stock).layers[stock_index]
         if layer.has_small_ffn:
-            attended = layer.norms[0](layer.self_attn(**call))
-            target = step_tokens.pick(targets[stock_index])
-            tokens, target = step_tokens.low(attended), step_tokens.low(target)
-            if mask is not None:
-                keep = ~step_tokens.low(step_tokens.pick(mask))
-                tokens, target = tokens[keep], target[keep]
-            _fit_small_ffn(layer, stock_layer, tokens.flatten(0, -2), target.flatten(0, -2))
-        return memory
-
-    encoder(**inputs, before_layer=fit)
+            target = targets[stock_index][0]
+            hook = partial(_fit_small_ffn, layer, stock_layer, target, calls, index)
+            yield _keep_arguments(layer, calls, index)
+            yield layer.norms[0].register_forward_hook(hook)
+    for name, attention in model.named_modules():
+        if isinstance(attention, KeyAwareDeformableAttention):
+            hook = partial(_fit_on_call, stock.get_submodule(theirs.get(name, name)))
+            yield attention.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _fit_decoder(model: nn.Module, stock: nn.Module, data: dict) -> None:
-    """Fit key-aware attention outside the encoder, each layer behind fitted ones."""
-    encoder = f'{encoder_name(model)}.'
-    hooks = [
-        attention.register_forward_pre_hook(
-            partial(_fit_on_call, stock.get_submodule(name)), with_kwargs=True
-        )
-        for name, attention in model.named_modules()
-        if isinstance(attention, KeyAwareDeformableAttention) and not name.startswith(encoder)
-    ]
-    if hooks:
-        _outputs(model, data)
-    for hook in hooks:
-        hook.remove()
+def _keep_arguments(module: nn.Module, kept: dict[int, tuple], key: int) -> RemovableHandle:
+    return module.register_forward_pre_hook(lambda _, args: kept.__setitem__(key, args))
 
 
 def _fit_on_call(stock: nn.Module, attention: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -328,15 +274,28 @@ def _conjugate_gradients(normal, right: Tensor, steps: int = 60) -> Tensor:
     return solution
 
 
-def _fit_small_ffn(layer: nn.Module, stock: nn.Module, tokens: Tensor, target: Tensor) -> None:
+def _fit_small_ffn(
+    layer: nn.Module,
+    stock: nn.Module,
+    target: Tensor,
+    calls: dict[int, tuple],
+    index: int,
+    _: nn.Module,
+    args: tuple,
+    attended: Tensor,
+) -> None:
     """Make the small FFN of the stock FFN's most useful hidden units.
 
-    Args:
-        layer (nn.Module): Lite layer with ``small_ffn`` and ``small_norm``.
-        stock (nn.Module): The stock layer it stands for.
-        tokens (Tensor): Input of the small FFN, (tokens, embed_dims).
-        target (Tensor): What the stock layer gives to its last norm for these tokens.
+    Called with what the norm behind the attention gives, which is the input of the FFN.
+    ``target`` is what the stock layer gives to its last norm, for all tokens.
     """
+    step_tokens, mask = calls[index][2:4]
+    tokens, target = step_tokens.low(attended), step_tokens.low(step_tokens.pick(target))
+    if mask is None:
+        tokens, target = tokens.flatten(0, 1), target.flatten(0, 1)
+    else:
+        keep = ~step_tokens.low(step_tokens.pick(mask))
+        tokens, target = tokens[keep], target[keep]
     layer.small_norm.load_state_dict(stock.norms[1].state_dict())
     chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
     chosen = chosen[: 4 * _TOKENS].to(tokens.device)
@@ -380,14 +339,20 @@ def _encoder(model: nn.Module) -> nn.Module:
     return model.get_submodule(encoder_name(model))
 
 
-def _outputs(model: nn.Module, data: dict) -> tuple[Tensor, list]:
-    """Memory and detections of every image, the boxes in pixels of the network's input."""
-    memories = []
-    hook = _encoder(model).register_forward_hook(
-        lambda _, args, output: memories.append(output)  # of Grounding DINO with that of the text
-    )
-    results = model.predict(data['inputs'], copy.deepcopy(data['data_samples']), rescale=False)
-    hook.remove()
+def _outputs(model: nn.Module, data: dict, hooks: Iterable = ()) -> tuple[Tensor, list]:
+    """Memory and detections of every image, the boxes in pixels of the network's input.
+
+    The hooks are removed behind the call.
+    """
+    memories: list = []
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        stack.enter_context(
+            _encoder(model).register_forward_hook(lambda _, args, output: memories.append(output))
+        )
+        results = model.predict(data['inputs'], copy.deepcopy(data['data_samples']), rescale=False)
+    # Grounding DINO's encoder gives that of the text, too.
     memory = memories[0] if isinstance(memories[0], Tensor) else memories[0][0]
     return memory, [result.pred_instances for result in results]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,8 @@ from mmlite.datasets import generate_panoptic, generate_shapes
 from mmlite.openmmlab.checkpoints import load_checkpoint, stock_config
 from mmlite.openmmlab.families import find_holder
 
-ROOT = Path(__file__).parents[1]
+SMALL = Path(__file__).parents[1] / 'configs/small'
+# Family -> its small config, and what its test has to measure.
 FAMILIES = {
     'ddq': ('lite-ddq-detr-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py', 'coco/bbox_mAP_50'),
     'grounding': ('lite-grounding-dino_r18_h3l1-3p1x1_1xb8-14e_shapes.py', 'coco/bbox_mAP_50'),
@@ -30,42 +30,42 @@ FAMILIES = {
         'coco_panoptic/PQ',
     ),
 }
+RARE = ('ddq', 'panoptic')  # The others take the same ways.
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory, tiny_bert):
-    """A working directory with a tiny data set and the families' configs, trained for an epoch in
-    one process, and in another one resumed for a second and tested."""
+def folder(tmp_path_factory):
+    """A working directory with a tiny data set."""
     folder = tmp_path_factory.mktemp('families')
     generate_shapes(folder / 'data/shapes', {'train': 4, 'val': 2})
     for split in ('train', 'val'):
         generate_panoptic(folder / 'data/shapes', split)
-    for name, (config, _) in FAMILIES.items():
-        (folder / f'{name}.py').write_text(
-            f'_base_ = {str(ROOT / "configs/small" / config)!r}\n'
-            'train_dataloader = dict(batch_size=2)\n'
-            'train_cfg = dict(max_epochs=1, val_interval=3)\n'
-            f'work_dir = {name!r}\n'
-        )
-    names = [name for name in FAMILIES if name != 'panoptic' or find_spec('panopticapi')]
-    run_tools([('train', f'{name}.py') for name in names], cwd=folder, BERT=tiny_bert)
-    runs = []
-    for name in names:
-        more = ('--resume', '--cfg-options', 'train_cfg.max_epochs=2')
-        test = (f'{name}.py', f'{name}/epoch_2.pth', '--work-dir', f'{name}_test')
-        runs += [('train', f'{name}.py', *more), ('test', *test)]
-    run_tools(runs, cwd=folder, BERT=tiny_bert)
     return folder
 
 
-@pytest.fixture(params=FAMILIES)
-def trained(request, folder, tiny_bert, monkeypatch):
-    """A family's name, its config, and its weights after a second epoch."""
+@pytest.fixture(
+    scope='module',
+    params=[pytest.param(f, marks=pytest.mark.slow if f in RARE else ()) for f in FAMILIES],
+)
+def trained(request, folder, tiny_bert):
+    """A family's name, its config, and its weights: trained, resumed and tested in one process."""
     name = request.param
     if name == 'panoptic':
         pytest.importorskip('panopticapi', reason='panopticapi is not installed')
-    monkeypatch.setenv('BERT', tiny_bert)
-    return name, folder / f'{name}.py', folder / name / 'epoch_2.pth'
+    config, checkpoint = folder / f'{name}.py', folder / name / 'epoch_2.pth'
+    config.write_text(
+        f'_base_ = {str(SMALL / FAMILIES[name][0])!r}\n'
+        'train_dataloader = dict(batch_size=2)\n'
+        'train_cfg = dict(max_epochs=1, val_interval=3)\n'
+        f'work_dir = {name!r}\n'
+    )
+    more = ('--resume', '--cfg-options', 'train_cfg.max_epochs=2')
+    test = (config, checkpoint, '--work-dir', f'{name}_test')
+    runs = [('train', config), ('train', config, *more), ('test', *test)]
+    run_tools(runs, cwd=folder, BERT=tiny_bert)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('BERT', tiny_bert)
+        yield name, config, checkpoint
 
 
 def test_resumes_and_tests(trained, folder):
@@ -88,15 +88,15 @@ def test_another_schedule_is_refused(trained):
         MODELS.build(model).load_state_dict(load_checkpoint(checkpoint)['state_dict'])
 
 
-def run(*arguments: str | Path) -> str:
-    done = CliRunner().invoke(main, list(map(str, arguments)))
-    assert done.exit_code == 0, done.output
-    return done.output
-
-
 def test_commands(trained, folder, tmp_path):
     """visualize draws, and a warm start from stock weights fits."""
     _, config, checkpoint = trained
+
+    def run(*arguments: str | Path) -> str:
+        done = CliRunner().invoke(main, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+        return done.output
+
     image = folder / 'data/shapes/val/00000.png'
     lite = f'{config},{checkpoint}'
     run('visualize', 'attention', lite, image, '--out', tmp_path / 'attention.png')
@@ -113,7 +113,7 @@ def test_commands(trained, folder, tmp_path):
     stock.init_weights()
     torch.save({'state_dict': stock.state_dict()}, tmp_path / 'stock.pth')
     arguments = (tmp_path / 'stock.pth', tmp_path / 'start.pth', '--from-stock', config)
-    printed = run('convert', *arguments, '--image', image, '--json', tmp_path / 'report.json')
+    printed = run('convert', *arguments, '--images', image, '--json', tmp_path / 'report.json')
     assert 'entries copied' in printed
     report = json.loads((tmp_path / 'report.json').read_text())
     assert report['result']['memory'] < report['copied_only']['memory']

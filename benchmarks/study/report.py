@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 from matplotlib.axes import Axes
 
 from mmlite.analysis.accuracy import METRICS
-from mmlite.analysis.published import PRESETS, Published, preset
+from mmlite.analysis.published import PRESETS, preset
 from mmlite.analysis.report import BASELINE, COLORS, Report, Table, plot, scatter
 
 from .execute import Study, unfinished
 from .plan import Data, Run, slug
-from .statistics import Sample, by_metric, paired, sample
+from .statistics import difference, interval, share, with_interval, with_spread
 
 _PUBLISHED = {
     'AP': 'ap',
@@ -32,8 +31,8 @@ _COSTS = {
     'training ms': ('train_ms', 0),
     'inference ms': ('inference_ms', 1),
 }
-# Row -> seed -> result of a run with a finite loss.
-Results = Mapping[str, Mapping[int, dict]]
+# Row -> a frame of its runs with a finite loss: a line for each seed.
+Found = Mapping[str, pd.DataFrame]
 
 
 def write_report(study: Study, command: str) -> Report:
@@ -57,8 +56,8 @@ def write_report(study: Study, command: str) -> Report:
     plots = _write_plots(study.folder, report.page['figures'])
     (study.folder / 'report.md').write_text('\n\n'.join([report.markdown(), *plots]) + '\n')
     (study.folder / 'report.html').write_text(report.html())
-    _write_csv(study.folder / 'runs.csv', [_line(run, results[run]) for run in results])
-    _write_csv(study.folder / 'summary.csv', _summary(study, results))
+    frame(results).to_csv(study.folder / 'runs.csv', index=False)
+    _summary(study, results).to_csv(study.folder / 'summary.csv', index=False)
     return report
 
 
@@ -71,7 +70,7 @@ def make_report(study: Study, results: Mapping[Run, dict]) -> Report:
         if not found:
             continue
         tables += _tables(study, data, found)
-        figures += _figures(study, data, found)
+        figures += _figures(study, data, found, results)
         headline += _headline(study, data, found)
     published = _published_table(study, results)
     if published:
@@ -103,88 +102,76 @@ def make_report(study: Study, results: Mapping[Run, dict]) -> Report:
     )
 
 
-def _of_data(study: Study, results: Mapping[Run, dict], data: Data) -> Results:
-    found: dict[str, dict[int, dict]] = {}
-    for name in study.plan.rows:
-        of_row = {
-            run.seed: result
-            for run, result in results.items()
-            if run.data is data and run.row.name == name and result['finite']
-        }
-        if of_row:
-            found[name] = of_row
-    return found
-
-
-def _tables(study: Study, data: Data, found: Results) -> list[Table]:
-    names = list(METRICS)
-    rows = list(found.items())
-    first = {'row': lambda item: item[0], 'seeds': lambda item: len(item[1])}
-
-    def metric(name: str) -> Callable[[Any], str]:
-        return lambda item: sample(by_metric(item[1], names)[name]).with_spread()
-
-    means = Table.of(
-        f'{data.title}: mean and spread over seeds',
-        rows,
+def frame(results: Mapping[Run, dict]) -> pd.DataFrame:
+    """A line for each finished run: what it is, its metrics and what it cost."""
+    keys = ('finite', *(key for key, _ in _COSTS.values()), 'gflops', 'iterations', 'train_seconds')
+    lines = pd.DataFrame(
         {
-            **first,
-            **{name: metric(name) for name in names},
-            **{
-                head: lambda item, key=key, digits=digits: f'{_mean(item[1], key):.{digits}f}'
-                for head, (key, digits) in _COSTS.items()
-            },
-        },
+            **{'data': run.data.name, 'row': run.row.name, 'seed': run.seed},
+            **result['metrics'],
+            **{key: result[key] for key in keys},
+        }
+        for run, result in results.items()
     )
-    base = found.get(study.plan.baseline)
+    return lines.astype(dict.fromkeys(METRICS, float))  # None, where COCO had no such objects
+
+
+def _of_data(study: Study, results: Mapping[Run, dict], data: Data) -> Found:
+    runs = frame(results).query('finite and data == @data.name').set_index('seed')
+    found = dict(iter(runs.groupby('row')))
+    return {name: found[name] for name in study.plan.rows if name in found}
+
+
+def _tables(study: Study, data: Data, found: Found) -> list[Table]:
+    plan = study.plan
+    rows = [
+        (
+            *(name, len(runs), *(with_spread(runs[metric].dropna()) for metric in METRICS)),
+            *(f'{_mean(runs, key):.{digits}f}' for key, digits in _COSTS.values()),
+        )
+        for name, runs in found.items()
+    ]
+    title = f'{data.title}: mean and spread over seeds'
+    means = Table(title, ('row', 'seeds', *METRICS, *_COSTS), [tuple(map(str, r)) for r in rows])
+    base = found.get(plan.baseline)
     if base is None or len(found) < 2:
         return [means]
-    against = by_metric(base, names)
-
-    def difference(name: str) -> Callable[[Any], str]:
-        return lambda item: paired(by_metric(item[1], names)[name], against[name]).with_interval()
-
-    key = study.plan.metric
-    differences = Table.of(
-        f'{data.title}: differences from {study.plan.baseline} by seed, with the 95 % interval',
-        [(row, result) for row, result in rows if row != study.plan.baseline],
-        {
-            'row': lambda item: item[0],
-            'pairs': lambda item: len(set(item[1]) & set(base)),
-            **{name: difference(name) for name in names},
-            f'% of {key}': lambda item: paired(
-                by_metric(item[1], names)[key], against[key], ratio=True
-            ).with_interval(sign=''),
-        },
-    )
-    return [means, differences]
+    rows = [
+        (
+            *(name, str(len(runs.index.intersection(base.index)))),
+            *(with_interval(difference(runs[metric], base[metric])) for metric in METRICS),
+            with_interval(share(runs[plan.metric], base[plan.metric]), sign=''),
+        )
+        for name, runs in found.items()
+        if name != plan.baseline
+    ]
+    title = f'{data.title}: differences from {plan.baseline} by seed, with the 95 % interval'
+    return [means, Table(title, ('row', 'pairs', *METRICS, f'% of {plan.metric}'), rows)]
 
 
-def _mean(results: Mapping[int, dict], key: str) -> float:
-    scale = 1e-6 if key == 'params' else 1.0
-    return scale * Sample(tuple(result[key] for result in results.values())).mean
+def _mean(runs: pd.DataFrame, key: str) -> float:
+    return (1e-6 if key == 'params' else 1.0) * runs[key].mean()
 
 
-def _headline(study: Study, data: Data, found: Results) -> list[dict]:
+def _headline(study: Study, data: Data, found: Found) -> list[dict]:
     plan, cards = study.plan, []
     base = found.get(plan.baseline)
-    for name, results in found.items() if base else ():
-        if name == plan.baseline:
+    for name, runs in found.items() if base is not None else ():
+        shares = share(runs[plan.metric], base[plan.metric])
+        if name == plan.baseline or shares.empty:
             continue
-        values, against = (by_metric(r, [plan.metric])[plan.metric] for r in (results, base))
-        share = paired(values, against, ratio=True)
-        if not share.values:
-            continue
-        saved = 1 - _mean(results, 'encoder_gflops') / _mean(base, 'encoder_gflops')
+        saved = 1 - _mean(runs, 'encoder_gflops') / _mean(base, 'encoder_gflops')
         facts = [
-            (f'{share.mean:.1f} %', f"of {plan.baseline}'s {plan.metric}"),
+            (f'{shares.mean():.1f} %', f"of {plan.baseline}'s {plan.metric}"),
             (f'{saved:.0%}', 'fewer encoder FLOPs'),
         ]
         cards.append({'name': name, 'where': data.title, 'facts': facts})
     return cards
 
 
-def _figures(study: Study, data: Data, found: Results) -> list[tuple[str, str]]:
+def _figures(
+    study: Study, data: Data, found: Found, results: Mapping[Run, dict]
+) -> list[tuple[str, str]]:
     plan = study.plan
     costs = {
         'encoder GFLOPs': 'encoder_gflops',
@@ -198,35 +185,38 @@ def _figures(study: Study, data: Data, found: Results) -> list[tuple[str, str]]:
         )
         for label, key in costs.items()
     ]
-    curves = plot(_curves, found, plan.metric, plan.baseline)
+    points = (
+        (run.row.name, point['iteration'], point[plan.metric])
+        for run, result in results.items()
+        if run.data is data and result['finite']
+        for point in result['curve']
+    )
+    curves = pd.DataFrame(points, columns=['row', 'iteration', plan.metric]).dropna()
+    means = curves.groupby(['row', 'iteration'])[plan.metric].mean().astype(float)
+    curves = plot(_curves, means, list(found), plan.metric, plan.baseline)
     return [*figures, (f'{data.name}: learning curves, mean over seeds', curves)]
 
 
-def _against(axes: Axes, found: Results, metric: str, baseline: str, key: str, label: str) -> None:
+def _against(axes: Axes, found: Found, metric: str, baseline: str, key: str, label: str) -> None:
     points = []
-    for name, results in found.items():
-        values = sample(by_metric(results, [metric])[metric])
-        if not values.values:
+    for index, (name, runs) in enumerate(found.items()):
+        values = runs[metric].dropna()
+        if values.empty:
             continue
-        style = _style(list(found).index(name), name == baseline)
-        x, y = _mean(results, key), values.mean
-        if len(values.values) > 1:
-            axes.errorbar(x, y, values.spread, color=style['color'], lw=0.8, capsize=2)
+        style = _style(index, name == baseline)
+        x, y = _mean(runs, key), values.mean()
+        if len(values) > 1:
+            axes.errorbar(x, y, values.std(), color=style['color'], lw=0.8, capsize=2)
         points.append((name, x, y, {'marker': 's' if name == baseline else 'o', **style}))
     scatter(axes, points, label, metric)
 
 
-def _curves(axes: Axes, found: Results, metric: str, baseline: str) -> None:
-    for index, (name, results) in enumerate(found.items()):
-        points: dict[int, list[float]] = {}
-        for result in results.values():
-            for point in result['curve']:
-                if point[metric] is not None:
-                    points.setdefault(point['iteration'], []).append(point[metric])
-        x = sorted(points)
-        y = [sum(points[i]) / len(points[i]) for i in x]
+def _curves(axes: Axes, means: pd.Series, names: list[str], metric: str, baseline: str) -> None:
+    for index, name in enumerate(names):
+        curve = means[means.index.get_level_values('row') == name].droplevel('row')
         dashes = '--' if index >= len(COLORS) else '-'
-        axes.plot(x, y, dashes, marker='.', label=name, **_style(index, name == baseline))
+        style = _style(index, name == baseline)
+        axes.plot(curve.index, curve, dashes, marker='.', label=name, **style)
     axes.set_xlabel('iterations')
     axes.set_ylabel(metric)
     axes.legend(fontsize=7, frameon=False)
@@ -236,73 +226,42 @@ def _style(index: int, is_baseline: bool) -> dict:
     return {'color': BASELINE if is_baseline else COLORS[index % len(COLORS)]}
 
 
-def _published_of(reference: str | None) -> Published | None:
-    rows = (row for name in PRESETS for group in preset(name) for row in group)
-    return next((row for row in rows if row.config == reference), None)
-
-
 def _published_table(study: Study, results: Mapping[Run, dict]) -> Table | None:
     """Rows whose config is that of a published one, both figures side by side."""
-    lines = []
+    published = {row.config: row for name in PRESETS for group in preset(name) for row in group}
+    rows = []
     for data in study.plan.data.values():
-        for name, of_row in _of_data(study, results, data).items():
-            run = next(r for r in results if r.data is data and r.row.name == name)
-            published = _published_of(study.plan.config_reference(run))
-            if published is not None:
-                lines.append((name, of_row, published))
-    if not lines:
-        return None
-
-    def cell(name: str, key: str) -> Callable[[Any], str]:
-        def both(item: Any) -> str:
-            measured = sample(by_metric(item[1], [name])[name]).with_spread()
-            return f'{measured} / {getattr(item[2], key):.1f}'
-
-        return both
-
-    columns = {name: cell(name, key) for name, key in _PUBLISHED.items()}
-    return Table.of('Measured here / published', lines, {'row': lambda item: item[0], **columns})
+        for name, runs in _of_data(study, results, data).items():
+            run = next(run for run in results if run.data is data and run.row.name == name)
+            paper = published.get(study.plan.config_reference(run))
+            if paper is not None:
+                cells = (
+                    f'{with_spread(runs[metric].dropna())} / {getattr(paper, key):.1f}'
+                    for metric, key in _PUBLISHED.items()
+                )
+                rows.append((name, *cells))
+    return Table('Measured here / published', ('row', *_PUBLISHED), rows) if rows else None
 
 
-def _line(run: Run, result: dict) -> dict:
-    keys = ('finite', *(key for key, _ in _COSTS.values()), 'gflops', 'iterations', 'train_seconds')
-    return {
-        'data': run.data.name,
-        'row': run.row.name,
-        'seed': run.seed,
-        **result['metrics'],
-        **{key: result[key] for key in keys},
-    }
-
-
-def _summary(study: Study, results: Mapping[Run, dict]) -> list[dict]:
+def _summary(study: Study, results: Mapping[Run, dict]) -> pd.DataFrame:
     lines = []
     for data in study.plan.data.values():
         found = _of_data(study, results, data)
         base = found.get(study.plan.baseline)
-        for name, of_row in found.items():
+        for name, runs in found.items():
             for metric in METRICS:
-                values = by_metric(of_row, [metric])[metric]
-                own = sample(values)
-                if not own.values:
+                own = runs[metric].dropna()
+                if own.empty:
                     continue
-                line = {
-                    'data': data.name,
-                    'row': name,
-                    'metric': metric,
-                    'seeds': len(own.values),
-                    'mean': round(own.mean, 3),
-                    'spread': round(own.spread, 3),
-                }
-                if base and name != study.plan.baseline:
-                    pairs = paired(values, by_metric(base, [metric])[metric])
-                    if pairs.values:
-                        low, high = pairs.interval
-                        line.update(
-                            difference=round(pairs.mean, 3), low=round(low, 3), high=round(high, 3)
-                        )
+                line = {'data': data.name, 'row': name, 'metric': metric, 'seeds': len(own)}
+                line |= {'mean': own.mean(), 'spread': own.std()}
+                if base is not None and name != study.plan.baseline:
+                    pairs = difference(runs[metric], base[metric])
+                    if not pairs.empty:
+                        low, high = interval(pairs)
+                        line |= {'difference': pairs.mean(), 'low': low, 'high': high}
                 lines.append(line)
-    return lines
+    return pd.DataFrame(lines).round(3)
 
 
 def _write_plots(folder: Path, figures: Sequence[tuple[str, str]]) -> list[str]:
@@ -315,11 +274,3 @@ def _write_plots(folder: Path, figures: Sequence[tuple[str, str]]) -> list[str]:
         path.write_text(svg.replace('<svg', '<svg style="background: white"', 1))
         lines.append(f'![{title}]({path.relative_to(folder).as_posix()})')
     return lines
-
-
-def _write_csv(path: Path, lines: Sequence[dict]) -> None:
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(lines)

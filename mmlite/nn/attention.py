@@ -114,24 +114,13 @@ class SamplingAttention(nn.Module):
     def attend(
         self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
     ) -> Tensor:
-        """What :meth:`forward` sends through the output layer.
-
-        ``query`` has its positional embedding added; ``mask``, ``points`` and ``sizes`` are
-        ``key_padding_mask``, ``reference_points`` and ``spatial_shapes`` of :meth:`forward`.
-
-        Returns:
-            Tensor: shape (bs, num_queries, embed_dims).
-        """
+        """What :meth:`forward` sends through the output layer, of the query with its position."""
         raise NotImplementedError
 
     def logits(
         self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
     ) -> Tensor:
-        """The attention weights before the softmax; arguments as for :meth:`attend`.
-
-        Returns:
-            Tensor: shape (bs, num_queries, num_heads, num_levels * num_points).
-        """
+        """The attention weights before the softmax, (bs, num_queries, num_heads, all points)."""
         raise NotImplementedError
 
     def project(self, projection: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -143,10 +132,6 @@ class SamplingAttention(nn.Module):
 
     def offsets(self, query: Tensor, points: Tensor, sizes: LevelSizes) -> Tensor:
         """The queries' offsets from their reference points, as the operators take them.
-
-        Returns:
-            Tensor: shape (bs, num_queries, num_heads, num_levels, num_points, 2), with ``same_loc``
-            one set in place of ``num_levels``.
 
         Raises:
             ValueError: The number of levels is not the attention's.
@@ -161,14 +146,7 @@ class SamplingAttention(nn.Module):
         return self.sampling_offsets(query).unflatten(-1, (self.num_heads, -1, self.num_points, 2))
 
     def locate(self, query: Tensor, points: Tensor, sizes: LevelSizes) -> Tensor:
-        """Where the queries look; see :func:`mmlite.nn.sampling_locations`.
-
-        Returns:
-            Tensor: shape (bs, num_queries, num_heads, num_levels, num_points, 2).
-
-        Raises:
-            ValueError: The number of levels is not the attention's.
-        """
+        """Where the queries look; see :func:`mmlite.nn.sampling_locations`."""
         offsets = self.sampling_offsets(query)
         return sampling_locations(offsets, points, sizes, self.num_heads, self.num_points)
 
@@ -226,19 +204,11 @@ class KeyAwareDeformableAttention(SamplingAttention):
     :math:`\mathrm{softmax}(q k^T / \sqrt{d})` with q the projected query, instead of by weights
     predicted from the query alone. There is no ``attention_weights`` layer.
 
+    Arguments and errors are those of :class:`SamplingAttention`, and
+
     Args:
-        embed_dims (int): This and what follows is as for :class:`SamplingAttention`.
-        num_heads (int): Attention heads.
-        num_levels (int): Feature levels.
-        num_points (int): Sampling points per head and level.
-        dropout (float): Dropout on the output.
         proj_key (bool): Project keys by a layer of their own. Off, as in the published models,
             the sampled value is its own key, and every point is sampled once.
-        same_loc (bool): Predict one set of offsets per head and point, in pixels, and use it on
-            every level.
-
-    Raises:
-        ValueError: ``embed_dims`` is no multiple of ``num_heads``.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 At batch 1 the encoder launches hundreds of kernels that take less time than Python takes to launch
 them. A graph holds the launches of one call, with the addresses they read and write; it fits calls
-of the same sizes alone. Others, and all that a graph cannot hold, run as ever.
+of the same sizes alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,8 @@ class GraphReplay:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if not _fits_a_graph(tensors, args, self.module):
             return self.function(*args)
-        weights = tuple(tensor.data_ptr() for tensor in _weights(self.module))
+        kept = (*self.module.parameters(), *self.module.buffers())
+        weights = tuple(tensor.data_ptr() for tensor in kept)
         if weights != self._weights:
             self._forget()
             self._weights = weights
@@ -81,7 +83,8 @@ class GraphReplay:
             return self.function(*args)
         if key not in self._graphs:
             self._graphs[key] = None
-            self._make_room()
+            while len(self._graphs) > self.max_graphs:
+                self._graphs.popitem(last=False)
             return self.function(*args)
         self._graphs.move_to_end(key)
         graph = self._graphs[key]
@@ -100,17 +103,12 @@ class GraphReplay:
             graph.replay()
             return graph.output.clone()
 
-    def _make_room(self) -> None:
-        while len(self._graphs) > self.max_graphs:
-            self._graphs.popitem(last=False)
-
     def _capture(self, args: tuple) -> _Graph:
         with torch.inference_mode(False), torch.no_grad():
             held = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
             inputs = [arg for arg in held if isinstance(arg, Tensor)]
-            if self._pool is None:
-                self._pool = _new_pool()
-            replay, output = _capture(lambda: self.function(*held), inputs[0].device, self._pool)
+            call = partial(self.function, *held)
+            replay, output, self._pool = _capture(call, inputs[0].device, self._pool)
         return _Graph(inputs, output, replay)
 
 
@@ -149,10 +147,6 @@ def _frozen(argument: object) -> Hashable:
     return argument
 
 
-def _weights(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
 def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
@@ -161,14 +155,11 @@ def _is_capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _new_pool() -> Any:
-    return torch.cuda.graph_pool_handle()
-
-
 def _capture(
     function: Callable[[], Tensor], device: torch.device, pool: Any
-) -> tuple[Callable[[], None], Tensor]:
-    """Capture a call; returns how to replay it, and where it then writes its output."""
+) -> tuple[Callable[[], None], Tensor, Any]:
+    """Capture a call: how to replay it, where it then writes its output, and its memory pool."""
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     dtype = autocast_dtype('cuda')
     # A cast weight that autocast has kept would stay out of the graph, and be freed later.
     autocast = torch.autocast('cuda', dtype, dtype is not None, cache_enabled=False)
@@ -182,4 +173,4 @@ def _capture(
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             output = function()
-    return graph.replay, output
+    return graph.replay, output, pool

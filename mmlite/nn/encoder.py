@@ -104,10 +104,11 @@ class LiteEncoderLayer(nn.Module):
         """Update the tokens of the step.
 
         Args:
-            memory (Tensor): All tokens, shape (bs, num_tokens, embed_dims).
-            query_pos (Tensor, optional): Their positional embedding, same shape.
+            memory (Tensor): All tokens, shape (bs, num_tokens, embed_dims). This and what follows
+                is as for :meth:`InterleavedEncoder.forward`.
+            query_pos (Tensor, optional): Their positional embedding.
             step_tokens (StepTokens): Which of them the layer updates.
-            key_padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
+            key_padding_mask (Tensor, optional): True on padding.
             reference_points (Tensor): shape (bs or 1, num_tokens, num_levels, 2).
             spatial_shapes (Sequence[tuple[int, int]]): (h, w) of every level.
 
@@ -181,10 +182,7 @@ class InterleavedEncoder(nn.Module):
         self._replay: GraphReplay | None = None
 
     def replay_graphs(self, enabled: bool = True, max_graphs: int = 8) -> None:
-        """Run inference on a GPU as CUDA graphs, one for every size of the maps.
-
-        A size is captured when it comes for the second time. :class:`GraphReplay` says which calls
-        run without a graph, training among them.
+        """Run inference on a GPU as CUDA graphs, one a size of the maps; see :class:`GraphReplay`.
 
         Args:
             enabled (bool): Whether to do so; False lets go of the graphs and their memory.
@@ -195,13 +193,7 @@ class InterleavedEncoder(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        """Refuse weights of another schedule, with strict loading and without.
-
-        Weights that carry no schedule, such as the stock encoder's, are taken as they are.
-
-        Raises:
-            ValueError: The weights were trained with another schedule; the message names it.
-        """
+        """Refuse weights of another schedule; those without one, such as stock ones, are taken."""
         key = f'{prefix}schedule_code'
         if key in state_dict:
             theirs, update = EncoderSchedule.decode(state_dict[key])
@@ -300,14 +292,12 @@ class LiteEncoder(InterleavedEncoder):
         feedforward_channels (int): Hidden channels of the FFN.
         key_aware (bool): Key-aware deformable attention (KDA), or standard.
         small_ffn (bool): Give low-level tokens an FFN of ``embed_dims`` hidden channels.
-        update (str): ``'joint'`` or ``'sequential'``; see :meth:`EncoderSchedule.steps`.
+        update (str): See :class:`InterleavedEncoder`.
         proj_key (bool): See :class:`KeyAwareDeformableAttention`; needs ``key_aware``.
-        same_loc (bool): See :class:`KeyAwareDeformableAttention`; needs ``key_aware``.
-        num_cp (int): Layers, counted from the first, whose activations are recomputed in the
-            backward pass of training (torch's checkpointing). -1 for none.
+        same_loc (bool): The same.
+        num_cp (int): See :class:`InterleavedEncoder`.
         dropout (float): Dropout behind the attention and in the FFNs.
-        low_levels (Collection[int], optional): Indices of the low-level maps among the levels. By
-            default the largest maps, as many as the schedule says.
+        low_levels (Collection[int], optional): See :class:`InterleavedEncoder`.
         chunk_size (int, optional): On a CPU, so many tokens at a time go through the FFNs: their
             hidden features then stay in the cache (8 MB at 2048 channels, where all tokens of an
             800x1333 image make 180 MB). Other devices and traced graphs take all at once, and so
@@ -362,23 +352,13 @@ class LiteEncoder(InterleavedEncoder):
 
 
 def in_chunks(modules: Sequence[nn.Module], tokens: Tensor, size: int | None) -> Tensor:
-    """One module after the other on all tokens; see ``chunk_size`` of :class:`LiteEncoder`.
+    """One module after the other on every token; see ``chunk_size`` of :class:`LiteEncoder`."""
 
-    Args:
-        modules (Sequence[nn.Module]): (bs, n, channels) -> (bs, n, channels), each treating every
-            token alone.
-        tokens (Tensor): shape (bs, num_tokens, channels).
-        size (int, optional): Tokens at a time on a CPU.
+    def through(tokens: Tensor) -> Tensor:
+        for module in modules:
+            tokens = module(tokens)
+        return tokens
 
-    Returns:
-        Tensor: The shape of ``tokens``.
-    """
     if size is None or tokens.device.type != 'cpu' or is_tracing() or tokens.shape[1] <= size:
-        return _through(modules, tokens)
-    return torch.cat([_through(modules, chunk) for chunk in tokens.split(size, 1)], 1)
-
-
-def _through(modules: Sequence[nn.Module], tokens: Tensor) -> Tensor:
-    for module in modules:
-        tokens = module(tokens)
-    return tokens
+        return through(tokens)
+    return torch.cat([through(chunk) for chunk in tokens.split(size, 1)], 1)

@@ -59,13 +59,7 @@ class EncoderSchedule:
 
     @classmethod
     def parse(cls, text: str | EncoderSchedule) -> EncoderSchedule:
-        """Read a schedule such as ``'H3L1-(2+1)x3'``.
-
-        Args:
-            text (str | EncoderSchedule): The schedule's name; a schedule is returned as it is.
-
-        Returns:
-            EncoderSchedule: The parsed schedule; ``str()`` gives the canonical name back.
+        """Read a schedule such as ``'H3L1-(2+1)x3'``; ``str()`` gives the canonical name back.
 
         Raises:
             ValueError: The text is no schedule.
@@ -181,11 +175,7 @@ class EncoderSchedule:
             )
 
     def encode(self, update: str = 'joint') -> Tensor:
-        """The schedule as numbers, for a checkpoint.
-
-        Returns:
-            Tensor: int64, (x, y, A, B, index of ``update`` in ``UPDATES``), shape (5, ).
-        """
+        """For a checkpoint: int64 (x, y, A, B, index of ``update`` in ``UPDATES``)."""
         return torch.tensor([*astuple(self), UPDATES.index(update)])
 
     @classmethod

@@ -36,7 +36,6 @@ class Device:
         self.fails = None
         monkeypatch.setattr(cuda_graphs, '_on_gpu', lambda tensor: True)
         monkeypatch.setattr(cuda_graphs, '_is_capturing', lambda: False)
-        monkeypatch.setattr(cuda_graphs, '_new_pool', object)
         monkeypatch.setattr(cuda_graphs, '_capture', self.capture)
 
     def capture(self, function, device, pool):
@@ -49,7 +48,7 @@ class Device:
             self.replayed += 1
             output.copy_(function())
 
-        return replay, output
+        return replay, output, pool
 
 
 @pytest.fixture

@@ -11,19 +11,12 @@ from mmengine.analysis.jit_handles import get_shape
 def deform_attn_flops(
     queries: int, heads: int, points: int, head_dim: int, *, key_aware: bool
 ) -> int:
-    """Cost of sampling and attending, without the linear layers around it.
+    """Cost of sampling and attending, of ``queries`` of the batch with ``points`` over all levels.
 
     A bilinear sample costs 4 a channel. Key-aware attention samples a key and a value at each
     point and adds two products, ``q k`` and ``weights v``. Sampling is counted for both even
     where the key is the value and a kernel samples once. Standard attention weights its
     samples elementwise, which the rule does not count.
-
-    Args:
-        queries (int): Number of queries, summed over the batch.
-        heads (int): Number of heads, M.
-        points (int): Points of one head of one query over all levels, L*P.
-        head_dim (int): Channels of a head, D.
-        key_aware (bool): Key-aware or standard deformable attention.
     """
     channels = queries * heads * points * head_dim
     return (4 + 4 + 1 + 1) * channels if key_aware else 4 * channels

@@ -42,15 +42,8 @@ __all__ = [
 def level_sizes(spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """The (h, w) of every level as Python ints.
 
-    Reading a tensor on a GPU waits for the device. So it happens once for a tensor, which many
-    layers are given, and not at all where the detector has remembered the sizes of its feature
-    maps with :func:`remember_level_sizes`.
-
-    Args:
-        spatial_shapes (Tensor | Sequence[tuple[int, int]]): shape (num_levels, 2).
-
-    Returns:
-        tuple[tuple[int, int], ...]: One pair a level.
+    Reading a tensor on a GPU waits for the device. So it happens once for a tensor, and not at all
+    where the detector has called :func:`remember_level_sizes`.
     """
     if not isinstance(spatial_shapes, Tensor):
         return tuple(spatial_shapes)
@@ -62,12 +55,7 @@ def level_sizes(spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> tuple[tup
 
 
 def remember_level_sizes(spatial_shapes: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
-    """Tell :func:`level_sizes` what a tensor holds, so that it need not be read.
-
-    Args:
-        spatial_shapes (Tensor): shape (num_levels, 2); must not be written to afterwards.
-        sizes (Sequence[tuple[int, int]]): The same as Python ints.
-    """
+    """Tell :func:`level_sizes` what a tensor (num_levels, 2) holds, so that it need not be read."""
     if torch.jit.is_tracing():  # where sizes are tensors, which no operator takes
         sizes = [(int(height), int(width)) for height, width in sizes]
     spatial_shapes._level_sizes = tuple(sizes)
@@ -93,16 +81,15 @@ class _MmcvCall:
 
         Args:
             query (Tensor): shape (bs, num_queries, embed_dims), or (num_queries, bs, embed_dims)
-                where ``batch_first`` is False; so for ``value``, ``identity``, ``query_pos``.
+                where ``batch_first`` is False; so for ``value``, ``identity``, ``query_pos``. This
+                and what follows is as for :meth:`mmlite.nn.DeformableAttention.forward`.
             key (Tensor, optional): Not used: keys, where there are any, come from ``value``.
-            value (Tensor, optional): shape (bs, num_value, embed_dims). Defaults to ``query``.
-            identity (Tensor, optional): Added to the output. Defaults to ``query``.
+            value (Tensor, optional): Defaults to ``query``.
+            identity (Tensor, optional): Defaults to ``query``.
             query_pos (Tensor, optional): Added to ``query``.
-            key_padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_value).
-            reference_points (Tensor): Normalised (x, y) or (cx, cy, w, h), shape
-                (bs, num_queries, num_levels, 2 or 4).
-            spatial_shapes (Tensor | Sequence[tuple[int, int]]): (h, w) of each level, integer,
-                shape (num_levels, 2).
+            key_padding_mask (Tensor, optional): bool, True on padding.
+            reference_points (Tensor): Normalised (x, y) or (cx, cy, w, h).
+            spatial_shapes (Tensor | Sequence[tuple[int, int]]): int, shape (num_levels, 2).
             level_start_index (Tensor, optional): Not used: it follows from ``spatial_shapes``.
 
         Returns:
@@ -149,20 +136,11 @@ class KeyAwareDeformableAttention(_MmcvCall, nn.KeyAwareDeformableAttention, _Mm
     every matrix of the encoder and restore the offsets' directional grid only in instances of
     that class.
 
+    Arguments are those of mmcv's, of which ``im2col_step`` and ``norm_cfg`` are not used, and
+
     Args:
-        embed_dims (int): Channels of query and value, a multiple of ``num_heads``.
-        num_heads (int): Attention heads.
-        num_levels (int): Feature levels.
-        num_points (int): Sampling points per head and level.
-        im2col_step (int): Kept for mmcv's configs; not used.
-        dropout (float): Dropout on the output, before the identity is added.
-        batch_first (bool): Whether the batch is the first dimension.
-        norm_cfg (dict, optional): Kept for mmcv's configs; not used.
-        init_cfg (dict, optional): Initialisation config of mmengine.
-        proj_key (bool): Project keys by a layer of their own. Off, as in the published models,
-            the sampled value is its own key, and every point is sampled once.
-        same_loc (bool): Predict one set of offsets per head and point, in pixels, and use it on
-            every level.
+        proj_key (bool): See :class:`mmlite.nn.KeyAwareDeformableAttention`.
+        same_loc (bool): The same.
     """
 
     def __init__(
@@ -196,22 +174,11 @@ class _Fused(FusedDeformableAttention):
 
 
 def fuse(model: torch.nn.Module) -> torch.nn.Module:
-    """Let a model's deformable attention run through :func:`mmlite.ops.ms_deform_attn`.
+    """Let mmcv's deformable attention run on :mod:`mmlite.ops`; see :func:`mmlite.fuse`.
 
     On CPUs and CUDA, in float32, float16 and bfloat16; under deterministic algorithms of torch the
-    backward pass repeats bit for bit. Where Triton is too old that operator is mmcv's own again.
-    Changes every ``MultiScaleDeformableAttention`` of mmcv in place; subclasses of it keep what
-    they do. Parameters, their names and the numbers stay the same, and so does everything on other
-    devices, for which mmcv has kernels of its own.
-
-    Args:
-        model (torch.nn.Module): Any model with mmcv's attention, such as a DINO.
-
-    Returns:
-        torch.nn.Module: The same model; :func:`mmlite.restore` undoes the change.
-
-    Raises:
-        ValueError: It has no deformable attention of mmcv.
+    backward pass repeats bit for bit. On other devices, for which mmcv has kernels of its own, and
+    in subclasses of mmcv's module everything stays as it is.
     """
     if not any(isinstance(part, MultiScaleDeformableAttention) for part in model.modules()):
         raise ValueError(f'{type(model).__name__} has no deformable attention of mmcv to fuse')
@@ -221,14 +188,7 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def fuse_attention(model: torch.nn.Module) -> int:
-    """The same as :func:`fuse`, also for models without such attention; returns the count.
-
-    Args:
-        model (torch.nn.Module): Any model.
-
-    Returns:
-        int: The number of modules changed.
-    """
+    """As :func:`fuse`, but of any model; returns the number of modules changed."""
     with changing(model, 'fuse') as change:
         return fuse_into(change, model)
 
@@ -256,11 +216,7 @@ class FusedAttentionHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_run(self, runner: Runner) -> None:
-        """Change the model, and say how many modules it concerns.
-
-        Args:
-            runner (Runner): The runner, its model built.
-        """
+        """Change the runner's model, and log how many modules that concerns."""
         count = fuse_attention(runner.model)
         runner.logger.info(f'{count} deformable attention modules run fused')
 
@@ -324,15 +280,13 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
             A * B of the schedule. It is there because stock configs have it.
         layer_cfg (dict): ``self_attn_cfg``, ``ffn_cfg`` and ``norm_cfg`` of the stock layer;
             ``self_attn_cfg`` may hold ``proj_key`` and ``same_loc`` where ``key_aware`` is on.
-        key_aware (bool): Key-aware deformable attention (KDA), or standard.
+        key_aware (bool): This and what follows is as for :class:`mmlite.nn.LiteEncoder`.
         small_ffn (bool): Give low-level tokens an FFN of ``embed_dims`` hidden channels.
-        update (str): ``'joint'`` or ``'sequential'``; see :meth:`EncoderSchedule.steps`.
-        num_cp (int): Layers, counted from the first, whose activations are recomputed in the
-            backward pass (torch's checkpointing). -1 for none.
+        update (str): ``'joint'`` or ``'sequential'``.
+        num_cp (int): Layers whose activations are recomputed in the backward pass.
         init_cfg (dict, optional): Initialisation config of mmengine.
-        low_levels (Sequence[int], optional): Indices of the low-level maps among the levels. By
-            default the largest maps, as many as the schedule says.
-        chunk_size (int, optional): See :class:`mmlite.nn.LiteEncoder`.
+        low_levels (Sequence[int], optional): Indices of the low-level maps.
+        chunk_size (int, optional): Tokens at a time in the FFNs on a CPU.
 
     Raises:
         ValueError: The schedule is malformed, or does not fit ``num_layers`` or the number of
@@ -375,24 +329,20 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
         before_layer: BeforeLayer | None = None,
         **kwargs,
     ) -> Tensor:
-        """Encode the flattened pyramid.
+        """Encode the flattened pyramid; see :meth:`mmlite.nn.LiteEncoder.forward`.
 
         Args:
             query (Tensor): Tokens of all levels, shape (bs, num_tokens, embed_dims).
-            query_pos (Tensor): Their positional embedding, same shape.
+            query_pos (Tensor): Their positional embedding.
             key_padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
-            spatial_shapes (Tensor | tuple[tuple[int, int], ...]): (h, w) of each level, integer,
-                shape (num_levels, 2).
+            spatial_shapes (Tensor | tuple[tuple[int, int], ...]): int, shape (num_levels, 2).
             level_start_index (Tensor, optional): Not used: it follows from ``spatial_shapes``.
-            valid_ratios (Tensor, optional): Valid part (w, h) of each level, shape
-                (bs, num_levels, 2).
-            before_layer (Callable, optional): See :meth:`mmlite.nn.LiteEncoder.forward`.
+            valid_ratios (Tensor, optional): Valid part (w, h) of each level of each image.
+            before_layer (Callable, optional): Called before each layer.
+            **kwargs: Not used.
 
         Returns:
             Tensor: The memory, shape (bs, num_tokens, embed_dims).
-
-        Raises:
-            ValueError: The number of levels or tokens is not the schedule's.
         """
         return super().forward(
             query,

@@ -79,29 +79,19 @@ def ms_deform_attn_backward(
     """The gradients, written into the last three tensors."""
     from mmlite.ops import ms_deform_attn
 
+    inputs = [t.detach().requires_grad_() for t in (value, sampling_locations, attention_weights)]
     with torch.enable_grad():
-        inputs = [
-            t.detach().requires_grad_() for t in (value, sampling_locations, attention_weights)
-        ]
-        value, sampling_locations, attention_weights = inputs
-        output = ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
-        grads = torch.autograd.grad(output, inputs, grad_output)
-    targets = (grad_value, grad_sampling_locations, grad_attention_weights)
-    for target, grad in zip(targets, grads):
+        output = ms_deform_attn(inputs[0], spatial_shapes, *inputs[1:])
+    grads = torch.autograd.grad(output, inputs, grad_output)
+    for target, grad in zip((grad_value, grad_sampling_locations, grad_attention_weights), grads):
         target.copy_(grad)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes that non-maximum suppression keeps, best score first.
+    """Indices of the boxes (N, 4), x1, y1, x2, y2, that non-maximum suppression keeps, best first.
 
-    Args:
-        boxes (Tensor): (N, 4), corners x1, y1, x2, y2.
-        scores (Tensor): (N,).
-        iou_threshold (float): A box that overlaps a better one by more is dropped.
-        offset (int): 1 where the corners are pixels that belong to the box.
-
-    Returns:
-        Tensor: int64 (K,).
+    A box that overlaps a better one by more than ``iou_threshold`` is dropped. ``offset`` is 1
+    where the corners are pixels that belong to the box.
     """
     if offset:  # the same widths, intersections and areas
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
@@ -155,18 +145,10 @@ def softnms(
 ) -> Tensor:
     """Non-maximum suppression that lowers the scores of overlapping boxes instead.
 
-    Args:
-        boxes (Tensor): (N, 4).
-        scores (Tensor): (N,).
-        dets (Tensor): (N, 5); its first K rows become the kept boxes with their new scores.
-        iou_threshold (float): Overlap from which ``'naive'`` and ``'linear'`` act.
-        sigma (float): Width of ``'gaussian'``.
-        min_score (float): Boxes whose score falls below it are dropped.
-        method (int): 0 is naive, 1 linear, 2 gaussian.
-        offset (int): As for :func:`nms`.
-
-    Returns:
-        Tensor: int64 (K,), indices of the kept boxes in the order of ``dets``.
+    ``method`` is 0 (naive) or 1 (linear), which act from an overlap of ``iou_threshold``, or 2
+    (gaussian, of width ``sigma``). Boxes whose score falls below ``min_score`` are dropped. The
+    first rows of ``dets`` (N, 5) become the kept boxes with their new scores; their indices are
+    returned.
     """
     sides = boxes + boxes.new_tensor([0, 0, offset, offset])
     scores = scores.clone()
@@ -193,22 +175,11 @@ def sigmoid_focal_loss_forward(
 ) -> None:
     """Focal loss of each logit, (N, C), written into ``output``.
 
-    Args:
-        input (Tensor): Logits (N, C).
-        target (Tensor): int64 (N,), the class; C is the background.
-        weight (Tensor): (C,), a factor for the rows of each class, or empty.
-        output (Tensor): (N, C).
-        gamma (float): Exponent of the modulating factor.
-        alpha (float): Share of the positive term.
+    ``target`` (N,) is the class, C the background; ``weight`` (C,) a factor for the rows of each
+    class, or empty.
     """
-    positive, factor = _focal_terms(input, target, weight, alpha)
-    p = input.to(torch.promote_types(input.dtype, torch.float32)).sigmoid()
-    tiny = torch.finfo(p.dtype).tiny
-    loss = torch.where(
-        positive,
-        -((1 - p) ** gamma) * p.clamp(min=tiny).log(),
-        -(p**gamma) * (1 - p).clamp(min=tiny).log(),
-    )
+    positive, factor, p, log_p, log_rest = _focal_terms(input, target, weight, alpha)
+    loss = torch.where(positive, -((1 - p) ** gamma) * log_p, -(p**gamma) * log_rest)
     output.copy_(factor * loss)
 
 
@@ -216,23 +187,21 @@ def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """The derivative of :func:`sigmoid_focal_loss_forward`, written into ``grad_input``."""
-    positive, factor = _focal_terms(input, target, weight, alpha)
-    p = input.to(torch.promote_types(input.dtype, torch.float32)).sigmoid()
-    tiny = torch.finfo(p.dtype).tiny
+    positive, factor, p, log_p, log_rest = _focal_terms(input, target, weight, alpha)
     grad = torch.where(
         positive,
-        -((1 - p) ** gamma) * (1 - p - gamma * p * p.clamp(min=tiny).log()),
-        p**gamma * (p - gamma * (1 - p) * (1 - p).clamp(min=tiny).log()),
+        -((1 - p) ** gamma) * (1 - p - gamma * p * log_p),
+        p**gamma * (p - gamma * (1 - p) * log_rest),
     )
     grad_input.copy_(factor * grad)
 
 
-def _focal_terms(
-    input: Tensor, target: Tensor, weight: Tensor, alpha: float
-) -> tuple[Tensor, Tensor]:
-    """Where a logit (N, C) is that of its row's class, and what its loss is multiplied with."""
+def _focal_terms(input: Tensor, target: Tensor, weight: Tensor, alpha: float) -> tuple[Tensor, ...]:
+    """Whether a logit is that of its row's class, its loss' factor, its p, log p and log(1 - p)."""
     positive = target[:, None] == torch.arange(input.shape[1], device=input.device)
     factor = torch.where(positive, alpha, 1 - alpha)
     if weight.numel():
         factor = factor * weight[target][:, None]
-    return positive, factor
+    p = input.to(torch.promote_types(input.dtype, torch.float32)).sigmoid()
+    tiny = torch.finfo(p.dtype).tiny
+    return positive, factor, p, p.clamp(min=tiny).log(), (1 - p).clamp(min=tiny).log()

@@ -30,15 +30,7 @@ class CPURunner(Runner):
         super().__init__(*args, launcher=launcher, **kwargs)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """As MMEngine's; the wrapper takes the device that the model is on.
-
-        Args:
-            model_wrapper_cfg (dict, optional): ``model_wrapper_cfg`` of the config.
-            model (nn.Module): The model.
-
-        Returns:
-            nn.Module: The wrapped model.
-        """
+        """As MMEngine's; the wrapper takes the device that the model is on."""
         if model_wrapper_cfg is None and self.distributed and not torch.cuda.is_available():
             model_wrapper_cfg = {'device_ids': None, 'broadcast_buffers': False}
         return super().wrap_model(model_wrapper_cfg, model)

@@ -21,22 +21,8 @@ __all__ = ['fuse', 'to_lite']
 def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -> nn.Module:
     """Turn a built model of MMDetection into its Lite variant; see :func:`mmlite.to_lite`.
 
-    Training goes on from there; :func:`mmlite.openmmlab.checkpoints.warm_start` fits the new
-    parts to images first.
-
-    Args:
-        model (nn.Module): A stock model, such as a DINO or a Mask2Former, changed in place, and so
-            is its ``cfg`` where it has one: a new one with the same change takes its place.
-        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
-        **options: Further arguments of :class:`mmlite.openmmlab.layers.LiteEncoder`, such as
-            ``key_aware=False``.
-
-    Returns:
-        nn.Module: The same model.
-
-    Raises:
-        ValueError: The model has no encoder to replace, is Lite already, or the schedule does not
-            fit it.
+    Where the model has a ``cfg``, one with the same change takes its place. Training goes on from
+    there; :func:`mmlite.openmmlab.checkpoints.warm_start` fits the new parts to images first.
     """
     name = encoder_name(model)
     holder_name = name.rpartition('.')[0]

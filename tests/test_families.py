@@ -29,8 +29,16 @@ FAMILIES = {
         'lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes-panoptic.py',
         'coco_panoptic/PQ',
     ),
+    'h_deformable': ('lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes.py', 'coco/bbox_mAP_50'),
 }
-RARE = ('ddq', 'panoptic')  # The others take the same ways.
+RARE = ('ddq', 'panoptic', 'h_deformable')  # The others take the same ways.
+# There is no small config of H-DETR: this is DINO's without denoising.
+H_DEFORMABLE = """
+model = _base_.model
+del model.dn_cfg
+model.update(_delete_=True, type='LiteHDeformableDETR', num_one2many_queries=30)
+model.bbox_head.type = 'HDeformableDETRHead'
+"""
 
 
 @pytest.fixture(scope='module')
@@ -57,7 +65,7 @@ def trained(request, folder, tiny_bert):
         f'_base_ = {str(SMALL / FAMILIES[name][0])!r}\n'
         'train_dataloader = dict(batch_size=2)\n'
         'train_cfg = dict(max_epochs=1, val_interval=3)\n'
-        f'work_dir = {name!r}\n'
+        f'work_dir = {name!r}\n' + (H_DEFORMABLE if name == 'h_deformable' else '')
     )
     more = ('--resume', '--cfg-options', 'train_cfg.max_epochs=2')
     test = (config, checkpoint, '--work-dir', f'{name}_test')
@@ -75,6 +83,8 @@ def test_resumes_and_tests(trained, folder):
     assert len(content['message_hub']['log_scalars']['train/loss'].data[0]) == 4
     (metrics,) = (folder / f'{name}_test').glob('*/*.json')
     assert FAMILIES[name][1] in json.loads(metrics.read_text())
+    if name == 'h_deformable':
+        assert 'train/d0.loss_cls_one2many' in content['message_hub']['log_scalars']
 
 
 def test_another_schedule_is_refused(trained):

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from mmdet.registry import MODELS
+from mmdet.testing import demo_mm_inputs
+from mmdet.utils import register_all_modules
+from mmengine.hub import get_config
 from torch import nn
 
+from mmlite.openmmlab.detectors.grounding_dino import adapt_bert
+from mmlite.openmmlab.families import find_holder, reads_text
+
+STOCK = {
+    'plain': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
+    'refine': 'deformable_detr/deformable-detr-refine_r50_16xb2-50e_coco.py',
+    'two-stage': 'deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py',
+    'DINO': 'dino/dino-4scale_r50_8xb2-12e_coco.py',
+    'DDQ': 'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py',
+    'GroundingDINO': 'grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py',
+    'MM-GroundingDINO': 'mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365.py',
+    'Mask2Former': 'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py',
+    'panoptic': 'mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py',
+    'Mask2Former Swin': 'mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py',
+}
 # MMDetection ties two-stage models to 256 channels, so the channels stay.
 SMALL = dict(
     num_queries=30,
@@ -28,6 +49,26 @@ SMALL = dict(
     bbox_head=dict(num_classes=5),
     test_cfg=dict(max_per_img=30),
 )
+_SWIN = dict(depths=[1, 1, 1, 1], with_cp=False, init_cfg=None)
+_SMALL_TEXT = dict(
+    num_cp=-1,  # recomputing activations takes fairscale in the stock encoder
+    fusion_layer_cfg=dict(dropout=0.0, embed_dim=64, init_values=0.5),
+    text_layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)),
+)
+_FFN = dict(num_layers=2, layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)))
+_SMALL_MASK2FORMER = dict(
+    data_preprocessor=dict(batch_augments=None),  # they pad to 1024x1024
+    backbone=SMALL['backbone'],
+    panoptic_head=dict(
+        in_channels=[64, 128, 256, 512],
+        num_queries=20,
+        pixel_decoder=dict(encoder=_FFN),
+        transformer_decoder=_FFN,
+    ),
+    train_cfg=dict(num_points=512),
+    test_cfg=dict(max_per_image=10),
+)
+PHRASES = ('red circle', 'green square', 'square', 'blue circle', 'circle')
 
 # What a config can say of the Lite encoder and its decoder beside the defaults.
 ENCODERS = {
@@ -44,20 +85,89 @@ DECODERS = {
 }
 
 
+def small_model(
+    name: str, encoder: dict | None = None, bert: str = '', std: float = 0.0, **changes
+) -> nn.Module:
+    """Build a detector of :data:`STOCK`.
+
+    Args:
+        name (str): Which one.
+        encoder (dict, optional): Arguments of the Lite encoder, which it then has. A schedule
+            such as ``'-(2+1)x1'`` gets the levels that fit, one of them low.
+        bert (str): Folder of Grounding DINO's BERT.
+        std (float): Draw the transformer's parameters, those that start at zero too, this wide.
+        **changes: To ``model`` of the config.
+
+    Returns:
+        nn.Module: The same weights every time.
+    """
+    register_all_modules()
+    config = get_config(f'mmdet::{STOCK[name]}')
+    is_mask2former = 'panoptic_head' in config.model
+    small = copy.deepcopy(_SMALL_MASK2FORMER if is_mask2former else SMALL)
+    if config.model.backbone.type == 'SwinTransformer':
+        small['backbone'] = _SWIN
+        where = small['panoptic_head'] if is_mask2former else small['neck']
+        where['in_channels'] = [96, 192, 384, 768][-3 - is_mask2former :]
+    if bert:
+        small['encoder'].update(_SMALL_TEXT, layer_cfg=small['encoder']['layer_cfg'])
+        small['language_model'] = dict(name=bert)
+    config.merge_from_dict(dict(model=small))
+    if encoder is not None:
+        _, part, family = find_holder(config.model)
+        part.type = family.lite
+        encoder = dict(encoder)
+        if str(encoder.get('schedule', '')).startswith('-'):
+            levels = part.encoder.layer_cfg.self_attn_cfg.get('num_levels', 4)
+            encoder['schedule'] = f'H{levels - 1}L1{encoder["schedule"]}'
+        part.encoder.merge(encoder)
+    config.merge_from_dict(dict(model=changes))
+    torch.manual_seed(0)
+    model = MODELS.build(config.model)
+    if bert:
+        adapt_bert(model.language_model)
+    if not is_mask2former:
+        nn.init.normal_(model.level_embed)  # MMDetection leaves it as the memory was
+    if std:
+        torch.manual_seed(3)
+        names = ('encoder', 'decoder', 'bbox_head', 'panoptic_head')
+        for part in (getattr(model, name) for name in names if hasattr(model, name)):
+            for parameter in part.parameters():
+                nn.init.normal_(parameter, std=std)
+    return model
+
+
+def batch(model: nn.Module, padded: bool = True, texts: tuple = (PHRASES, PHRASES)) -> dict:
+    """A preprocessed training batch of two images; ``padded`` gives them different sizes."""
+    has_masks = hasattr(model, 'panoptic_head')
+    sizes = [(3, 96, 128), (3, 128, 80)] if padded else [(3, 96, 128)] * 2
+    packed = demo_mm_inputs(
+        2,
+        sizes,
+        num_items=[3, 2],
+        num_classes=3 if reads_text(model) else 5,
+        with_mask=has_masks,
+        with_semantic=has_masks and model.num_stuff_classes > 0,
+    )
+    if reads_text(model):
+        for sample, text in zip(packed['data_samples'], texts):
+            sample.set_metainfo(dict(text=text, custom_entities=True))
+    return model.data_preprocessor(packed, training=True)
+
+
+def losses(model: nn.Module, data: dict) -> dict[str, torch.Tensor]:
+    """The losses of a training step, with their sum as ``loss``."""
+    torch.manual_seed(0)  # denoising queries and the points of masks are random
+    model.zero_grad()
+    return model.parse_losses(model.train()(**data, mode='loss'))[1]
+
+
 def without_gradient(model: nn.Module, data: dict) -> list[str]:
     """Names of the parameters that a training step gives no gradient, or one that is not finite.
 
-    Args:
-        model (nn.Module): A model of MMDetection.
-        data (dict): A batch of its data preprocessor.
-
-    Returns:
-        list[str]: None of them should be there: DDP waits for every gradient.
+    None of them should be there: DDP waits for every gradient.
     """
-    torch.manual_seed(0)
-    model.zero_grad()
-    total, _ = model.parse_losses(model.train()(**data, mode='loss'))
-    total.backward()
+    losses(model, data)['loss'].backward()
     return [
         name
         for name, parameter in model.named_parameters()

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from small_detectors import SMALL, without_gradient
+from small_detectors import SMALL, batch, without_gradient
 
 CONFIGS = Path(__file__).parents[3] / 'configs'
 
 
-def test_convnext(mmpretrain, batch):
+def test_convnext(mmpretrain):
     name = 'lite_dino/lite-dino-4scale_convnext-t_h3l1-2p1x3_8xb2-12e_coco.py'
     config = Config.fromfile(CONFIGS / name)
     shrunk = {key: value for key, value in SMALL.items() if key not in ('backbone', 'neck')}

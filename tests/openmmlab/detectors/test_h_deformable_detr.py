@@ -10,6 +10,7 @@ import torch
 from mmdet.models.layers import inverse_sigmoid
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps, bbox_xyxy_to_cxcywh
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.structures import InstanceData
@@ -27,66 +28,38 @@ CANVAS = (64, 96)
 
 def config(embed_dims: int = 32, **changes) -> dict:
     """A small H-Deformable-DETR with a ResNet-18 of 8 channels."""
-    ffn = dict(embed_dims=embed_dims, feedforward_channels=2 * embed_dims, ffn_drop=0.0)
-    attention = dict(embed_dims=embed_dims, num_heads=4, dropout=0.0, batch_first=True)
-    model = dict(
-        type='HDeformableDETR',
+    ffn = dict(embed_dims=embed_dims, feedforward_channels=2 * embed_dims)
+    attention = dict(embed_dims=embed_dims, num_heads=4)
+    layer = dict(self_attn_cfg=attention, ffn_cfg=ffn)
+    small = dict(
         num_queries=NUM_QUERIES,
         num_one2many_queries=NUM_ONE2MANY,
-        with_box_refine=True,
-        as_two_stage=True,
-        data_preprocessor=dict(type='DetDataPreprocessor'),
-        backbone=dict(type='ResNet', depth=18, base_channels=8, out_indices=(1, 2, 3)),
-        neck=dict(
-            type='ChannelMapper',
-            in_channels=[16, 32, 64],
-            kernel_size=1,
-            out_channels=embed_dims,
-            act_cfg=None,
-            norm_cfg=dict(type='GN', num_groups=4),
-            bias=True,
-            num_outs=4,
+        backbone=dict(
+            depth=18,
+            base_channels=8,
+            init_cfg=None,
+            frozen_stages=-1,
+            norm_cfg=dict(requires_grad=True),
         ),
-        encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=attention, ffn_cfg=ffn)),
-        decoder=dict(
-            num_layers=NUM_LAYERS,
-            return_intermediate=True,
-            layer_cfg=dict(self_attn_cfg=attention, cross_attn_cfg=attention, ffn_cfg=ffn),
-            post_norm_cfg=None,
-        ),
-        positional_encoding=dict(num_feats=embed_dims // 2, normalize=True, offset=-0.5),
-        bbox_head=dict(
-            type='HDeformableDETRHead',
-            num_classes=NUM_CLASSES,
-            embed_dims=embed_dims,
-            sync_cls_avg_factor=True,
-            loss_cls=dict(
-                type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0
-            ),
-            loss_bbox=dict(type='L1Loss', loss_weight=5.0),
-            loss_iou=dict(type='GIoULoss', loss_weight=2.0),
-        ),
-        train_cfg=dict(
-            assigner=dict(
-                type='HungarianAssigner',
-                match_costs=[
-                    dict(type='FocalLossCost', weight=2.0),
-                    dict(type='BBoxL1Cost', weight=5.0, box_format='xywh'),
-                    dict(type='IoUCost', iou_mode='giou', weight=2.0),
-                ],
-            )
-        ),
+        neck=dict(in_channels=[16, 32, 64], out_channels=embed_dims, norm_cfg=dict(num_groups=4)),
+        encoder=dict(num_layers=2, layer_cfg=layer),
+        decoder=dict(num_layers=NUM_LAYERS, layer_cfg=dict(layer, cross_attn_cfg=attention)),
+        positional_encoding=dict(num_feats=embed_dims // 2),
+        bbox_head=dict(num_classes=NUM_CLASSES, embed_dims=embed_dims),
         test_cfg=dict(max_per_img=10),
     )
-    model.update(changes)
-    return model
+    found = Config.fromfile(CONFIGS / 'h-deformable-detr_r50_8xb2-12e_coco.py')
+    found.merge_from_dict(dict(model=small))
+    found.merge_from_dict(dict(model=changes))
+    return found.model
 
 
 def stock_config(embed_dims: int) -> dict:
     """The same model as MMDetection's two-stage Deformable DETR."""
-    model = config(embed_dims, type='DeformableDETR')
-    del model['num_one2many_queries']
-    model['bbox_head']['type'] = 'DeformableDETRHead'
+    model = config(embed_dims, type='DeformableDETR', bbox_head=dict(type='DeformableDETRHead'))
+    del model.num_one2many_queries
+    for name in [name for name in model.bbox_head if name.startswith('one2many')]:
+        del model.bbox_head[name]
     return model
 
 
@@ -141,47 +114,19 @@ def plain_forward(model, feats, batch):
     memory = model.forward_encoder(**encoder_inputs)['memory']
     head, dims = model.bbox_head, model.embed_dims
 
-    # Proposals, token by token.
     mask = encoder_inputs['feat_mask']
-    spatial_shapes = encoder_inputs['spatial_shapes'].tolist()
-    features, offsets = [], []
-    for image in range(len(batch)):
-        token = 0
-        for level, (height, width) in enumerate(spatial_shapes):
-            level_mask = torch.zeros(height, width, dtype=torch.bool)
-            if mask is not None:
-                level_mask = mask[image, token : token + height * width].view(height, width)
-            valid_height = int((~level_mask[:, 0]).sum())
-            valid_width = int((~level_mask[0]).sum())
-            for y in range(height):
-                for x in range(width):
-                    box = [(x + 0.5) / valid_width, (y + 0.5) / valid_height]
-                    box += [0.05 * 2**level] * 2
-                    usable = not level_mask[y, x] and all(0.01 < value < 0.99 for value in box)
-                    features.append(memory[image, token] * float(usable))
-                    offsets.append([math.log(v / (1 - v)) if usable else math.inf for v in box])
-                    token += 1
-    features = torch.stack(features).view_as(memory)
-    features = model.memory_trans_norm(model.memory_trans_fc(features))
-    offsets = torch.tensor(offsets).view(*memory.shape[:2], 4)
+    spatial_shapes = encoder_inputs['spatial_shapes']
+    features, offsets = model.gen_encoder_output_proposals(memory, mask, spatial_shapes)
     enc_logits = head.cls_branches[NUM_LAYERS](features)
     enc_boxes = head.reg_branches[NUM_LAYERS](features) + offsets
-
     references = []
     for image in range(len(batch)):
         order = enc_logits[image, :, 0].argsort(descending=True, stable=True)
-        references.append(enc_boxes[image, order[: model.num_queries]].detach().sigmoid())
+        references.append(enc_boxes[image, order[: model.num_queries]].detach())
     reference = torch.stack(references)
-
-    # Sine embedding of cx, cy, w, h with embed_dims / 2 channels each.
-    channels = dims // 2
-    embedding = []
-    for coordinate in range(4):
-        for channel in range(channels):
-            angle = reference[..., coordinate] * 2 * math.pi
-            angle = angle / 10000 ** (2 * (channel // 2) / channels)
-            embedding.append(angle.sin() if channel % 2 == 0 else angle.cos())
-    position = model.pos_trans_norm(model.pos_trans_fc(torch.stack(embedding, -1)))[..., :dims]
+    position = model.get_proposal_pos_embed(reference, num_pos_feats=dims // 2)
+    position = model.pos_trans_norm(model.pos_trans_fc(position))[..., :dims]
+    reference = reference.sigmoid()
 
     query = model.query_embedding.weight[: model.num_queries].repeat(len(batch), 1, 1)
     valid_ratios = torch.cat([encoder_inputs['valid_ratios']] * 2, -1)
@@ -282,73 +227,33 @@ def test_one2many_queries_take_the_next_proposals_and_their_own_embedding():
 
 
 def slow_losses(logits, boxes, batch, repeats: int = 1, labels_zero: bool = False):
-    """Focal, L1 and GIoU loss of one layer, object by object; (images, queries, ...) inputs."""
-
-    def giou(first, second):
-        def corners(box):
-            return (
-                box[0] - box[2] / 2,
-                box[1] - box[3] / 2,
-                box[0] + box[2] / 2,
-                box[1] + box[3] / 2,
-            )
-
-        ax1, ay1, ax2, ay2 = corners(first)
-        bx1, by1, bx2, by2 = corners(second)
-        width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
-        height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
-        union = first[2] * first[3] + second[2] * second[3] - width * height
-        hull = (torch.maximum(ax2, bx2) - torch.minimum(ax1, bx1)) * (
-            torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
-        )
-        return width * height / union - (hull - union) / hull
-
+    """Focal, L1 and GIoU loss of one layer, image by image; (images, queries, ...) inputs."""
     cls = l1 = iou = logits.new_zeros(())
-    num_objects = 0
-    for image, sample in enumerate(batch):
+    for scores, predicted, sample in zip(logits.sigmoid(), boxes, batch):
         height, width = sample.img_shape
-        x1, y1, x2, y2 = (sample.gt_instances.bboxes / torch.tensor([width, height] * 2)).unbind(1)
-        gt_boxes = torch.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], 1)
-        gt_boxes = gt_boxes.repeat(repeats, 1)
-        gt_labels = sample.gt_instances.labels.repeat(repeats)
-        if labels_zero:
-            gt_labels = torch.zeros_like(gt_labels)
-        num_objects += len(gt_labels)
-        scores = logits[image].sigmoid()
-        cost = torch.zeros(len(scores), len(gt_labels))
-        for query in range(len(scores)):
-            for target, label in enumerate(gt_labels.tolist()):
-                p = scores[query, label].detach()
-                positive = 0.25 * (1 - p) ** 2 * -(p + 1e-12).log()
-                negative = 0.75 * p**2 * -(1 - p + 1e-12).log()
-                box = boxes[image, query].detach()
-                cost[query, target] = (
-                    2 * (positive - negative)
-                    + 5 * (box - gt_boxes[target]).abs().sum()
-                    - 2 * giou(box, gt_boxes[target])
-                )
-        rows, columns = linear_sum_assignment(cost.numpy())
-        wanted = torch.zeros_like(scores)
-        for row, column in zip(rows, columns):
-            wanted[row, gt_labels[column]] = 1
-            l1 = l1 + (boxes[image, row] - gt_boxes[column]).abs().sum()
-            iou = iou + 1 - giou(boxes[image, row], gt_boxes[column])
-        cls = (
-            cls
-            + (
-                wanted * 0.25 * (1 - scores) ** 2 * -scores.log()
-                + (1 - wanted) * 0.75 * scores**2 * -(1 - scores).log()
-            ).sum()
-        )
-    num_objects = max(num_objects, 1)
+        wanted = sample.gt_instances.bboxes / torch.tensor([width, height] * 2)
+        wanted = bbox_xyxy_to_cxcywh(wanted).repeat(repeats, 1)
+        labels = sample.gt_instances.labels.repeat(repeats) * (not labels_zero)
+        positive = 0.25 * (1 - scores) ** 2 * -(scores + 1e-12).log()
+        negative = 0.75 * scores**2 * -(1 - scores + 1e-12).log()
+        corners, wanted_corners = map(bbox_cxcywh_to_xyxy, (predicted, wanted))
+        cost = 2 * (positive - negative)[:, labels] + 5 * torch.cdist(predicted, wanted, p=1)
+        cost = cost - 2 * bbox_overlaps(corners, wanted_corners, 'giou')
+        rows, columns = map(torch.from_numpy, linear_sum_assignment(cost.detach().numpy()))
+        is_wanted = torch.zeros_like(scores, dtype=torch.bool)
+        is_wanted[rows, labels[columns]] = True
+        cls = cls + torch.where(is_wanted, positive, negative).sum()
+        l1 = l1 + (predicted[rows] - wanted[columns]).abs().sum()
+        giou = bbox_overlaps(corners[rows], wanted_corners[columns], 'giou', is_aligned=True)
+        iou = iou + (1 - giou).sum()
+    num_objects = max(sum(len(sample.gt_instances) for sample in batch) * repeats, 1)
     return 2 * cls / num_objects, 5 * l1 / num_objects, 2 * iou / num_objects
 
 
 @pytest.mark.parametrize('counts', [(3, 1), (2, 0), (0, 0), (4, 4)])
 def test_losses_agree_with_a_slow_obvious_computation(counts):
-    model_config = config(num_one2many_queries=14)
-    model_config['bbox_head'].update(one2many_repeats=3, one2many_weight=0.5)
-    model = build(model_config).train()
+    head = dict(one2many_repeats=3, one2many_weight=0.5)
+    model = build(config(num_one2many_queries=14, bbox_head=head)).train()
     batch, feats = samples(counts=counts), pyramid()
     head_inputs = model.forward_transformer(feats, batch)
     losses = model.bbox_head.loss(**head_inputs, batch_data_samples=batch)
@@ -447,10 +352,9 @@ def test_refuses_what_it_is_not(changes, message):
 
 
 def test_refuses_a_softmax_classifier():
-    model_config = config()
-    model_config['bbox_head']['loss_cls'] = dict(type='CrossEntropyLoss', use_sigmoid=False)
+    loss = dict(_delete_=True, type='CrossEntropyLoss', use_sigmoid=False)
     with pytest.raises(ValueError, match='use_sigmoid=True'):
-        MODELS.build(model_config)
+        MODELS.build(config(bbox_head=dict(loss_cls=loss)))
 
 
 def test_says_when_an_image_is_too_small_for_its_queries():
@@ -461,9 +365,8 @@ def test_says_when_an_image_is_too_small_for_its_queries():
 
 @pytest.mark.parametrize('changes', [dict(key_aware=True), dict(key_aware=False, small_ffn=False)])
 def test_lite(changes):
-    model_config = config(64, type='LiteHDeformableDETR')
-    model_config['encoder'].update(schedule='H3L1-(2+1)x1', **changes)
-    model = build(model_config)
+    encoder = dict(schedule='H3L1-(2+1)x1', **changes)
+    model = build(config(64, type='LiteHDeformableDETR', encoder=encoder))
     batch, feats = samples(), pyramid(64)
     expected_logits, expected_boxes, _, _ = plain_forward(model, feats, batch)
     logits, boxes = forward(model, feats, batch)

@@ -17,7 +17,6 @@ from mmengine.model import ModuleList
 from torch import Tensor, nn
 
 from ...nn import StepTokens
-from ...nn.encoder import BeforeLayer
 from ..layers import LiteEncoder
 from .decoder import KeyAwareCrossAttention, LiteDINODecoder
 from .lite import LiteDetectorMixin
@@ -64,7 +63,6 @@ class LiteGroundingDINOEncoder(LiteEncoder):
         text_attention_mask: Tensor,
         position_ids: Tensor,
         text_self_attention_masks: Tensor,
-        before_layer: BeforeLayer | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor]:
         """Encode image and text.
@@ -79,7 +77,6 @@ class LiteGroundingDINOEncoder(LiteEncoder):
             position_ids (Tensor): Place of each word in its phrase, int, shape (bs, num_words).
             text_self_attention_masks (Tensor): bool, True where a word sees another, shape
                 (bs, num_words, num_words).
-            before_layer (Callable, optional): Called behind the fusion.
             **kwargs: Those of :meth:`LiteEncoder.forward`.
 
         Returns:
@@ -108,8 +105,7 @@ class LiteGroundingDINOEncoder(LiteEncoder):
                 attn_mask=~text_self_attention_masks.repeat(heads, 1, 1),
                 key_padding_mask=None,
             )
-            memory = step_tokens.put_back(memory, [run for _, run in step_tokens.split(image)])
-            return memory if before_layer is None else before_layer(index, memory, step_tokens)
+            return step_tokens.put_back(memory, [run for _, run in step_tokens.split(image)])
 
         memory = super().forward(
             query, query_pos, key_padding_mask, *args, before_layer=fuse, **kwargs

@@ -58,7 +58,7 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def optimize(model: torch.nn.Module) -> torch.nn.Module:
-    """Make a detector of MMDetection predict faster; see :mod:`mmlite.export.optimize`.
+    """Make a detector of MMDetection predict faster; see :func:`mmlite.export.optimize`.
 
     Returns:
         torch.nn.Module: The same model, for inference only; :func:`restore` undoes the change.
@@ -66,7 +66,7 @@ def optimize(model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         ValueError: The model is none of those that can be optimised.
     """
-    from .export.optimize import optimize
+    from .export.inference import optimize
 
     return optimize(model)
 

@@ -87,7 +87,7 @@ def export(
     """
     cfg = read_config(config, cfg_options)
     from ..export.compare import REPORT, compare
-    from ..export.graphs import check_config
+    from ..export.program import check_config
     from ..export.write import export_detector
     from ..openmmlab.build import build_detector
 

@@ -23,7 +23,7 @@ _HOMES = {
     'library': 'runtimes',
     'openvino_core': 'runtimes',
     'export_detector': 'write',
-    'optimize': 'optimize',
+    'optimize': 'inference',
     'quantize': 'int8',
 }
 

@@ -45,19 +45,14 @@ def compare(
     config: Config | None = None,
     repeats: int = 3,
 ) -> dict[str, Any]:
-    """Run PyTorch and the exported detector on the same images.
+    """Run PyTorch and the exported detector on the same images, as ``cv2.imread`` gives them.
 
-    Args:
-        model (nn.Module): The detector that was exported, run as MMDetection runs it.
-        detector (Detector): What it was exported to.
-        images (Sequence[np.ndarray]): As ``cv2.imread`` gives them.
-        config (Config, optional): Whose test pipeline prepares the images for PyTorch, unless the
-            detector fits them into a canvas. By default the detector prepares them for both.
-        repeats (int): Measured runs of the first image; the median counts.
+    The test pipeline of ``config`` prepares them for PyTorch, unless the detector fits them into a
+    canvas. Without a config the detector prepares them for both.
 
     Returns:
-        dict: ``boxes``, ``scores`` and ``masks`` of the largest :class:`Difference`,
-        ``latency_ms`` of both (the model alone, on the first image, resized), and versions.
+        dict: ``boxes``, ``scores`` and ``masks`` of the largest :class:`Difference`; ``latency_ms``
+        of both, the median of ``repeats`` runs of the model alone on the first image; and versions.
     """
     text = detector.description.get('text', {}).get('names')
     if 'canvas' in (detector.description['preprocessing']['resize'] or {}):
@@ -109,7 +104,7 @@ def predict(
     sizes: Sequence[tuple[int, int]],
     text: Sequence[str] | None = None,
 ) -> list[Detections | Segmentations]:
-    """MMDetection's own predictions.
+    """MMDetection's own predictions, in pixels of ``images``.
 
     Args:
         model (nn.Module): The detector.
@@ -117,9 +112,6 @@ def predict(
             (bs, 3, h, w).
         sizes (Sequence[tuple[int, int]]): (h, w) of each without padding.
         text (Sequence[str], optional): What Grounding DINO looks for.
-
-    Returns:
-        list[Detections | Segmentations]: In pixels of ``images``, one an image.
     """
     batch = torch.zeros(len(sizes), *images.shape[1:])
     shape = images.shape[-2:]
@@ -138,17 +130,13 @@ def predict(
 
 
 def _found(sample: DetDataSample) -> Detections | Segmentations:
-    found = sample.pred_instances
-    fields = [found[name].numpy() for name in ('bboxes', 'scores', 'labels')]
+    found = sample.pred_instances.numpy()
     if 'masks' not in found:
-        return Detections(*fields)
-    fields.append(found.masks.numpy())
-    best_first = np.argsort(-fields[1], kind='stable')  # MMDetection does not sort these
+        return Detections(found.bboxes, found.scores, found.labels)
+    found = found[np.argsort(-found.scores, kind='stable')]  # MMDetection does not sort these
     panoptic = sample.get('pred_panoptic_seg')
-    return Segmentations(
-        *(field[best_first] for field in fields),
-        None if panoptic is None else panoptic.sem_seg[0].numpy(),
-    )
+    maps = [found.masks, *([] if panoptic is None else [panoptic.sem_seg[0].numpy()])]
+    return Segmentations(found.bboxes, found.scores, found.labels, *maps)
 
 
 @contextmanager
@@ -170,9 +158,9 @@ def difference(
 ) -> Difference:
     """Compare what was found in an image of ``size`` (h, w).
 
-    Scores are compared rank by rank. As the order may differ where scores are equal, an expected
-    box is compared with the nearest of its label, or the one with the nearest mask. Those whose
-    score is the lowest kept, where rounding decides which come along, are left out.
+    Scores are compared rank by rank. The order may differ where scores are equal, so an expected
+    box is compared with the nearest of its label, or the one with the nearest mask. Rounding
+    decides which come along with the lowest score that is kept, so these are left out.
     """
     if len(expected.scores) != len(actual.scores):
         return Difference(1.0, 1.0, 1.0)

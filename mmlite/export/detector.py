@@ -1,4 +1,4 @@
-"""Exported detectors: loaded and run with NumPy, OpenCV and one inference runtime.
+"""Exported detectors, loaded and run with NumPy, OpenCV and one inference runtime.
 
 Neither torch nor MMDetection is imported here, except that a ``torch`` export needs torch.
 """
@@ -17,7 +17,7 @@ from .runtimes import OPEN, Session
 
 DESCRIPTION = 'detector.json'
 # Counts up whenever what the files of an export mean changes.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class Detections(NamedTuple):
@@ -35,12 +35,9 @@ class Detections(NamedTuple):
 
 
 class Segmentations(NamedTuple):
-    """What was found in an image by a model of masks, best first.
+    """What a model of masks found in an image: :class:`Detections`, and their masks.
 
     Attributes:
-        boxes (np.ndarray): Around the masks, see :class:`Detections`.
-        scores (np.ndarray): float32, shape (n, ).
-        labels (np.ndarray): Indices into the classes, int64, shape (n, ).
         masks (np.ndarray): bool, in pixels of the image, shape (n, h, w).
         panoptic (np.ndarray, optional): Where the model makes panoptic maps: of each pixel label +
             1000 * instance, and the number of classes where there is nothing; int64, shape (h, w).
@@ -99,10 +96,7 @@ def open_session(
     precision: str = 'float32',
     profile: bool = False,
 ) -> Session:
-    """Open the model of a folder alone: what :attr:`Detector.session` is.
-
-    ``profile`` has OpenVINO count the time of every node; see :func:`load` for the rest.
-    """
+    """Open the model of a folder alone; with ``profile`` OpenVINO times every node."""
     description = read_description(folder)
     model, portable = Path(folder) / description['model'], bool(description['portable'])
     return OPEN[description['format']](model, portable, threads, precision, profile)
@@ -155,21 +149,12 @@ class Detector:
     def detect_batch(
         self, images: Sequence[np.ndarray], score_threshold: float = 0.0
     ) -> list[Detections | Segmentations]:
-        """Find objects in several images, in one run where the model takes several.
-
-        Args:
-            images (Sequence[np.ndarray]): See :meth:`detect`; they may differ in size.
-            score_threshold (float): Leave out what scores less.
-
-        Returns:
-            list[Detections | Segmentations]: One an image, in pixels of the image.
-        """
+        """:meth:`detect` for images of any sizes, in one run where the model takes several."""
         count = self.description['input']['batch'] or max(len(images), 1)
         found: list[Detections | Segmentations] = []
         for start in range(0, len(images), count):
             batch = images[start : start + count]
-            contents = [self.preprocess(image) for image in batch]
-            outputs = self.session(*self.arguments(contents, count))
+            outputs = self.session(*self.arguments(list(map(self.preprocess, batch)), count))
             for number, image in enumerate(batch):
                 size = self.resized_size(image)
                 found_here = detections_of(outputs, number, size, score_threshold)
@@ -177,16 +162,15 @@ class Detector:
         return found
 
     def arguments(self, contents: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
-        """What :attr:`session` takes for preprocessed images: these, and where it does their sizes.
-
-        Where ``count``, the size of the batch, is more than there are, the rest is black.
-        """
+        """What :attr:`session` takes for preprocessed images; black ones make up the ``count``."""
         inputs = self.description['input']
         sizes = [content.shape[1:] for content in contents]
         divisor = inputs['divisor']
-        height = inputs['height'] or -(-max(h for h, _ in sizes) // divisor) * divisor
-        width = inputs['width'] or -(-max(w for _, w in sizes) // divisor) * divisor
-        check_size(self.description, height, width)
+        height, width = (
+            fixed or -(-max(sides) // divisor) * divisor
+            for fixed, sides in zip((inputs['height'], inputs['width']), zip(*sizes))
+        )
+        check_size(inputs, height, width)
         canvas = np.zeros((count, 3, height, width), np.float32)
         for number, content in enumerate(contents):
             canvas[number, :, : content.shape[1], : content.shape[2]] = content
@@ -204,18 +188,13 @@ class Detector:
         return resized_size(image.shape[:2], self.description['preprocessing']['resize'])
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
-        """Resize and pad an image as the test pipeline of the config does.
-
-        float32, shape (3, h, w); a ValueError where this is no image.
-        """
-        is_array = isinstance(image, np.ndarray)
+        """Resize and pad an image as the test pipeline does: float32, shape (3, h, w)."""
         if (
-            not is_array
-            or image.ndim != 3
-            or image.shape[2] != 3
-            or image.dtype != np.uint8
+            not isinstance(image, np.ndarray)
+            or (image.ndim, image.shape[2:], image.dtype) != (3, (3,), np.uint8)
             or 0 in image.shape
         ):
+            is_array = isinstance(image, np.ndarray)
             got = f'{image.dtype} of shape {image.shape}' if is_array else type(image).__name__
             raise ValueError(
                 'an image must be BGR, uint8, of shape (h, w, 3), as cv2.imread gives it '
@@ -230,10 +209,13 @@ class Detector:
         return np.ascontiguousarray(image.transpose(2, 0, 1), np.float32)
 
 
-def check_size(description: dict[str, Any], height: int, width: int) -> None:
-    """Refuse images whose pyramid has fewer tokens than the detector chooses."""
-    inputs = description['input']
-    tokens = sum(-(-height // s) * -(-width // s) for s in inputs['strides'])
+def check_size(inputs: dict[str, Any], height: int, width: int) -> None:
+    """Refuse images whose pyramid has fewer tokens than the detector chooses.
+
+    ``levels`` of the description's ``input`` has a stride and a rest of every level: an image's
+    side gives ``(side + rest) // stride`` rows or columns.
+    """
+    tokens = sum((height + rest) // s * ((width + rest) // s) for s, rest in inputs['levels'])
     if tokens < inputs['least_tokens']:
         raise ValueError(
             f'an image of {height} x {width} pixels, as the model gets it, is too small for the '
@@ -245,17 +227,13 @@ def check_size(description: dict[str, Any], height: int, width: int) -> None:
 def detections_of(
     outputs: Sequence[np.ndarray], number: int, size: tuple[int, int], score_threshold: float = 0.0
 ) -> Detections | Segmentations:
-    """What a session says of one image, of ``size`` (h, w) without padding, in its pixels.
-
-    What scores less than the threshold is left out. What is no thing scores -1.
-    """
+    """What a session says of one image, of ``size`` (h, w) without padding, in its pixels."""
     boxes, scores, labels, *maps = (output[number] for output in outputs)
-    keep = scores >= max(score_threshold, 0.0)
+    keep = scores >= max(score_threshold, 0.0)  # what a graph leaves out scores -1
     kept = boxes[keep], scores[keep], labels[keep]
     if not maps:
         return Detections(*kept)
-    height, width = size
-    masks, *panoptic = (m[..., :height, :width] for m in maps)
+    masks, *panoptic = (one[..., : size[0], : size[1]] for one in maps)
     return Segmentations(*kept, masks[keep], *panoptic)
 
 
@@ -264,19 +242,18 @@ def in_another_size(
 ) -> Detections | Segmentations:
     """What was found in an image of ``size`` (h, w), in pixels of one of ``wanted`` (h, w)."""
     scale = np.array([size[1] / wanted[1], size[0] / wanted[0]] * 2, np.float32)
-    boxes = found.boxes / scale
+    found = found._replace(boxes=found.boxes / scale)
     if isinstance(found, Detections):
-        return found._replace(boxes=boxes)
-    masks = np.zeros((len(boxes), *wanted), bool)
+        return found
+    masks = np.zeros((len(found.masks), *wanted), bool)
     for number, mask in enumerate(found.masks):
         # The border stays between pixels where it was.
         masks[number] = resized_image(mask.astype(np.uint8) * 255, wanted) > 127
     panoptic = found.panoptic
     if panoptic is not None:  # by the nearest pixel
-        rows = np.arange(wanted[0]) * size[0] // wanted[0]
-        columns = np.arange(wanted[1]) * size[1] // wanted[1]
+        rows, columns = (np.arange(new) * old // new for old, new in zip(size, wanted))
         panoptic = panoptic[rows][:, columns]
-    return found._replace(boxes=boxes, masks=masks, panoptic=panoptic)
+    return found._replace(masks=masks, panoptic=panoptic)
 
 
 def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[int, int]:
@@ -287,16 +264,16 @@ def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[
     """
     if resize is None:
         return size
-    height, width = size
     if 'canvas' in resize:
-        factor = min(resize['canvas'][0] / height, resize['canvas'][1] / width)
+        factor = min(most / side for most, side in zip(resize['canvas'], size))
     elif resize['keep_ratio']:
         long_side, short_side = max(resize['scale']), min(resize['scale'])
         factor = min(long_side / max(size), short_side / min(size))
     else:
         return resize['scale'][1], resize['scale'][0]
     half = 0.0 if resize.get('rounds_down') else 0.5
-    return max(int(height * factor + half), 1), max(int(width * factor + half), 1)
+    height, width = (max(int(side * factor + half), 1) for side in size)
+    return height, width
 
 
 def resized_image(image: np.ndarray, size: tuple[int, int], backend: str = 'cv2') -> np.ndarray:

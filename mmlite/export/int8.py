@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .detector import Detector, load, write_description
-from .runtimes import openvino_core
+from .runtimes import import_runtime, openvino_core
 
 # Left in float, by the module that a layer belongs to:
 # - heads, whose numbers are boxes and scores themselves, and the first stage, whose scores rank
@@ -40,9 +44,8 @@ def quantize(
 ) -> Detector:
     """Write an exported detector once more, its convolutions and matrix products in 8 bits.
 
-    Weights get a scale for each channel, activations one for each tensor from what is seen on the
-    calibration images. Only a model for images of one size is much faster in 8 bits: there OpenVINO
-    can run all products as convolutions.
+    Only a model for images of one size is much faster so: there OpenVINO can run all products as
+    convolutions.
 
     Args:
         source (str | PathLike): The folder of an export for OpenVINO.
@@ -59,10 +62,7 @@ def quantize(
         ImportError: nncf or openvino is missing.
         ValueError: The export is not for OpenVINO or quantised already, or there are no images.
     """
-    import_nncf()
-    import nncf
-    import openvino
-
+    nncf, openvino = import_nncf(), import_runtime('openvino')
     source, folder = Path(source), Path(folder)
     detector = load(source)
     description = detector.description
@@ -133,17 +133,16 @@ def as_convolutions(model: Any, kept_in_float: Sequence[str]) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def import_nncf() -> None:
+def import_nncf() -> Any:
     """Import NNCF, quietly, or say how to get it."""
     try:
-        import nncf
+        nncf = import_module('nncf')
     except ImportError as error:
         raise ImportError(
             f"8 bits need NNCF ({error}); install it: pip install 'mmlite-detr[quantize]'"
         ) from error
-    import logging
-
     nncf.set_log_level(logging.WARNING)
+    return nncf
 
 
 def coco_ap(detector: Detector, annotations: str | os.PathLike, images: str | os.PathLike) -> float:
@@ -152,9 +151,6 @@ def coco_ap(detector: Detector, annotations: str | os.PathLike, images: str | os
     Its classes are looked for among the names of the categories in the JSON file ``annotations``;
     ``images`` is the folder of the images.
     """
-    import contextlib
-    import io
-
     import cv2
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

@@ -15,16 +15,12 @@ from torch import nn
 def preprocessing(config: Config | None) -> dict[str, Any]:
     """What the test pipeline of a config does to an image, as ``detector.json`` says it.
 
-    Args:
-        config (Config, optional): None for a pipeline that does nothing.
-
     Returns:
-        dict: ``resize`` and ``pad``, the arguments of :func:`.detector.resized_size` and
-        :func:`.detector.padded_image`, or None.
+        dict: ``resize`` and ``pad``, what :func:`.detector.resized_size` and
+        :func:`.detector.padded_image` take, or None.
 
     Raises:
-        ValueError: The pipeline has a transform that exported detectors do not have, or one with
-            such arguments; the message names it.
+        ValueError: Exported detectors do not have one of the transforms; the message names it.
     """
     resize = pad = None
     for name, step in _transforms(config):
@@ -61,11 +57,9 @@ def preprocessing(config: Config | None) -> dict[str, Any]:
 
 
 def prepare(config: Config, image: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """Run the test pipeline of a config itself on an image.
+    """What the test pipeline itself gives the model, float32, shape (3, h, w).
 
-    Returns:
-        tuple[np.ndarray, tuple[float, float]]: What the model gets, float32, shape (3, h, w), and
-        the factors (width, height) by which the image was resized.
+    And the factors (width, height) by which it resizes the image.
     """
     steps = [step for name, step in _transforms(config) if not name.startswith('Load')]
     size = image.shape[:2]
@@ -77,9 +71,9 @@ def prepare(config: Config, image: np.ndarray) -> tuple[np.ndarray, tuple[float,
 def class_names(
     config: Config | None, model: nn.Module | None = None, count: int | None = None
 ) -> list[str]:
-    """Names of the classes: what a checkpoint told the model, the config's, the data set's.
+    """Names of the classes: the first of a model's, a config's, a data set's that are ``count``.
 
-    The first of these that are ``count`` names; else numbers, or none without ``count``.
+    Else numbers, or none without ``count``.
     """
     dataset = _datasets(config)[0]
     kind = dataset.get('type')
@@ -106,11 +100,7 @@ def _datasets(config: Config | None) -> list[dict]:
 
 
 def _transforms(config: Config | None) -> list[tuple[str, dict]]:
-    """The test pipeline: the class of each transform, however the config names it, and its config.
-
-    Raises:
-        ValueError: The data sets have different ones.
-    """
+    """The name of the class of each transform, however a config names it, and its config."""
     first, *others = (dataset.get('pipeline', []) for dataset in _datasets(config))
     if any(other != first for other in others):
         raise ValueError(

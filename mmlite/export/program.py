@@ -5,23 +5,32 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from .. import ops
+from .. import __version__, ops
 from ..models import Change
-from ..openmmlab.families import encoder_name, family_of, reads_text
+from ..openmmlab.families import encoder_name, family_of, find_holder, reads_text
 from ..openmmlab.layers import LiteEncoder, fuse_into
 from .detector import FORMAT_VERSION, check_size
-from .graph import Graph
-from .graphs import holder_of, make_graph
+from .graph import EXPORTABLE, Graph
 from .pipeline import class_names, preprocessing
 from .portable import portable_decompositions
 
+# ``Family.graph`` -> where the graph is.
+GRAPHS = {
+    'detector': 'graph:DetectorGraph',
+    'ddq': 'ddq_detr:DDQGraph',
+    'grounding': 'grounding_dino:GroundingGraph',
+    'mask2former': 'mask2former:SegmenterGraph',
+}
+# Where the models that can be exported keep their encoder's holder.
+_HOLDERS = ((), ('panoptic_head', 'pixel_decoder'))
 # Sizes that a graph of free sizes is traced with: no level of the pyramid is one pixel wide, which
 # would make its size a constant.
 _EXAMPLE_SIZE = (256, 320)
@@ -39,10 +48,44 @@ class Traced(NamedTuple):
     description: dict[str, Any]
 
 
+def check_config(model_config: dict) -> None:
+    """Refuse a model that cannot be exported, by ``model`` of its config, before it is built."""
+    path, _, _ = find_holder(model_config)
+    if path not in _HOLDERS:
+        kind = model_config.get('type')
+        raise ValueError(
+            f'{getattr(kind, "__name__", kind)} cannot be exported; export the detector inside: '
+            f'write a config whose model is model.{".".join(path)} of this one'
+        )
+
+
+def make_graph(model: nn.Module, text: Sequence[str] | None = None) -> Graph:
+    """The model as one function of its images, in eval mode; it shares the model's modules.
+
+    A model that reads text looks for ``text``, one name a class. The others take none.
+
+    Raises:
+        ValueError: The model cannot be exported, or there is a text too few or too many.
+    """
+    family = family_of(_holder_of(model))
+    if text is not None and not family.reads_text:
+        raise ValueError(f'{type(model).__name__} takes no text; only Grounding DINO does')
+    module, _, name = GRAPHS[family.graph].partition(':')
+    cls = getattr(import_module(f'.{module}', __package__), name)
+    return (cls(model, text) if family.reads_text else cls(model)).eval()
+
+
+def _holder_of(model: nn.Module) -> nn.Module:
+    try:
+        return model.get_submodule(encoder_name(model).rpartition('.')[0])
+    except ValueError as error:
+        raise ValueError(f'{error}; exported can be {EXPORTABLE}') from error
+
+
 @contextmanager
 def exportable(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its attention on our operators, as it was again behind the ``with`` block."""
-    holder = holder_of(model)
+    holder = _holder_of(model)
     encoder = holder.encoder
     change = Change('export')
     try:
@@ -77,19 +120,20 @@ def trace(
     height, width = size or _EXAMPLE_SIZE
     with exportable(model):
         graph = make_graph(model, text)
-        description = describe(graph, config, size, batch, portable)
-        divisor = description['input']['divisor']
+        description = _describe(graph, config, size, batch, portable)
+        inputs = description['input']
+        divisor = inputs['divisor']
         if height % divisor or width % divisor:
             raise ValueError(
                 f'{name} pads images to multiples of {divisor}; choose such a size, '
                 f'not {height} x {width}'
             )
-        check_size(description, height, width)
+        check_size(inputs, height, width)
         count = batch or 2
         arguments = [torch.zeros(count, 3, height, width)]
         any_batch = {} if batch else {0: torch.export.Dim.AUTO}
         dynamic = [any_batch | ({} if size else dict.fromkeys((2, 3), torch.export.Dim.AUTO))]
-        if description['input']['padded']:
+        if inputs['padded']:
             arguments.append(torch.tensor([[height, width]] * count))
             dynamic.append(any_batch)
         try:
@@ -100,8 +144,8 @@ def trace(
             reason = str(error).strip().partition('\n')[0]
             hint = '' if size else '; a fixed size may work'
             raise ValueError(f'{name} cannot be traced: {reason}{hint}') from error
-    inputs = [node.meta['val'] for node in program.graph.nodes if node.op == 'placeholder']
-    for value, free in zip(inputs[-len(arguments) :], dynamic):
+    values = [node.meta['val'] for node in program.graph.nodes if node.op == 'placeholder']
+    for value, free in zip(values[-len(arguments) :], dynamic):
         if any(isinstance(value.shape[axis], int) for axis in free):
             raise ValueError(
                 f'{name} cannot be exported for images of any size or number; '
@@ -134,25 +178,22 @@ def _export(
         return program.run_decompositions(portable_decompositions()) if portable else program
 
 
-def describe(
+def _describe(
     graph: Graph,
     config: Config | None,
     size: tuple[int, int] | None,
     batch: int | None,
     portable: bool,
 ) -> dict[str, Any]:
-    """What ``detector.json`` says, but for the format; see :func:`trace`."""
     model = graph.model
-    preprocessor = model.data_preprocessor
-    normalises = getattr(preprocessor, '_enable_normalize', False)
+    schedule = getattr(_holder_of(model).encoder, 'schedule', None)
+    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     prepared = preprocessing(config)
     if size is not None:
         prepared = {'resize': {'canvas': list(size)}, 'pad': None}
-    schedule = getattr(holder_of(model).encoder, 'schedule', None)
-    divisor = getattr(preprocessor, 'pad_size_divisor', 1)
-    described = {
+    return {
         'version': FORMAT_VERSION,
-        'mmlite': version('mmlite'),
+        'mmlite': __version__,
         'detector': type(model).__name__,
         'schedule': None if schedule is None else str(schedule),
         'classes': graph.classes or class_names(config, model, graph.num_classes),
@@ -166,27 +207,31 @@ def describe(
             # A single image of any size is never padded, and then nothing need be masked.
             'padded': batch != 1 or size is not None or divisor > 1,
             'divisor': divisor,
-            'strides': _strides(model) if graph.least_tokens else [],
+            'levels': _levels(model) if graph.least_tokens else [],
             'least_tokens': graph.least_tokens,
         },
-        'preprocessing': {
-            **prepared,
-            'channels': 'BGR',
-            # Done by the model itself; here for the record.
-            'in_the_model': {
-                'to_rgb': bool(getattr(preprocessor, '_channel_conversion', False)),
-                'mean': preprocessor.mean.flatten().tolist() if normalises else None,
-                'std': preprocessor.std.flatten().tolist() if normalises else None,
-            },
-        },
+        'preprocessing': prepared,
+        **graph.described,
     }
-    return described | graph.described
 
 
-def _strides(model: nn.Module) -> list[int]:
-    """Strides of the pyramid, largest map first."""
-    side = 256
-    with torch.no_grad():
-        return [
-            side // feat.shape[-1] for feat in model.extract_feat(torch.zeros(1, 3, side, side))
-        ]
+def _levels(model: nn.Module) -> list[tuple[int, int]]:
+    """Stride and rest of every level, see :func:`.detector.check_size`.
+
+    A layer rounds up or down; all of them together give ``(side + rest) // stride`` again.
+    """
+
+    @cache
+    def rows(side: int) -> list[int]:
+        with torch.no_grad():
+            return [feat.shape[2] for feat in model.extract_feat(torch.zeros(1, 3, side, 128))]
+
+    levels = []
+    for level, most in enumerate(rows(512)):
+        stride = 256 // (most - rows(256)[level])
+        too_few, enough = 512 - stride, 512
+        while enough - too_few > 1:
+            side = (too_few + enough) // 2
+            too_few, enough = (side, enough) if rows(side)[level] < most else (too_few, side)
+        levels.append((stride, most * stride - enough))
+    return levels

@@ -29,16 +29,13 @@ _HOW = {
 
 
 def library(runtime: str) -> Path:
-    """The library that gives a runtime the operators ``KeyAwareDeformAttn`` and ``MSDeformAttn``.
-
-    C++ programs hand it to ``SessionOptions::RegisterCustomOpsLibrary`` or to
-    ``Core::add_extension``.
+    """The library with our operators for a runtime, for C++ programs, too.
 
     Args:
         runtime (str): ``'onnxruntime'`` or ``'openvino'``.
 
     Returns:
-        Path: The file.
+        Path: What ``SessionOptions::RegisterCustomOpsLibrary`` or ``Core::add_extension`` takes.
 
     Raises:
         ValueError: There is no such runtime.
@@ -56,11 +53,7 @@ def library(runtime: str) -> Path:
 
 
 def import_runtime(name: str) -> Any:
-    """Import a runtime.
-
-    Raises:
-        ImportError: It is missing; the message says how to install it.
-    """
+    """Import a runtime, or say how to install it."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -72,11 +65,10 @@ def import_runtime(name: str) -> Any:
 def openvino_core(with_operators: bool = False) -> Any:
     """The one ``openvino.Core`` of this process.
 
-    One for all, because several are not safe: each gives its thread another stack for signal
-    handlers and, when it is freed, unmaps it and brings back the stack that it had found. Freed in
-    the order in which they were made, the last brings back one that is gone, and the next signal
-    that has a handler, such as the end of a child process, ends the process without a word (seen
-    with OpenVINO 2026.4).
+    Several are not safe: each changes the stack of signal handlers and, when it is freed, brings
+    back the one that it had found. Freed in the order in which they were made, the last brings back
+    one that is gone, and the next signal, such as the end of a child process, ends the process
+    (seen with OpenVINO 2026.4).
 
     Args:
         with_operators (bool): Load our operators, which models need that are not portable.
@@ -89,25 +81,21 @@ def openvino_core(with_operators: bool = False) -> Any:
         FileNotFoundError: The operators were not built.
         ValueError: OpenVINO does not load the operators.
     """
-    core = _core()
+    openvino = import_runtime('openvino')
+    core = _make_once(openvino.Core)
     if with_operators:
         operators = library('openvino')
         with _refusal(
-            f'OpenVINO {import_runtime("openvino").__version__} does not load the operators in '
+            f'OpenVINO {openvino.__version__} does not load the operators in '
             f'{operators} (they are built for one version of it; build them again)'
         ):
-            _extend(operators)
+            _make_once(core.add_extension, str(operators))
     return core
 
 
 @cache
-def _core() -> Any:
-    return import_runtime('openvino').Core()
-
-
-@cache
-def _extend(operators: Path) -> None:
-    _core().add_extension(str(operators))
+def _make_once(make: Callable, *arguments: Any) -> Any:
+    return make(*arguments)
 
 
 @contextmanager

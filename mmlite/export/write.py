@@ -37,7 +37,7 @@ def export_detector(
     opset: int = 18,
     text: Sequence[str] | None = None,
 ) -> Detector:
-    """Write a detector, from image to boxes, scores and labels, and load it again.
+    """Write a detector, from image to boxes, scores and labels, and load it.
 
     Args:
         model (nn.Module): A detector of MMDetection or mmlite: Deformable DETR, DINO,
@@ -63,7 +63,10 @@ def export_detector(
     """
     if format not in FILES:
         raise ValueError(f'format must be one of {", ".join(FILES)}; got {format!r}')
-    _check_opset(opset)
+    if opset not in _OPSETS:
+        raise ValueError(
+            f'opset {opset} is not supported; choose {_OPSETS.start} to {_OPSETS.stop - 1}'
+        )
     return write(trace(model, config, size, batch, portable, text), folder, format, opset)
 
 
@@ -97,7 +100,6 @@ def to_openvino(
 
 def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) -> None:
     """Write a traced program as ONNX."""
-    _check_opset(opset)
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -128,17 +130,10 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) 
     written.save(str(path))
 
 
-def _check_opset(opset: int) -> None:
-    if opset not in _OPSETS:
-        raise ValueError(
-            f'opset {opset} is not supported; choose {_OPSETS.start} to {_OPSETS.stop - 1}'
-        )
-
-
 def _name_nodes(graph) -> None:
-    """Say in each node's name in which module it was: ``encoder.layers.0.norms.0/node_layer_norm``.
+    """Name nodes by their module, ``encoder.layers.0.norms.0/node_layer_norm``.
 
-    Profilers and quantisation see names alone. Nodes between the modules have none before the name.
+    Profilers and quantisation see names alone.
     """
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get('pkg.torch.onnx.name_scopes', '[]'))

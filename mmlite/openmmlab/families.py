@@ -24,7 +24,7 @@ class Family:
     Attributes:
         stock (str): Type of the holder in MMDetection's ``MODELS``.
         lite (str): Type of its Lite variant.
-        graph (str): How it is exported: a name in :data:`mmlite.export.graphs.GRAPHS`.
+        graph (str): How it is exported: a name in :data:`mmlite.export.program.GRAPHS`.
         smallest_first (bool): The smallest map is the first of the pyramid.
         reads_text (bool): It takes a text beside the image.
         is_dino (bool): Its proposals are ranked by their best class, and its queries' contents are

@@ -38,7 +38,7 @@ _HOOKS = {
     'SafeCheckpointHook': 'mmlite.openmmlab.checkpoints.hooks',
     'EfficiencyHook': 'mmlite.analysis.hooks',
     'AttentionMapHook': 'mmlite.analysis.hooks',
-    'OptimizeHook': 'mmlite.export.optimize',
+    'OptimizeHook': 'mmlite.export.inference',
 }
 
 # What a config asks mmlite for by name, and is refused where the stack does not fit.

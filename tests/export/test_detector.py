@@ -22,7 +22,7 @@ def detector(box, maps=(), resize=None, pad=None, **inputs) -> Detector:
 
     description = {
         'classes': ['thing'],
-        'input': {**INPUT, 'strides': [8, 16], 'least_tokens': 5, **inputs},
+        'input': {**INPUT, 'levels': [(8, 7), (16, 15)], 'least_tokens': 5, **inputs},
         'preprocessing': {'resize': resize, 'pad': pad},
     }
     made = Detector(session, description)
@@ -116,6 +116,6 @@ def test_what_is_no_export_is_refused(tmp_path):
     (tmp_path / 'detector.json').write_text('{"version": 0}')
     with pytest.raises(ValueError, match='another version of mmlite'):
         load(tmp_path)
-    (tmp_path / 'detector.json').write_text('{"version": 2, "format": "onnx"}')
+    (tmp_path / 'detector.json').write_text('{"version": 3, "format": "onnx"}')
     with pytest.raises(ValueError, match="'bfloat16' cannot be had from onnx"):
         load(tmp_path, precision='bfloat16')

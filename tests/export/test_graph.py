@@ -10,9 +10,8 @@ from exported import TEXT, batch_of
 from mmlite.export.compare import difference, predict
 from mmlite.export.detector import Detections, detections_of
 from mmlite.export.graph import DetectorGraph
-from mmlite.export.graphs import make_graph
 from mmlite.export.nms import distinct_boxes
-from mmlite.export.program import exportable, trace
+from mmlite.export.program import exportable, make_graph, trace
 
 NAMES = [
     'DINO',

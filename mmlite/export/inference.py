@@ -1,4 +1,4 @@
-"""The whole detector faster in PyTorch itself: the same modules and numbers, less work."""
+"""Faster predictions in PyTorch itself: the same modules and numbers, less work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..models import Change, changing, restore
 from ..openmmlab.layers import fuse_into
@@ -18,16 +18,14 @@ from .graph import check_detector, last_layer
 
 
 def optimize(model: nn.Module) -> nn.Module:
-    """Make a detector's predictions faster, within rounding the same (1e-4).
+    """Make a detector's predictions faster, the same but for rounding (1e-4).
 
-    - Batch norms are folded into the convolutions before them, and backbone and neck run in the
-      channels-last layout.
-    - Deformable attention runs on :mod:`mmlite.ops`.
-    - Level sizes stay Python ints, boxes of the first stage are computed for the chosen tokens
-      alone, and class and box heads run behind the last decoder layer alone.
+    Batch norms are folded into the convolutions before them. Backbone and neck run in the
+    channels-last layout, deformable attention on :mod:`mmlite.ops`. Heads run on the chosen tokens
+    and behind the last decoder layer alone.
 
     The detector is changed in place and put in eval mode. It predicts through the same methods
-    (``predict``, ``test_step``, ``mim test``). While it is optimised it must neither be trained nor
+    (``predict``, ``test_step``, ``mim test``). Until it is restored it must neither be trained nor
     saved.
 
     Args:
@@ -78,21 +76,11 @@ def _fold_batch_norms(model: nn.Module, part: str, change: Change) -> None:
             # Subclasses may do more, such as an activation.
             is_norm = type(child) is nn.BatchNorm2d and child.track_running_stats
             if is_norm and type(before[1]) is nn.Conv2d:
-                _fold(model, f'{name}.{before[0]}', before[1], child, change)
+                folded = fuse_conv_bn_eval(before[1], child)
+                for what in ('weight', 'bias'):
+                    change.set(model, f'{name}.{before[0]}', what, getattr(folded, what))
                 change.set(model, name, child_name, nn.Identity().eval())
             before = child_name, child
-
-
-def _fold(
-    model: nn.Module, name: str, convolution: nn.Conv2d, norm: nn.BatchNorm2d, change: Change
-) -> None:
-    weight, bias = convolution.weight, convolution.bias
-    with torch.no_grad():
-        folded = fuse_conv_bn_weights(
-            weight, bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-    change.set(model, name, 'weight', _parameter(folded[0], weight))
-    change.set(model, name, 'bias', _parameter(folded[1], weight))
 
 
 def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
@@ -113,22 +101,11 @@ class OptimizeHook(Hook):
     priority = 'VERY_HIGH'
 
     def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Optimise the model before the first batch.
-
-        Args:
-            runner (Runner): The runner.
-            batch_idx (int): Number of the batch.
-            data_batch (Any): Not used.
-        """
+        """Optimise the model before the first batch."""
         if batch_idx == 0:
             optimize(getattr(runner.model, 'module', runner.model))
             runner.logger.info('the detector predicts optimised')
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Restore the model.
-
-        Args:
-            runner (Runner): The runner.
-            metrics (dict[str, float], optional): Not used.
-        """
+        """Restore the model."""
         restore(getattr(runner.model, 'module', runner.model), last=True)

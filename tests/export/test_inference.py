@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 
 import mmlite
 from mmlite.export.compare import difference, predict
-from mmlite.export.optimize import OptimizeHook
+from mmlite.export.inference import OptimizeHook
 
 
 @pytest.mark.parametrize('name', ['DINO', 'LiteDINO', 'HDeformableDETR', 'DeformableDETR'])
@@ -101,7 +101,7 @@ def test_all_or_nothing(detector, monkeypatch):
     model = detector('LiteDINO').train()
     before = {name: (type(m), m.training) for name, m in model.named_modules()}
     state = {name: id(value) for name, value in model.named_parameters()}
-    monkeypatch.setattr('mmlite.export.optimize._predict', None)  # what is set last
+    monkeypatch.setattr('mmlite.export.inference._predict', None)  # what is set last
     with pytest.raises(TypeError):
         mmlite.optimize(model)
     assert {name: (type(m), m.training) for name, m in model.named_modules()} == before

@@ -112,7 +112,3 @@ def test_runs_nothing_that_a_file_carries(tmp_path):
     torch.save(dict(model={}, args=Evil()), tmp_path / 'evil.pth')
     result = run(tmp_path / 'evil.pth', tmp_path / 'target.pth')
     assert result.exit_code == 1 and 'refused' in result.output and 'ran\n' not in result.output
-
-
-def test_help_has_an_example():
-    assert 'mmlite convert r50_s3ex3_50.4.pth' in run('--help').output

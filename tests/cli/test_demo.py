@@ -81,7 +81,3 @@ def test_chooses_how_threads_wait_before_torch_is_imported():
             [sys.executable, '-c', code], env={**environment, **chosen}, text=True
         )
         assert printed.split() == [policy, 'False']
-
-
-def test_help_shows_an_example():
-    assert 'mmlite demo --epochs 2' in run('--help').output

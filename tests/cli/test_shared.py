@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import click
 import pytest
 from click.testing import CliRunner
 
+from mmlite.cli import COMMANDS, main
 from mmlite.cli.shared import cfg_options, image_size_option, out_option, spread
 
 
@@ -43,3 +47,18 @@ def test_an_image_size_is_height_and_width(size):
 @pytest.mark.parametrize(('given', 'written'), [('a', 'a.png'), ('a/b.pdf', 'a/b.pdf')])
 def test_a_file_gets_an_ending_where_it_has_none(given, written):
     assert f'out {written}' in run('my.py', '--out', given)
+
+
+def test_help_imports_neither_torch_nor_mmdetection():
+    code = (
+        "import sys; from mmlite.cli import main; main(['--help'], standalone_mode=False); "
+        "sys.exit(bool({'torch', 'mmengine', 'mmdet'} & set(sys.modules)))"
+    )
+    assert 'lite-config' in subprocess.check_output([sys.executable, '-c', code], text=True)
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_has_an_example(name):
+    result = CliRunner().invoke(main, [name, '--help'])
+    assert result.exit_code == 0
+    assert f'mmlite {name}' in result.output.partition('Example:')[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mmengine.config import Config
 import mmlite  # noqa: F401
 from mmlite.openmmlab.checkpoints import (
     check_conversion,
+    convert_encoder_state,
     from_official,
     official_config,
     to_official,
@@ -49,19 +51,18 @@ def build(text: str, conversion):
 
 def data_samples(arrays):
     canvas = tuple(arrays['mask'].shape[-2:])
-    samples = []
-    for image, original in zip(arrays['image_sizes'].tolist(), arrays['orig_sizes'].tolist()):
-        samples.append(
-            DetDataSample(
-                metainfo=dict(
-                    img_shape=tuple(image),
-                    ori_shape=tuple(original),
-                    batch_input_shape=canvas,
-                    scale_factor=(image[1] / original[1], image[0] / original[0]),
-                )
+    sizes = zip(arrays['image_sizes'].tolist(), arrays['orig_sizes'].tolist())
+    return [
+        DetDataSample(
+            metainfo=dict(
+                img_shape=tuple(image),
+                ori_shape=tuple(original),
+                batch_input_shape=canvas,
+                scale_factor=(image[1] / original[1], image[0] / original[0]),
             )
         )
-    return samples
+        for image, original in sizes
+    ]
 
 
 @pytest.mark.parametrize('coco_classes', [True, False])
@@ -311,39 +312,34 @@ def test_round_trip_from_mmdetection(trained, name, coco_classes):
     assert written.backbone.type == config.backbone.type
 
 
+def spread(words: str) -> set[str]:
+    """The words that a shell makes of braces."""
+    names = words.split()
+    while any('{' in name for name in names):
+        parts = [re.split('[{}]', name, maxsplit=2) for name in names]
+        names = [
+            f'{first}{each}{rest[1] if rest else ""}'
+            for first, *rest in parts
+            for each in (rest[0].split(',') if rest else [''])
+        ]
+    return set(names)
+
+
 def test_names_of_h_deformable_detr(trained):
     """The names that the authors' code gives, written out for two layers and four levels."""
-    attention = [
-        f'{part}.{end}'
-        for part in ('sampling_offsets', 'attention_weights', 'value_proj', 'output_proj')
-        for end in ('weight', 'bias')
-    ]
-    names = {'query_embed.weight', 'transformer.level_embed'}
-    for end in ('weight', 'bias'):
-        names |= {
-            f'transformer.{part}.{end}'
-            for part in ('enc_output', 'enc_output_norm', 'pos_trans', 'pos_trans_norm')
-        }
-        names |= {f'input_proj.{level}.{part}.{end}' for level in range(4) for part in (0, 1)}
-        for prefix in ('', 'transformer.decoder.'):
-            names |= {f'{prefix}class_embed.{i}.{end}' for i in range(3)}
-            names |= {
-                f'{prefix}bbox_embed.{i}.layers.{layer}.{end}'
-                for i in range(3)
-                for layer in range(3)
-            }
-        for i in range(2):
-            encoder = f'transformer.encoder.layers.{i}'
-            decoder = f'transformer.decoder.layers.{i}'
-            parts = ('norm1', 'norm2', 'linear1', 'linear2')
-            names |= {f'{encoder}.{part}.{end}' for part in parts}
-            names |= {f'{decoder}.{part}.{end}' for part in (*parts, 'norm3')}
-            names |= {f'{encoder}.self_attn.{name}' for name in attention}
-            names |= {f'{decoder}.cross_attn.{name}' for name in attention}
-            names |= {
-                f'{decoder}.self_attn.{name}'
-                for name in ('in_proj_weight', 'in_proj_bias', 'out_proj.weight', 'out_proj.bias')
-            }
+    attention = '{sampling_offsets,attention_weights,value_proj,output_proj}'
+    names = spread(
+        'query_embed.weight transformer.level_embed '
+        'transformer.{enc_output,enc_output_norm,pos_trans,pos_trans_norm}.{weight,bias} '
+        'input_proj.{0,1,2,3}.{0,1}.{weight,bias} '
+        '{,transformer.decoder.}class_embed.{0,1,2}.{weight,bias} '
+        '{,transformer.decoder.}bbox_embed.{0,1,2}.layers.{0,1,2}.{weight,bias} '
+        'transformer.{en,de}coder.layers.{0,1}.{norm1,norm2,linear1,linear2}.{weight,bias} '
+        'transformer.decoder.layers.{0,1}.norm3.{weight,bias} '
+        f'transformer.encoder.layers.{{0,1}}.self_attn.{attention}.{{weight,bias}} '
+        f'transformer.decoder.layers.{{0,1}}.cross_attn.{attention}.{{weight,bias}} '
+        'transformer.decoder.layers.{0,1}.self_attn.{in_proj_,out_proj.}{weight,bias}'
+    )
     _, _, model = trained('h-detr')
     state = to_official(model.state_dict()).state_dict
     assert {name for name in state if not name.startswith('backbone.0.body.')} == names
@@ -394,6 +390,14 @@ def test_swin_as_mmdetection_converts_it(trained):
     assert 'layers.0.downsample.reduction.weight' in official
     expected = {k: v for k, v in model.state_dict().items() if k.startswith('backbone.')}
     assert_same(swin_converter(official), expected)
+
+
+@pytest.mark.parametrize(
+    'name', ['layers.0.linear3.weight', 'norm.weight', 'layers.0.norms.0.bias']
+)
+def test_an_encoder_with_foreign_names(name):
+    with pytest.raises(ValueError, match='no place in the authors'):
+        convert_encoder_state({name: torch.zeros(1)})
 
 
 def test_missing_bias_is_filled(trained):

@@ -21,6 +21,7 @@ from mmengine.logging import MMLogger
 import mmlite  # noqa: F401
 from mmlite.cli import main
 from mmlite.models import stock_layers
+from mmlite.nn import EncoderSchedule
 from mmlite.openmmlab.checkpoints import stock_config, warm_start
 from mmlite.openmmlab.checkpoints.hooks import WarmStartHook
 from mmlite.openmmlab.checkpoints.warm_start import _conjugate_gradients, _least_squares
@@ -28,6 +29,8 @@ from mmlite.openmmlab.checkpoints.warm_start import _conjugate_gradients, _least
 register_all_modules()
 
 ROOT = Path(__file__).parents[3]
+TWO_STAGE = 'deformable-detr-refine-twostage_r50_16xb2-50e_coco.py'
+H_DETR = 'h-deformable-detr_r50_8xb2-12e_coco.py'
 
 CONFIG = """
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
@@ -124,23 +127,15 @@ def test_new_parts_come_close(stock, changes):
 
 
 @pytest.mark.parametrize(
-    ('base', 'lite', 'stock_type'),
+    ('base', 'stock_type'),
     [
-        (
-            'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py',
-            'LiteDeformableDETR',
-            'DeformableDETR',
-        ),
-        (
-            str(ROOT / 'configs/h_deformable_detr/h-deformable-detr_r50_8xb2-12e_coco.py'),
-            'LiteHDeformableDETR',
-            'HDeformableDETR',
-        ),
+        (f'mmdet::deformable_detr/{TWO_STAGE}', 'DeformableDETR'),
+        (f'{ROOT}/configs/h_deformable_detr/{H_DETR}', 'HDeformableDETR'),
     ],
 )
-def test_other_families(base, lite, stock_type):
+def test_other_families(base, stock_type):
     text = CONFIG.replace('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py', base)
-    config = Config.fromstring(text.replace('LiteDINO', lite), '.py').model
+    config = Config.fromstring(text.replace('LiteDINO', f'Lite{stock_type}'), '.py').model
     assert stock_config(config).type == stock_type
     _, report = start_from(config, trained(config))
     # A fresh attention weighs all points alike, which is no bad start.
@@ -148,27 +143,24 @@ def test_other_families(base, lite, stock_type):
 
 
 def test_a_small_ffn_that_holds_all_units_is_the_stock_ffn(stock):
-    config = dict(layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)))
-    encoder = dict(schedule='H3L1-(1+1)x2', key_aware=False, **config)
-    small = {
-        name: value[:64]
-        if 'encoder' in name and 'ffn.layers.0' in name
-        else value[:, :64]
-        if 'encoder' in name and 'ffn.layers.1.weight' in name
-        else value
-        for name, value in stock.items()
-    }
+    ffn = dict(ffn_cfg=dict(feedforward_channels=64))
+    encoder = dict(schedule='H3L1-(1+1)x2', key_aware=False, layer_cfg=ffn)
+    small = dict(stock)
+    for name, value in stock.items():
+        if 'encoder' in name and 'ffn.layers.0' in name:
+            small[name] = value[:64]
+        elif 'encoder' in name and 'ffn.layers.1.weight' in name:
+            small[name] = value[:, :64]
     _, report = start(small, encoder=encoder)
     assert report.result.memory < 1e-4 < report.copied_only.memory
 
 
-def test_layers_stand_for_stock_layers():
-    def layers(**encoder):
-        encoder = dict(schedule='H3L1-(2+1)x3', num_layers=6, **encoder)
-        return stock_layers(MODELS.build(lite_config(encoder=encoder)).encoder.steps)
-
-    assert layers() == [0, 1, 2, 3, 4, 5]
-    assert layers(update='sequential') == [0, 1, 1, 2, 3, 3, 4, 5, 5]
+@pytest.mark.parametrize(
+    ('update', 'layers'),
+    [('joint', [0, 1, 2, 3, 4, 5]), ('sequential', [0, 1, 1, 2, 3, 3, 4, 5, 5])],
+)
+def test_layers_stand_for_stock_layers(update, layers):
+    assert stock_layers(EncoderSchedule.parse('H3L1-(2+1)x3').steps(update)) == layers
 
 
 def test_weights_of_other_classes_and_queries(stock):

@@ -8,6 +8,7 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from mmengine.hub import get_config
 from torch import nn
 
@@ -85,6 +86,23 @@ DECODERS = {
 }
 
 
+def small_config(name: str, bert: str = '') -> Config:
+    """A config of :data:`STOCK`, shrunk; ``bert`` is the folder of Grounding DINO's BERT."""
+    register_all_modules()
+    config = get_config(f'mmdet::{STOCK[name]}')
+    is_mask2former = 'panoptic_head' in config.model
+    small = copy.deepcopy(_SMALL_MASK2FORMER if is_mask2former else SMALL)
+    if config.model.backbone.type == 'SwinTransformer':
+        small['backbone'] = _SWIN
+        where = small['panoptic_head'] if is_mask2former else small['neck']
+        where['in_channels'] = [96, 192, 384, 768][-3 - is_mask2former :]
+    if bert:
+        small['encoder'].update(_SMALL_TEXT, layer_cfg=small['encoder']['layer_cfg'])
+        small['language_model'] = dict(name=bert)
+    config.merge_from_dict(dict(model=small))
+    return config
+
+
 def small_model(
     name: str, encoder: dict | None = None, bert: str = '', std: float = 0.0, **changes
 ) -> nn.Module:
@@ -101,18 +119,7 @@ def small_model(
     Returns:
         nn.Module: The same weights every time.
     """
-    register_all_modules()
-    config = get_config(f'mmdet::{STOCK[name]}')
-    is_mask2former = 'panoptic_head' in config.model
-    small = copy.deepcopy(_SMALL_MASK2FORMER if is_mask2former else SMALL)
-    if config.model.backbone.type == 'SwinTransformer':
-        small['backbone'] = _SWIN
-        where = small['panoptic_head'] if is_mask2former else small['neck']
-        where['in_channels'] = [96, 192, 384, 768][-3 - is_mask2former :]
-    if bert:
-        small['encoder'].update(_SMALL_TEXT, layer_cfg=small['encoder']['layer_cfg'])
-        small['language_model'] = dict(name=bert)
-    config.merge_from_dict(dict(model=small))
+    config = small_config(name, bert)
     if encoder is not None:
         _, part, family = find_holder(config.model)
         part.type = family.lite
@@ -126,7 +133,7 @@ def small_model(
     model = MODELS.build(config.model)
     if bert:
         adapt_bert(model.language_model)
-    if not is_mask2former:
+    if hasattr(model, 'level_embed'):
         nn.init.normal_(model.level_embed)  # MMDetection leaves it as the memory was
     if std:
         torch.manual_seed(3)

@@ -26,58 +26,27 @@ import sys
 from mmlite.openmmlab.startup import _StandIn
 sys.meta_path.insert(0, _StandIn)
 """
-# Trains a step and predicts with small stock detectors, from the outside in as mmdet.apis does.
+# Trains a step and predicts with small detectors, from the outside in as mmdet.apis does.
 DETECTORS = """
 import sys
-import mmdet.apis, mmdet, torch
-from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
-from mmdet.utils import register_all_modules
-from mmengine.config import Config
-from mmengine.structures import InstanceData
+import mmdet.apis, torch
+from small_detectors import batch, losses, small_model
 
-def small(name):
-    model = Config.fromfile(f'{mmdet.__path__[0]}/.mim/configs/{name}').model
-    model.backbone.update(depth=18, init_cfg=None)
-    model.neck.update(in_channels=[128, 256, 512])
-    model.encoder.num_layers = 1
-    model.decoder.num_layers = 2
-    model.num_queries = model.test_cfg.max_per_img = 50
-    if 'dqs_cfg' in model:
-        model.dense_topk_ratio = 1.5
-    return model
-
-register_all_modules()
-results = {}
-for name in (
-    'dino/dino-4scale_r50_8xb2-12e_coco.py',
-    'deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py',
-    'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py',
-):
-    torch.manual_seed(0)
-    model = MODELS.build(small(name))
+results = {{}}
+for name in {names}:
+    model = small_model(name, {encoder})
     model.init_weights()
-    images = torch.randn(2, 3, 128, 160)
-    samples = []
-    for _ in images:
-        sample = DetDataSample(metainfo=dict(
-            img_shape=(128, 160), ori_shape=(128, 160), batch_input_shape=(128, 160),
-            scale_factor=(1.0, 1.0),
-        ))
-        sample.gt_instances = InstanceData(
-            bboxes=torch.tensor([[5.0, 6.0, 90.0, 80.0], [60.0, 20.0, 150.0, 120.0]]),
-            labels=torch.tensor([3, 7]),
-        )
-        samples.append(sample)
-    losses = model.loss(images, samples)
-    model.parse_losses(losses)[0].backward()
-    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    data = batch(model)
+    found = losses(model, data)
+    found['loss'].backward()
+    gradients = {{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
     with torch.no_grad():
-        found = model.eval().predict(images, samples)
-    predicted = [(f.pred_instances.bboxes, f.pred_instances.scores) for f in found]
-    results[name] = losses, gradients, predicted
+        predicted = model.eval()(**data, mode='predict')
+    predicted = [(f.pred_instances.bboxes, f.pred_instances.scores) for f in predicted]
+    results[name] = dict(found), gradients, predicted
 torch.save(results, sys.argv[1])
 """
+HELPERS = Path(__file__).parents[1] / 'helpers'
 
 
 def run(code: str, *arguments: str, path: str | os.PathLike = '') -> str:
@@ -289,8 +258,9 @@ def test_pth_file_leaves_a_module_that_is_there_alone(site, code):
 
 @COMPILED
 def test_stock_detectors_give_the_same_numbers(tmp_path):
-    run(DETECTORS, str(tmp_path / 'compiled.pth'))
-    run(STAND_IN + DETECTORS, str(tmp_path / 'stand_in.pth'))
+    code = DETECTORS.format(names=['DINO', 'two-stage', 'DDQ'], encoder=None)
+    run(code, str(tmp_path / 'compiled.pth'), path=HELPERS)
+    run(STAND_IN + code, str(tmp_path / 'stand_in.pth'), path=HELPERS)
     expected, found = (
         torch.load(tmp_path / f'{name}.pth', weights_only=True) for name in ('compiled', 'stand_in')
     )
@@ -299,12 +269,7 @@ def test_stock_detectors_give_the_same_numbers(tmp_path):
 
 
 def test_lite_detector_trains_and_predicts_on_the_stand_in(tmp_path):
-    lite = DETECTORS.replace(
-        '    return model\n',
-        "    model.type = 'LiteDINO'\n    model.encoder.num_layers = 2\n"
-        "    model.encoder.schedule = 'H3L1-(2+1)x1'\n    return model\n",
-    )
-    lite = lite[: lite.index("    'deformable_detr/")] + lite[lite.index('):\n    torch.manual') :]
-    run(f'{STAND_IN}import mmlite\n{lite}', str(tmp_path / 'lite.pth'))
+    code = DETECTORS.format(names=['DINO'], encoder=dict(schedule='H3L1-(2+1)x1'))
+    run(STAND_IN + code, str(tmp_path / 'lite.pth'), path=HELPERS)
     ((losses, gradients, predicted),) = torch.load(tmp_path / 'lite.pth').values()
     assert losses and len(gradients) > 50 and len(predicted) == 2

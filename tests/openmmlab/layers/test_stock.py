@@ -9,51 +9,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmcv.ops import MultiScaleDeformableAttention, multi_scale_deform_attn
-from mmdet.registry import HOOKS, MODELS
-from mmdet.testing import demo_mm_inputs
-from mmdet.utils import register_all_modules
-from mmengine.config import Config
+from mmdet.registry import HOOKS
 from packaging.version import Version
+from small_detectors import batch, small_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mmlite import layers, ops
 
-register_all_modules()
-
 LAYERS = 2
 
 
 @pytest.fixture
-def stock(tmp_path):
+def stock():
     """MMDetection's own Deformable DETR with few and thin layers."""
-    path = tmp_path / 'config.py'
-    path.write_text("_base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'\n")
-    config = Config.fromfile(path)
-    thin = dict(num_layers=LAYERS, layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)))
-    config.merge_from_dict(
-        dict(
-            model=dict(
-                num_queries=20,
-                backbone=dict(depth=18, init_cfg=None),
-                neck=dict(in_channels=[128, 256, 512]),
-                encoder=thin,
-                decoder=thin,
-                bbox_head=dict(num_classes=5),
-                test_cfg=dict(max_per_img=20),
-            )
-        )
-    )
-    torch.manual_seed(0)
-    model = MODELS.build(config.model)
+    model = small_model('plain')
     model.init_weights()
     return model.eval()
 
 
 def outputs(model: nn.Module) -> list[torch.Tensor]:
-    inputs = demo_mm_inputs(2, [[3, 96, 128], [3, 80, 100]], num_classes=5)
-    data = model.data_preprocessor(inputs)
-    return [*model.forward(**data, mode='tensor')[:2]]
+    return [*model.forward(**batch(model), mode='tensor')[:2]]
 
 
 def forbid_mmcv(monkeypatch):

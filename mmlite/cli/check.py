@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from .shared import (
 )
 
 if TYPE_CHECKING:
-    from ..datasets.check import DataSummary, Finding
+    from ..datasets.check import DataSummary
 
 SHOWN_PLACES = 3
 
@@ -52,7 +51,7 @@ def check(
       mmlite check my_config.py --cfg-options model.num_queries=300
     """
     cfg = read_config(config, cfg_options)
-    from ..datasets.check import Findings, check_data, check_model
+    from ..datasets.check import PROBLEMS, Findings, check_data, check_model
     from ..openmmlab.build import build_detector
 
     findings = Findings()
@@ -66,19 +65,28 @@ def check(
         check_model(model, cfg, summaries, findings)
 
     found = findings.sorted()
-    problems = sum(finding.is_problem for finding in found)
+    problems = sum(kind in PROBLEMS for _, kind in findings)
     _show(summaries, found)
     report = {
         'config': config,
         'data': summaries,
-        'findings': [{**asdict(f), 'problem': f.is_problem, 'count': len(f.places)} for f in found],
+        'findings': [
+            {
+                'data': data,
+                'kind': kind,
+                'places': places,
+                'problem': kind in PROBLEMS,
+                'count': len(places),
+            }
+            for (data, kind), places in found
+        ],
         'problems': problems,
     }
     write_json(json_path, report)
     if problems:
         click.echo(f'{problems} kinds of problems' if problems > 1 else '1 kind of problem')
         ctx.exit(1)
-    unread = ', '.join(f.data for f in found if f.kind == 'not checked')
+    unread = ', '.join(data for data, kind in findings if kind == 'not checked')
     click.echo(
         f'No problems found in what was checked, without {unread}'
         if unread
@@ -86,7 +94,7 @@ def check(
     )
 
 
-def _show(summaries: list[DataSummary], found: list[Finding]) -> None:
+def _show(summaries: list[DataSummary], found: list) -> None:
     if summaries:
         columns = ('data', 'images', 'objects', 'at most in one image', 'annotation file')
         rows = [
@@ -106,10 +114,14 @@ def _show(summaries: list[DataSummary], found: list[Finding]) -> None:
         print_table('Findings', columns, map(_finding, found), show_lines=True)
 
 
-def _finding(finding: Finding) -> tuple[str, ...]:
-    places = finding.places[:SHOWN_PLACES]
-    if len(finding.places) > SHOWN_PLACES:
-        places.append(f'and {len(finding.places) - SHOWN_PLACES} more')
-    color = 'red' if finding.is_problem else 'yellow'
-    kind = f'[{color}]{finding.kind}[/]\n{finding.meaning}'
-    return finding.data, kind, str(len(finding.places)), escape('\n'.join(places))
+def _finding(finding: tuple[tuple[str, str], list[str]]) -> tuple[str, ...]:
+    from ..datasets.check import PROBLEMS, REMARKS
+
+    (data, kind), places = finding
+    shown = places[:SHOWN_PLACES]
+    if len(places) > SHOWN_PLACES:
+        shown.append(f'and {len(places) - SHOWN_PLACES} more')
+    color = 'red' if kind in PROBLEMS else 'yellow'
+    meaning = {**PROBLEMS, **REMARKS}[kind]
+    text = f'[{color}]{kind}[/]\n{meaning}'
+    return data, text, str(len(places)), escape('\n'.join(shown))

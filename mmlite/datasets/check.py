@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -74,35 +74,16 @@ REMARKS = {
 }
 
 
-@dataclass
-class Finding:
-    """Something about the data or the model that somebody should know.
+class Findings(dict[tuple[str, str], list[str]]):
+    """Where something was found: image files, ids or whole sentences, by data set and kind.
 
-    Attributes:
-        data (str): The data set: ``'train'``, ``'val'``, ``'test'``, or several; ``'model'``.
-        kind (str): Entry of ``PROBLEMS`` or ``REMARKS``.
-        places (list[str]): Where: image files, ids, or whole sentences.
+    The data set is ``'train'``, ``'val'``, ``'test'``, or several of them; ``'model'`` for the
+    model. The kind is an entry of ``PROBLEMS`` or ``REMARKS``.
     """
-
-    data: str
-    kind: str
-    places: list[str] = field(default_factory=list)
-
-    @property
-    def is_problem(self) -> bool:
-        return self.kind in PROBLEMS
-
-    @property
-    def meaning(self) -> str:
-        return {**PROBLEMS, **REMARKS}[self.kind]
-
-
-class Findings(dict[tuple[str, str], Finding]):
-    """Findings as they come up, those of a kind together."""
 
     def add(self, data: str, kind: str, *places: Any) -> None:
         if places:
-            self.setdefault((data, kind), Finding(data, kind)).places += map(str, places)
+            self.setdefault((data, kind), []).extend(map(str, places))
 
     @contextlib.contextmanager
     def of_errors(self, data: str, kind: str) -> Iterator[None]:
@@ -112,9 +93,9 @@ class Findings(dict[tuple[str, str], Finding]):
         except Exception as error:  # a registry and a file that anybody wrote fail in many ways
             self.add(data, kind, ' '.join(str(error).split()) or type(error).__name__)
 
-    def sorted(self) -> list[Finding]:
+    def sorted(self) -> list[tuple[tuple[str, str], list[str]]]:
         """Problems first."""
-        return sorted(self.values(), key=lambda finding: not finding.is_problem)
+        return sorted(self.items(), key=lambda finding: finding[0][1] not in PROBLEMS)
 
 
 @dataclass

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def run(config):
     """Everything found, as ``{(data, kind): places}``, and the summaries."""
     findings = Findings()
     summaries = check_data(config, findings, workers=1)
-    return {(f.data, f.kind): f.places for f in findings.sorted()}, summaries
+    return findings, summaries
 
 
 def test_nothing_to_find(config, root):
@@ -70,15 +71,15 @@ def test_nothing_to_find(config, root):
     assert (train.name, val.name) == ('train', 'val, test')
     assert (train.images, val.images) == (4, 2)
     assert train.labels == train.config_classes == list(CLASSES)
-    content = json.loads((root / 'annotations/instances_train.json').read_text())
-    areas = [annotation['area'] for annotation in content['annotations']]
-    assert train.objects == sum(count['objects'] for count in train.classes) == len(areas)
-    assert sum(c['small'] for c in train.classes) == sum(area < 32**2 for area in areas)
-    assert sum(c['large'] for c in train.classes) == sum(area >= 96**2 for area in areas)
-    in_image = [a['image_id'] for a in content['annotations']]
-    assert train.most_objects == max(in_image.count(i) for i in in_image)
-    of_disc = {a['image_id'] for a in content['annotations'] if a['category_id'] == 1}
-    assert train.classes[0]['images'] == len(of_disc)
+    objects = json.loads((root / 'annotations/instances_train.json').read_text())['annotations']
+    areas = [entry['area'] for entry in objects]
+    total = {size: sum(count[size] for count in train.classes) for size in check.COUNTS[2:]}
+    assert train.objects == total['objects'] == len(areas)
+    assert total['small'] == sum(area < 32**2 for area in areas)
+    assert total['large'] == sum(area >= 96**2 for area in areas)
+    assert train.most_objects == max(Counter(o['image_id'] for o in objects).values())
+    discs = {o['image_id'] for o in objects if o['category_id'] == 1}
+    assert train.classes[0]['images'] == len(discs)
 
 
 def first(**entries):
@@ -303,7 +304,7 @@ def fits(config, build=build_detector):
     """What does not fit a model built from the config with its data."""
     found = Findings()
     check_model(build(config), config, check_data(config, Findings(), workers=1), found)
-    return [place for finding in found.sorted() for place in finding.places]
+    return [place for places in found.values() for place in places]
 
 
 def test_model_that_fits(config):

@@ -33,16 +33,9 @@ def shapes(tmp_path_factory):
 
 
 def test_same_seed_same_files(shapes, tmp_path):
-    generate_shapes(tmp_path / 'again', {'train': 60, 'val': 20}, seed=3)
-    assert contents(tmp_path / 'again') == contents(shapes)
-    generate_shapes(tmp_path / 'other', {'train': 60, 'val': 20}, seed=4)
-    assert contents(tmp_path / 'other') != contents(shapes)
-
-
-def test_splits_differ(shapes):
-    assert (shapes / 'train' / '00000.png').read_bytes() != (
-        shapes / 'val' / '00000.png'
-    ).read_bytes()
+    for seed in (3, 4):
+        generate_shapes(tmp_path / str(seed), {'train': 60, 'val': 20}, seed=seed)
+    assert contents(tmp_path / '3') == contents(shapes) != contents(tmp_path / '4')
 
 
 def test_all_classes_and_sizes_occur(shapes):
@@ -68,9 +61,7 @@ def test_boxes_fit_the_drawing(tmp_path, monkeypatch):
         covered = np.zeros_like(painted)
         masks = np.zeros_like(painted)
         for _, (x, y, width, height), area, polygon in drawn:
-            (mask,) = np.moveaxis(
-                coco_mask.decode(coco_mask.frPyObjects([polygon], 160, 160)), 2, 0
-            )
+            mask = coco_mask.decode(coco_mask.frPyObjects([polygon], 160, 160))[..., 0]
             masks |= mask.astype(bool)
             assert 0 <= x < x + width <= 160
             assert 0 <= y < y + height <= 160
@@ -86,17 +77,16 @@ def test_boxes_fit_the_drawing(tmp_path, monkeypatch):
         assert (painted & masks).sum() > 0.75 * (painted | masks).sum()
 
 
-def test_images_have_the_listed_size(tmp_path):
-    generate_shapes(tmp_path, {'val': 2}, image_size=128)
-    for image in annotations(tmp_path, 'val')['images']:
-        pixels = cv2.imread(str(tmp_path / 'val' / image['file_name']))
-        assert pixels.shape == (image['height'], image['width'], 3) == (128, 128, 3)
-
-
-def test_counts_what_is_done(tmp_path):
+def test_images_are_of_the_listed_size_and_differ(tmp_path):
     done = []
     generate_shapes(tmp_path, {'train': 2, 'val': 1}, progress=lambda: done.append(1))
     assert len(done) == 3
+    images = [path for path in contents(tmp_path) if path.endswith('.png')]
+    pixels = [cv2.imread(str(tmp_path / path)) for path in images]
+    assert {image.shape for image in pixels} == {(128, 128, 3)}
+    assert len({image.tobytes() for image in pixels}) == 3
+    for image in annotations(tmp_path, 'train')['images']:
+        assert (image['width'], image['height']) == (128, 128)
 
 
 def test_refuses_images_that_are_too_small(tmp_path):
@@ -120,16 +110,9 @@ def test_panoptic_segments_are_the_masks(shapes):
             assert mask.sum() == segment['area']
             x, y, width, height = segment['bbox']
             assert mask[y : y + height, x : x + width].sum() == segment['area']
-        shapes_of_image = [a for a in own['annotations'] if a['image_id'] == panoptic['image_id']]
-        assert [s['category_id'] for s in segments[1:]] == [
-            a['category_id'] for a in shapes_of_image
-        ]
-        union = coco_mask.merge(
-            [
-                r
-                for a in shapes_of_image
-                for r in coco_mask.frPyObjects(a['segmentation'], *ids.shape)
-            ]
-        )
+        objects = [a for a in own['annotations'] if a['image_id'] == panoptic['image_id']]
+        assert [s['category_id'] for s in segments[1:]] == [o['category_id'] for o in objects]
+        runs = [r for o in objects for r in coco_mask.frPyObjects(o['segmentation'], *ids.shape)]
+        union = coco_mask.merge(runs)
         differ = (coco_mask.decode(union) != (ids > 1)).mean()
         assert differ < 0.02  # pixels at the rim

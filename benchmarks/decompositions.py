@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from torch import Tensor, nn
 
-from mmlite.analysis.inputs import operator_inputs, pyramid_sizes
+from mmlite.analysis.inputs import OperatorShape
 from mmlite.export import openvino_core, portable
 from mmlite.ops import reference
 
@@ -117,10 +117,10 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--image-size', type=int, nargs=2, default=(800, 1333), metavar=('H', 'W'))
     arguments = parser.parse_args()
-    SIZES[:] = pyramid_sizes(arguments.image_size, (8, 16, 32, 64))
 
     logging.disable(logging.WARNING)  # the exporter's, of torchvision
-    x = operator_inputs(SIZES)
+    x = OperatorShape(tuple(arguments.image_size)).inputs()
+    SIZES[:] = x.level_sizes
     value, locations = x.value, x.sampling_locations
     runs = {}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

@@ -24,6 +24,13 @@ _PUBLISHED = {
     'APm': 'ap_medium',
     'APl': 'ap_large',
 }
+_HOW = (
+    'Every run is trained from the same config but for what its row names, with the same seeds, '
+    'and evaluated by pycocotools after its last epoch; no best epoch is chosen. Spread is the '
+    'standard deviation over seeds. Differences are taken seed by seed, with the 95 % interval of '
+    "Student's t over the seeds. Times are CPU seconds of the process (on a GPU: of the wall) "
+    'while it trained and evaluated.'
+)
 # What else of a result is averaged: head -> key, digits.
 _COSTS = {
     'encoder GFLOPs': ('encoder_gflops', 3),
@@ -93,8 +100,10 @@ def make_report(study: Study, results: Mapping[Run, dict]) -> Report:
         results=list(results.values()),
         tables=tables,
         notes=notes,
-        page={'title': plan.title, 'state': state, 'headline': headline, 'figures': figures},
-        template=Path(__file__).with_name('report.html.jinja'),
+        page={
+            **{'title': plan.title, 'intro': state, 'headline': headline},
+            **{'figures': figures, 'how': _HOW},
+        },
         machine={
             name: ' or '.join(dict.fromkeys(str(m.get(name)) for m in machines))
             for name in machines[0]
@@ -132,13 +141,13 @@ def _tables(study: Study, data: Data, found: Found) -> list[Table]:
         for name, runs in found.items()
     ]
     title = f'{data.title}: mean and spread over seeds'
-    means = Table(title, ('row', 'seeds', *METRICS, *_COSTS), [tuple(map(str, r)) for r in rows])
+    means = _table(title, ('row', 'seeds', *METRICS, *_COSTS), rows)
     base = found.get(plan.baseline)
     if base is None or len(found) < 2:
         return [means]
     rows = [
         (
-            *(name, str(len(runs.index.intersection(base.index)))),
+            *(name, len(runs.index.intersection(base.index))),
             *(with_interval(difference(runs[metric], base[metric])) for metric in METRICS),
             with_interval(share(runs[plan.metric], base[plan.metric]), sign=''),
         )
@@ -146,7 +155,11 @@ def _tables(study: Study, data: Data, found: Found) -> list[Table]:
         if name != plan.baseline
     ]
     title = f'{data.title}: differences from {plan.baseline} by seed, with the 95 % interval'
-    return [means, Table(title, ('row', 'pairs', *METRICS, f'% of {plan.metric}'), rows)]
+    return [means, _table(title, ('row', 'pairs', *METRICS, f'% of {plan.metric}'), rows)]
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence]) -> Table:
+    return Table(title, [dict(zip(heads, row)) for row in rows])
 
 
 def _mean(runs: pd.DataFrame, key: str) -> float:
@@ -240,7 +253,7 @@ def _published_table(study: Study, results: Mapping[Run, dict]) -> Table | None:
                     for metric, key in _PUBLISHED.items()
                 )
                 rows.append((name, *cells))
-    return Table('Measured here / published', ('row', *_PUBLISHED), rows) if rows else None
+    return _table('Measured here / published', ('row', *_PUBLISHED), rows) if rows else None
 
 
 def _summary(study: Study, results: Mapping[Run, dict]) -> pd.DataFrame:

@@ -28,10 +28,7 @@ class Dataset:
     images: Path  # folder
 
     def check(self) -> dict:
-        """Refuse what cannot be evaluated on.
-
-        Returns:
-            dict: The annotation file's content.
+        """Refuse what cannot be evaluated on; returns the annotation file's content.
 
         Raises:
             FileNotFoundError: The file or the folder does not exist.
@@ -57,13 +54,12 @@ class Dataset:
         ids = [i['id'] for i in content['images'] if Path(i['file_name']).name == image]
         if not ids:
             raise ValueError(f'{self.annotations} does not list {image}')
-        categories = [category['id'] for category in content['categories']]
+        names = {category['id']: category['name'] for category in content['categories']}
         objects = [a for a in content['annotations'] if a['image_id'] == ids[0]]
         boxes = torch.tensor([a['bbox'] for a in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([categories.index(a['category_id']) for a in objects]).long()
-        names = [category['name'] for category in content['categories']]
-        return InstanceData(bboxes=boxes, labels=labels), names
+        labels = torch.tensor([list(names).index(a['category_id']) for a in objects]).long()
+        return InstanceData(bboxes=boxes, labels=labels), list(names.values())
 
 
 def evaluate(
@@ -79,8 +75,7 @@ def evaluate(
         ValueError: The categories of the data set are not the classes of the config.
     """
     config = config.copy()
-    loader = config.test_dataloader
-    annotations = str(dataset.annotations)
+    loader, annotations = config.test_dataloader, str(dataset.annotations)
     loader.dataset.update(
         data_root='', ann_file=annotations, data_prefix={'img': str(dataset.images)}
     )

@@ -1,8 +1,7 @@
 """Where a deformable attention looks and how much each point weighs.
 
-The operators return neither, and none of them is slowed down to do so: what a module was called
-with is caught by a hook, and locations and weights are computed once more for the few queries
-that are to be seen, whichever backend has run.
+The operators return neither. What a module was called with is caught by a hook, and locations and
+weights are computed once more for the few queries that are to be seen, whichever backend has run.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
@@ -96,31 +96,26 @@ def record_attention(
     known = deformable_attentions(model)
     maps: dict[str, AttentionMap] = {}
 
-    def catch(name: str) -> Callable:
+    def watch(name: str, choose: Choose):
         # Before the module runs: what it is called with may be overwritten later.
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            maps[name] = attention_map(module, args, kwargs, choices[name])
+            maps[name] = attention_map(module, args, kwargs, choose)
 
-        return hook
+        return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
 
     for name in choices:
         if name not in known:
             raise ValueError(f'{name} is no deformable attention; there are {", ".join(known)}')
     with ExitStack() as hooks:
-        for name in choices:
-            module = model.get_submodule(name)
-            hook = module.register_forward_pre_hook(catch(name), with_kwargs=True)
-            hooks.callback(hook.remove)
+        for name, choose in choices.items():
+            hooks.enter_context(watch(name, choose))
         yield maps
 
 
 def deformable_attentions(model: nn.Module) -> list[str]:
     """Names of the deformable attentions in a model, in order."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, MultiScaleDeformableAttention)
-    ]
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, MultiScaleDeformableAttention)]
 
 
 def level_masses(
@@ -136,32 +131,30 @@ def level_masses(
         layer, level of the query, level of the sampled points. NaN where a layer has no queries
         of that level.
     """
-    levels: dict[int, Tensor] = {}  # layer -> level of each chosen query
-    encoder = model.get_submodule(encoder_name(model))
+    levels: dict[str, Tensor] = {}  # attention -> level of each chosen query
+    at = encoder_name(model)
+    encoder = model.get_submodule(at)
+    names = [f'{at}.layers.{layer}.self_attn' for layer in range(len(encoder.layers))]
 
-    def choose(layer: int) -> Choose:
-        def chosen(num_queries: int) -> Tensor:
-            sizes = level_sizes(call['spatial_shapes'])
-            level_of = _level_of(sizes)[_query_tokens(encoder, layer, sizes)]
-            picks = []
-            for level in range(len(sizes)):
-                own = (level_of == level).nonzero().flatten()
-                few = torch.linspace(0, len(own) - 1, min(len(own), tokens_per_level))
-                picks.append(own[few.long()])
-            levels[layer] = level_of[torch.cat(picks)]
-            return torch.cat(picks)
+    def choose(layer: int, num_queries: int) -> Tensor:
+        sizes = level_sizes(call['spatial_shapes'])
+        level_of = _level_of(sizes)[_query_tokens(encoder, layer, sizes)]
+        picks = []
+        for level in range(len(sizes)):
+            own = (level_of == level).nonzero().flatten()
+            few = torch.linspace(0, len(own) - 1, min(len(own), tokens_per_level))
+            picks.append(own[few.long()])
+        levels[names[layer]] = level_of[torch.cat(picks)]
+        return torch.cat(picks)
 
-        return chosen
-
-    names = [f'{encoder_name(model)}.layers.{i}.self_attn' for i in range(len(encoder.layers))]
-    choices = {name: choose(layer) for layer, name in enumerate(names)}
+    choices = {name: partial(choose, layer) for layer, name in enumerate(names)}
     with called_with(encoder) as call, record_attention(model, choices) as maps:
         run()
     num_levels = len(call['spatial_shapes'])
     masses = torch.full((len(names), num_levels, num_levels), float('nan'))
-    for layer, name in enumerate(names):
-        for level in levels[layer].unique():
-            masses[layer, level] = maps[name].level_mass()[levels[layer] == level].mean(0)
+    for mass, name in zip(masses, names):
+        for level in levels[name].unique():
+            mass[level] = maps[name].level_mass()[levels[name] == level].mean(0)
     return masses
 
 
@@ -195,7 +188,8 @@ def attention_at_point(
         ValueError: The point is outside the image, there is no such layer or level, or the layer
             does not update that level.
     """
-    encoder = model.get_submodule(encoder_name(model))
+    at = encoder_name(model)
+    encoder = model.get_submodule(at)
     layer = _layer(encoder, layer)
 
     def choose(num_queries: int) -> Tensor:
@@ -223,7 +217,7 @@ def attention_at_point(
             )
         return found
 
-    attention = f'{encoder_name(model)}.layers.{layer}.self_attn'
+    attention = f'{at}.layers.{layer}.self_attn'
     recording = record_attention(model, {attention: choose})
     with called_with(model) as call, called_with(encoder) as encoder_call, recording as maps:
         run()

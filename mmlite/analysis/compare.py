@@ -1,8 +1,8 @@
 """Models against their baseline: cost, time, memory and accuracy, in one run.
 
-A :class:`Contestant` is a model as it runs somewhere. Detectors of MMDetection are here, models of
-transformers in :mod:`.huggingface`, exports in :mod:`.exported`, encoders alone in
-:mod:`.encoders`. All of them are measured by :func:`compare`.
+A :class:`Contestant` is a model as it runs somewhere. Those of MMDetection are in
+:mod:`.contestants`, those of transformers in :mod:`.huggingface`, exports in :mod:`.exported`. All
+of them are measured by :func:`compare`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from mmdet.datasets import CocoDataset
 from torch import Tensor, nn
 
 from .. import fuse, optimize
 from ..nn import InterleavedEncoder
-from ..openmmlab.build import DetectorSpec, build_detector, load_config
-from ..openmmlab.families import find_holder, is_lite, reads_text
-from ..openmmlab.lite_config import stock_config
 from .accuracy import Dataset, evaluate
-from .complexity import Complexity, count_detector, count_model, find_encoder
-from .inputs import image_batch
+from .complexity import Complexity, count_model
 from .profile import profile_stages
 from .published import Published
 from .report import size
@@ -32,9 +27,8 @@ from .timing import Call, Ratio, Setting, Start, Timing, measure, peak_memory, s
 PYTORCH, ONNX, OPENVINO = RUNTIMES = ('pytorch', 'onnxruntime', 'openvino')
 # How a model runs in PyTorch: as it is, its encoder compiled or as CUDA graphs, its standard
 # deformable attention on our operators, optimised for prediction.
-EAGER, COMPILED, GRAPH, FUSED, OPTIMIZED = MODES = (
-    *('eager', 'compiled', 'graph', 'fused', 'optimized'),
-)
+MODES = ('eager', 'compiled', 'graph', 'fused', 'optimized')
+EAGER, COMPILED, GRAPH, FUSED, OPTIMIZED = MODES
 
 
 class Contestant:
@@ -44,16 +38,20 @@ class Contestant:
         name (str): What tables call it.
         model (nn.Module): The model, in PyTorch.
         encoder_at (str, optional): Name of its multi-scale encoder; '' where it is one itself.
+        checkpoint (str, optional): The file of its weights, if they are trained.
     """
 
     runtime = PYTORCH
     form = EAGER
     published: Published | None = None
 
-    def __init__(self, name: str, model: nn.Module, encoder_at: str | None) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, encoder_at: str | None, checkpoint: str | None = None
+    ) -> None:
         self.name = name
         self.model = model
         self.encoder_at = encoder_at
+        self.checkpoint = checkpoint
         self.costs: dict[tuple[int, int], Complexity] = {}  # by image size
 
     @property
@@ -65,36 +63,48 @@ class Contestant:
         """Keyword arguments for a prediction by the model."""
         raise NotImplementedError
 
-    def count(self, image_size: tuple[int, int]) -> Complexity:
-        """What one image costs."""
-        device = next(self.model.parameters()).device
-        arguments = self.arguments(image_size, 1, str(device))
-        return count_model(self.model, image_size, arguments, self.encoder_at)
-
-    def inference(self, setting: Setting, batch_size: int) -> Call:
-        """From images to predictions."""
-        arguments = self.arguments(setting.image_size, batch_size, setting.device)
-        return self._runs(self.model, arguments, setting)
-
-    def encoder(self, setting: Setting) -> Call:
-        """The encoder alone, on what it gets in :meth:`inference`."""
-        caught: list[tuple] = []
-        encoder = self.model.get_submodule(self.encoder_at)
-        hook = encoder.register_forward_pre_hook(
-            lambda module, *arguments: caught.append(arguments), with_kwargs=True
-        )
-        with hook:
-            self.inference(setting, setting.batch_size)(0)
-        args, kwargs = caught[0]
-        return self._runs(encoder, kwargs, setting, args)
+    def loss(self, arguments: dict) -> Tensor:
+        """What a training step minimises, of these arguments for a prediction."""
+        raise ValueError(f'{self.name} cannot be trained here; leave out --train')
 
     def outputs(self, prediction: Any) -> list[Tensor]:
         """Tensors of a prediction that a change of form should not change, if there are any."""
         return []
 
+    def count(self, image_size: tuple[int, int]) -> Complexity:
+        """What one image costs."""
+        device = str(next(self.model.parameters()).device)
+        arguments = self.arguments(image_size, 1, device)
+        return count_model(self.model, image_size, arguments, self.encoder_at)
+
+    def inference(self, setting: Setting, batch_size: int) -> Call:
+        """From images to predictions."""
+        arguments = self.arguments(setting.image_size, batch_size, setting.device)
+        return _prediction(self.model, setting, **arguments)
+
+    def encoder(self, setting: Setting) -> Call:
+        """The encoder alone, on what it gets in :meth:`inference`."""
+        caught: dict = {}
+        encoder = self.model.get_submodule(self.encoder_at)
+        hook = encoder.register_forward_pre_hook(
+            lambda module, args, kwargs: caught.update(args=args, **kwargs), with_kwargs=True
+        )
+        with hook:
+            self.inference(setting, setting.batch_size)(0)
+        return _prediction(encoder, setting, *caught.pop('args'), **caught)
+
     def training(self, setting: Setting) -> Call:
         """A training step: forward, losses and backward."""
-        raise ValueError(f'{self.name} cannot be trained here; leave out --train')
+        arguments = self.arguments(setting.image_size, setting.batch_size, setting.device)
+
+        def call(index: int) -> None:
+            self.model.train()
+            self.model.zero_grad(set_to_none=True)
+            with setting.autocast():
+                loss = self.loss(arguments)
+            loss.backward()
+
+        return call
 
     def stages(self, call: Call, setting: Setting) -> dict[str, float]:
         """Seconds by stage of :meth:`inference`; none where they cannot be had."""
@@ -111,120 +121,35 @@ class Contestant:
             return self
         other = copy.copy(self)
         other.form, other.model = form, copy.deepcopy(self.model)
-        if form == FUSED:
-            fuse(other.model)
-        elif form == OPTIMIZED:
-            optimize(other.model)
-        elif self.encoder_at is None:
+        if form in (FUSED, OPTIMIZED):
+            (fuse if form == FUSED else optimize)(other.model)
+            return other
+        if self.encoder_at is None:
             raise ValueError('it has no multi-scale encoder')
+        encoder = other.model.get_submodule(self.encoder_at)
+        if form == COMPILED:
+            encoder = torch.compile(encoder)
+        elif torch.device(device).type != 'cuda':
+            raise ValueError(f'graphs are for CUDA devices, and this is {device}')
+        elif not isinstance(encoder, InterleavedEncoder):
+            raise ValueError('it reads values back from the device, which a graph cannot hold')
         else:
-            encoder = in_mode(other.model.get_submodule(self.encoder_at), form, device)
-            holder, _, attribute = self.encoder_at.rpartition('.')
-            if attribute:
-                setattr(other.model.get_submodule(holder), attribute, encoder)
-            else:
-                other.model = encoder
+            encoder.replay_graphs()
+        holder, _, attribute = self.encoder_at.rpartition('.')
+        if attribute:
+            setattr(other.model.get_submodule(holder), attribute, encoder)
+        else:
+            other.model = encoder
         return other
 
-    @staticmethod
-    def _runs(module: nn.Module, arguments: dict, setting: Setting, args: tuple = ()) -> Call:
-        def call(index: int) -> object:
-            module.eval()
-            with torch.no_grad(), setting.autocast():
-                return module(*args, **arguments)
 
-        return call
+def _prediction(module: nn.Module, setting: Setting, *args, **kwargs) -> Call:
+    def call(index: int) -> object:
+        module.eval()
+        with torch.no_grad(), setting.autocast():
+            return module(*args, **kwargs)
 
-
-def in_mode(encoder: nn.Module, mode: str, device: torch.device | str) -> nn.Module:
-    """Have an encoder run compiled or as CUDA graphs; it takes the same calls.
-
-    Raises:
-        ValueError: It does not run so; the message says why.
-    """
-    if mode == EAGER:
-        return encoder
-    if mode == COMPILED:
-        return torch.compile(encoder)
-    if torch.device(device).type != 'cuda':
-        raise ValueError(f'graphs are for CUDA devices, and this is {device}')
-    if not isinstance(encoder, InterleavedEncoder):
-        raise ValueError('it reads values back from the device, which a graph cannot hold')
-    encoder.replay_graphs()
-    return encoder
-
-
-class Detector(Contestant):
-    """A detector of MMDetection or mmlite."""
-
-    def __init__(self, name: str, model: nn.Module, checkpoint: str | None = None) -> None:
-        super().__init__(name, model, find_encoder(model))
-        self.checkpoint = checkpoint
-
-    def arguments(self, image_size, batch_size, device) -> dict:
-        images, samples = image_batch(batch_size, image_size, self._num_classes(), device)
-        return {'inputs': images, 'data_samples': samples, 'mode': 'predict'}
-
-    def count(self, image_size) -> Complexity:
-        try:
-            return count_detector(self.model, image_size)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            reason = str(error).partition('\n')[0]
-            raise ValueError(
-                f'{self.name} does not run on an image of {size(image_size)}: {reason}'
-            ) from error
-
-    def training(self, setting) -> Call:
-        arguments = self.arguments(setting.image_size, setting.batch_size, setting.device)
-        arguments['mode'] = 'loss'
-
-        def call(index: int) -> Tensor:
-            self.model.train()
-            self.model.zero_grad(set_to_none=True)
-            with setting.autocast():
-                losses = self.model(**arguments)
-            loss, _ = self.model.parse_losses(losses)
-            loss.backward()
-            return loss
-
-        return call
-
-    def _num_classes(self) -> int:
-        """Classes of objects: of the text, of the head, or of a segmenter's things."""
-        if reads_text(self.model):
-            return len(CocoDataset.METAINFO['classes'])  # see image_batch
-        head = getattr(self.model, 'bbox_head', self.model)
-        return getattr(head, 'num_classes', getattr(self.model, 'num_things_classes', 80))
-
-
-def build_detectors(
-    specs: Sequence[DetectorSpec], device: str, start: Start = silent
-) -> list[Detector]:
-    """Build detectors from their configs; a Lite config alone gets its stock one as baseline.
-
-    Raises:
-        FileNotFoundError: A config or checkpoint is missing.
-        ValueError: A config cannot be built, or a checkpoint does not fit.
-    """
-    wanted = [(spec.name, load_config(spec.config), spec.checkpoint) for spec in specs]
-    if len(wanted) == 1 and _has_lite_encoder(wanted[0][1].model):
-        stock = copy.deepcopy(wanted[0][1])
-        stock.model = stock_config(stock.model)
-        wanted.insert(0, ('stock', stock, None))
-    step = start('building', len(wanted))
-    detectors = []
-    for name, config, checkpoint in wanted:
-        torch.manual_seed(0)
-        detectors.append(Detector(name, build_detector(config, checkpoint, device), checkpoint))
-        step()
-    return detectors
-
-
-def _has_lite_encoder(model_config: dict) -> bool:
-    try:
-        return is_lite(find_holder(model_config)[1]['type'])
-    except ValueError:
-        return False
+    return call
 
 
 @dataclass
@@ -247,24 +172,10 @@ class Result:
     difference: float | None = None  # of the outputs from the baseline's, at most, if to be none
     baseline: Result | None = field(default=None, repr=False)
 
-    @classmethod
-    def of(cls, contestant: Contestant, setting: Setting) -> Result:
-        """What is known before anything is measured."""
-        costs = contestant.costs
-        return cls(
-            contestant.title,
-            contestant.runtime,
-            contestant.form,
-            costs[setting.image_size],
-            {size(image_size): cost.flops for image_size, cost in costs.items()},
-            contestant.published,
-        )
-
     def faster(self, batch_size: int, than: Result | None = None) -> Ratio:
         """How many times faster inference is than that of the baseline, or of another."""
-        return speedup(
-            (than or self.baseline or self).latency[batch_size], self.latency[batch_size]
-        )
+        than = than or self.baseline or self
+        return speedup(than.latency[batch_size], self.latency[batch_size])
 
     def as_json(self) -> dict[str, Any]:
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != 'baseline'}
@@ -319,45 +230,43 @@ def compare(
                 if image_size == setting.image_size:
                     raise
             step()
-    notes: list[str] = []
+    running, notes = _in_modes(contestants, modes if setting.rounds else [EAGER], setting.device)
     pairs: list[tuple[Result, Contestant]] = []
-    for contestant in [*_in_modes(contestants, modes, setting, notes), *exported]:
-        result = Result.of(contestant, setting)
+    for contestant in [*running, *exported]:
+        result = Result(
+            contestant.title,
+            contestant.runtime,
+            contestant.form,
+            contestant.costs[setting.image_size],
+            {size(image_size): cost.flops for image_size, cost in contestant.costs.items()},
+            contestant.published,
+        )
         result.baseline = pairs[0][0] if pairs else result
         pairs.append((result, contestant))
-    if setting.rounds and 'detector' in parts:
-        for batch_size in setting.batch_sizes:
-            _measure_inference(pairs, batch_size, setting, start)
-    if setting.rounds and 'encoder' in parts:
-        _measure_encoders(pairs, setting, start)
-    if setting.rounds and setting.training:
-        _measure_training(pairs, setting, start)
+    if setting.rounds:
+        if 'detector' in parts:
+            for batch_size in setting.batch_sizes:
+                _measure_inference(pairs, batch_size, setting, start)
+        if 'encoder' in parts:
+            _measure_encoders(pairs, setting, start)
+        if setting.training:
+            _measure_training(pairs, setting, start)
     if dataset is not None:
-        tested = [c for c in contestants if isinstance(c, Detector) and c.checkpoint]
-        step = start('evaluating', len(tested))
-        for contestant in tested:
-            accuracy = evaluate(
-                contestant.model.cfg, contestant.checkpoint, dataset, setting.device
-            )
-            for result, other in pairs:
-                if other.name == contestant.name:
-                    result.accuracy = accuracy
-            step()
+        _measure_accuracy(pairs, dataset, setting, start)
     return [result for result, _ in pairs], notes
 
 
 def _in_modes(
-    contestants: Sequence[Contestant], modes: Sequence[str], setting: Setting, notes: list[str]
-) -> list[Contestant]:
-    found = []
+    contestants: Sequence[Contestant], modes: Sequence[str], device: str
+) -> tuple[list[Contestant], list[str]]:
+    found, notes = [], []
     for index, contestant in enumerate(contestants):
-        wanted = dict.fromkeys(modes if index else [EAGER, *modes])
-        for mode in wanted if setting.rounds else [EAGER]:
+        for mode in dict.fromkeys(modes if index else [EAGER, *modes]):
             try:
-                found.append(contestant.in_form(mode, setting.device))
+                found.append(contestant.in_form(mode, device))
             except ValueError as error:
                 notes.append(f'Not measured: {contestant.name}, {mode}: {error}.')
-    return found
+    return found, notes
 
 
 def _measure_inference(pairs: Sequence, batch_size: int, setting: Setting, start: Start) -> None:
@@ -400,3 +309,15 @@ def _measure_training(pairs: Sequence, setting: Setting, start: Start) -> None:
         contestant.model.zero_grad(set_to_none=True)
         result.training_memory = peak_memory(calls[id(result)], setting.device)
         contestant.model.zero_grad(set_to_none=True)
+
+
+def _measure_accuracy(pairs: Sequence, dataset: Dataset, setting: Setting, start: Start) -> None:
+    tested = {c.name: c for _, c in pairs if c.checkpoint and c.runtime == PYTORCH}
+    step = start('evaluating', len(tested))
+    for contestant in tested.values():
+        cfg = contestant.model.cfg
+        accuracy = evaluate(cfg, contestant.checkpoint, dataset, setting.device)
+        for result, other in pairs:
+            if other.name == contestant.name:
+                result.accuracy = accuracy
+        step()

@@ -34,7 +34,7 @@ STAGES = ('backbone', 'neck', 'encoder', 'decoder', 'head', 'other')
 # Name of a module -> the stage that it and all in it belong to; the longest name that fits decides.
 _STAGE_OF = {
     **{stage: stage for stage in STAGES},
-    **dict.fromkeys(('bbox_head', 'head', 'panoptic_head', 'track_head'), 'head'),
+    **dict.fromkeys(('bbox_head', 'panoptic_head', 'track_head'), 'head'),
     'panoptic_head.pixel_decoder': 'neck',
     'panoptic_head.transformer_decoder': 'decoder',
     # Hugging Face's names.
@@ -59,9 +59,7 @@ class FlopCount:
 
     def of(self, prefix: str) -> int:
         """FLOPs of the module called ``prefix`` and everything in it."""
-        return sum(
-            flops for name, flops in self.by_module.items() if f'{name}.'.startswith(f'{prefix}.')
-        )
+        return sum(n for name, n in self.by_module.items() if f'{name}.'.startswith(f'{prefix}.'))
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def count_model(
 
     ``encoder_at`` is the name of the multi-scale encoder in the model.
     """
-    encoder = model.get_submodule(encoder_at) if encoder_at else nn.Module()
+    encoder = nn.Module() if encoder_at is None else model.get_submodule(encoder_at)
     was_training = model.training
     model.eval()
     try:
@@ -126,16 +124,16 @@ def count_model(
         stage_flops[stage_of(name, encoder_at)] += flops
     for name, parameter in model.named_parameters():
         stage_params[stage_of(name, encoder_at)] += parameter.numel()
-    layers = range(len(getattr(encoder, 'layers', ())))
-    shapes = encoder_call.get('spatial_shapes', ())
+    layers = [f'{encoder_at}.layers.{i}' for i in range(len(getattr(encoder, 'layers', ())))]
+    sizes = level_sizes(encoder_call.get('spatial_shapes', ()))
     return Complexity(
         image_size=image_size,
         flops=count.total,
         params=count_parameters(model),
         stage_flops=stage_flops,
         stage_params=stage_params,
-        encoder_layer_flops=[count.of(f'{encoder_at}.layers.{i}') for i in layers],
-        level_tokens=[height * width for height, width in level_sizes(shapes)],
+        encoder_layer_flops=[count.of(layer.removeprefix('.')) for layer in layers],
+        level_tokens=[height * width for height, width in sizes],
     )
 
 
@@ -200,10 +198,10 @@ def find_encoder(model: nn.Module) -> str | None:
 def stage_of(module_name: str, encoder: str | None = 'encoder') -> str:
     """The stage of a detector that a module belongs to, one of :data:`STAGES`.
 
-    ``encoder`` is where the detector keeps its multi-scale encoder. What is around it in
-    Mask2Former's pixel decoder counts as neck.
+    ``encoder`` is where the detector keeps its multi-scale encoder, '' where it is that alone. What
+    is around it in Mask2Former's pixel decoder counts as neck.
     """
-    if encoder and f'{module_name}.'.startswith(f'{encoder}.'):
+    if encoder == '' or (encoder and f'{module_name}.'.startswith(f'{encoder}.')):
         return 'encoder'
     parts = module_name.split('.')
     prefixes = ('.'.join(parts[:length]) for length in range(len(parts), 0, -1))
@@ -214,13 +212,10 @@ def stage_of(module_name: str, encoder: str | None = 'encoder') -> str:
 def called_with(module: nn.Module) -> Iterator[dict]:
     """Catch the keyword arguments that a module is called with in the ``with`` block."""
     caught: dict = {}
-    hook = module.register_forward_pre_hook(
+    with module.register_forward_pre_hook(
         lambda module, args, kwargs: caught.update(kwargs), with_kwargs=True
-    )
-    try:
+    ):
         yield caught
-    finally:
-        hook.remove()
 
 
 class _FlopCounter(TorchDispatchMode):
@@ -238,8 +233,8 @@ class _FlopCounter(TorchDispatchMode):
         with ExitStack() as hooks:
             for name, child in module.named_modules():
                 enter = partial(self._enter, name)
-                hooks.callback(child.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                hooks.callback(child.register_forward_hook(self._leave).remove)
+                hooks.enter_context(child.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.enter_context(child.register_forward_hook(self._leave))
             yield
 
     def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -306,8 +301,7 @@ def _convolution(args: tuple, out: Tensor) -> int:
 
 def _attention(args: tuple, out: Sequence[Tensor]) -> int:
     query, key, value = args[:3]
-    heads = math.prod(query.shape[:-2])
-    return heads * query.shape[-2] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    return math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
 def _norm(weight: int, training: int | None = None) -> Callable:
@@ -327,28 +321,24 @@ _ours = {
 }
 _SAMPLING = {_aten.grid_sampler_2d, *_ours}
 FLOP_RULES = {
-    _aten.mm: _product,
-    _aten.bmm: _product,
-    _aten.addmm: _product_with_bias,
-    _aten.baddbmm: _product_with_bias,
-    _aten.linear: _product,
+    **dict.fromkeys((_aten.mm, _aten.bmm, _aten.linear), _product),
+    **dict.fromkeys((_aten.addmm, _aten.baddbmm), _product_with_bias),
     _aten.convolution: _convolution,
     _aten.native_layer_norm: _norm(weight=2),
     _aten.native_group_norm: _norm(weight=1),
-    _aten.native_batch_norm: _norm(weight=1, training=5),
-    _aten.cudnn_batch_norm: _norm(weight=1, training=5),
+    **dict.fromkeys((_aten.native_batch_norm, _aten.cudnn_batch_norm), _norm(1, training=5)),
     _aten.upsample_nearest2d: lambda args, out: out.numel(),
     _aten.upsample_bilinear2d: lambda args, out: 4 * out.numel(),
     _aten._adaptive_avg_pool2d: lambda args, out: args[0].numel(),
     _aten.grid_sampler_2d: lambda args, out: 4 * out.numel(),
     **_ours,
 }
-for _name in (
+for _kind in (
     'flash_attention',
     'flash_attention_for_cpu',
     'efficient_attention',
     'cudnn_attention',
 ):
     # Which of these there are depends on the version of torch.
-    if hasattr(_aten, f'_scaled_dot_product_{_name}'):
-        FLOP_RULES[getattr(_aten, f'_scaled_dot_product_{_name}')] = _attention
+    if hasattr(_aten, f'_scaled_dot_product_{_kind}'):
+        FLOP_RULES[getattr(_aten, f'_scaled_dot_product_{_kind}')] = _attention

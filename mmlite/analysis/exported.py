@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,9 +16,8 @@ from ..export.operators import attention_as
 from ..export.program import Traced, trace, trace_encoder
 from ..export.runtimes import import_runtime, library
 from ..export.write import FILES, to_onnx, to_openvino, write
-from ..openmmlab.families import encoder_name
 from ..ops import reference
-from .compare import ONNX, OPENVINO, Contestant, Detector
+from .compare import ONNX, OPENVINO, Contestant
 from .complexity import STAGES, called_with, stage_of
 from .timing import Call, Setting, Start
 
@@ -31,7 +30,7 @@ class Exported(Contestant):
     """A detector, exported for a runtime.
 
     Args:
-        detector (Detector): What is exported.
+        detector (Contestant): What is exported.
         runtime (str): ``onnxruntime`` or ``openvino``.
         form (str): Of :data:`FORMS`.
         folder (Path): Where exports are kept; one that lies there is used again.
@@ -39,26 +38,23 @@ class Exported(Contestant):
     """
 
     def __init__(
-        self, detector: Detector, runtime: str, form: str, folder: Path, int8: bool = False
+        self, detector: Contestant, runtime: str, form: str, folder: Path, int8: bool = False
     ) -> None:
         # There is no encoder alone in 8 bits.
         super().__init__(detector.name, detector.model, None if int8 else detector.encoder_at)
         self.runtime = runtime
         self.form = f'{form}, 8 bits' if int8 else form
-        self.costs = detector.costs
-        self.published = detector.published
-        self._detector = detector
-        self._traced_form = form
-        self._int8 = int8
+        self.costs, self.published = detector.costs, detector.published
+        self._detector, self._traced_form, self._int8 = detector, form, int8
         self._folder = folder
 
     def inference(self, setting: Setting, batch_size: int) -> Call:
-        exported = load(self._export(setting, 'detector'), torch.get_num_threads())
+        exported = load(self.export(setting, 'detector'), torch.get_num_threads())
         arguments = exported.arguments_of(_image(setting))
         return lambda index: exported.session(*arguments)
 
     def encoder(self, setting: Setting) -> Call:
-        folder = self._export(setting, 'encoder')
+        folder = self.export(setting, 'encoder')
         arguments = [tensor.numpy() for tensor in self._encoder_arguments(setting)[:2]]
         session = open_session(folder, torch.get_num_threads())
         return lambda index: session(*arguments)
@@ -67,7 +63,7 @@ class Exported(Contestant):
         """Medians of OpenVINO's own counters, whose nodes are named by their module."""
         if self.runtime != OPENVINO:
             return {}
-        folder = self._export(setting, 'detector')
+        folder = self.export(setting, 'detector')
         session = open_session(folder, torch.get_num_threads(), profile=True)
         arguments = load(folder).arguments_of(_image(setting))
         runs = []
@@ -79,8 +75,12 @@ class Exported(Contestant):
                 runs[-1][stage_of(module, self.encoder_at)] += node.real_time.total_seconds()
         return {stage: float(np.median([run[stage] for run in runs[1:]])) for stage in STAGES}
 
-    def _export(self, setting: Setting, part: str) -> Path:
-        """The folder of the export, which is written unless it lies there."""
+    def export(self, setting: Setting, part: str) -> Path:
+        """The folder of the export of the detector or its encoder, written unless it lies there.
+
+        Raises:
+            ValueError: What lies there is the export of another detector or size.
+        """
         name = '-'.join([part, self.name, self.form, self.runtime])
         folder = self._folder / ''.join(c if c.isalnum() else '-' for c in name)
         if (folder / DESCRIPTION).is_file():
@@ -134,7 +134,7 @@ class Exported(Contestant):
 
     def _write_encoder(self, setting: Setting, folder: Path) -> None:
         tokens, pos, shapes = self._encoder_arguments(setting)
-        graph = _Encoder(self.model, shapes.tolist())
+        graph = _Encoder(self.model, self.encoder_at, shapes.tolist())
         portable = self._traced_form == PORTABLE
         program = self._in_form(trace_encoder(self.model, graph, tokens, pos, portable))
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,18 +160,19 @@ def _image(setting: Setting) -> np.ndarray:
 class _Encoder(nn.Module):
     """The encoder of a detector, from tokens and their positions to the memory."""
 
-    def __init__(self, model: nn.Module, sizes: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: nn.Module, name: str, sizes: Sequence[Sequence[int]]) -> None:
         super().__init__()
         self.model = model
+        self.name = name
         self.sizes = [tuple(size) for size in sizes]
 
     def forward(self, tokens: Tensor, pos: Tensor) -> Tensor:
-        encoder = self.model.get_submodule(encoder_name(self.model))
+        encoder = self.model.get_submodule(self.name)
         return encode(encoder, Pyramid(tokens, pos, self.sizes))
 
 
 def export_all(
-    detectors: Sequence[Detector],
+    detectors: Sequence[Contestant],
     runtimes: Sequence[str],
     setting: Setting,
     folder: Path,
@@ -191,32 +192,23 @@ def export_all(
             'exported models are measured on the CPU with one image, in float32 and in 8 bits: '
             'leave out --device, --dtype and --batch-size'
         )
+    everyone = []
     for runtime in runtimes:  # asked before minutes go into exports
         for package in ('onnx', 'onnxscript', runtime):
             import_runtime(package)
         library(runtime)
-    if int8:
-        from ..export.int8 import import_nncf
+        everyone += [Exported(d, runtime, form, folder) for d in detectors for form in FORMS]
+        if int8 and runtime == OPENVINO:
+            from ..export.int8 import import_nncf
 
-        import_nncf()
-    everyone = list(_contestants(detectors, runtimes, folder, int8))
+            import_nncf()
+            for detector in detectors:
+                form = PORTABLE if detector is detectors[0] else OURS
+                everyone.append(Exported(detector, runtime, form, folder, int8=True))
     step = start('exporting', len(everyone))
     for contestant in everyone:
         for part in parts:
             if part == 'detector' or contestant.encoder_at is not None:
-                contestant._export(setting, part)
+                contestant.export(setting, part)
         step()
     return everyone
-
-
-def _contestants(
-    detectors: Sequence[Detector], runtimes: Sequence[str], folder: Path, int8: bool
-) -> Iterator[Exported]:
-    for runtime in runtimes:
-        for detector in detectors:
-            for form in FORMS:
-                yield Exported(detector, runtime, form, folder)
-        if int8 and runtime == OPENVINO:
-            for detector in detectors:
-                form = PORTABLE if detector is detectors[0] else OURS
-                yield Exported(detector, runtime, form, folder, int8=True)

@@ -90,10 +90,7 @@ def make_contestants(
 ) -> Iterator[list[Contestant]]:
     """Of each model the stock one, the same on our operators, and the Lite one.
 
-    Args:
-        names (Sequence[str]): Of :data:`MODELS`; none for all.
-        schedule (str, optional): Of the Lite encoder, in place of each model's own.
-        device (str): Where they go.
+    ``names`` are of :data:`MODELS`, none for all; ``schedule`` takes the place of each model's own.
 
     Raises:
         ValueError: There is no such model, or the schedule does not fit one.

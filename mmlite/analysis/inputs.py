@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -36,62 +37,68 @@ class OperatorInputs(NamedTuple):
     attention_weights: Tensor  # sum to 1 over levels and points, (B, Q, M, L, P)
 
 
-def operator_inputs(
-    sizes: Sequence[tuple[int, int]],
-    *,
-    batch_size: int = 1,
-    num_queries: int | None = None,
-    num_heads: int = 8,
-    head_dim: int = 32,
-    num_points: int = 4,
-    locations: str = 'grid',
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = 'cpu',
-    seed: int = 0,
-) -> OperatorInputs:
-    """What an encoder layer over levels of these (h, w) hands to the operators.
+@dataclass(frozen=True)
+class OperatorShape:
+    """What an encoder layer over the pyramid of an image hands to the operators.
 
     Args:
+        image_size (tuple[int, int]): Height and width in pixels; levels have strides 8 to 64.
+        batch_size (int): Number of images, B.
         num_queries (int, optional): A random choice of so many tokens asks; by default all.
+        num_heads (int): M.
+        head_dim (int): D.
+        num_points (int): Of a head on a level, P.
         locations (str): ``'grid'``: around the query's own place, along the directions of the
             initial offsets, with a pixel of noise, as in a model. ``'uniform'``: anywhere, which
             is the worst case for caches.
         dtype (torch.dtype): Of query, value and weights.
-
-    Returns:
-        OperatorInputs: Leaf tensors that do not require gradients.
-
-    Raises:
-        ValueError: More queries than tokens, or an unknown kind of locations.
+        device (str): Where they are.
     """
-    generator = torch.Generator().manual_seed(seed)
-    shapes = torch.tensor(sizes, dtype=torch.int64)
-    tokens = int(shapes.prod(-1).sum())
-    num_queries = tokens if num_queries is None else num_queries
-    if not 1 <= num_queries <= tokens:
-        raise ValueError(f'queries must be between 1 and {tokens}, all tokens; got {num_queries}')
-    size = (batch_size, num_queries, num_heads, len(sizes), num_points)
-    if locations == 'uniform':
-        points = torch.rand(*size, 2, generator=generator)
-    elif locations == 'grid':
-        chosen = torch.randperm(tokens, generator=generator)[:num_queries].sort().values
-        centres = encoder_reference_points(sizes)[:, chosen, None, :, None]
-        pixels = directional_grid(num_heads, num_points)[:, None]  # (M, 1, P, 2)
-        pixels = pixels + torch.randn(*size, 2, generator=generator)
-        points = centres + pixels / shapes.flip(-1)[:, None]
-    else:
-        raise ValueError(f"locations must be 'grid' or 'uniform'; got {locations!r}")
-    query = torch.randn(batch_size, num_queries, num_heads, head_dim, generator=generator)
-    value = torch.randn(batch_size, tokens, num_heads, head_dim, generator=generator)
-    weights = torch.randn(size, generator=generator).flatten(-2).softmax(-1).reshape(size)
-    return OperatorInputs(
-        query.to(device, dtype),
-        value.to(device, dtype),
-        sizes,
-        shapes.to(device),
-        points.to(device),
-        weights.to(device, dtype),
-    )
+
+    image_size: tuple[int, int] = (800, 1333)
+    batch_size: int = 1
+    num_queries: int | None = None
+    num_heads: int = 8
+    head_dim: int = 32
+    num_points: int = 4
+    locations: str = 'grid'
+    dtype: torch.dtype = torch.float32
+    device: str = 'cpu'
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(h * w for h, w in pyramid_sizes(self.image_size))
+
+    def inputs(self, seed: int = 0) -> OperatorInputs:
+        """Draw the inputs, leaf tensors that do not require gradients.
+
+        Raises:
+            ValueError: More queries than tokens, or an unknown kind of locations.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        sizes, tokens = pyramid_sizes(self.image_size), self.num_tokens
+        queries = self.num_queries or tokens
+        if queries > tokens:
+            raise ValueError(f'queries must be at most {tokens}, all tokens; got {queries}')
+        shapes = torch.tensor(sizes, dtype=torch.int64)
+        size = (self.batch_size, queries, self.num_heads, len(sizes), self.num_points)
+        if self.locations == 'uniform':
+            points = torch.rand(*size, 2, generator=generator)
+        elif self.locations == 'grid':
+            chosen = torch.randperm(tokens, generator=generator)[:queries].sort().values
+            centres = encoder_reference_points(sizes)[:, chosen, None, :, None]
+            pixels = directional_grid(self.num_heads, self.num_points)[:, None]  # (M, 1, P, 2)
+            pixels = pixels + torch.randn(*size, 2, generator=generator)
+            points = centres + pixels / shapes.flip(-1)[:, None]
+        else:
+            raise ValueError(f"locations must be 'grid' or 'uniform'; got {self.locations!r}")
+        heads = (self.num_heads, self.head_dim)
+        query = torch.randn(self.batch_size, queries, *heads, generator=generator)
+        value = torch.randn(self.batch_size, tokens, *heads, generator=generator)
+        weights = torch.randn(size, generator=generator).flatten(-2).softmax(-1).reshape(size)
+        query, value, weights = (t.to(self.device, self.dtype) for t in (query, value, weights))
+        shapes, points = shapes.to(self.device), points.to(self.device)
+        return OperatorInputs(query, value, sizes, shapes, points, weights)
 
 
 def encoder_inputs(

@@ -155,4 +155,4 @@ def png_and_page(figure: Figure, caption: str, dpi: int = 110) -> tuple[bytes, s
     target = io.BytesIO()
     figure.savefig(target, format='png', dpi=dpi)
     encoded = base64.b64encode(target.getvalue()).decode()
-    return target.getvalue(), render('picture.html', caption=caption, data=encoded)
+    return target.getvalue(), render(title=caption, picture=encoded)

@@ -1,12 +1,12 @@
-"""Where time goes: by stage of a detector, and by kind of operator."""
+"""Where time goes: by stage of a detector, and by kind of operator of an encoder."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import profile, record_function
 
 from .complexity import STAGES, is_deform_attn, stage_of
+from .report import Table, giga, milliseconds
 from .timing import Call, Setting, measure
 
 os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler would report that it runs
@@ -26,11 +27,24 @@ _KIND_OF = {
         ('aten::linear', 'aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm'), 'matrix products'
     ),
     'aten::grid_sampler': 'sampling',
-    'mmlite::deform_attn': 'sampling',
     _REST_OF_ATTENTION: _REST_OF_ATTENTION,
     **dict.fromkeys(('aten::layer_norm', 'aten::native_layer_norm'), 'LayerNorm'),
 }
 KINDS = (*dict.fromkeys(_KIND_OF.values()), 'rest')
+
+
+def _kind(event) -> str | None:
+    return 'sampling' if event.name.startswith('mmlite::') else _KIND_OF.get(event.name)
+
+
+@contextmanager
+def _hooks(modules: Iterable[nn.Module], enter: Callable, leave: Callable):
+    """Call ``enter(module)`` before and ``leave(module)`` after each of the modules runs."""
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_pre_hook(lambda m, args: enter(m)))
+            hooks.enter_context(module.register_forward_hook(lambda m, args, out: leave(m)))
+        yield
 
 
 def profile_stages(
@@ -64,19 +78,16 @@ def profile_stages(
             seconds[running[-1]] += now - last
             last = now
 
-    def enter(module: nn.Module, args: tuple) -> None:
+    def enter(module: nn.Module) -> None:
         switch(spans[module])
         running.append(spans[module])
 
-    def leave(module: nn.Module, args: tuple, output: object) -> None:
+    def leave(module: nn.Module) -> None:
         switch(running[-2])
         running.pop()
 
     runs = []
-    with ExitStack() as hooks:
-        for module in spans:
-            hooks.callback(module.register_forward_pre_hook(enter).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
+    with _hooks(spans, enter, leave):
         for index in range(repeats + 1):  # one of warm-up
             seconds = dict.fromkeys([*STAGES, *spans.values()], 0.0)
             last = time.perf_counter()
@@ -96,20 +107,20 @@ def profile_kinds(
         tuple[dict[str, float], int]: Seconds of each of :data:`KINDS`, the median of ``repeats``
         runs by torch's profiler, and the FLOPs of the matrix products.
     """
+    clocks = ['cpu']
+    if torch.device(device).type == 'cuda':
+        clocks = ['device', 'cuda']  # the second before torch 2.4
     ranges: list[record_function] = []
 
-    def enter(module: nn.Module, args: tuple) -> None:
+    def enter(module: nn.Module) -> None:
         ranges.append(record_function(_REST_OF_ATTENTION))
         ranges[-1].__enter__()
 
-    def leave(module: nn.Module, args: tuple, output: object) -> None:
+    def leave(module: nn.Module) -> None:
         ranges.pop().__exit__(None, None, None)
 
     runs = []
-    with ExitStack() as hooks:
-        for module in filter(is_deform_attn, encoder.modules()):
-            hooks.callback(module.register_forward_pre_hook(enter).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
+    with _hooks(filter(is_deform_attn, encoder.modules()), enter, leave):
         call(0)
         for index in range(repeats):
             with profile(with_flops=True) as run:
@@ -119,20 +130,14 @@ def profile_kinds(
             runs.append(dict.fromkeys(KINDS, 0.0))
             for event in events:
                 around = event
-                while around is not None and around.name not in _KIND_OF:
+                while around is not None and _kind(around) is None:
                     around = around.cpu_parent
-                runs[-1][_KIND_OF[around.name] if around else 'rest'] += _seconds(event, device)
-    products = [e for e in events if _KIND_OF.get(e.name) == 'matrix products']
+                kind = _kind(around) if around else 'rest'
+                own = (getattr(event, f'self_{clock}_time_total', None) for clock in clocks)
+                runs[-1][kind] += next(time for time in own if time is not None) / 1e6
+    products = [e for e in events if _kind(e) == 'matrix products']
     # torch counts a multiply-add as two.
     return _medians(runs), sum(event.flops or 0 for event in products) // 2
-
-
-def _seconds(event, device: str) -> float:
-    """What an event spent itself, the events inside it apart."""
-    clock = 'cpu'
-    if torch.device(device).type == 'cuda':
-        clock = 'device' if hasattr(event, 'device_time_total') else 'cuda'  # before torch 2.4
-    return getattr(event, f'self_{clock}_time_total') / 1e6
 
 
 def _medians(runs: list[Mapping[str, float]]) -> dict[str, float]:
@@ -145,3 +150,30 @@ def matmul_peak(device: str = 'cpu', dtype: torch.dtype = torch.float32) -> floa
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     timing = measure({'product': lambda index: a @ b}, Setting(device=device))['product']
     return size**3 / min(timing.seconds)
+
+
+def profile_table(
+    calls: Mapping[str, tuple[nn.Module, Call]], setting: Setting
+) -> tuple[Table, dict]:
+    """Where the time of encoders goes, and how near matrix products are to their own peak.
+
+    Args:
+        calls (Mapping[str, tuple[nn.Module, Call]]): Name -> an encoder and what runs it.
+        setting (Setting): What it runs on.
+
+    Returns:
+        tuple[Table, dict]: A row an encoder, and the same figures for programs.
+    """
+    peak = matmul_peak(setting.device, getattr(torch, setting.dtype))
+    rows, profiles = [], {}
+    for name, (encoder, call) in calls.items():
+        repeats = (setting.rounds + 1) // 2
+        seconds, flops = profile_kinds(encoder, call, repeats, setting.device)
+        profiles[name] = {'seconds': seconds, 'matmul_flops': flops}
+        total, rate = sum(seconds.values()), flops / seconds['matrix products']
+        parts = {kind: f'{milliseconds(s)} ({s / total:.0%})' for kind, s in seconds.items()}
+        reach = f'{giga(rate)} GFLOP/s ({rate / peak:.0%})'
+        sums = {'sum': milliseconds(total), 'matrix products reach': reach}
+        rows.append({'encoder': name, **parts, **sums})
+    title = f'Inference, ms by kind of operator (a large matrix product: {giga(peak)} GFLOP/s)'
+    return Table(title, rows), {'profile': profiles, 'matmul_peak': peak}

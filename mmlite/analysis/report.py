@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .timing import Timing
 
-Columns = Mapping[str, Callable[[Any], object]]
 # Readable for the colour-blind (Okabe and Ito's palette).
 COLORS = ('#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#009e73', '#999999')
 BASELINE, VARIANT = '#444444', '#d55e00'
@@ -18,38 +16,51 @@ BASELINE, VARIANT = '#444444', '#d55e00'
 
 @dataclass
 class Table:
-    """A table of texts, whose first column names the row."""
+    """A table, whose first column names the row."""
 
     title: str
-    columns: Sequence[str]
-    rows: list[Sequence[str]] = field(default_factory=list)
+    cells: Sequence[Mapping[str, object]]  # of each row: head of the column -> cell
 
-    @classmethod
-    def of(cls, title: str, items: Iterable, columns: Columns) -> Table:
-        """A row for each item; each column has a head and a function that gives an item's cell."""
-        rows = [[str(cell(item)) for cell in columns.values()] for item in items]
-        return cls(title, list(columns), rows)
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(head for row in self.cells for head in row))
+
+    @property
+    def rows(self) -> list[list[str]]:
+        """The cells as texts; a dash where a row has none."""
+        return [[str(row.get(head, '-')) for head in self.columns] for row in self.cells]
 
     def markdown(self) -> str:
         """The table in GitHub's Markdown, its title as a bold line above."""
         lines = [self.columns, ['---', *['---:'] * (len(self.columns) - 1)], *self.rows]
-        body = '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+        body = '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
         return f'**{self.title}**\n\n{body}\n'
 
 
 @dataclass
 class Report:
-    """What a benchmark found."""
+    """What a benchmark found.
 
-    settings: dict  # what was run, for programs
-    results: Sequence  # every measurement, for programs: dictionaries or dataclasses
-    tables: list[Table]  # the same for people
-    notes: list[str] = field(default_factory=list)  # sentences for below the tables
-    further: dict = field(default_factory=dict)  # what else programs get
-    page: dict | None = None  # what the page shows beside the tables
-    template: str | Path = 'compare.html'  # of the page; a path for one from elsewhere
-    machine: dict[str, str] = field(default_factory=dict)  # what it ran on
-    command: str = ''  # what repeats it
+    Attributes:
+        settings (dict): What was run, for programs.
+        results (Sequence): Every measurement, for programs: dictionaries or dataclasses.
+        tables (list[Table]): The same for people.
+        notes (list[str]): Sentences for below the tables.
+        further (dict): What else programs get.
+        page (dict, optional): What :meth:`html` shows beside the tables: ``title``, ``intro``,
+            ``headline`` (cards), ``figures`` (caption, SVG) and ``how`` it was measured.
+        machine (dict[str, str]): What it ran on.
+        command (str): What repeats it.
+    """
+
+    settings: dict
+    results: Sequence
+    tables: list[Table]
+    notes: list[str] = field(default_factory=list)
+    further: dict = field(default_factory=dict)
+    page: dict | None = None
+    machine: dict[str, str] = field(default_factory=dict)
+    command: str = ''
 
     @property
     def machine_line(self) -> str:
@@ -65,17 +76,16 @@ class Report:
 
     def html(self) -> str:
         """A page that stands alone: no network, no scripts, readable on a phone."""
-        return render(self.template, report=self, **self.page)
+        return render(report=self, **self.page)
 
 
-def render(template: str | Path, **content: object) -> str:
-    """Fill in one of the pages in ``templates/``, or a page of one's own that extends them."""
+def render(**content: object) -> str:
+    """Fill in ``templates/page.html``."""
     import jinja2
 
-    folders = [Path(__file__).with_name('templates'), Path(template).parent]
-    loader = jinja2.FileSystemLoader(folders)
+    loader = jinja2.PackageLoader('mmlite.analysis', 'templates')
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return pages.get_template(Path(template).name).render(content)
+    return pages.get_template('page.html').render(content)
 
 
 def plot(draw: Callable[..., None], *arguments) -> str:
@@ -101,34 +111,26 @@ def scatter(
     axes: Any, points: list[tuple[str, float, float, dict]], x_label: str, y_label: str
 ) -> None:
     """Points with names, from the lowest up, each high enough to clear the one below it."""
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set(xlabel=x_label, ylabel=y_label)
     for _, x, y, style in points:
         axes.plot(x, y, **style)
     axes.set_xlim(0, 1.4 * axes.get_xlim()[1])
     (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.set_autoscale_on(False)
+    line = {'arrowstyle': '-', 'lw': 0.4, 'color': '#999999', 'shrinkA': 0}
+    look = {'textcoords': ('data', 'axes fraction'), 'fontsize': 7, 'va': 'center'}
     below = -1.0
     for name, x, y, _ in sorted(points, key=lambda point: point[2]):
         if name:
             below = max((y - bottom) / (top - bottom), below + 0.055)
-            axes.annotate(
-                name,
-                (x, y),
-                xytext=(x + 0.03 * right, below),
-                textcoords=('data', 'axes fraction'),
-                fontsize=7,
-                va='center',
-                arrowprops={'arrowstyle': '-', 'lw': 0.4, 'color': '#999999', 'shrinkA': 0},
-            )
+            place = (x + 0.03 * right, below)
+            axes.annotate(name, (x, y), xytext=place, arrowprops=line, **look)
 
 
-def timing_columns(timing: Callable[[Any], Timing]) -> Columns:
-    """Median, mean and 95th percentile in ms of what ``timing`` takes from an item."""
-    return {
-        f'{name} ms': lambda item, name=name: milliseconds(getattr(timing(item), name))
-        for name in ('median', 'mean', 'p95')
-    }
+def times(timing: Timing) -> dict[str, str]:
+    """The cells of a timing: median, mean and 95th percentile in ms."""
+    names = ('median', 'mean', 'p95')
+    return {f'{name} ms': milliseconds(getattr(timing, name)) for name in names}
 
 
 def milliseconds(seconds: float) -> str:

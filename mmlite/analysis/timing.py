@@ -1,9 +1,7 @@
 """Fair measurements: contestants take turns, so that drift of the machine falls on all alike.
 
-A machine warms up, throttles and gets visitors. Timing one contestant after the other books all
-of that to whoever runs at the wrong moment. Here round 1 runs A B C, round 2 C B A, and so on.
-Over each such pair of rounds a steady drift cancels; ratios are formed pair by pair before their
-median is taken.
+Round 1 runs A B C, round 2 runs C B A, and so on. Over each such pair of rounds a steady drift
+cancels; ratios are formed pair by pair before their median is taken.
 """
 
 from __future__ import annotations
@@ -80,11 +78,8 @@ class Setting:
 
     def autocast(self) -> torch.autocast:
         """What to run a model in."""
-        return torch.autocast(
-            torch.device(self.device).type,
-            dtype=getattr(torch, self.dtype),
-            enabled=self.dtype != 'float32',
-        )
+        kind, dtype = torch.device(self.device).type, getattr(torch, self.dtype)
+        return torch.autocast(kind, dtype, enabled=self.dtype != 'float32')
 
 
 def measure(
@@ -102,8 +97,7 @@ def measure(
             taken between events on the current stream; on the CPU from the wall clock.
         start (Start): Shows progress, with ``text`` beside the bar.
         text (str): What is measured.
-        min_seconds (float): Quick calls are repeated within one measurement until it takes about
-            this long.
+        min_seconds (float): Quick calls are repeated until a measurement takes about this long.
 
     Returns:
         dict[Hashable, Timing]: Seconds of one call, by name.
@@ -161,19 +155,16 @@ def peak_memory(call: Call, device: torch.device | str = 'cpu') -> int | None:
     """Bytes that ``call(0)`` needs at its peak beyond what was in use, its result included.
 
     On CUDA this is what torch's allocator hands out. On the CPU it is the high-water mark of the
-    process, which also sees the scratch memory of kernels. It is exact to about 1 MiB, as pages
-    that the system had taken away come back; what was allocated but never touched does not count.
-
-    Run it before, too: what a first call sets up for good would count. None on a CPU whose
-    operating system does not tell (other than Linux).
+    process, exact to about 1 MiB, which also sees the scratch memory of kernels; None on an
+    operating system that does not tell (other than Linux). Run the call before, too: what a first
+    call sets up for good would count.
     """
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        result = call(0)
+        call(0)
         torch.cuda.synchronize(device)
-        del result
         return torch.cuda.max_memory_allocated(device) - before
     try:
         # Give back what the allocator holds in reserve; the call would otherwise use it unseen.
@@ -182,15 +173,13 @@ def peak_memory(call: Call, device: torch.device | str = 'cpu') -> int | None:
         Path('/proc/self/clear_refs').write_text('5')  # sets the high-water mark back to now
     except (OSError, AttributeError):
         return None
-    result = call(0)
-    peak = _process_memory('VmHWM')
-    del result
-    return max(0, peak - before)
+    call(0)
+    return max(0, _process_memory('VmHWM') - before)
 
 
-def _process_memory(field: str) -> int:
+def _process_memory(name: str) -> int:
     status = Path('/proc/self/status').read_text()
-    return 1024 * int(re.search(rf'^{field}:\s*(\d+) kB', status, re.MULTILINE)[1])
+    return 1024 * int(re.search(rf'^{name}:\s*(\d+) kB', status, re.MULTILINE)[1])
 
 
 @contextmanager

@@ -40,15 +40,12 @@ def benchmark() -> None:
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the table
 
 
-def kind(several_batch_sizes: bool = False, dtype_help: str = 'Other than float32: autocast.'):
+def kind(several_batch_sizes: bool = False):
     """Make a subcommand of a function that returns a report.
 
     The function is called with its own options and with ``image_size``, ``batch_size``, ``dtype``,
-    ``device``, ``rounds``, ``warmup`` and ``start``, the progress bar.
-
-    Args:
-        several_batch_sizes (bool): Whether ``--batch-size`` may be given more than once.
-        dtype_help (str): Help of ``--dtype``.
+    ``device``, ``rounds``, ``warmup`` and ``start``, the progress bar. With ``several_batch_sizes``
+    ``--batch-size`` may be given more than once.
     """
     batch_size = {'default': 1}
     if several_batch_sizes:
@@ -57,9 +54,9 @@ def kind(several_batch_sizes: bool = False, dtype_help: str = 'Other than float3
     options = (
         shared.image_size_option(),
         count_option('--batch-size', **batch_size),
-        option('--dtype', type=dtypes, default='float32', help=dtype_help),
+        option('--dtype', type=dtypes, default='float32', help='Of operators, or autocast.'),
         device_option,
-        count_option('--threads', help='CPU threads. Default: all cores.'),
+        shared.threads_option,
         count_option('--rounds', default=10, help='Measurements of each contestant.'),
         count_option('--warmup', default=2),
         json_option,
@@ -77,11 +74,12 @@ def kind(several_batch_sizes: bool = False, dtype_help: str = 'Other than float3
                 report = function(device=device, start=start, **own)
             report.machine = machine
             report.command = shlex.join(['mmlite', *sys.argv[1:]])
-            shared.console().print(report.machine_line)
+            console = shared.console()
+            console.print(report.machine_line)
             for table in report.tables:
                 shared.print_table(table.title, table.columns, table.rows, justify='right')
             for note in report.notes:
-                shared.console().print(note)
+                console.print(note)
             shared.write_json(json_path, report.as_json())
             if markdown_path:
                 markdown_path.write_text(report.markdown())
@@ -104,7 +102,7 @@ def several(name: str, choices: str, help: str) -> Callable:
     return option(name, destination, type=choice, multiple=True, default=words[:1], help=help)
 
 
-@kind(dtype_help='Of features and weights.')
+@kind()
 @count_option('--queries', 'num_queries', help='Number of queries. Default: all tokens.')
 @count_option('--heads', 'num_heads', default=8)
 @count_option('--head-dim', default=32)
@@ -120,9 +118,8 @@ def several(name: str, choices: str, help: str) -> Callable:
 def ops(*, dtype, forward_only, scaling, rounds, warmup, start, **shape):
     """Measure every backend of the operators against plain PyTorch and mmcv's operator.
 
-    So are deformops and Hugging Face's kernel, where they are installed. Ratios are medians over
-    pairs of rounds, with their quartiles. Memory is the peak beyond the inputs. Bandwidth counts
-    every input once and the output once.
+    Ratios are medians over pairs of rounds, with their quartiles. Memory is the peak beyond the
+    inputs. Bandwidth counts every input once and the output once.
 
     \b
     Example:
@@ -132,9 +129,10 @@ def ops(*, dtype, forward_only, scaling, rounds, warmup, start, **shape):
     """
     import torch
 
-    from ..analysis.operators import PASSES, Shape, report
+    from ..analysis.inputs import OperatorShape
+    from ..analysis.operators import PASSES, report
 
-    shape = Shape(dtype=getattr(torch, dtype), **shape)
+    shape = OperatorShape(dtype=getattr(torch, dtype), **shape)
     return report(shape, PASSES[: 1 if forward_only else 2], rounds, warmup, scaling, start)
 
 
@@ -164,11 +162,11 @@ def encoder(*, schedules, modes, ffn, batch_size, train, profile, start, **setti
       mmlite benchmark encoder --train --profile --json encoder.json
       mmlite benchmark encoder --schedule 'H2L2-(2+1)x3' --schedule 'H3L1-(6+1)x1' --ffn 1024
     """
-    from ..analysis.encoders import report
+    from ..analysis.comparison import compare_encoders
     from ..analysis.timing import Setting
 
     setting = Setting(batch_sizes=(batch_size,), training=train, **setting)
-    return report(setting, schedules, ffn, profile, start, modes)
+    return compare_encoders(setting, schedules, ffn, modes, profile, start)
 
 
 @kind(several_batch_sizes=True)
@@ -194,8 +192,11 @@ def encoder(*, schedules, modes, ffn, batch_size, train, profile, start, **setti
 @flag('--count-only', help='Count parameters and FLOPs, time nothing.')
 @path_option('--annotations', help='COCO annotations: measure AP of configs with a checkpoint.')
 @path_option('--images', help='Folder of their images.')
+@shared.cfg_options
 @file_option('--html', 'html_path', help='Write a page with plots here.')
-def compare(*, batch_size, rounds, train, count_only, annotations, images, html_path, **own):
+def compare(
+    *, batch_size, rounds, train, count_only, annotations, images, cfg_options, html_path, **own
+):
     """Compare models with the first one: FLOPs, parameters, time, memory, accuracy.
 
     A config is a path, mmdet::folder/config.py or mmlite::folder/config.py; a checkpoint may
@@ -216,7 +217,7 @@ def compare(*, batch_size, rounds, train, count_only, annotations, images, html_
       mmlite benchmark compare --framework transformers mask2former
     """
     from ..analysis.accuracy import Dataset
-    from ..analysis.compare_report import report
+    from ..analysis.comparison import compare_models
     from ..analysis.timing import Setting
 
     if (annotations is None) != (images is None):
@@ -229,4 +230,6 @@ def compare(*, batch_size, rounds, train, count_only, annotations, images, html_
         training=train,
         **{name: own.pop(name) for name in names},
     )
-    return report(setting=setting, dataset=dataset, with_page=bool(html_path), **own)
+    return compare_models(
+        setting=setting, dataset=dataset, changes=cfg_options, with_page=bool(html_path), **own
+    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial, wraps
 from pathlib import Path
 
 import click
@@ -13,15 +13,17 @@ from .shared import (
     HELP,
     PATH,
     Point,
+    annotations_option,
+    cfg_options,
     check_device,
     count_option,
     device_option,
-    file_option,
     image_files,
     json_option,
     option,
-    path_option,
+    out_option,
     progress,
+    read_config,
     read_image,
     write_json,
 )
@@ -31,29 +33,41 @@ from .shared import (
 def visualize() -> None:
     """Draw sampling points, detections, and how attention is spread over the levels.
 
-    A CONFIG is a path, mmdet::folder/config.py or mmlite::folder/config.py; its checkpoint follows
-    after a comma. Every command writes a PNG and a page beside it.
+    A CONFIG is a path, mmdet::folder/config.py or mmlite::folder/config.py. Without a checkpoint
+    the weights are random. Every command writes a PNG and a page beside it.
 
     \b
     Example:
-      mmlite visualize attention lite.py,lite.pth --against stock.py,stock.pth photo.jpg
-      mmlite visualize detections lite.py,lite.pth photo.jpg --annotations val.json
-      mmlite visualize levels lite.py,lite.pth val/
+      mmlite visualize attention lite.py lite.pth photo.jpg --against stock.py,stock.pth
+      mmlite visualize detections lite.py lite.pth photo.jpg --annotations val.json
+      mmlite visualize levels lite.py lite.pth val/
     """
     warnings.filterwarnings('ignore')  # those of the stack about itself
 
 
 def command(function: Callable) -> click.Command:
-    """A subcommand that draws CONFIG, and others for comparison, on a device."""
-    out_help = f'PNG file to write; the page gets the same name. Default: {function.__name__}.png.'
+    """A subcommand that draws a detector, and others for comparison, on a device.
+
+    The function gets ``detectors``, what iterates over their models, names and ways to run.
+    """
+
+    @wraps(function)
+    def run(model: tuple[str, ...], against: tuple[str, ...], cfg_options, device, **own) -> None:
+        if len(model) > 2:
+            raise ValueError('give one CONFIG and at most one CHECKPOINT')
+        references = [','.join(model), *against]
+        function(detectors=partial(_detectors, references, cfg_options, device), **own)
+
+    help = 'PNG file to write; the page gets the same name.'
     for add in (
-        file_option('-o', '--out', default=f'{function.__name__}.png', help=out_help),
+        click.argument('model', nargs=-1, required=True, metavar='CONFIG [CHECKPOINT]'),
+        option('--against', multiple=True, metavar='CONFIG[,CHECKPOINT]', help='Another detector.'),
+        cfg_options,
         device_option,
-        option('--against', multiple=True, metavar='CONFIG', help='A detector to draw, too.'),
-        click.argument('config'),
-    ):
-        function = add(function)
-    return visualize.command()(function)
+        out_option(help, '.png', default=f'{function.__name__}.png'),
+    )[::-1]:
+        run = add(run)
+    return visualize.command()(run)
 
 
 @command
@@ -62,16 +76,16 @@ def command(function: Callable) -> click.Command:
 @click.option('--object', 'rank', type=click.IntRange(0), help='Query: a detection, 0 the surest.')
 @option('--layer', type=int, default=-1, help='Negative from the last.')
 @click.option('--level', type=int, help='Of the token at the point, 0 the largest map.')
-def attention(config, image, against, point, rank, layer, level, device, out) -> None:
+def attention(detectors, image, point, rank, layer, level, out) -> None:
     """Draw where a query samples on every level, coloured by attention weight.
 
     The query is the encoder's token at a point, or the decoder's query of a detected object.
 
     \b
     Example:
-      mmlite visualize attention lite.py,lite.pth photo.jpg --against stock.py,stock.pth
-      mmlite visualize attention lite.py,lite.pth photo.jpg --point 320,240 --layer 1
-      mmlite visualize attention lite.py,lite.pth photo.jpg --object 0
+      mmlite visualize attention lite.py lite.pth photo.jpg --against stock.py,stock.pth
+      mmlite visualize attention lite.py lite.pth photo.jpg --point 320,240 --layer 1
+      mmlite visualize attention lite.py lite.pth photo.jpg --object 0
     """
     from ..analysis.attention import attention_at_point, attention_of_object
     from ..analysis.pictures import draw_attention
@@ -81,7 +95,7 @@ def attention(config, image, against, point, rank, layer, level, device, out) ->
     pixels = _read(image)
     point = point or (pixels.shape[1] / 2, pixels.shape[0] / 2)
     seen = []
-    for model, name, run in _detectors((config, *against), device):
+    for model, name, run in detectors():
         options = {'name': name, 'layer': layer}
         if rank is None:
             one = attention_at_point(model, run(image), point, level=level, **options)
@@ -94,15 +108,15 @@ def attention(config, image, against, point, rank, layer, level, device, out) ->
 
 @command
 @click.argument('image', type=PATH)
-@path_option('--annotations', help='COCO annotations, to draw what is there, too.')
+@annotations_option(help='COCO annotations, to draw what is there, too.')
 @option('--score', type=click.FloatRange(0, 1), default=0.3)
-def detections(config, image, against, annotations, score, device, out) -> None:
+def detections(detectors, image, annotations, score, out) -> None:
     """Draw what is detected, beside the ground truth.
 
     \b
     Example:
-      mmlite visualize detections lite.py,lite.pth photo.jpg
-      mmlite visualize detections lite.py,lite.pth val/1.jpg --annotations val.json --score 0.5
+      mmlite visualize detections lite.py lite.pth photo.jpg
+      mmlite visualize detections lite.py lite.pth val/1.jpg --annotations val.json --score 0.5
     """
     from ..analysis.accuracy import Dataset
     from ..analysis.pictures import draw_boxes, draw_panels
@@ -112,7 +126,7 @@ def detections(config, image, against, annotations, score, device, out) -> None:
     if annotations is not None:
         truth = Dataset(annotations, image.parent).objects(image.name)
         panels.append(('ground truth', draw_boxes(pixels, *truth)))
-    for model, name, run in _detectors((config, *against), device):
+    for model, name, run in detectors():
         found = run(image)().pred_instances
         found = found[found.scores >= score]
         drawn = draw_boxes(pixels, found, model.dataset_meta['classes'])
@@ -124,7 +138,7 @@ def detections(config, image, against, annotations, score, device, out) -> None:
 @click.argument('images', type=PATH)
 @count_option('--max-images', default=50)
 @json_option
-def levels(config, images, against, max_images, json_path, device, out) -> None:
+def levels(detectors, images, max_images, json_path, out) -> None:
     """Draw how the encoder's attention is spread over low and high levels, over a data set.
 
     IMAGES is a folder. Rows are the levels of the queries, columns those of the sampled points;
@@ -132,8 +146,8 @@ def levels(config, images, against, max_images, json_path, device, out) -> None:
 
     \b
     Example:
-      mmlite visualize levels lite.py,lite.pth val/ --against stock.py,stock.pth
-      mmlite visualize levels lite.py,lite.pth val/ --max-images 200 --json levels.json
+      mmlite visualize levels lite.py lite.pth val/ --against stock.py,stock.pth
+      mmlite visualize levels lite.py lite.pth val/ --max-images 200 --json levels.json
     """
     import torch
 
@@ -145,9 +159,8 @@ def levels(config, images, against, max_images, json_path, device, out) -> None:
     paths = image_files([images])[:max_images]
     masses = {}
     with progress() as start:
-        for model, name, run in _detectors((config, *against), device):
-            step = start(name, len(paths))
-            seen = []
+        for model, name, run in detectors():
+            step, seen = start(name, len(paths)), []
             for path in paths:
                 seen.append(level_masses(model, run(path)))
                 step()
@@ -161,19 +174,19 @@ def levels(config, images, against, max_images, json_path, device, out) -> None:
     write_json(json_path, {'images': len(paths), 'masses': plain})
 
 
-def _detectors(references: tuple[str, ...], device: str) -> Iterator[tuple]:
+def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterator[tuple]:
     """Model, name, and what makes a function that runs it on an image, of each detector."""
     from mmdet.apis import inference_detector
 
     from ..analysis.attention import deformable_attentions
     from ..analysis.complexity import find_encoder
-    from ..openmmlab.build import DetectorSpec, build_detector, load_config
+    from ..openmmlab.build import DetectorSpec, build_detector
     from ..openmmlab.families import reads_text
 
     check_device(device)
     for reference in references:
         spec = DetectorSpec.parse(reference)
-        model = build_detector(load_config(spec.config), spec.checkpoint, device)
+        model = build_detector(read_config(spec.config, changes), spec.checkpoint, device)
         encoder = find_encoder(model)
         if not any(name.startswith(f'{encoder}.') for name in deformable_attentions(model)):
             raise ValueError(
@@ -195,7 +208,6 @@ def _read(image: Path):
 def _write(figure, caption: str, path: Path) -> None:
     from ..analysis.pictures import png_and_page
 
-    path = path if path.suffix else path.with_suffix('.png')
     picture, page = png_and_page(figure, caption)
     path.write_bytes(picture)
     path.with_suffix('.html').write_text(page)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmlite.analysis.inputs import encoder_inputs, image_batch, operator_inputs, pyramid_sizes
+from mmlite.analysis.inputs import OperatorShape, encoder_inputs, image_batch, pyramid_sizes
 
 
 def test_levels_of_the_paper():
@@ -14,20 +14,17 @@ def test_levels_of_the_paper():
 @pytest.mark.parametrize('locations', ['grid', 'uniform'])
 @pytest.mark.parametrize('queries', [None, 7])
 def test_operator_inputs(locations, queries):
-    sizes = [(6, 9), (3, 5)]
-    x = operator_inputs(
-        sizes, batch_size=2, num_queries=queries, num_heads=4, head_dim=8, locations=locations
-    )
-    count = queries or 69
+    shape = OperatorShape((48, 72), 2, queries, num_heads=4, head_dim=8, locations=locations)
+    x, count = shape.inputs(), queries or shape.num_tokens
+    assert shape.num_tokens == 6 * 9 + 3 * 5 + 2 * 3 + 1 * 2
     assert x.query.shape == (2, count, 4, 8)
-    assert x.value.shape == (2, 69, 4, 8)
-    assert x.sampling_locations.shape == (2, count, 4, 2, 4, 2)
+    assert x.value.shape == (2, 77, 4, 8)
+    assert x.sampling_locations.shape == (2, count, 4, 4, 4, 2)
     torch.testing.assert_close(x.attention_weights.flatten(-2).sum(-1), torch.ones(2, count, 4))
 
 
 def test_grid_locations_surround_their_query():
-    sizes = [(40, 60), (20, 30)]
-    x = operator_inputs(sizes, num_heads=8)
+    x = OperatorShape((320, 480)).inputs()
     y, x_ = torch.meshgrid(torch.arange(40), torch.arange(60), indexing='ij')
     centres = torch.stack([(x_ + 0.5) / 60, (y + 0.5) / 40], -1).flatten(0, 1)
     offsets = x.sampling_locations[0, :2400, :, 0] - centres[:, None, None]
@@ -38,10 +35,10 @@ def test_grid_locations_surround_their_query():
 
 
 def test_bad_operator_inputs():
-    with pytest.raises(ValueError, match='between 1 and 69'):
-        operator_inputs([(6, 9), (3, 5)], num_queries=70)
+    with pytest.raises(ValueError, match='at most 77'):
+        OperatorShape((48, 72), num_queries=78).inputs()
     with pytest.raises(ValueError, match="'grid' or 'uniform'"):
-        operator_inputs([(6, 9)], locations='middle')
+        OperatorShape((48, 72), locations='middle').inputs()
 
 
 def test_encoder_inputs():

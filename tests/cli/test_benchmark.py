@@ -40,16 +40,20 @@ def test_encoder(tmp_path):
     )
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
-    names = [r['name'] for r in report['results'] if r['direction'] == 'inference']
+    names = [r['name'] for r in report['results']]
     assert names == [
         'stock (mmcv)',
         'stock (ms_deform_attn)',
         'Lite H3L1-(2+1)x3',
         'Lite H3L1-(2+1)x3, no KDA',
     ]
-    flops = {r['name']: r['flops'] for r in report['results']}
+    flops = {r['name']: r['complexity']['flops'] for r in report['results']}
     assert flops['stock (mmcv)'] == flops['stock (ms_deform_attn)']
     assert flops['Lite H3L1-(2+1)x3'] < flops['stock (mmcv)']
+    for result in report['results']:
+        assert result['complexity']['stage_flops']['encoder'] == result['complexity']['flops']
+        assert sum(result['complexity']['encoder_layer_flops']) == result['complexity']['flops']
+        assert len(result['latency']['1']['seconds']) == len(result['training']['seconds']) == 2
     assert set(report['profile']) == set(names)
     assert report['matmul_peak'] > 0
 
@@ -110,7 +114,7 @@ def test_without_our_kernels(monkeypatch):
     ('arguments', 'message'),
     [
         (('ops', '--image-size', '0', '48'), '0 is not in the range'),
-        (('ops', '--image-size', '32x48', '--queries', '999'), 'queries must be between'),
+        (('ops', '--image-size', '32x48', '--queries', '999'), 'queries must be at most'),
         (('ops', '--device', 'cuda:99'), "device 'cuda:99' cannot be used here"),
         ((*TRANSFORMERS, 'nobody'), "there is no model 'nobody'; choose among deformable-detr"),
         (('encoder', '--schedule', 'H9'), "schedule 'H9' is not of the form"),
@@ -174,19 +178,15 @@ def test_runtimes(tmp_path, monkeypatch):
             assert len(encoders[f'{model}, onnxruntime, {form}']['encoder']['seconds']) == 2
     assert not encoders['stock']['latency']  # the part alone
 
-    # Whole detectors are exported likewise; one of them is enough.
-    everyone = exported._contestants
-    monkeypatch.setattr(
-        exported,
-        '_contestants',
-        lambda *arguments: [
-            who for who in everyone(*arguments) if (who.name, who.form) == ('lite', 'our operator')
-        ],
-    )
+    # Whole detectors are exported likewise; one form is enough.
+    monkeypatch.setattr(exported, 'FORMS', ('our operator',))
     modes = ('--mode', 'eager', '--mode', 'optimized')
     detectors = measured('detector', '--runtime', 'openvino', *modes)
-    lites = ('lite', 'lite, optimized', 'lite, openvino, our operator')
-    assert list(detectors) == ['stock', 'stock, optimized', *lites]
+    models = ('stock', 'lite')
+    assert list(detectors) == [
+        *(f'{model}{mode}' for model in models for mode in ('', ', optimized')),
+        *(f'{model}, openvino, our operator' for model in models),
+    ]
     for result in detectors.values():
         assert all(result['stages'][stage] > 0 for stage in ('backbone', 'encoder', 'decoder'))
         assert len(result['latency']['1']['seconds']) == 2

@@ -129,6 +129,19 @@ def test_levels(folder, tmp_path):
             ['attention', 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', 'IMAGE'],
             'has no encoder with deformable attention',
         ),
+        (['attention', 'lite.py', 'no.pth', 'IMAGE'], 'no.pth does not exist'),
+        (['attention', 'lite.py', 'a.pth', 'b.pth', 'IMAGE'], 'at most one CHECKPOINT'),
+        (
+            [
+                'attention',
+                'lite.py',
+                'IMAGE',
+                '--cfg-options',
+                'model.test_cfg.max_per_img=5',
+                '--object=9',
+            ],
+            'object must be between 0 and 4',
+        ),
     ],
 )
 def test_bad_input(folder, image, monkeypatch, arguments, message):

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..models import EncoderLayerParts, changing, stock_layers
@@ -140,6 +142,7 @@ class _Encoder(InterleavedEncoder):
     """
 
     smallest_first = False  # the order of the maps in the family's pyramid
+    gradient_checkpointing = False  # transformers sets it in all modules that have it
 
     def __init__(
         self,
@@ -162,6 +165,15 @@ class _Encoder(InterleavedEncoder):
         self.to(parts[0].attention.value_proj.weight)
         self.schedule_code = self.schedule_code.long()  # .to() casts it, too
         self.train(stock.training)
+        if getattr(stock.layers[0], 'gradient_checkpointing', False):
+            self.gradient_checkpointing = True
+            self._gradient_checkpointing_func = stock.layers[0]._gradient_checkpointing_func
+
+    def run(self, index: int, module: Callable, *arguments: Any) -> Any:
+        """As ``num_cp`` says, and all layers after ``gradient_checkpointing_enable``."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(module, *arguments)
+        return super().run(index, module, *arguments)
 
 
 class DeformableDetrLiteEncoder(_Encoder):

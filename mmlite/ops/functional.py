@@ -260,7 +260,7 @@ def _attend(
 def _is_fused(value: Tensor, levels: int) -> bool:
     """Whether a fused backend takes the call: the one that is forced, or any."""
     name = _choice.backend
-    if name == 'reference':
+    if name == 'reference' or torch.onnx.is_in_onnx_export():  # ONNX has no such operator
         return False
     if name is None:
         # The registered operator knows its shapes, which is all that tensors without values

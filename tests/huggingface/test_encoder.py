@@ -225,3 +225,40 @@ def test_a_version_that_is_too_old(monkeypatch):
     monkeypatch.setattr('transformers.__version__', '4.57.6')
     with pytest.raises(ImportError, match=r'transformers 4\.57\.6 is too old'):
         to_lite(model, 'H3L1-(2+1)x2')
+
+
+@pytest.mark.parametrize('before', [True, False])
+def test_gradient_checkpointing_is_followed(before):
+    model = build('deformable_detr')
+    if before:
+        model.gradient_checkpointing_enable()
+    to_lite(model, 'H3L1-(2+1)x2').train()
+    if not before:
+        model.gradient_checkpointing_enable()
+    runs = []
+    for layer in lite_encoder(model).layers:
+        # Recomputing stops as soon as it has what it needs, before the layer returns.
+        layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    for recomputed in (True, False):
+        outputs = models.outputs(model)
+        assert len(runs) == 4
+        sum(output.square().sum() for output in outputs).backward()
+        assert len(runs) == (8 if recomputed else 4)
+        model.gradient_checkpointing_disable()
+        runs.clear()
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('change', [fuse, lambda model: to_lite(model, 'H3L1-(2+1)x2')])
+def test_onnx(change, tmp_path):
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = change(build('deformable_detr')).eval()
+    pixels = models.inputs(model)['pixel_values'][:1]
+    with torch.no_grad():
+        expected = model(pixels)
+    path = tmp_path / 'model.onnx'
+    torch.onnx.export(model, (pixels,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(str(path))
+    found = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    assert_same([torch.from_numpy(found[0])], [expected.logits], 1e-4)

@@ -38,9 +38,6 @@ class WarmStartHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Fill in the weights, after MMEngine has initialised or resumed the model.
 
-        Args:
-            runner (Runner): The runner.
-
         Raises:
             ValueError: The checkpoint is not of the stock detector behind the runner's model.
         """
@@ -61,11 +58,7 @@ class AtomicBackend(LocalBackend):
     """Writes a local file whole or not at all."""
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write beside the file, then take its place.
-
-        Args:
-            obj (bytes): The content.
-            filepath (str | Path): Where it goes; missing folders are made.
+        """Write beside the file, then take its place. Missing folders are made.
 
         Raises:
             OSError: It cannot be written. What was at ``filepath`` is still there.

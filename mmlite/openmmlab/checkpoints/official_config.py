@@ -39,14 +39,20 @@ def official_config(
         ValueError: If an H-Deformable-DETR's queries can be split in more than one way.
     """
     layout, state = conversion.layout, conversion.state_dict
-    embed_dims = state['level_embed'].shape[1]
+    embed_dims, levels = state['level_embed'].shape[1], layout.num_levels
     heads = getattr(args, 'nheads', 8)
     shape = dict(embed_dims=embed_dims, num_heads=heads)
 
     def layers(part: str, number: int, attention: str) -> dict:
-        first = f'{part}.layers.0'
-        channels = len(state[f'{first}.ffn.layers.0.0.weight'])
-        sampled = _attention(state, f'{first}.{attention}', layout.num_levels, heads, args)
+        name = f'{part}.layers.0.{attention}'
+        rows = len(state[f'{name}.sampling_offsets.weight']) // (2 * heads)
+        points = getattr(args, f'{part[:3]}_n_points', 4)
+        sampled: dict = dict(num_levels=levels, num_points=rows // levels)
+        if f'{name}.query_proj.weight' in state and levels > 1 and rows == points:
+            sampled.update(num_points=points, same_loc=True)
+        if f'{name}.key_proj.weight' in state:
+            sampled.update(proj_key=True)
+        channels = len(state[f'{part}.layers.0.ffn.layers.0.0.weight'])
         return dict(
             num_layers=number,
             layer_cfg={
@@ -71,14 +77,14 @@ def official_config(
         num_queries = embedded or num_queries or getattr(args, 'num_queries', 300)
     model = dict(
         num_queries=num_queries,
-        num_feature_levels=layout.num_levels,
+        num_feature_levels=levels,
         backbone=_backbone(state, layout.backbone),
         neck=dict(
             in_channels=[
                 state[f'neck.convs.{i}.conv.weight'].shape[1] for i in range(layout.num_maps)
             ],
             out_channels=embed_dims,
-            num_outs=layout.num_levels,
+            num_outs=levels,
             bias=True,
         ),
         encoder=encoder,
@@ -88,18 +94,16 @@ def official_config(
             num_classes=len(state['bbox_head.cls_branches.0.weight']), embed_dims=embed_dims
         ),
     )
-    base = _DINO
+    base = _DINO if 'dino' in layout.family else _DEFORMABLE_DETR
     if layout.family == 'deformable-detr':
-        base = _DEFORMABLE_DETR
         model.update(with_box_refine=layout.refines, as_two_stage=layout.two_stage)
     elif layout.family == 'h-deformable-detr':
-        base = _DEFORMABLE_DETR
         model.update(type='HDeformableDETR', num_one2many_queries=embedded - num_queries)
         model['bbox_head']['type'] = 'HDeformableDETRHead'
-        for part, attention in ((encoder, 'self_attn_cfg'), (decoder, 'cross_attn_cfg')):
-            part['layer_cfg'][attention]['dropout'] = 0.0
-            part['layer_cfg']['ffn_cfg']['ffn_drop'] = 0.0
-        decoder['layer_cfg']['self_attn_cfg']['dropout'] = 0.0
+        for part in (encoder['layer_cfg'], decoder['layer_cfg']):
+            part['ffn_cfg']['ffn_drop'] = 0.0
+            for name in part.keys() - {'ffn_cfg'}:
+                part[name]['dropout'] = 0.0
     elif layout.family == 'lite-dino':
         model['type'] = 'LiteDINO'
         encoder.update(
@@ -131,21 +135,6 @@ def check_conversion(conversion: Conversion, config: str) -> None:
             f'the converted file does not fit the {type(model).__name__} that its names speak of: '
             f'{problem}'
         ) from error
-
-
-def _attention(
-    state: Mapping[str, Tensor], name: str, levels: int, heads: int, args: Namespace | None
-) -> dict:
-    points = getattr(args, 'enc_n_points' if 'encoder' in name else 'dec_n_points', 4)
-    rows = len(state[f'{name}.sampling_offsets.weight'])
-    is_key_aware = f'{name}.query_proj.weight' in state
-    same_loc = is_key_aware and levels > 1 and rows == 2 * heads * points
-    cfg = dict(num_levels=levels, num_points=points if same_loc else rows // (2 * heads * levels))
-    if same_loc:
-        cfg.update(same_loc=True)
-    if f'{name}.key_proj.weight' in state:
-        cfg.update(proj_key=True)
-    return cfg
 
 
 def _backbone(state: Mapping[str, Tensor], kind: str) -> dict:

@@ -69,10 +69,10 @@ class WarmStart:
             f'{after.memory:.1%} of the stock detector ({before.memory:.1%} before the fit)'
         )
         if self.fresh:
+            names = ', '.join(self.fresh[:3]) + (' ...' if len(self.fresh) > 3 else '')
             text += (
                 f'; {len(self.fresh)} entries start at random, as the weights have another number '
-                f'of classes or queries: {", ".join(self.fresh[:3])}'
-                f'{" ..." if len(self.fresh) > 3 else ""}'
+                f'of classes or queries: {names}'
             )
         if after.found is not None:
             text += (
@@ -148,12 +148,8 @@ def _load_stock(stock: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """Load the stock weights; only what the stock detector cannot miss may be missing."""
     own = stock.state_dict()
     # A neck with biases of zero is a neck without.
-    filled = {
-        name: torch.zeros_like(value)
-        for name, value in own.items()
-        if name.startswith('neck.') and name.endswith('.conv.bias')
-    }
-    state = {**filled, **state}
+    necks = [name for name in own if name.startswith('neck.') and name.endswith('.conv.bias')]
+    state = {**{name: torch.zeros_like(own[name]) for name in necks}, **state}
     wrong = [name for name in own if name not in state and 'num_batches' not in name]
     wrong += [name for name in own if name in state and state[name].shape != own[name].shape]
     if wrong:

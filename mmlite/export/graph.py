@@ -1,10 +1,9 @@
 """A detector of MMDetection as one plain function of its images: what is traced and exported.
 
-MMDetection's own forward reads level sizes out of tensors and goes through Python lists of data
-samples. Here the same modules are called with level sizes that are ints all the way (symbolic ones
-while a graph is traced), and one tensor of image sizes describes the padding. Only what predictions
-need is computed: boxes of the first stage for the chosen tokens alone, classes and boxes of the
-last decoder layer alone.
+MMDetection's own forward reads level sizes out of tensors and goes through lists of data samples.
+Here the same modules are called with level sizes that are ints (symbolic ones while a graph is
+traced), and one tensor of image sizes describes the padding. Only what predictions need is
+computed: boxes of the first stage for the chosen tokens, classes and boxes of the last layer.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Pyramid(NamedTuple):
 
 
 class Graph(nn.Module):
-    """A model, whose modules it shares, from images to what it found; each family has its own.
+    """A model, whose modules it shares, from images to what it found. Each family has its own.
 
     Attributes:
         outputs (tuple[str, ...]): Names of what :meth:`forward` returns.
@@ -89,6 +88,12 @@ class Graph(nn.Module):
     def check(self, model: nn.Module) -> None:
         """Refuse a model that the graph would compute wrongly."""
 
+    def find(
+        self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """:meth:`forward` of preprocessed images; ``inside`` is True on the image, (bs, h, w)."""
+        raise NotImplementedError
+
     def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         """Detect objects.
 
@@ -99,9 +104,8 @@ class Graph(nn.Module):
                 (bs, 2). None where there is no padding.
 
         Returns:
-            tuple[Tensor, ...]: Boxes (x1, y1, x2, y2) in pixels of ``images``, shape
-            (bs, num_predictions, 4); scores, best first, and labels, int64, both
-            (bs, num_predictions); and what else :attr:`outputs` names.
+            tuple[Tensor, ...]: Boxes (x1, y1, x2, y2) in pixels of ``images``; scores, best first;
+            labels, int64, all (bs, num_predictions, ...); and what else :attr:`outputs` names.
         """
         inside = None
         if image_sizes is not None:
@@ -109,10 +113,6 @@ class Graph(nn.Module):
             rows = valid_sides(image_sizes[:, 0], height, height)
             columns = valid_sides(image_sizes[:, 1], width, width)
             inside = rows.unsqueeze(2) & columns.unsqueeze(1)  # (bs, h, w)
-        return self.find(self.preprocess(images, inside), image_sizes, inside)
-
-    def preprocess(self, images: Tensor, inside: Tensor | None) -> Tensor:
-        """What the data preprocessor does; padding becomes its ``pad_value``."""
         preprocessor = self.model.data_preprocessor
         if getattr(preprocessor, '_channel_conversion', False):
             images = images.flip(1)
@@ -120,13 +120,7 @@ class Graph(nn.Module):
             images = (images - preprocessor.mean) / preprocessor.std
         if inside is not None:
             images = images.masked_fill(~inside.unsqueeze(1), float(preprocessor.pad_value))
-        return images
-
-    def find(
-        self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """:meth:`forward` of preprocessed images; ``inside`` is True on the image, (bs, h, w)."""
-        raise NotImplementedError
+        return self.find(images, image_sizes, inside)
 
 
 class DetectorGraph(Graph):
@@ -174,10 +168,7 @@ class DetectorGraph(Graph):
 def last_layer(
     model: nn.Module, images: Tensor, image_sizes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What the last decoder layer of a detector says of every query; see :func:`decode`.
-
-    ``images`` (bs, 3, h, w) are preprocessed; for ``image_sizes`` see :meth:`Graph.forward`.
-    """
+    """What :func:`decode` gives for preprocessed images; arguments as of :meth:`Graph.forward`."""
     pyramid = make_pyramid(model, images, image_sizes)
     memory = encode(model.encoder, pyramid)
     return decode(model, *select_queries(model, memory, pyramid), memory, pyramid)
@@ -212,7 +203,7 @@ def check_encoder(name: str, encoder: nn.Module) -> None:
 
 
 def make_pyramid(model: nn.Module, images: Tensor, image_sizes: Tensor | None) -> Pyramid:
-    """Backbone, neck and positional embedding; arguments as for :func:`last_layer`."""
+    """Backbone, neck and positional embedding of preprocessed images."""
     maps = model.extract_feat(images)
     level_sizes = [(feat.shape[-2], feat.shape[-1]) for feat in maps]
     height, width = images.shape[-2:]
@@ -277,40 +268,41 @@ def sine_features(numbers: Tensor, num_feats: int, temperature: float = 10000) -
     return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
-def encode(encoder: nn.Module, pyramid: Pyramid) -> Tensor:
-    """The encoder, Lite or stock: the memory, shape (bs, num_tokens, embed_dims)."""
+def encode(
+    encoder: nn.Module,
+    pyramid: Pyramid,
+    fuse: Callable[[int, Tensor], Tensor] | None = None,
+    **text: Tensor | None,
+) -> Any:
+    """The encoder, Lite or stock: the memory, shape (bs, num_tokens, embed_dims).
+
+    A Lite encoder takes a ``text``, too, and returns its memory behind that of the image. A stock
+    one is given as ``fuse`` what happens to the tokens before each layer.
+    """
     tokens, pos, level_sizes, mask, _ = pyramid
     valid_ratios = pyramid.valid_ratios
     pos = pos.expand(tokens.shape[0], -1, -1)
     if isinstance(encoder, LiteEncoder):
-        return encoder(tokens, pos, mask, tuple(level_sizes), None, valid_ratios)
+        return encoder(tokens, pos, mask, tuple(level_sizes), None, valid_ratios, **text)
     points = encoder_reference_points(level_sizes, valid_ratios, device=tokens.device)
-    for layer in encoder.layers:
-        tokens = run_layer(layer, tokens, pos, points, pyramid)
+    for index, layer in enumerate(encoder.layers):
+        tokens = layer(
+            tokens if fuse is None else fuse(index, tokens),
+            query_pos=pos,
+            key_padding_mask=mask,
+            reference_points=points,
+            spatial_shapes=level_sizes,
+        )
     return tokens
-
-
-def run_layer(
-    layer: nn.Module, tokens: Tensor, pos: Tensor, points: Tensor, pyramid: Pyramid
-) -> Tensor:
-    """A layer of a stock encoder: the tokens that it gives, (bs, num_tokens, embed_dims)."""
-    return layer(
-        tokens,
-        query_pos=pos,
-        key_padding_mask=pyramid.mask,
-        reference_points=points,
-        spatial_shapes=pyramid.level_sizes,
-    )
 
 
 def select_queries(
     model: nn.Module, memory: Tensor, pyramid: Pyramid, text: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What the decoder starts with.
+    """What the decoder starts with; a ``text``, (bs, num_words, embed_dims), ranks the tokens.
 
     Queries and their positional embedding (None where the decoder makes it), both
-    (bs, num_queries, embed_dims), and reference points in [0, 1], (bs, num_queries, 2 or 4). Where
-    there is a ``text``, (bs, num_words, embed_dims), tokens are ranked by their likeness to it.
+    (bs, num_queries, embed_dims), and reference points in [0, 1], (bs, num_queries, 2 or 4).
     """
     batch, channels = memory.shape[0], memory.shape[2]
     if not model.as_two_stage:
@@ -340,10 +332,10 @@ def select_queries(
 
 
 def propose(model: nn.Module, memory: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
-    """What the first stage looks at (Deformable DETR, appendix A.4).
+    """Features of every token and the logits of the box that it proposes (appendix A.4).
 
-    Features of every token, (bs, num_tokens, embed_dims), and the logits of the box that it
-    proposes, cxcywh, infinite where the token is of no use, (bs or 1, num_tokens, 4).
+    (bs, num_tokens, embed_dims), and cxcywh, infinite where the token is of no use,
+    (bs or 1, num_tokens, 4).
     """
     proposals = []
     for level, (height, width) in enumerate(pyramid.level_sizes):
@@ -391,15 +383,11 @@ def decode(
     text: Tensor | None = None,
     block: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The decoder, and the heads behind its last layer.
+    """The decoder, from what :func:`select_queries` returned, and the heads of its last layer.
 
-    Args:
-        query, query_pos, reference: What :func:`select_queries` returned.
-        memory (Tensor): What the encoder made of ``pyramid``, (bs, num_tokens, embed_dims).
-        text (Tensor, optional): What layers of Grounding DINO attend to, too,
-            (bs, num_words, embed_dims).
-        block (Callable, optional): From the number of a layer, its queries and their new boxes to
-            which queries must not see which in the next one, bool, (bs, num_queries, num_queries).
+    Layers of Grounding DINO attend to the ``text`` (bs, num_words, embed_dims), too. ``block``
+    tells from the number of a layer, its queries and their new boxes which queries must not see
+    which in the next one, bool, (bs, num_queries, num_queries).
 
     Returns:
         tuple[Tensor, Tensor]: Logits of classes, or of words, (bs, num_queries, ...), and boxes,
@@ -452,10 +440,9 @@ def attend(
     key_pos: Tensor | None = None,
     blocked: Tensor | None = None,
 ) -> Tensor:
-    """mmcv's ``MultiheadAttention``, without the mean of its weights: (bs, n, embed_dims).
+    """mmcv's ``MultiheadAttention`` to ``value`` (bs, m, embed_dims): (bs, n, embed_dims).
 
-    Queries (bs, n, embed_dims) attend to ``value`` (bs, m, embed_dims). ``blocked`` is True where
-    a query must not see a value, bool, (bs, n, m).
+    ``blocked`` is True where a query must not see a value, bool, (bs, n, m).
     """
     attention = attention.attn
     key = value if key_pos is None else value + key_pos

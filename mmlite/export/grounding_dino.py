@@ -1,7 +1,7 @@
 """Grounding DINO as one function of its images, for a text that is fixed when it is exported.
 
-The language model reads the text once, while the graph is built. What comes out of it is a constant
-of the graph; the fusion of image and text, which depends on the image, is part of the graph.
+The language model reads the text once, while the graph is built: its output is a constant. The
+fusion of image and text depends on the image and is part of the graph.
 """
 
 from __future__ import annotations
@@ -12,31 +12,13 @@ import torch
 from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
 from torch import Tensor, nn
 
-from ..nn.geometry import encoder_reference_points
-from ..openmmlab.detectors.grounding_dino import adapt_bert
-from ..openmmlab.layers import LiteEncoder
-from .graph import (
-    DetectorGraph,
-    Pyramid,
-    attend,
-    decode,
-    make_pyramid,
-    run_layer,
-    select_queries,
-)
+from ..openmmlab.detectors.grounding_dino import adapt_bert, check_text_length
+from ..openmmlab.families import is_lite
+from .graph import DetectorGraph, Pyramid, attend, decode, encode, make_pyramid, select_queries
 
 
 class GroundingGraph(DetectorGraph):
-    """Grounding DINO and MM-Grounding DINO for one text.
-
-    Args:
-        model (nn.Module): The detector, in eval mode.
-        text (Sequence[str], optional): What to look for, one name a class.
-
-    Raises:
-        ValueError: There is no text, it is too long, or the detector reads it in parts or pads it,
-            which is not exported.
-    """
+    """Grounding DINO and MM-Grounding DINO for one ``text``, one name a class."""
 
     family = 'grounding'
 
@@ -52,6 +34,7 @@ class GroundingGraph(DetectorGraph):
         adapt_bert(model.language_model)
         with torch.no_grad():
             tokens, prompt, _, _ = model.get_tokens_positive_and_prompts(tuple(text), True)
+            check_text_length(model, model.language_model.tokenizer([prompt]))
             words = model.language_model([prompt])
             embedded = model.text_feat_map(words['embedded'])
         # Another text needs another export.
@@ -93,21 +76,15 @@ class GroundingGraph(DetectorGraph):
 
     def encode(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """The memory of the image, (bs, num_tokens, embed_dims), and that of the text."""
-        encoder = self.model.encoder
-        tokens, pos, level_sizes, mask, _ = pyramid
-        batch = tokens.shape[0]
-        pos, text, sees, places = (
+        encoder, batch = self.model.encoder, len(pyramid.tokens)
+        text, sees, places = (
             tensor.expand(batch, *tensor.shape[1:])
-            for tensor in (pos, self.words, self.sees, self.places)
+            for tensor in (self.words, self.sees, self.places)
         )
-        if isinstance(encoder, LiteEncoder):
-            return encoder(
-                tokens,
-                pos,
-                mask,
-                tuple(level_sizes),
-                None,
-                pyramid.valid_ratios,
+        if is_lite(self.model):
+            return encode(
+                encoder,
+                pyramid,
                 memory_text=text,
                 text_attention_mask=None,  # nothing of the text is padding
                 position_ids=places,
@@ -116,10 +93,15 @@ class GroundingGraph(DetectorGraph):
         text_pos = get_text_sine_pos_embed(
             places.unsqueeze(-1), num_pos_feats=encoder.embed_dims, exchange_xy=False
         )
-        points = encoder_reference_points(level_sizes, pyramid.valid_ratios, device=tokens.device)
-        for fusion, words, layer in zip(encoder.fusion_layers, encoder.text_layers, encoder.layers):
-            tokens, text = fusion(tokens, text, mask, None)
-            text = words.norms[0](attend(words.self_attn, text, text_pos, text, text_pos, ~sees))
-            text = words.norms[1](words.ffn(text))
-            tokens = run_layer(layer, tokens, pos, points, pyramid)
-        return tokens, text
+
+        def fuse(index: int, tokens: Tensor) -> Tensor:
+            nonlocal text
+            tokens, text = encoder.fusion_layers[index](tokens, text, pyramid.mask, None)
+            layer = encoder.text_layers[index]
+            text = attend(layer.self_attn, text, text_pos, text, text_pos, ~sees)
+            text = layer.norms[0](text)
+            text = layer.norms[1](layer.ffn(text))
+            return tokens
+
+        memory = encode(encoder, pyramid, fuse)
+        return memory, text

@@ -47,7 +47,8 @@ def optimize(model: nn.Module) -> nn.Module:
             for name, module in model.get_submodule(part).named_modules(prefix=part):
                 if isinstance(module, nn.Conv2d):
                     weight = module.weight.detach().contiguous(memory_format=torch.channels_last)
-                    change.set(model, name, 'weight', _parameter(weight, module.weight))
+                    weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
+                    change.set(model, name, 'weight', weight)
         change.set(model, '', 'predict', partial(_predict, model))
     logging.getLogger('mmlite').info('optimize: %s predicts faster', type(model).__name__)
     return model
@@ -81,10 +82,6 @@ def _fold_batch_norms(model: nn.Module, part: str, change: Change) -> None:
                     change.set(model, f'{name}.{before[0]}', what, getattr(folded, what))
                 change.set(model, name, child_name, nn.Identity().eval())
             before = child_name, child
-
-
-def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(value.detach(), requires_grad=like.requires_grad)
 
 
 class OptimizeHook(Hook):

@@ -17,13 +17,10 @@ import numpy as np
 from .detector import Detector, load, write_description
 from .runtimes import import_runtime, openvino_core
 
-# Left in float, by the module that a layer belongs to:
-# - heads, whose numbers are boxes and scores themselves, and the first stage, whose scores rank
-#   tens of thousands of tokens;
-# - where attention samples: an offset's error of a few pixels is another place;
-# - positions, which are made of sines of all frequencies.
-# All are a small part of the work. So are the few layers that read the token pyramid and write
-# our operators' inputs; the operators themselves compute in float, having no weights.
+# Left in float, by the module that a layer belongs to: heads, whose numbers are boxes and scores,
+# and the first stage, whose scores rank tens of thousands of tokens; where attention samples, as an
+# offset's error of a few pixels is another place; positions, made of sines of all frequencies. All
+# are a small part of the work.
 KEPT_IN_FLOAT = (
     r'bbox_head\..*',
     r'panoptic_head\.(cls_embed|mask_embed)[./].*',
@@ -100,8 +97,8 @@ def as_convolutions(model: Any, kept_in_float: Sequence[str]) -> None:
     """Make the products of tokens with weights convolutions of one pixel, in place.
 
     Without VNNI, OpenVINO multiplies matrices in 8 bits no faster than in float, but convolves
-    twice as fast. Where shapes are fixed it sees that tokens lie in memory as the channels-last
-    picture that a convolution wants, and transposes nothing. Layers of ``kept_in_float`` stay.
+    twice as fast. Where shapes are fixed, tokens lie in memory as the channels-last picture that a
+    convolution wants, and nothing is transposed. Layers of ``kept_in_float`` stay.
     """
     import openvino
     from openvino import opset13
@@ -146,10 +143,9 @@ def import_nncf() -> Any:
 
 
 def coco_ap(detector: Detector, annotations: str | os.PathLike, images: str | os.PathLike) -> float:
-    """Box AP of an exported detector on a data set in COCO's format, in percent.
+    """Box AP in percent on a data set in COCO's format, whose categories have the classes' names.
 
-    Its classes are looked for among the names of the categories in the JSON file ``annotations``;
-    ``images`` is the folder of the images.
+    ``annotations`` is the JSON file, ``images`` the folder of the images.
     """
     import cv2
     from pycocotools.coco import COCO

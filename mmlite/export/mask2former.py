@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from mmdet.models.detectors import Mask2Former
 from mmdet.models.seg_heads import MaskFormerFusionHead
 from torch import Tensor, nn
 
+from ..openmmlab.detectors.mask2former import decode_pixels
 from ..openmmlab.families import family_of, is_lite
 from .graph import Graph, Pyramid, attend, check_encoder, encode, sine_encoding
 
@@ -77,7 +79,12 @@ class SegmenterGraph(Graph):
         And those of its mask at a quarter of the size, (bs, num_queries, h / 4, w / 4).
         """
         head = self.model.panoptic_head
-        features, maps = decode_pixels(head.pixel_decoder, self.model.extract_feat(images))
+        decoder, feats = head.pixel_decoder, self.model.extract_feat(images)
+
+        def encode_tokens(*tokens_and_sizes: Any) -> Tensor:
+            return encode(decoder.encoder, Pyramid(*tokens_and_sizes))
+
+        features, maps = decode_pixels(decoder, feats, sine_encoding, encode_tokens)
         tokens, positions = [], []
         for level in range(head.num_transformer_feat_level):
             feat = maps[level]
@@ -164,30 +171,6 @@ class SegmenterGraph(Graph):
         if inside is not None:
             segment = segment.masked_fill(~inside, self.num_classes)
         return segment
-
-
-def decode_pixels(decoder: nn.Module, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The pixel decoder, Lite or stock: features of the masks, and maps, smallest first."""
-    smallest_first = list(reversed(feats))
-    tokens, positions, sizes = [], [], []
-    for level, convolution in enumerate(decoder.input_convs):
-        feat = smallest_first[level]
-        sizes.append((feat.shape[-2], feat.shape[-1]))
-        position = sine_encoding(decoder.postional_encoding, feat)
-        positions.append(position + decoder.level_encoding.weight[level])
-        tokens.append(convolution(feat).flatten(2).transpose(1, 2))
-    pyramid = Pyramid(torch.cat(tokens, 1), torch.cat(positions, 1), sizes)
-    memory = encode(decoder.encoder, pyramid)
-    maps, start = [], 0
-    for height, width in sizes:
-        level = memory.narrow(1, start, height * width).transpose(1, 2)
-        maps.append(level.unflatten(2, (height, width)))
-        start += height * width
-    larger = smallest_first[len(sizes) :]
-    for lateral, output, feat in zip(decoder.lateral_convs, decoder.output_convs, larger):
-        feat = lateral(feat)
-        maps.append(output(feat + resize(maps[-1], feat.shape[-2:])))
-    return decoder.mask_feature(maps[-1]), maps[: decoder.num_outs]
 
 
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:

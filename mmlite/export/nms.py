@@ -1,8 +1,4 @@
-"""Non-maximum suppression as an operator of fixed output size, which graphs can hold.
-
-What is kept is said by a mask over all boxes, so that no size depends on data. ONNX has an operator
-for it, which :mod:`.operators` uses. Needs torch alone.
-"""
+"""Non-maximum suppression as an operator of fixed output size, which graphs can hold."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ _LIBRARY.define(
 
 
 def distinct_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float, most: int) -> Tensor:
-    """Which boxes are not too near to a better one.
+    """Which boxes are not too near to a better one: a mask, so that no size depends on data.
 
     Args:
         boxes (Tensor): (x1, y1, x2, y2), float32, shape (bs, n, 4).
@@ -46,10 +42,6 @@ def _distinct_boxes(boxes: Tensor, scores: Tensor, iou_threshold: float, most: i
     return kept
 
 
-_LIBRARY.impl('distinct_boxes', _distinct_boxes, 'CPU')
-_LIBRARY.impl('distinct_boxes', _distinct_boxes, 'CUDA')
-_LIBRARY.impl(
-    'distinct_boxes',
-    lambda boxes, scores, iou_threshold, most: scores.new_empty(scores.shape, dtype=torch.bool),
-    'Meta',
-)
+for _device in ('CPU', 'CUDA'):
+    _LIBRARY.impl('distinct_boxes', _distinct_boxes, _device)
+_LIBRARY.impl('distinct_boxes', lambda boxes, scores, *_: scores.bool(), 'Meta')

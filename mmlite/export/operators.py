@@ -32,18 +32,16 @@ def _define() -> None:
     from onnx.defs import OpSchema, register_schema
 
     for name, inputs in _INPUTS.items():
+        option = OpSchema.FormalParameterOption
         parameters = [
             OpSchema.FormalParameter(
                 argument,
                 'tensor(int64)' if argument == 'spatial_shapes' else 'T',
-                param_option=(
-                    OpSchema.FormalParameterOption.Optional
-                    if argument == 'key'
-                    else OpSchema.FormalParameterOption.Single
-                ),
+                param_option=option.Optional if argument == 'key' else option.Single,
             )
             for argument in inputs
         ]
+        floats = [f'tensor({kind})' for kind in ('float', 'float16', 'bfloat16')]
         register_schema(
             OpSchema(
                 name,
@@ -51,9 +49,7 @@ def _define() -> None:
                 VERSION,
                 inputs=parameters,
                 outputs=[OpSchema.FormalParameter('output', 'T')],
-                type_constraints=[
-                    ('T', ['tensor(float)', 'tensor(float16)', 'tensor(bfloat16)'], 'Floats.')
-                ],
+                type_constraints=[('T', floats, 'Floats.')],
             )
         )
 
@@ -91,10 +87,7 @@ def translation_table() -> dict[Callable, Callable]:
         )
         # (image, class, box) of each.
         places = onnx.Gather(chosen, onnx.Constant(value_ints=[0, 2]), axis=1)
-        ones = onnx.Expand(
-            onnx.Constant(value_floats=[1.0]),
-            onnx.Shape(places, start=0, end=1),
-        )
+        ones = onnx.Expand(onnx.Constant(value_floats=[1.0]), onnx.Shape(places, start=0, end=1))
         nothing = onnx.Mul(scores, onnx.Constant(value_float=0.0))
         marked = onnx.ScatterND(nothing, places, ones)
         return onnx.Greater(marked, onnx.Constant(value_float=0.5))
@@ -138,11 +131,7 @@ def decompositions() -> dict[Callable, Callable]:
 
 
 def attention_as(ms_deform_attn: Callable, key_aware_deform_attn: Callable) -> dict:
-    """Our operator in terms of these functions, which take the arguments of the two nodes.
-
-    Returns:
-        dict[Callable, Callable]: For ``ExportedProgram.run_decompositions``.
-    """
+    """Our operator in terms of two functions that take the inputs of the nodes."""
 
     def deform_attn(
         query, key, value, spatial_shapes, reference_points, sampling, attention_weights

@@ -100,13 +100,8 @@ def to_openvino(
 
 def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) -> None:
     """Write a traced program as ONNX."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"exporting needs {error.name}; install it: pip install 'mmlite-detr[deploy]'"
-        ) from error
+    for package in ('onnx', 'onnxscript'):
+        import_runtime(package)
     outputs = ('boxes', 'scores', 'labels', 'masks', 'panoptic')
     with _quiet():
         try:
@@ -144,11 +139,11 @@ def _name_nodes(graph) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter prints its progress and warns of what a detector does not use."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter('ignore')
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter('ignore')
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
             yield
-    finally:
-        logging.disable(level)
+        finally:
+            logging.disable(disabled)

@@ -9,9 +9,10 @@ from mmlite.export import Detector, load
 from mmlite.export.detector import resized_size
 
 INPUT = {'batch': 1, 'height': None, 'width': None, 'padded': False, 'divisor': 1}
+RATIO = {'scale': [200, 90], 'keep_ratio': True}
 
 
-def detector(box, maps=(), resize=None, pad=None, **inputs) -> Detector:
+def detector(box, maps=(), resize=None, pad=None, levels=((8, 7), (16, 15))) -> Detector:
     """One that finds a box, in pixels of what the model gets, and writes down what that is."""
     seen = []
 
@@ -22,7 +23,7 @@ def detector(box, maps=(), resize=None, pad=None, **inputs) -> Detector:
 
     description = {
         'classes': ['thing'],
-        'input': {**INPUT, 'levels': [(8, 7), (16, 15)], 'least_tokens': 5, **inputs},
+        'input': {**INPUT, 'levels': levels, 'least_tokens': 5},
         'preprocessing': {'resize': resize, 'pad': pad},
     }
     made = Detector(session, description)
@@ -34,39 +35,31 @@ def detector(box, maps=(), resize=None, pad=None, **inputs) -> Detector:
     'resize, pad, shape, factors',
     [
         (None, None, (60, 100), (1, 1)),
-        ({'scale': [200, 90], 'keep_ratio': True}, None, (90, 150), (1.5, 1.5)),
-        ({'scale': [200, 90], 'keep_ratio': False}, None, (90, 200), (2, 1.5)),
+        (RATIO, None, (90, 150), (1.5, 1.5)),
+        ({**RATIO, 'keep_ratio': False}, None, (90, 200), (2, 1.5)),
         ({'canvas': [120, 80]}, None, (48, 80), (0.8, 0.8)),
-        (
-            {'scale': [200, 90], 'keep_ratio': True},
-            {'value': 7, 'size_divisor': 32},
-            (96, 160),
-            1.5,
-        ),
+        (RATIO, {'value': 7, 'size_divisor': 32}, (96, 160), 1.5),
         (None, {'value': 7, 'size': [64, 128]}, (64, 128), 1),
     ],
 )
 def test_boxes_are_in_pixels_of_the_image(resize, pad, shape, factors):
     x, y = np.broadcast_to(factors, 2)
     found = detector([20 * x, 10 * y, 40 * x, 50 * y], resize=resize, pad=pad)
-    image = np.full((60, 100, 3), 50, np.uint8)
-    boxes, scores, labels = found.detect(image)
+    boxes, scores, labels = found.detect(np.full((60, 100, 3), 50, np.uint8))
     np.testing.assert_allclose(boxes, [[20, 10, 40, 50]], rtol=1e-6)
     assert scores.tolist() == [np.float32(0.9)] and len(labels) == 1
     (images,) = found.seen
     assert images.shape == (1, 3, *shape)
     assert images[0, :, 0, 0].tolist() == [50] * 3
-    assert images[0, 0, -1, -1] == (7 if pad else 50)
+    assert images[0, :, -1, -1].tolist() == ([50] * 3 if pad is None else [7] * 3)
 
 
 def test_masks_are_in_pixels_of_the_image():
     mask = np.zeros((2, 96, 160), bool)  # padded below 90 and right of 150
     mask[:, 45:, 75:] = True
-    panoptic = np.where(mask[0], 1000, 3)
-    resize, pad = {'scale': [200, 90], 'keep_ratio': True}, {'value': 0, 'size_divisor': 32}
-    found = detector([75, 45, 150, 90], [mask, panoptic], resize, pad).detect(
-        np.zeros((60, 100, 3), np.uint8)
-    )
+    maps = [mask, np.where(mask[0], 1000, 3)]
+    made = detector([75, 45, 150, 90], maps, RATIO, {'value': 0, 'size_divisor': 32})
+    found = made.detect(np.zeros((60, 100, 3), np.uint8))
     expected = np.zeros((60, 100), bool)
     expected[30:, 50:] = True
     np.testing.assert_allclose(found.boxes, [[50, 30, 100, 60]], rtol=1e-6)
@@ -93,6 +86,7 @@ def test_sizes_are_those_of_mmdetection():
         (None, 'NoneType'),
         (np.zeros((8, 8, 3), np.uint16), 'uint16 of shape (8, 8, 3)'),
         (np.zeros((8, 8, 3)), 'float64 of shape (8, 8, 3)'),
+        (np.zeros((8, 8, 4), np.uint8), 'uint8 of shape (8, 8, 4)'),
         (np.zeros((8, 8), np.uint8), 'uint8 of shape (8, 8)'),
         (np.zeros((8, 0, 3), np.uint8), 'uint8 of shape (8, 0, 3)'),
     ],
@@ -103,19 +97,30 @@ def test_what_is_no_image_is_told(image, got):
     assert str(refused.value).endswith(f'got {got}')
 
 
-def test_the_smallest_image():
-    found = detector([0, 0, 1, 1])
-    found.detect(np.zeros((9, 16, 3), np.uint8))  # 2 * 2 + 1 * 1 tokens
-    with pytest.raises(ValueError, match='it gives 3 tokens, and 5 queries'):
-        found.detect(np.zeros((8, 16, 3), np.uint8))
+@pytest.mark.parametrize(
+    'levels, enough, too_few, tokens',
+    [
+        (((8, 7), (16, 15)), (9, 16), (8, 16), 3),  # rounding up: 2 * 2 + 1 * 1 tokens
+        (((8, 0), (16, 0)), (16, 23), (15, 23), 2),  # rounding down: 2 * 2 + 1 * 1
+    ],
+)
+def test_the_smallest_image(levels, enough, too_few, tokens):
+    found = detector([0, 0, 1, 1], levels=levels)
+    found.detect(np.zeros((*enough, 3), np.uint8))
+    with pytest.raises(ValueError, match=f'it gives {tokens} tokens, and 5 queries'):
+        found.detect(np.zeros((*too_few, 3), np.uint8))
 
 
-def test_what_is_no_export_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match='holds no exported detector'):
-        load(tmp_path)
-    (tmp_path / 'detector.json').write_text('{"version": 0}')
-    with pytest.raises(ValueError, match='another version of mmlite'):
-        load(tmp_path)
-    (tmp_path / 'detector.json').write_text('{"version": 3, "format": "onnx"}')
-    with pytest.raises(ValueError, match="'bfloat16' cannot be had from onnx"):
+@pytest.mark.parametrize(
+    'written, error, sentence',
+    [
+        (None, FileNotFoundError, 'holds no exported detector'),
+        ('{"version": 0}', ValueError, 'another version of mmlite'),
+        ('{"version": 3, "format": "onnx"}', ValueError, "'bfloat16' cannot be had from onnx"),
+    ],
+)
+def test_what_is_no_export_is_refused(written, error, sentence, tmp_path):
+    if written:
+        (tmp_path / 'detector.json').write_text(written)
+    with pytest.raises(error, match=sentence):
         load(tmp_path, precision='bfloat16')

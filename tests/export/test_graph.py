@@ -5,33 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from exported import TEXT, batch_of
+from exported import DETECTORS, TEXT, batch_of
 
 from mmlite.export.compare import difference, predict
 from mmlite.export.detector import Detections, detections_of
-from mmlite.export.graph import DetectorGraph
 from mmlite.export.nms import distinct_boxes
-from mmlite.export.program import exportable, make_graph, trace
-
-NAMES = [
-    'DINO',
-    'DeformableDETR',
-    'DeformableDETR refining',
-    'DeformableDETR two-stage',
-    'HDeformableDETR',
-    'LiteDINO',
-    'LiteDINO with a key of its own',
-    'LiteDINO with the same locations',
-    'LiteDINO with a key-aware decoder',
-    'LiteDeformableDETR',
-    'DDQDETR',
-    'LiteDDQDETR with a key-aware decoder',
-    'GroundingDINO',
-    'LiteGroundingDINO',
-    'Mask2Former',
-    'LiteMask2Former',
-    'LiteMask2Former panoptic',
-]
+from mmlite.export.program import _levels, exportable, make_graph, trace
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +22,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', DETECTORS)
 @pytest.mark.parametrize('padded', [False, True])
 def test_the_graph_is_the_detector(name, padded, detector, images):
     model = detector(name)
@@ -81,48 +60,71 @@ def test_the_model_is_as_it_was(detector):
     assert [type(module) for module in model.modules()] == before
 
 
-def test_refuses_what_it_would_compute_wrongly(detector):
-    with pytest.raises(ValueError, match='Linear cannot be exported: that works for Deformable'):
-        DetectorGraph(torch.nn.Linear(1, 1))
+@pytest.fixture
+def kinds(detector):
+    """Models that cannot be exported, each for one reason."""
 
-    model = detector('DINO')
+    def changed(name: str, part: str = '', **attributes) -> torch.nn.Module:
+        model = detector(name)
+        for attribute, value in attributes.items():
+            setattr(model.get_submodule(part), attribute, value)
+        return model
 
-    class Other(type(model)):
-        def pre_decoder(self, *args, **kwargs):
-            return super().pre_decoder(*args, **kwargs)
+    other = detector('DINO')
+    methods = {'pre_decoder': lambda *args, **kwargs: None}
+    other.__class__ = type('Other', (type(other),), methods)
+    return {
+        'a layer': torch.nn.Linear(1, 1),
+        'wrapped': Wrapper(detector('DINO')),
+        'a method of its own': other,
+        'softmax': changed('DINO', 'bbox_head.loss_cls', use_sigmoid=False),
+        'an encoder of its own': changed('DINO', encoder=torch.nn.TransformerEncoder(LAYER, 1)),
+        'another suppression': changed('DDQDETR', dqs_cfg=dict(type='soft_nms', iou_threshold=1)),
+        'without text': detector('GroundingDINO'),
+        'in parts': changed('GroundingDINO', test_cfg=dict(chunked_size=40)),
+        'no fusion head': changed('Mask2Former', panoptic_fusion_head=torch.nn.Identity()),
+    }
 
-    model.__class__ = Other
-    with pytest.raises(ValueError, match='Other has a pre_decoder of its own'):
-        DetectorGraph(model)
-    model = detector('DINO')
-    model.bbox_head.loss_cls.use_sigmoid = False
-    with pytest.raises(ValueError, match='softmax'):
-        DetectorGraph(model)
+
+LAYER = torch.nn.TransformerEncoderLayer(8, 1)
+REFUSED = {
+    'a layer': 'Linear has no multi-scale encoder; exported can be Deformable DETR',
+    'wrapped': 'take the detector inside',
+    'a method of its own': 'Other has a pre_decoder of its own',
+    'softmax': 'scores with a softmax',
+    'an encoder of its own': 'the encoder of DINO, TransformerEncoder, cannot be exported',
+    'another suppression': r"dict\(type='nms', iou_threshold=...\)",
+    'without text': 'needs a text',
+    'in parts': 'reads its text in parts',
+    'no fusion head': 'its panoptic_fusion_head is Identity',
+}
 
 
-def test_refuses_what_a_family_cannot_export(detector):
-    with pytest.raises(ValueError, match='Linear has no multi-scale encoder; exported can be Def'):
-        make_graph(torch.nn.Linear(1, 1))
-    with pytest.raises(ValueError, match='take the detector inside'):
-        make_graph(Wrapper(detector('DINO')))
+def test_refuses_what_it_would_compute_wrongly(kinds, detector):
+    for kind, sentence in REFUSED.items():
+        with pytest.raises(ValueError, match=sentence):
+            make_graph(kinds[kind], TEXT if kind == 'in parts' else None)
     with pytest.raises(ValueError, match='DINO takes no text'):
         make_graph(detector('DINO'), TEXT)
-    model = detector('DDQDETR')
-    model.dqs_cfg = dict(type='soft_nms', iou_threshold=0.8)
-    with pytest.raises(ValueError, match=r"dict\(type='nms', iou_threshold=...\)"):
-        make_graph(model)
-    model = detector('GroundingDINO')
-    with pytest.raises(ValueError, match='needs a text'):
-        make_graph(model)
-    model.test_cfg = dict(chunked_size=40)
-    with pytest.raises(ValueError, match='reads its text in parts'):
-        make_graph(model, TEXT)
-    model = detector('Mask2Former')
     with pytest.raises(ValueError, match='pads images to multiples of 32'):
-        trace(model, size=(100, 128))
-    model.panoptic_fusion_head = torch.nn.Identity()
-    with pytest.raises(ValueError, match='its panoptic_fusion_head is Identity'):
-        make_graph(model)
+        trace(detector('Mask2Former'), size=(100, 128))
+
+
+@pytest.mark.parametrize('name', ['GroundingDINO', 'LiteGroundingDINO'])
+def test_a_text_of_more_tokens_than_bert_reads_is_refused(name, detector, images):
+    model = detector(name)
+    text = ['red'] * 10  # 22 tokens: a dot behind each, and one at both ends
+    model.language_model.max_tokens = 22
+    make_graph(model, text)
+    model.language_model.max_tokens = 21
+    with pytest.raises(ValueError, match=r'has 22 tokens, and .* reads 21: .*chunked_size'):
+        make_graph(model, text)
+    if 'Lite' in name:
+        canvas, sizes = batch_of(images[:1])
+        with pytest.raises(ValueError, match='the text has 22 tokens'):
+            predict(model, canvas, sizes, text)
+        model.test_cfg = {**model.test_cfg, 'chunked_size': 5}
+        assert np.isfinite(predict(model, canvas, sizes, text)[0].scores).all()
 
 
 class Wrapper(torch.nn.Module):
@@ -136,8 +138,7 @@ class Wrapper(torch.nn.Module):
 def test_distinct_boxes():
     boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [0, 0, 9, 10]]])
     scores = torch.tensor([[0.5, 0.9, 0.1, -1.0]])
-    kept = distinct_boxes(boxes, scores, 0.8, 10)
-    assert kept.tolist() == [[False, True, True, False]]
+    assert distinct_boxes(boxes, scores, 0.8, 10).tolist() == [[False, True, True, False]]
     assert distinct_boxes(boxes, scores, 0.8, 1).tolist() == [[False, True, False, False]]
     # Of boxes with one score the first is kept; every runtime has to do so.
     alike = torch.tensor([[[0.0, 0, 10, 10]] * 3])
@@ -145,14 +146,34 @@ def test_distinct_boxes():
     assert kept.tolist() == [[True, False, False]]
     with pytest.raises(ValueError, match=r'scores \(B, N\)'):
         distinct_boxes(boxes, scores[0], 0.8, 10)
+    # Two that overlap by one half: what overlaps by more is dropped. A score of 0 counts.
+    halves, scores = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 4]]]), torch.tensor([[0.5, 0.0]])
+    for threshold, both in ((0.499, False), (0.5, True), (0.501, True)):
+        assert distinct_boxes(halves, scores, threshold, 2).tolist() == [[True, both]]
 
 
-@pytest.mark.parametrize('threshold, both', [(0.5, True), (0.499, False), (0.501, True)])
-def test_distinct_boxes_at_the_threshold(threshold, both):
-    """They overlap by one half; what overlaps by more is dropped. A score of 0 counts."""
-    boxes = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 4]]])
-    kept = distinct_boxes(boxes, torch.tensor([[0.5, 0.0]]), threshold, 2)
-    assert kept.tolist() == [[True, both]]
+class Rounding(torch.nn.Module):
+    """A backbone whose layers round down, up and, without padding, below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [(3, 2, 0), (4, 4, 0), (3, 2, 1), (2, 2, 0)]  # kernel, stride, padding
+        self.layers = torch.nn.ModuleList(torch.nn.Conv2d(3, 3, *size) for size in sizes)
+
+    def extract_feat(self, images):
+        maps = [images]
+        for layer in self.layers:
+            maps.append(layer(maps[-1]))
+        return maps[1:]
+
+
+def test_levels_round_as_the_backbone_does():
+    model = Rounding()
+    levels = _levels(model)
+    assert [stride for stride, _ in levels] == [2, 8, 16, 32]
+    for side in range(64, 130):
+        maps = model.extract_feat(torch.zeros(1, 3, side, 64))
+        assert [feat.shape[2] for feat in maps] == [(side + rest) // s for s, rest in levels]
 
 
 def test_difference():

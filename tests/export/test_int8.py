@@ -28,20 +28,15 @@ def test_quantized(exported_lite_dino, images, tmp_path):
         cv2.imwrite(str(tmp_path / f'{number}.png'), image)
     # What the float detector finds is the truth.
     found = exported.detect(images[0], 0.0)
+    objects = []
+    for number, (box, label) in enumerate(zip(found.boxes, found.labels)):
+        sides = (box[2:] - box[:2]).tolist()
+        one = {'id': number + 1, 'image_id': 1, 'category_id': 7 + int(label), 'iscrowd': 0}
+        objects.append({**one, 'bbox': [*box[:2].tolist(), *sides], 'area': sides[0] * sides[1]})
     truth = {
         'images': [{'id': 1, 'file_name': '0.png', 'height': 200, 'width': 260}],
         'categories': [{'id': 7 + i, 'name': name} for i, name in enumerate(exported.classes)],
-        'annotations': [
-            {
-                'id': number + 1,
-                'image_id': 1,
-                'category_id': 7 + int(label),
-                'bbox': [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()],
-                'area': float(np.prod(box[2:] - box[:2])),
-                'iscrowd': 0,
-            }
-            for number, (box, label) in enumerate(zip(found.boxes, found.labels))
-        ],
+        'annotations': objects,
     }
     (tmp_path / 'truth.json').write_text(json.dumps(truth))
     assert coco_ap(exported, tmp_path / 'truth.json', tmp_path) > 50
@@ -69,12 +64,15 @@ def test_quantized(exported_lite_dino, images, tmp_path):
     assert quantized.description['int8'] == {'calibration_images': 2}
     assert np.abs(quantized.detect(images[0]).scores - found.scores).max() < 0.1
 
-    with pytest.raises(ValueError, match='quantised already'):
-        quantize(tmp_path / 'int8', tmp_path / 'again', images)
-    with pytest.raises(ValueError, match='needs images'):
-        quantize(folder, tmp_path / 'again', [])
-    with pytest.raises(ValueError, match='a folder of its own'):
-        quantize(folder, folder, images)
+    again = tmp_path / 'again'
+    for arguments, sentence in (
+        ((tmp_path / 'int8', again, images), 'quantised already'),
+        ((folder, again, []), 'needs images'),
+        ((folder, folder, images), 'a folder of its own'),
+        ((folder.parent / 'torch', again, images), '8 bits are for OpenVINO alone'),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            quantize(*arguments)
 
 
 def test_convolutions_are_the_products(exported_lite_dino, images):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
+import math
 import sys
 from pathlib import Path
 
@@ -133,6 +134,29 @@ def test_softnms(boxes, n, method, offset):
     kept = _ext.softnms(*boxes(n), expected, **options)
     assert torch.equal(mmcv_ext.softnms(*boxes(n), found, **options), kept)
     torch.testing.assert_close(found[: len(kept)], expected[: len(kept)])
+
+
+@pytest.mark.parametrize(
+    'method, iou_threshold, min_score, expected',
+    [
+        (0, 0.5, 0.0, [1.0, 0.0]),  # from the threshold on
+        (0, 0.51, 0.0, [1.0, 0.5]),
+        (1, 0.5, 0.25, [1.0, 0.25]),  # times 1 - 0.5; the lowest score itself is kept
+        (1, 0.51, 0.25, [1.0, 0.5]),
+        (1, 0.5, 0.26, [1.0]),
+        (2, 0.9, 0.0, [1.0, 0.5 * math.exp(-0.5)]),  # exp(-0.5 ** 2 / 0.5), at every overlap
+    ],
+)
+def test_softnms_at_its_boundaries(method, iou_threshold, min_score, expected):
+    """Two boxes that overlap by one half."""
+    boxes = torch.tensor([[0.0, 0, 8, 4], [0, 0, 8, 8]])
+    dets = torch.zeros(2, 5)
+    kept = mmcv_ext.softnms(
+        boxes, torch.tensor([0.5, 1.0]), dets, iou_threshold, 0.5, min_score, method, 0
+    )
+    assert kept.tolist() == [1, 0][: len(expected)]
+    torch.testing.assert_close(dets[: len(kept), 4], torch.tensor(expected))
+    assert torch.equal(dets[: len(kept), :4], boxes[kept])
 
 
 @pytest.mark.parametrize('weight', [None, 'classes'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mmdet.models.detectors import GroundingDINO
@@ -140,6 +141,27 @@ class LiteGroundingDINO(LiteDetectorMixin, GroundingDINO):
         self.language_model = adapt_bert(MODELS.build(self.language_model_cfg))
         self.text_feat_map = nn.Linear(
             self.language_model.language_backbone.body.language_dim, self.embed_dims
+        )
+
+    def get_positive_map(self, tokenized, tokens_positive):
+        """MMDetection's; a text that the language model would cut is refused."""
+        check_text_length(self, tokenized)
+        return super().get_positive_map(tokenized, tokens_positive)
+
+
+def check_text_length(model: nn.Module, tokenized: Mapping) -> None:
+    """Refuse a text of more tokens than the language model reads: the scores would be NaN.
+
+    Args:
+        model (nn.Module): A Grounding DINO.
+        tokenized (Mapping): What its tokenizer makes of a list of this one text.
+    """
+    count, most = int(sum(tokenized['attention_mask'][0])), model.language_model.max_tokens
+    if count > most:
+        raise ValueError(
+            f'the text has {count} tokens, and the language model reads {most}: give fewer names, '
+            'or set model.test_cfg.chunked_size to a number of names that fit at a time (not in '
+            'exports)'
         )
 
 

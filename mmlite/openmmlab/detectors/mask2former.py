@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from mmcv.cnn import Conv2d, ConvModule
@@ -114,32 +114,46 @@ class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
             tuple[Tensor, list[Tensor]]: Mask features, shape (bs, out_channels, h, w) of the
             largest map, and ``num_outs`` maps, smallest first, shape (bs, feat_channels, h, w).
         """
-        smallest_first = list(reversed(feats))
-        tokens, positions, sizes = [], [], []
-        for level, (convolution, feat) in enumerate(zip(self.input_convs, smallest_first)):
-            sizes.append((feat.shape[-2], feat.shape[-1]))
+
+        def position(encoding: nn.Module, feat: Tensor) -> Tensor:
             # Padding counts as image here, as in MMDetection.
-            padding = feat.new_zeros((feat.shape[0], *sizes[-1]), dtype=torch.bool)
-            position = self.postional_encoding(padding).flatten(2).transpose(1, 2)
-            positions.append(position + self.level_encoding.weight[level])
-            tokens.append(convolution(feat).flatten(2).transpose(1, 2))
-        memory = self.encoder(
-            query=torch.cat(tokens, 1),
-            query_pos=torch.cat(positions, 1),
-            key_padding_mask=None,
-            spatial_shapes=tuple(sizes),
-            level_start_index=None,
-            valid_ratios=None,
-        )
-        maps = [
-            level.transpose(1, 2).unflatten(2, size)
-            for level, size in zip(memory.split([h * w for h, w in sizes], 1), sizes)
-        ]
-        larger = smallest_first[self.num_encoder_levels :]
-        for lateral, output, feat in zip(self.lateral_convs, self.output_convs, larger):
-            feat = lateral(feat)
-            # As it comes out of the tokens, channels last, resizing takes thrice as long on CPUs.
-            above = maps[-1].contiguous()
-            above = F.interpolate(above, feat.shape[-2:], mode='bilinear', align_corners=False)
-            maps.append(output(feat + above))
-        return self.mask_feature(maps[-1]), maps[: self.num_outs]
+            padding = feat.new_zeros((feat.shape[0], *feat.shape[2:]), dtype=torch.bool)
+            return encoding(padding).flatten(2).transpose(1, 2)
+
+        def encode(tokens: Tensor, pos: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+            return self.encoder(tokens, pos, None, tuple(sizes), None, None)
+
+        return decode_pixels(self, feats, position, encode)
+
+
+def decode_pixels(
+    decoder: nn.Module,
+    feats: Sequence[Tensor],
+    position: Callable[[nn.Module, Tensor], Tensor],
+    encode: Callable[[Tensor, Tensor, Sequence[tuple[int, int]]], Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Run a pixel decoder, Lite or stock; see :meth:`LiteMSDeformAttnPixelDecoder.forward`.
+
+    ``position`` gives the positional encoding of a map, (bs or 1, h * w, feat_channels). ``encode``
+    makes the memory of tokens, their positions and the sizes of their levels.
+    """
+    smallest_first = list(reversed(feats))
+    tokens, positions, sizes = [], [], []
+    for level, (convolution, feat) in enumerate(zip(decoder.input_convs, smallest_first)):
+        sizes.append((feat.shape[-2], feat.shape[-1]))
+        encoding = position(decoder.postional_encoding, feat)
+        positions.append(encoding + decoder.level_encoding.weight[level])
+        tokens.append(convolution(feat).flatten(2).transpose(1, 2))
+    memory = encode(torch.cat(tokens, 1), torch.cat(positions, 1), sizes)
+    maps = [
+        level.transpose(1, 2).unflatten(2, size)
+        for level, size in zip(memory.split([h * w for h, w in sizes], 1), sizes)
+    ]
+    larger = smallest_first[len(sizes) :]
+    for lateral, output, feat in zip(decoder.lateral_convs, decoder.output_convs, larger):
+        feat = lateral(feat)
+        # As it comes out of the tokens, channels last, resizing takes thrice as long on CPUs.
+        above = maps[-1].contiguous()
+        above = F.interpolate(above, feat.shape[-2:], mode='bilinear', align_corners=False)
+        maps.append(output(feat + above))
+    return decoder.mask_feature(maps[-1]), maps[: decoder.num_outs]

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
-import math
 import sys
 from pathlib import Path
 

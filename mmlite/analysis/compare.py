@@ -53,6 +53,7 @@ class Contestant:
         self.encoder_at = encoder_at
         self.checkpoint = checkpoint
         self.costs: dict[tuple[int, int], Complexity] = {}  # by image size
+        self.result: Result  # filled by compare()
 
     @property
     def title(self) -> str:
@@ -231,29 +232,39 @@ def compare(
                     raise
             step()
     running, notes = _in_modes(contestants, modes if setting.rounds else [EAGER], setting.device)
-    pairs: list[tuple[Result, Contestant]] = []
-    for contestant in [*running, *exported]:
-        result = Result(
-            contestant.title,
-            contestant.runtime,
-            contestant.form,
-            contestant.costs[setting.image_size],
-            {size(image_size): cost.flops for image_size, cost in contestant.costs.items()},
-            contestant.published,
+    everyone = [*running, *exported]
+    for each in everyone:
+        each.result = Result(
+            each.title,
+            each.runtime,
+            each.form,
+            each.costs[setting.image_size],
+            {size(image_size): cost.flops for image_size, cost in each.costs.items()},
+            each.published,
         )
-        result.baseline = pairs[0][0] if pairs else result
-        pairs.append((result, contestant))
+        each.result.baseline = everyone[0].result
     if setting.rounds:
         if 'detector' in parts:
             for batch_size in setting.batch_sizes:
-                _measure_inference(pairs, batch_size, setting, start)
+                _measure_inference(everyone, batch_size, setting, start)
         if 'encoder' in parts:
-            _measure_encoders(pairs, setting, start)
+            calls = {
+                each: each.encoder(setting) for each in everyone if each.encoder_at is not None
+            }
+            for each, timing in measure(calls, setting, start, 'encoder').items():
+                each.result.encoder = timing
         if setting.training:
-            _measure_training(pairs, setting, start)
+            _measure_training(everyone, setting, start)
     if dataset is not None:
-        _measure_accuracy(pairs, dataset, setting, start)
-    return [result for result, _ in pairs], notes
+        tested = {c.name: c for c in running if c.checkpoint}
+        step = start('evaluating', len(tested))
+        for name, one in tested.items():
+            accuracy = evaluate(one.model.cfg, one.checkpoint, dataset, setting.device)
+            for each in everyone:
+                if each.name == name:
+                    each.result.accuracy = accuracy
+            step()
+    return [each.result for each in everyone], notes
 
 
 def _in_modes(
@@ -269,55 +280,35 @@ def _in_modes(
     return found, notes
 
 
-def _measure_inference(pairs: Sequence, batch_size: int, setting: Setting, start: Start) -> None:
-    calls = {id(r): contestant.inference(setting, batch_size) for r, contestant in pairs}
+def _measure_inference(
+    everyone: Sequence[Contestant], batch_size: int, setting: Setting, start: Start
+) -> None:
+    calls = {each: each.inference(setting, batch_size) for each in everyone}
     timings = measure(calls, setting, start, f'inference, batch {batch_size}')
-    expected = pairs[0][1].outputs(calls[id(pairs[0][0])](0))
-    step = start(f'memory and stages, batch {batch_size}', len(pairs))
-    for result, contestant in pairs:
-        call = calls.pop(id(result))  # a session of a runtime holds gigabytes
-        result.latency[batch_size] = timings[id(result)]
-        result.memory[batch_size] = peak_memory(call, setting.device)
-        if expected and contestant.form == FUSED:
-            result.difference = _difference(expected, contestant.outputs(call(0)))
+    baseline = everyone[0]
+    expected = baseline.outputs(calls[baseline](0))
+    step = start(f'memory and stages, batch {batch_size}', len(everyone))
+    for each in everyone:
+        call = calls.pop(each)  # a session of a runtime holds gigabytes
+        each.result.latency[batch_size] = timings[each]
+        each.result.memory[batch_size] = peak_memory(call, setting.device)
+        if expected and each.form == FUSED:
+            # Equal infinities, which Grounding DINO has behind the text, differ by none.
+            each.result.difference = max(
+                torch.where(ours == theirs, 0.0, ours - theirs).abs().max().item()
+                for ours, theirs in zip(each.outputs(call(0)), expected)
+            )
         if batch_size == setting.batch_size:
-            result.stages = contestant.stages(call, setting)
+            each.result.stages = each.stages(call, setting)
         step()
 
 
-def _difference(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float:
-    """The largest; equal infinities, which Grounding DINO has behind the text, differ by none."""
-    return max(
-        torch.where(ours == theirs, 0.0, ours - theirs).abs().max().item()
-        for ours, theirs in zip(actual, expected)
-    )
-
-
-def _measure_encoders(pairs: Sequence, setting: Setting, start: Start) -> None:
-    calls = {id(r): c.encoder(setting) for r, c in pairs if c.encoder_at is not None}
-    timings = measure(calls, setting, start, 'encoder')
-    for result, _ in pairs:
-        result.encoder = timings.get(id(result))
-
-
-def _measure_training(pairs: Sequence, setting: Setting, start: Start) -> None:
-    trained = [(r, c) for r, c in pairs if c.runtime == PYTORCH and c.form in (EAGER, COMPILED)]
-    calls = {id(r): contestant.training(setting) for r, contestant in trained}
+def _measure_training(everyone: Sequence[Contestant], setting: Setting, start: Start) -> None:
+    trained = [c for c in everyone if c.runtime == PYTORCH and c.form in (EAGER, COMPILED)]
+    calls = {each: each.training(setting) for each in trained}
     timings = measure(calls, setting, start, 'training step')
-    for result, contestant in trained:
-        result.training = timings[id(result)]
-        contestant.model.zero_grad(set_to_none=True)
-        result.training_memory = peak_memory(calls[id(result)], setting.device)
-        contestant.model.zero_grad(set_to_none=True)
-
-
-def _measure_accuracy(pairs: Sequence, dataset: Dataset, setting: Setting, start: Start) -> None:
-    tested = {c.name: c for _, c in pairs if c.checkpoint and c.runtime == PYTORCH}
-    step = start('evaluating', len(tested))
-    for contestant in tested.values():
-        cfg = contestant.model.cfg
-        accuracy = evaluate(cfg, contestant.checkpoint, dataset, setting.device)
-        for result, other in pairs:
-            if other.name == contestant.name:
-                result.accuracy = accuracy
-        step()
+    for each, call in calls.items():
+        each.result.training = timings[each]
+        each.model.zero_grad(set_to_none=True)
+        each.result.training_memory = peak_memory(call, setting.device)
+        each.model.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,7 @@ from .inputs import pyramid_sizes
 from .profile import profile_table
 from .published import preset as published_rows
 from .report import Report, Table, giga, mebibytes, milliseconds, size, times
-from .timing import Setting, Start, Timing, silent, speedup
+from .timing import Setting, Start, silent, speedup
 
 Cells = dict[str, object]
 # What else a time is compared with, beside the baseline: head of the column, and which result.
@@ -157,129 +158,90 @@ def compare_encoders(
 def tables(results: Sequence[Result], setting: Setting, also: Also) -> list[Table]:
     """Cost first, then time, memory, stages, accuracy and the published figures.
 
-    A section is a title, the rows it is for, and what gives the cells of a row.
+    A section is a title and what gives the cells of a row, none where it does not apply.
     """
-    counted = [r for r in results if r.runtime == PYTORCH]
-    timed = [r for r in results if r.latency]
-    staged = [r for r in timed if r.stages]
-    where = f'{size(setting.image_size)}, {setting.dtype}'
-    batch = setting.batch_size
+    batch, where = setting.batch_size, f'{size(setting.image_size)}, {setting.dtype}'
 
-    def ratios(r: Result, timing: Callable[[Result], Timing | None]) -> Cells:
-        cells: Cells = {'faster': speedup(timing(r.baseline), timing(r))}
-        other = also[1](r)
-        if other is not None and timing(other) is not None:
-            cells[also[0]] = speedup(timing(other), timing(r))
-        return cells
+    def timed(r: Result, pick: Callable, memory: int | None = None, images: int = 0) -> Cells:
+        timing, other = pick(r), also[1](r)
+        if timing is None:
+            return {}
+        cells = {**times(timing), 'faster': speedup(pick(r.baseline), timing)}
+        if other is not None and pick(other) is not None:
+            cells[also[0]] = speedup(pick(other), timing)
+        if images:
+            cells |= {'images/s': f'{images / timing.median:.2f}'}
+        return cells if memory is None else {**cells, 'peak MiB': mebibytes(memory)}
 
-    def inference(batch: int) -> Callable[[Result], Cells]:
-        return lambda r: {
-            **times(r.latency[batch]),
-            'images/s': f'{batch / r.latency[batch].median:.2f}',
-            **ratios(r, lambda r: r.latency[batch]),
-            'peak MiB': mebibytes(r.memory[batch]),
-        }
+    def inference(r: Result, b: int) -> Cells:
+        return timed(r, lambda r: r.latency.get(b), r.memory.get(b), images=b)
 
-    sections = [
-        (f'GFLOPs, whole and by stage, one image of {size(setting.image_size)}', counted, _cost),
-        *(
-            (
-                f'Inference, batch {b}, {where}, {setting.device}: images to boxes',
-                timed,
-                inference(b),
-            )
+    sections: dict[str, Callable[[Result], Cells]] = {
+        f'GFLOPs, whole and by stage, one image of {size(setting.image_size)}': _cost,
+        **{
+            f'Inference, batch {b}, {where}, {setting.device}': partial(inference, b=b)
             for b in setting.batch_sizes
+        },
+        f'Inference by stage, ms, batch {batch}': _stages,
+        f'Encoder alone, batch {batch}, {where}: tokens to memory': lambda r: timed(
+            r, lambda r: r.encoder
         ),
-        (f'Inference by stage, ms, batch {batch}', staged, _stages),
-        (
-            'Encoder within the detector, alone and with the neck (Mask2Former: its pixel decoder)',
-            [r for r in staged if r.stages['encoder'] and r.baseline.stages],
-            _encoder_and_neck,
+        f'Training step, batch {batch}, {where}: forward, losses, backward': lambda r: timed(
+            r, lambda r: r.training, r.training_memory
         ),
-        (
-            'Encoder by layer, ms',
-            [r for r in staged if 'encoder.layers.0' in r.stages],
-            lambda r: _by_layer(milliseconds, [s for n, s in r.stages.items() if '.layers.' in n]),
-        ),
-        (
-            f'Encoder alone, batch {batch}, {where}: tokens to memory',
-            [r for r in results if r.encoder],
-            lambda r: {**times(r.encoder), **ratios(r, lambda r: r.encoder)},
-        ),
-        (
-            f'Training step, batch {batch}, {where}: forward, losses, backward',
-            [r for r in results if r.training],
-            lambda r: {
-                **times(r.training),
-                **ratios(r, lambda r: r.training),
-                'peak MiB': mebibytes(r.training_memory),
-            },
-        ),
-        (
-            'Encoder by layer, GFLOPs',
-            [r for r in counted if r.complexity.encoder_layer_flops],
-            lambda r: _by_layer(giga, r.complexity.encoder_layer_flops),
-        ),
-        ('Tokens of each level (share), largest map first', counted, _tokens),
-        (
-            'Accuracy, measured',
-            [r for r in results if r.accuracy],
-            lambda r: {metric: f'{value:.1f}' for metric, value in r.accuracy.items()},
-        ),
-        (
-            'Published (COCO val2017, the paper) beside measured (here; another image size and '
-            'rule)',
-            [r for r in results if r.published],
-            _published,
-        ),
-    ]
-    return [
-        Table(title, [{'model': r.name, **cells(r)} for r in rows])
-        for title, rows, cells in sections
-        if rows
-    ]
+        'Encoder by layer, GFLOPs and ms': _layers,
+        'Tokens of each level (share), largest map first': _tokens,
+        'Accuracy, measured': lambda r: {m: f'{v:.1f}' for m, v in (r.accuracy or {}).items()},
+        'Published (the paper) beside measured (another image size and rule)': _published,
+    }
+    found = []
+    for title, section in sections.items():
+        rows = [{'model': r.name, **cells} for r in results if (cells := section(r))]
+        found += [Table(title, rows)] if rows else []
+    return found
 
 
 def _cost(r: Result) -> Cells:
     cost = r.complexity
-    return {
-        'params M': f'{cost.params / 1e6:.2f}',
-        'all': giga(cost.flops),
-        'of baseline': f'{cost.flops / r.baseline.complexity.flops:.0%}',
-        **{stage: giga(flops) for stage, flops in cost.stage_flops.items() if flops},
-    }
+    stages = {stage: giga(flops) for stage, flops in cost.stage_flops.items() if flops}
+    share = f'{cost.flops / r.baseline.complexity.flops:.0%}'
+    whole = {'params M': f'{cost.params / 1e6:.2f}', 'all': giga(cost.flops), 'of baseline': share}
+    return {} if r.runtime != PYTORCH else {**whole, **stages}
 
 
 def _stages(r: Result) -> Cells:
-    all_of_them = sum(r.stages[stage] for stage in STAGES)
-    return {
-        stage: f'{milliseconds(r.stages[stage])} ({r.stages[stage] / all_of_them:.0%})'
-        for stage in STAGES
-    }
-
-
-def _encoder_and_neck(r: Result) -> Cells:
-    cells: Cells = {}
-    for stages, head, ratio in (
-        (['encoder'], 'encoder ms', 'faster'),
-        (['encoder', 'neck'], 'with neck ms', 'with neck, faster'),
-    ):
-        before, now = (sum(one.stages[s] for s in stages) for one in (r.baseline, r))
-        cells |= {head: milliseconds(now), ratio: f'{before / now:.2f}x'}
+    if not r.stages:
+        return {}
+    whole = sum(r.stages[stage] for stage in STAGES)
+    cells: Cells = {s: f'{milliseconds(r.stages[s])} ({r.stages[s] / whole:.0%})' for s in STAGES}
+    if r.stages['encoder'] and r.baseline.stages:
+        first, own = r.baseline.stages, r.stages
+        both = own['encoder'] + own['neck']
+        cells['encoder, faster'] = f'{first["encoder"] / own["encoder"]:.2f}x'
+        cells['with neck, faster'] = f'{(first["encoder"] + first["neck"]) / both:.2f}x'
     return cells
 
 
-def _by_layer(text: Callable[[float], str], values: Sequence[float]) -> Cells:
-    return {f'layer {index + 1}': text(value) for index, value in enumerate(values)}
+def _layers(r: Result) -> Cells:
+    cells = {}
+    for index, flops in enumerate(r.complexity.encoder_layer_flops if r.runtime == PYTORCH else ()):
+        seconds = r.stages.get(f'encoder.layers.{index}')
+        time = '' if seconds is None else f', {milliseconds(seconds)} ms'
+        cells[f'layer {index + 1}'] = giga(flops) + time
+    return cells
 
 
 def _tokens(r: Result) -> Cells:
     tokens = sorted(r.complexity.level_tokens, reverse=True)  # Mask2Former starts with the least
+    if r.runtime != PYTORCH or not tokens:
+        return {}
     shares = {f'level {i + 1}': f'{n} ({n / sum(tokens):.0%})' for i, n in enumerate(tokens)}
     return {**shares, 'all': sum(tokens)}
 
 
 def _published(r: Result) -> Cells:
+    if r.published is None:
+        return {}
     paper, encoder = r.published, r.complexity.stage_flops['encoder']
     published = paper.encoder_gflops / r.baseline.published.encoder_gflops
     measured = encoder / r.baseline.complexity.stage_flops['encoder']

@@ -46,7 +46,7 @@ def level_sizes(spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> tuple[tup
     where the detector has called :func:`remember_level_sizes`.
     """
     if not isinstance(spatial_shapes, Tensor):
-        return tuple(spatial_shapes)
+        return _as_ints(spatial_shapes)
     known = getattr(spatial_shapes, '_level_sizes', None)
     if known is None:
         known = tuple((height, width) for height, width in spatial_shapes.tolist())
@@ -56,9 +56,13 @@ def level_sizes(spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> tuple[tup
 
 def remember_level_sizes(spatial_shapes: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
     """Tell :func:`level_sizes` what a tensor (num_levels, 2) holds, so that it need not be read."""
+    spatial_shapes._level_sizes = _as_ints(sizes)
+
+
+def _as_ints(sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     if torch.jit.is_tracing():  # where sizes are tensors, which no operator takes
-        sizes = [(int(height), int(width)) for height, width in sizes]
-    spatial_shapes._level_sizes = tuple(sizes)
+        return tuple((int(height), int(width)) for height, width in sizes)
+    return tuple(sizes)
 
 
 class _MmcvCall:

@@ -13,7 +13,7 @@ from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import LiteEncoder
+from ..layers import LiteEncoder, level_sizes
 from .lite import check_schedule
 
 
@@ -121,7 +121,7 @@ class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
             return encoding(padding).flatten(2).transpose(1, 2)
 
         def encode(tokens: Tensor, pos: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-            return self.encoder(tokens, pos, None, tuple(sizes), None, None)
+            return self.encoder(tokens, pos, None, sizes, None, None)
 
         return decode_pixels(self, feats, position, encode)
 
@@ -138,9 +138,10 @@ def decode_pixels(
     makes the memory of tokens, their positions and the sizes of their levels.
     """
     smallest_first = list(reversed(feats))
-    tokens, positions, sizes = [], [], []
-    for level, (convolution, feat) in enumerate(zip(decoder.input_convs, smallest_first)):
-        sizes.append((feat.shape[-2], feat.shape[-1]))
+    tokens, positions = [], []
+    encoded = smallest_first[: len(decoder.input_convs)]
+    sizes = level_sizes([(feat.shape[-2], feat.shape[-1]) for feat in encoded])
+    for level, (convolution, feat) in enumerate(zip(decoder.input_convs, encoded)):
         encoding = position(decoder.postional_encoding, feat)
         positions.append(encoding + decoder.level_encoding.weight[level])
         tokens.append(convolution(feat).flatten(2).transpose(1, 2))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.registry import MODELS
+from mmengine.analysis import get_model_complexity_info
 from small_detectors import (
     DECODERS,
     ENCODERS,
@@ -299,3 +301,21 @@ def test_more_levels_than_maps():
         LiteMSDeformAttnPixelDecoder(
             in_channels=[8, 8, 8], encoder=dict(schedule='H3L1-(2+1)x1', layer_cfg=layer_cfg)
         )
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', ['DINO', 'Mask2Former'])
+def test_get_flops_counts_as_for_stock(build, name):
+    """As MMDetection's get_flops.py does, which traces the model."""
+    counted = []
+    for encoder in (None, dict(schedule='-(1+1)x2'), LITE):
+        model = build(name, encoder).eval()
+        data = batch(model, padded=False)
+        model.forward = partial(model.forward, data_samples=data['data_samples'])
+        found = get_model_complexity_info(
+            model, None, inputs=data['inputs'], show_table=False, show_arch=False
+        )
+        counted.append(found['flops'])
+    stock, every_level, lite = counted
+    assert lite < every_level
+    assert stock / 2 < every_level < 2 * stock

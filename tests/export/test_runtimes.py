@@ -52,38 +52,29 @@ def tensors(levels=LEVELS, batch: int = 2, queries: int = 50) -> dict[str, np.nd
 
 def expected(case: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
     named = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    levels = arrays['spatial_shapes'].reshape(-1, 2).tolist()
+    named['spatial_shapes'] = arrays['spatial_shapes'].reshape(-1, 2).tolist()
+    operator, names = CASES[case]
+    arguments = {name: named[name] for name in names}
     with ops.use_backend('reference'):
-        if case == 'standard':
-            return ops.ms_deform_attn(
-                named['value'], levels, named['sampling_locations'], named['attention_weights']
-            ).numpy()
-        key = named['value' if case == 'shared key' else 'key']
-        return ops.key_aware_deform_attn(
-            named['query'], key, named['value'], levels, named['sampling_locations']
-        ).numpy()
+        if operator == 'MSDeformAttn':
+            return ops.ms_deform_attn(**arguments).numpy()
+        return ops.key_aware_deform_attn(**{'key': named['value'], **arguments}).numpy()
 
 
-def model(case: str) -> bytes:
+def model(case: str, name: str | None = None) -> bytes:
     """A model of one node, all sizes free."""
     operator, names = CASES[case]
-    example = tensors()
-    inputs = [
-        onnx.helper.make_tensor_value_info(
-            name,
-            onnx.helper.np_dtype_to_tensor_dtype(example[name].dtype),
-            [f'{name}_{axis}' for axis in range(example[name].ndim)],
-        )
-        for name in names
-    ]
-    output = onnx.helper.make_tensor_value_info('output', onnx.TensorProto.FLOAT, ['b', 'q', 'c'])
-    node = onnx.helper.make_node(operator, names, ['output'], domain=DOMAIN)
-    graph = onnx.helper.make_graph([node], 'one_node', inputs, [output])
-    opsets = [
-        onnx.helper.make_opsetid('', 18),
-        onnx.helper.make_opsetid(DOMAIN, VERSION),
-    ]
-    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
+    inputs = []
+    for argument in names:
+        array = tensors()[argument]
+        kind = 'int64' if array.dtype == np.int64 else 'float'
+        sizes = ', '.join(f'{argument}_{axis}' for axis in range(array.ndim))
+        inputs.append(f'{kind}[{sizes}] {argument}')
+    text = f"""<ir_version: 9, opset_import: ["": 18, "{DOMAIN}": {VERSION}]>
+        one_node ({', '.join(inputs)}) => (float[b, q, c] output) {{
+            output = {DOMAIN}.{name or operator}({', '.join(names)})
+        }}"""
+    return onnx.parser.parse_model(text).SerializeToString()
 
 
 FORMATS = pytest.mark.parametrize('format_', ['onnx', 'openvino'])
@@ -192,9 +183,8 @@ def test_a_wrong_library_is_a_sentence(format_, tmp_path, monkeypatch):
     load(folder)
     other = {'onnx': 'openvino', 'openvino': 'onnx'}[format_]
     needs(other)
-    wrong = [tmp_path / 'no_library.so', library(RUNTIMES[other])]
-    wrong[0].write_bytes(b'nothing')
-    for path in wrong:
+    (tmp_path / 'no_library.so').write_bytes(b'nothing')
+    for path in (tmp_path / 'no_library.so', library(RUNTIMES[other])):
         monkeypatch.setattr('mmlite.export.runtimes.library', lambda runtime, path=path: path)
         with pytest.raises(ValueError, match='does not load the operators in') as refused:
             load(folder)
@@ -203,9 +193,7 @@ def test_a_wrong_library_is_a_sentence(format_, tmp_path, monkeypatch):
 
 @FORMATS
 def test_an_unknown_operator_is_a_sentence(format_, tmp_path):
-    content = onnx.load_from_string(model('standard'))
-    content.graph.node[0].op_type = 'MSDeformAttnOfTomorrow'
-    folder = exported(tmp_path, format_, content.SerializeToString())
+    folder = exported(tmp_path, format_, model('standard', 'MSDeformAttnOfTomorrow'))
     with pytest.raises(ValueError, match=r'does not take .*MSDeformAttnOfTomorrow') as refused:
         load(folder)
     assert '\n' not in str(refused.value)
@@ -241,7 +229,6 @@ def test_onnxruntime_keeps_the_norm_behind_an_addition(tmp_path, monkeypatch):
     assert operators() == {'SkipLayerNormalization'}  # or else there is nothing to turn off
 
     monkeypatch.setattr(runtime, 'SessionOptions', writing_options)
-    description = {'model': source.name, 'format': 'onnx', 'portable': True}
-    write_description(tmp_path, description)
+    write_description(tmp_path, {'model': source.name, 'format': 'onnx', 'portable': True})
     open_session(tmp_path)
     assert operators() == {'Add', 'LayerNormalization'}

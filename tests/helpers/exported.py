@@ -23,80 +23,64 @@ from mmlite.export.write import to_onnx, write
 TEXT = ('red circle', 'green square', 'square')
 
 DINO = 'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py'
-DEFORMABLE = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
-REFINE = 'mmdet::deformable_detr/deformable-detr-refine_r50_16xb2-50e_coco.py'
-TWO_STAGE = 'mmdet::deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco.py'
+DEFORMABLE = 'mmdet::deformable_detr/deformable-detr{}_r50_16xb2-50e_coco.py'
+TWO_STAGE = DEFORMABLE.format('-refine-twostage')
 DDQ = 'mmdet::ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py'
 GROUNDING = 'mmdet::grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py'
-INSTANCE = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
-PANOPTIC = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py'
-SMALL_TEXT = dict(
-    encoder=dict(
-        num_cp=-1,
-        fusion_layer_cfg=dict(dropout=0.0, embed_dim=64, init_values=0.5),
-        text_layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)),
-    )
-)
-SMALL_FFN = dict(num_layers=2, layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)))
+MASK2FORMER = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco{}.py'
+
+FFN = dict(ffn_cfg=dict(feedforward_channels=64))
+FUSION = dict(dropout=0.0, embed_dim=64, init_values=0.5)
+TEXT_LAYERS = dict(num_cp=-1, fusion_layer_cfg=FUSION, text_layer_cfg=FFN)
 SMALL_MASK2FORMER = dict(
     backbone=dict(depth=18, init_cfg=None, frozen_stages=-1),
     panoptic_head=dict(
         in_channels=[64, 128, 256, 512],
         num_queries=20,
-        pixel_decoder=dict(encoder=SMALL_FFN),
-        transformer_decoder=SMALL_FFN,
+        pixel_decoder=dict(encoder=dict(num_layers=2, layer_cfg=FFN)),
+        transformer_decoder=dict(num_layers=2, layer_cfg=FFN),
     ),
     # Less sure than a trained model, so that random weights draw something.
     test_cfg=dict(max_per_image=10, object_mask_thr=0.02, iou_thr=0.1),
 )
-LITE_PIXELS = dict(
-    panoptic_head=dict(
-        pixel_decoder=dict(
-            type='LiteMSDeformAttnPixelDecoder', encoder=dict(schedule='H2L1-(2+1)x1')
-        )
-    )
-)
 # So low that some of the queries are suppressed in every layer.
 SUPPRESSED = dict(dqs_cfg=dict(type='nms', iou_threshold=0.3))
 SCHEDULE = dict(schedule='H3L1-(2+1)x1')
+LITE = dict(type='LiteDINO', encoder=SCHEDULE)
+H_DETR = dict(num_one2many_queries=20, bbox_head=dict(type='HDeformableDETRHead'))
+PIXELS = dict(type='LiteMSDeformAttnPixelDecoder', encoder=dict(schedule='H2L1-(2+1)x1'))
+LITE_PIXELS = dict(panoptic_head=dict(pixel_decoder=PIXELS))
 
 
-def lite(**attention) -> dict:
-    return dict(type='LiteDINO', encoder=dict(**SCHEDULE, layer_cfg=dict(self_attn_cfg=attention)))
+def attending(**attention) -> dict:
+    return LITE | dict(encoder=dict(**SCHEDULE, layer_cfg=dict(self_attn_cfg=attention)))
 
 
 # Name -> stock config, changes to it.
 DETECTORS = {
     'DINO': (DINO, {}),
-    'DeformableDETR': (DEFORMABLE, {}),
-    'DeformableDETR refining': (REFINE, {}),
+    'DeformableDETR': (DEFORMABLE.format(''), {}),
+    'DeformableDETR refining': (DEFORMABLE.format('-refine'), {}),
     'DeformableDETR two-stage': (TWO_STAGE, {}),
-    'HDeformableDETR': (
-        TWO_STAGE,
-        dict(
-            type='HDeformableDETR',
-            num_one2many_queries=20,
-            bbox_head=dict(type='HDeformableDETRHead'),
-        ),
-    ),
-    'LiteDINO': (DINO, lite()),
-    'LiteDINO with a key of its own': (DINO, lite(proj_key=True)),
-    'LiteDINO with the same locations': (DINO, lite(same_loc=True)),
-    'LiteDINO with a key-aware decoder': (DINO, lite() | dict(decoder=dict(key_aware=True))),
+    'HDeformableDETR': (TWO_STAGE, dict(type='HDeformableDETR', **H_DETR)),
+    'LiteDINO': (DINO, LITE),
+    'LiteDINO with a key of its own': (DINO, attending(proj_key=True)),
+    'LiteDINO with the same locations': (DINO, attending(same_loc=True)),
+    'LiteDINO with a key-aware decoder': (DINO, LITE | dict(decoder=dict(key_aware=True))),
     'LiteDeformableDETR': (TWO_STAGE, dict(type='LiteDeformableDETR', encoder=SCHEDULE)),
     'DDQDETR': (DDQ, SUPPRESSED),
     'LiteDDQDETR with a key-aware decoder': (
         DDQ,
         dict(type='LiteDDQDETR', encoder=SCHEDULE, decoder=dict(key_aware=True), **SUPPRESSED),
     ),
-    'GroundingDINO': (GROUNDING, SMALL_TEXT),
+    'GroundingDINO': (GROUNDING, dict(encoder=TEXT_LAYERS)),
     'LiteGroundingDINO': (
         GROUNDING,
-        dict(type='LiteGroundingDINO', encoder=dict(**SMALL_TEXT['encoder'], **SCHEDULE)),
+        dict(type='LiteGroundingDINO', encoder=dict(**TEXT_LAYERS, **SCHEDULE)),
     ),
-    'Mask2Former': (INSTANCE, {}),
-    'LiteMask2Former': (INSTANCE, LITE_PIXELS),
-    'LiteMask2Former panoptic': (PANOPTIC, LITE_PIXELS),
+    'Mask2Former': (MASK2FORMER.format(''), {}),
+    'LiteMask2Former': (MASK2FORMER.format(''), LITE_PIXELS),
+    'LiteMask2Former panoptic': (MASK2FORMER.format('-panoptic'), LITE_PIXELS),
 }
 
 # Without torch and all of the framework, as where an exported detector runs.

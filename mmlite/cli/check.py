@@ -98,8 +98,12 @@ def _show(summaries: list[DataSummary], found: list) -> None:
     if summaries:
         columns = ('data', 'images', 'objects', 'at most in one image', 'annotation file')
         rows = [
-            (s.name, *map(str, (s.images, s.objects, s.most_objects)), escape(s.annotation_file))
-            for s in summaries
+            (
+                s['name'],
+                *(str(s[key]) for key in ('images', 'objects', 'most_objects')),
+                escape(s['annotation_file']),
+            )
+            for s in (summary.as_json() for summary in summaries)
         ]
         print_table('Data', columns, rows)
     for summary in summaries:

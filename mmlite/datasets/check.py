@@ -31,10 +31,6 @@ from .images import DecodedImage, ImageFile, decode_images
 # Where COCO's small, medium and large objects begin, and the last end: areas in pixels.
 _SIZE_EDGES = (0, 32**2, 96**2, math.inf)
 COUNTS = ('name', 'images', 'objects', 'small', 'medium', 'large')
-_REPORTED = (
-    *('name', 'annotation_file', 'images', 'objects', 'most_objects'),
-    *('labels', 'config_classes', 'classes'),
-)
 
 # Kind of finding -> what it leads to. Problems end training, lose objects or make the numbers
 # wrong; remarks may be meant.
@@ -150,22 +146,18 @@ class DataSummary:
         self.classes: list[dict] = []
         self.listed: dict[Any, _Image] = {}
 
-    @property
-    def images(self) -> int:
-        return len(self.listed)
-
-    @property
-    def objects(self) -> int:
-        """Objects of the config's classes, crowds apart."""
-        return sum(count['objects'] for count in self.classes)
-
-    @property
-    def most_objects(self) -> int:
-        """Objects in the fullest image."""
-        return max(image.objects for image in self.listed.values())
-
     def as_json(self) -> dict:
-        return {name: getattr(self, name) for name in _REPORTED}
+        """What the data set holds; ``objects`` are of the config's classes, crowds apart."""
+        return {
+            'name': self.name,
+            'annotation_file': self.annotation_file,
+            'images': len(self.listed),
+            'objects': sum(count['objects'] for count in self.classes),
+            'most_objects': max(image.objects for image in self.listed.values()),  # in one image
+            'labels': self.labels,
+            'config_classes': self.config_classes,
+            'classes': self.classes,
+        }
 
 
 def check_data(
@@ -384,7 +376,7 @@ def _read(data: DataSummary, findings: Findings) -> None:
     annotated = {annotation['image_id'] for annotation in content['annotations']}
     bare = (image.file.path for number, image in images.items() if number not in annotated)
     add('image without objects', *bare)
-    if not data.evaluated and not data.objects:
+    if not data.evaluated and not any(found.values()):
         add('classes', 'it holds no objects of the classes of the config: nothing to learn')
 
 

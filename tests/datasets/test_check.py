@@ -69,15 +69,16 @@ def test_nothing_to_find(config, root):
     found, (train, val) = run(config)
     assert found == {}
     assert (train.name, val.name) == ('train', 'val, test')
-    assert (train.images, val.images) == (4, 2)
+    report = train.as_json()
+    assert (report['images'], val.as_json()['images']) == (4, 2)
     assert train.labels == train.config_classes == list(CLASSES)
     objects = json.loads((root / 'annotations/instances_train.json').read_text())['annotations']
     areas = [entry['area'] for entry in objects]
     total = {size: sum(count[size] for count in train.classes) for size in check.COUNTS[2:]}
-    assert train.objects == total['objects'] == len(areas)
+    assert report['objects'] == total['objects'] == len(areas)
     assert total['small'] == sum(area < 32**2 for area in areas)
     assert total['large'] == sum(area >= 96**2 for area in areas)
-    assert train.most_objects == max(Counter(o['image_id'] for o in objects).values())
+    assert report['most_objects'] == max(Counter(o['image_id'] for o in objects).values())
     discs = {o['image_id'] for o in objects if o['category_id'] == 1}
     assert train.classes[0]['images'] == len(discs)
 
@@ -243,12 +244,12 @@ def test_image_turned_by_its_exif_data(config, root, orientation, height, listed
 
 def test_as_many_objects_as_queries(config):
     _, (train, _) = run(config)
-    config.model.num_queries = train.most_objects
+    most = train.as_json()['most_objects']
+    config.model.num_queries = most
     assert run(config)[0] == {}
     config.model.num_queries -= 1
-    found, _ = run(config)
-    (place, *_) = found['train', 'more objects than queries']
-    assert f'({train.most_objects} objects, {train.most_objects - 1} queries)' in place
+    (place, *_) = run(config)[0]['train', 'more objects than queries']
+    assert f'({most} objects, {most - 1} queries)' in place
 
 
 def test_wrappers_are_opened(config):

@@ -46,14 +46,12 @@ def to_lite(
             MM-Grounding DINO, Mask2Former or OneFormer. Changed in place.
         schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``; A * B is the number of
             layers of the stock encoder.
-        key_aware (bool): Key-aware deformable attention (KDA), or standard.
-        small_ffn (bool): Give low-level tokens an FFN with as many hidden channels as the model
-            has channels.
-        update (str): ``'joint'`` or ``'sequential'``; see :meth:`mmlite.nn.EncoderSchedule.steps`.
-        proj_key (bool): See :class:`mmlite.nn.KeyAwareDeformableAttention`.
-        same_loc (bool): See :class:`mmlite.nn.KeyAwareDeformableAttention`.
-        num_cp (int): Layers, counted from the first, whose activations are recomputed in the
-            backward pass of training.
+        key_aware (bool): This and what follows is as for :class:`mmlite.nn.LiteEncoder`.
+        small_ffn (bool): A small FFN for low-level tokens.
+        update (str): ``'joint'`` or ``'sequential'``.
+        proj_key (bool): Keys have a projection of their own.
+        same_loc (bool): All levels share the offsets.
+        num_cp (int): Layers whose activations are recomputed in the backward pass.
 
     Returns:
         nn.Module: ``model``.
@@ -131,15 +129,7 @@ def load_lite(model_class: type[nn.Module], folder: str, **kwargs: Any) -> nn.Mo
 
 
 class _Encoder(InterleavedEncoder):
-    """A Lite encoder built after a stock encoder of transformers, and warm-started from it.
-
-    Args:
-        stock (nn.Module): The encoder it replaces.
-        schedule (str | EncoderSchedule): This and what follows is as for :func:`to_lite`.
-
-    Raises:
-        ValueError: The schedule does not fit the stock encoder.
-    """
+    """A Lite encoder with the sizes and weights of the stock encoder it replaces."""
 
     smallest_first = False  # the order of the maps in the family's pyramid
     gradient_checkpointing = False  # transformers sets it in all modules that have it
@@ -169,6 +159,22 @@ class _Encoder(InterleavedEncoder):
             self.gradient_checkpointing = True
             self._gradient_checkpointing_func = stock.layers[0]._gradient_checkpointing_func
 
+    def encode(
+        self,
+        tokens: Tensor,
+        pos: Tensor | None,
+        sizes: LevelSizes,
+        padding: Tensor | None,
+        valid_ratios: Tensor | None,
+    ):
+        """The memory as transformers' models return it."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        memory = InterleavedEncoder.forward(
+            self, tokens, pos, sizes, padding_mask=padding, valid_ratios=valid_ratios
+        )
+        return BaseModelOutput(last_hidden_state=memory)
+
     def run(self, index: int, module: Callable, *arguments: Any) -> Any:
         """As ``num_cp`` says, and all layers after ``gradient_checkpointing_enable``."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -188,23 +194,15 @@ class DeformableDetrLiteEncoder(_Encoder):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
         spatial_position_embeddings: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        spatial_shapes_list: LevelSizes | None = None,
-        level_start_index: Tensor | None = None,
+        *,
+        spatial_shapes_list: LevelSizes,
         valid_ratios: Tensor | None = None,
         **kwargs,
     ):
         """Encode the pyramid, largest map first; the attention mask is True on what is real."""
-        from transformers.modeling_outputs import BaseModelOutput
-
-        memory = super().forward(
-            self.dropout(inputs_embeds),
-            spatial_position_embeddings,
-            spatial_shapes_list,
-            padding_mask=None if attention_mask is None else ~attention_mask,
-            valid_ratios=valid_ratios,
-        )
-        return BaseModelOutput(last_hidden_state=memory)
+        padding = None if attention_mask is None else ~attention_mask
+        tokens, pos = self.dropout(inputs_embeds), spatial_position_embeddings
+        return self.encode(tokens, pos, spatial_shapes_list, padding, valid_ratios)
 
 
 class PixelDecoderLiteEncoder(_Encoder):
@@ -217,22 +215,14 @@ class PixelDecoderLiteEncoder(_Encoder):
         inputs_embeds: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: Tensor | None = None,
-        spatial_shapes_list: LevelSizes | None = None,
-        level_start_index: Tensor | None = None,
+        *,
+        spatial_shapes_list: LevelSizes,
         valid_ratios: Tensor | None = None,
         **kwargs,
     ):
         """Encode the pyramid, smallest map first; the attention mask is True on padding."""
-        from transformers.modeling_outputs import BaseModelOutput
-
-        memory = super().forward(
-            inputs_embeds,
-            position_embeddings,
-            spatial_shapes_list,
-            padding_mask=attention_mask,
-            valid_ratios=valid_ratios,
-        )
-        return BaseModelOutput(last_hidden_state=memory)
+        sizes = spatial_shapes_list
+        return self.encode(inputs_embeds, position_embeddings, sizes, attention_mask, valid_ratios)
 
 
 class GroundingDinoLiteEncoder(_Encoder):
@@ -257,9 +247,8 @@ class GroundingDinoLiteEncoder(_Encoder):
         vision_features: Tensor,
         vision_attention_mask: Tensor | None = None,
         vision_position_embedding: Tensor | None = None,
-        spatial_shapes: Tensor | None = None,
-        spatial_shapes_list: LevelSizes | None = None,
-        level_start_index: Tensor | None = None,
+        *,
+        spatial_shapes_list: LevelSizes,
         valid_ratios: Tensor | None = None,
         text_features: Tensor | None = None,
         text_attention_mask: Tensor | None = None,

@@ -20,27 +20,27 @@ HEADS = dict(encoder_attention_heads=4, decoder_attention_heads=4)
 THIN = dict(d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=12, dropout=0.0)
 
 
+DETR = dict(encoder_layers=4, decoder_layers=2, **HEADS, **THIN)
+
+
+def _resnet() -> hf.ResNetConfig:
+    return hf.ResNetConfig(**RESNET, out_features=['stage2', 'stage3', 'stage4'])
+
+
 def deformable_detr(**changes) -> nn.Module:
-    config = dict(encoder_layers=4, decoder_layers=2, **HEADS, **THIN, **changes)
-    backbone = hf.ResNetConfig(**RESNET, out_features=['stage2', 'stage3', 'stage4'])
-    return _build(
-        hf.DeformableDetrForObjectDetection,
-        hf.DeformableDetrConfig(backbone_config=backbone, **config),
-    )
+    config = hf.DeformableDetrConfig(backbone_config=_resnet(), **DETR, **changes)
+    return _build(hf.DeformableDetrForObjectDetection, config)
 
 
 def grounding_dino(family: str = 'GroundingDino', **changes) -> nn.Module:
-    config = dict(encoder_layers=4, decoder_layers=2, **HEADS, **THIN, **changes)
-    backbone = hf.ResNetConfig(**RESNET, out_features=['stage2', 'stage3', 'stage4'])
-    return _build(
-        getattr(hf, f'{family}ForObjectDetection'),
-        getattr(hf, f'{family}Config')(
-            backbone_config=backbone,
-            text_config=hf.BertConfig(**TEXT),
-            fusion_droppath=0.0,
-            **config,
-        ),
+    config = getattr(hf, f'{family}Config')(
+        backbone_config=_resnet(),
+        text_config=hf.BertConfig(**TEXT),
+        fusion_droppath=0.0,
+        **DETR,
+        **changes,
     )
+    return _build(getattr(hf, f'{family}ForObjectDetection'), config)
 
 
 def mm_grounding_dino(**changes) -> nn.Module:
@@ -58,71 +58,51 @@ def _swin() -> hf.SwinConfig:
     )
 
 
-def mask2former(**changes) -> nn.Module:
-    config = dict(
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=48,
-        dim_feedforward=48,
-        num_attention_heads=4,
-        encoder_layers=4,
-        decoder_layers=3,
-        num_queries=12,
-    )
-    return _build(
-        hf.Mask2FormerForUniversalSegmentation,
-        hf.Mask2FormerConfig(backbone_config=_swin(), **{**config, **changes}),
-    )
+MASKS = dict(
+    encoder_feedforward_dim=48,
+    dim_feedforward=48,
+    hidden_dim=32,
+    num_attention_heads=4,
+    encoder_layers=4,
+    decoder_layers=3,
+    num_queries=12,
+)
 
 
-def oneformer(**changes) -> nn.Module:
-    config = dict(
+def mask2former() -> nn.Module:
+    config = hf.Mask2FormerConfig(
+        backbone_config=_swin(), feature_size=32, mask_feature_size=32, **MASKS
+    )
+    return _build(hf.Mask2FormerForUniversalSegmentation, config)
+
+
+def oneformer() -> nn.Module:
+    text = dict(width=16, num_layers=1, n_ctx=4, vocab_size=50)
+    config = hf.OneFormerConfig(
+        backbone_config=_swin(),
         conv_dim=32,
         mask_dim=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=48,
-        dim_feedforward=48,
-        num_attention_heads=4,
-        encoder_layers=4,
-        decoder_layers=3,
-        num_queries=12,
-        text_encoder_width=16,
-        text_encoder_num_layers=1,
-        text_encoder_n_ctx=4,
-        text_encoder_vocab_size=50,
+        **MASKS,
+        **{f'text_encoder_{name}': value for name, value in text.items()},
     )
-    return _build(
-        hf.OneFormerForUniversalSegmentation,
-        hf.OneFormerConfig(backbone_config=_swin(), **{**config, **changes}),
-    )
+    return _build(hf.OneFormerForUniversalSegmentation, config)
 
 
 def rt_detr(family: str = 'RTDetr', **changes) -> nn.Module:
-    backbone = hf.RTDetrResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 16, 32, 64],
-        depths=[1, 1, 1, 1],
-        layer_type='basic',
-        out_features=['stage2', 'stage3', 'stage4'],
-    )
     config = dict(
-        d_model=32,
+        backbone_config=hf.RTDetrResNetConfig(
+            **RESNET, out_features=['stage2', 'stage3', 'stage4']
+        ),
         encoder_hidden_dim=32,
         encoder_in_channels=[16, 32, 64],
         decoder_in_channels=[32, 32, 32],
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        decoder_layers=2,
-        num_queries=12,
         num_denoising=0,
+        decoder_layers=2,
+        **HEADS,
+        **THIN,
     )
-    return _build(
-        getattr(hf, f'{family}ForObjectDetection'),
-        getattr(hf, f'{family}Config')(backbone_config=backbone, **{**config, **changes}),
-    )
+    config = getattr(hf, f'{family}Config')(**{**config, **changes})
+    return _build(getattr(hf, f'{family}ForObjectDetection'), config)
 
 
 def rt_detr_v2(**changes) -> nn.Module:

@@ -190,7 +190,7 @@ def test_compiled(family):
     compiled = torch.compile(module, backend=backend)
     assert_same(run_attention(module, call=compiled), expected)
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert any('ms_deform_attn' in target for target in called)
+    assert any('mmlite.deform_attn' in target for target in called)
     assert not any('grid_sample' in target for target in called)
 
 

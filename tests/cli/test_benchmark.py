@@ -4,6 +4,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from small_detectors import write_pair
 
 from mmlite.cli import main
 
@@ -134,20 +135,6 @@ def test_help_has_an_example(command):
     assert 'mmlite benchmark' in result.output.partition('Example')[2]
 
 
-LITE = """
-_base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
-custom_imports = dict(imports=['mmlite'])
-model = dict(
-    type='LiteDeformableDETR',
-    num_queries=20,
-    backbone=dict(depth=18, init_cfg=None),
-    neck=dict(in_channels=[128, 256, 512]),
-    encoder=dict(num_layers=2, schedule='H3L1-(2+1)x1'),
-    decoder=dict(num_layers=1),
-)
-"""
-
-
 @pytest.mark.timeout(900)
 def test_runtimes(tmp_path, monkeypatch):
     pytest.importorskip('onnxscript')
@@ -160,8 +147,8 @@ def test_runtimes(tmp_path, monkeypatch):
             library(runtime)
         except FileNotFoundError as error:
             pytest.skip(str(error))
-    config, path = tmp_path / 'lite.py', tmp_path / 'compare.json'
-    config.write_text(LITE)
+    _, config = write_pair(tmp_path, 'plain')
+    path = tmp_path / 'compare.json'
 
     def measured(part: str, *options: str) -> dict[str, dict]:
         result = run(

@@ -12,32 +12,15 @@ import subprocess
 import pytest
 import torch
 from click.testing import CliRunner
+from small_detectors import write_pair
 
 from mmlite.cli import main
 from mmlite.openmmlab.build import build_detector, load_config
 
-TINY = """
-_base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
-custom_imports = dict(imports=['mmlite'])
-model = dict(
-    type='{type}',
-    num_queries=20,
-    backbone=dict(depth=18, init_cfg=None),
-    neck=dict(in_channels=[128, 256, 512]),
-    encoder=dict(num_layers=2, {encoder}),
-    decoder=dict(num_layers=1),
-)
-"""
-VARIANT = "schedule='H3L1-(2+1)x1'"
-
 
 @pytest.fixture(scope='module')
 def configs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('configs')
-    stock, lite = folder / 'stock.py', folder / 'lite.py'
-    stock.write_text(TINY.format(type='DeformableDETR', encoder=''))
-    lite.write_text(TINY.format(type='LiteDeformableDETR', encoder=VARIANT))
-    return str(stock), str(lite)
+    return write_pair(tmp_path_factory.mktemp('configs'), 'plain')
 
 
 def run(*arguments: str):
@@ -78,61 +61,15 @@ def test_json(report):
     assert stock['faster']['1']['median'] == 1
 
 
-MASK2FORMER = """
-_base_ = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
-custom_imports = dict(imports=['mmlite'])
-model = dict(
-    backbone=dict(depth=18, init_cfg=None),
-    panoptic_head=dict(
-        in_channels=[64, 128, 256, 512],
-        num_queries=10,
-        pixel_decoder=dict({pixel_decoder}),
-        transformer_decoder=dict(num_layers=1),
-    ),
-    train_cfg=dict(num_points=64),
-    test_cfg=dict(max_per_image=10),
-)
-"""
-GROUNDING_DINO = """
-_base_ = 'mmdet::grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py'
-custom_imports = dict(imports=['mmlite'])
-model = dict(
-    type='{type}',
-    num_queries=20,
-    backbone=dict(depth=18, init_cfg=None),
-    neck=dict(in_channels=[128, 256, 512]),
-    language_model=dict(name={bert!r}),
-    encoder=dict(num_layers=2, {encoder}),
-    decoder=dict(num_layers=1),
-    test_cfg=dict(max_per_img=20),
-)
-"""
-
-
-DDQ = TINY.replace(
-    'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
-    'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py',
-).replace('decoder=dict(num_layers=1)', 'decoder=dict(num_layers=2), test_cfg=dict(max_per_img=20)')
-
-
-@pytest.mark.parametrize('family', ['ddq', 'mask2former', 'grounding_dino'])
+@pytest.mark.parametrize('family', ['DDQ', 'Mask2Former', 'GroundingDINO'])
 def test_the_newer_families(family, tmp_path, tiny_bert):
-    stock, lite, path = (tmp_path / name for name in ('stock.py', 'lite.py', 'report.json'))
-    if family == 'mask2former':
-        encoder = "type='LiteMSDeformAttnPixelDecoder', encoder=dict(num_layers=2, {})"
-        encoder = encoder.format("schedule='H2L1-(2+1)x1'")
-        stock.write_text(MASK2FORMER.format(pixel_decoder='encoder=dict(num_layers=2)'))
-        lite.write_text(MASK2FORMER.format(pixel_decoder=encoder))
-    elif family == 'ddq':
-        stock.write_text(DDQ.format(type='DDQDETR', encoder=''))
-        lite.write_text(DDQ.format(type='LiteDDQDETR', encoder=VARIANT))
-    else:
-        names = dict(bert=tiny_bert)
-        stock.write_text(GROUNDING_DINO.format(type='GroundingDINO', encoder='', **names))
-        lite.write_text(GROUNDING_DINO.format(type='LiteGroundingDINO', encoder=VARIANT, **names))
+    path = tmp_path / 'report.json'
+    # Its text names the classes of COCO.
+    text = {'bert': tiny_bert, 'model.bbox_head.num_classes': 80}
+    stock, lite = write_pair(tmp_path, family, **(text if family == 'GroundingDINO' else {}))
     options = ['--image-size', '64x96', '--rounds', '2', '--warmup', '1', '--threads', '1']
     options.append('--train')
-    result = run(str(stock), str(lite), *options, '--json', str(path))
+    result = run(stock, lite, *options, '--json', str(path))
     assert result.exit_code == 0, result.output
     assert 'with neck, faster' in result.output.replace('\n', ' ')
     for result in json.loads(path.read_text())['results']:

@@ -6,44 +6,24 @@ from pathlib import Path
 import cv2
 import pytest
 from click.testing import CliRunner
+from small_detectors import write_pair
 
 from mmlite.cli import main
 from mmlite.datasets import CLASSES, generate_shapes
 
-TINY = """
-_base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
-custom_imports = dict(imports=['mmlite'])
-model = dict(
-    type='{type}',
-    num_queries=20,
-    backbone=dict(depth=18, init_cfg=None),
-    neck=dict(in_channels=[128, 256, 512]),
-    encoder=dict(num_layers=2, {encoder}),
-    decoder=dict(num_layers=1),
-    bbox_head=dict(num_classes=4),
-    test_cfg=dict(max_per_img=10),
-)
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(192, 192), keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
-                                          'scale_factor')),
-]
-test_dataloader = dict(dataset=dict(metainfo=dict(classes={classes}), pipeline=test_pipeline))
-"""
+CHANGES = {
+    'model.bbox_head.num_classes': len(CLASSES),
+    'model.test_cfg.max_per_img': 10,
+    'test_dataloader.dataset.metainfo': {'classes': CLASSES},
+    'test_dataloader.dataset.pipeline.1.scale': (192, 192),
+}
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('visualize')
     generate_shapes(folder, {'val': 2}, image_size=128)
-    for name, kind, encoder in (
-        ('lite', 'LiteDeformableDETR', "schedule='H3L1-(2+1)x1'"),
-        ('stock', 'DeformableDETR', ''),
-    ):
-        text = TINY.format(type=kind, encoder=encoder, classes=CLASSES)
-        (folder / f'{name}.py').write_text(text)
+    write_pair(folder, 'plain', **CHANGES)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from mmdet.registry import MODELS
@@ -14,6 +15,7 @@ from torch import nn
 
 from mmlite.openmmlab.detectors.grounding_dino import adapt_bert
 from mmlite.openmmlab.families import find_holder, reads_text
+from mmlite.openmmlab.lite_config import lite_change, main_schedule
 
 STOCK = {
     'plain': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
@@ -101,6 +103,23 @@ def small_config(name: str, bert: str = '') -> Config:
         small['language_model'] = dict(name=bert)
     config.merge_from_dict(dict(model=small))
     return config
+
+
+def write_pair(folder: Path, name: str, bert: str = '', **changes) -> tuple[str, str]:
+    """Write ``stock.py`` and ``lite.py``, a small detector without and with the Lite encoder.
+
+    Returns:
+        tuple[str, str]: Their paths.
+    """
+    config = small_config(name, bert)
+    config.merge_from_dict(changes)
+    paths = folder / 'stock.py', folder / 'lite.py'
+    lite = {'model': lite_change(config.model, main_schedule(config.model))}
+    for path, change in zip(paths, ({}, lite)):
+        config.merge_from_dict(change)
+        entries = config.to_dict().items()
+        path.write_text('\n'.join(f'{entry} = {value!r}' for entry, value in entries))
+    return str(paths[0]), str(paths[1])
 
 
 def small_model(

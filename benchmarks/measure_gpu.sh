@@ -40,7 +40,6 @@ for dtype in float32 float16 bfloat16; do
     bench "ops-$dtype-high-level" ops --dtype "$dtype" --queries 5523
     bench "ops-$dtype-decoder" ops --dtype "$dtype" --queries 900
 done
-MMLITE_AUTOTUNE=0 bench ops-float16-untuned ops --dtype float16
 if "$python" -c 'import mmdet' 2> /dev/null; then
     bench encoder-float32 encoder --train
     bench encoder-bfloat16 encoder --train --dtype bfloat16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
 
 from .graph import DetectorGraph, Pyramid, classify, decode, encode, make_pyramid, propose
@@ -80,8 +81,7 @@ class DDQGraph(DetectorGraph):
 
     def suppress(self, boxes: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:
         """Which of the candidates are distinct, bool, (bs, n); ``boxes`` are cxcywh."""
-        centre, size = boxes.split(2, -1)
-        corners = torch.cat([centre - 0.5 * size, centre + 0.5 * size], -1)
+        corners = bbox_cxcywh_to_xyxy(boxes)
         # mmcv moves the boxes of each class apart, also where all have one; so do we, to round
         # alike.
         farthest = corners.masked_fill(~candidates.unsqueeze(-1), -1.0).amax((1, 2), keepdim=True)

@@ -14,8 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mmdet.models.layers import DeformableDetrTransformerEncoder, inverse_sigmoid
+from mmdet.models.layers import (
+    DeformableDetrTransformerEncoder,
+    coordinate_to_encoding,
+    inverse_sigmoid,
+)
 from mmdet.registry import MODELS
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
 
 from ..nn.geometry import LevelSizes, encoder_reference_points
@@ -154,14 +159,13 @@ class DetectorGraph(Graph):
         labels = index % self.num_classes
         chosen = (index // self.num_classes).unsqueeze(-1)
         # A query may be chosen for several classes; so all boxes, which are few, are computed.
-        boxes = boxes.gather(1, chosen.expand(-1, -1, 4))
-        centre, size = boxes.split(2, -1)
-        boxes = torch.cat([centre - 0.5 * size, centre + 0.5 * size], -1).clamp(0, 1)
+        boxes = bbox_cxcywh_to_xyxy(boxes.gather(1, chosen.expand(-1, -1, 4))).clamp(0, 1)
         if image_sizes is None:
             height, width = images.shape[-2:]
-            full = [boxes.new_full((1,), 1.0 * side) for side in (width, height)]
-            return boxes * torch.cat(full * 2), scores, labels
-        sizes = image_sizes.to(boxes.dtype).flip(-1)
+            sides = [boxes.new_full((1,), 1.0 * side) for side in (width, height)]
+            sizes = torch.cat(sides).unsqueeze(0)
+        else:
+            sizes = image_sizes.to(boxes.dtype).flip(-1)
         return boxes * torch.cat([sizes, sizes], -1).unsqueeze(1), scores, labels
 
 
@@ -253,19 +257,15 @@ def sine_encoding(
             number = torch.minimum(number, last)
         if encoding.normalize:
             number = (number + encoding.offset) / (last + encoding.eps) * encoding.scale
-        return sine_features(number, encoding.num_feats, encoding.temperature)
+        exponents = torch.arange(encoding.num_feats // 2, dtype=torch.float32, device=feat.device)
+        periods = encoding.temperature ** (2 * exponents / encoding.num_feats)
+        angles = number.unsqueeze(-1) / periods
+        return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
     height, width = feat.shape[-2:]
     y = one_axis(height, rows).unsqueeze(2).expand(-1, -1, width, -1)
     x = one_axis(width, columns).unsqueeze(1).expand(-1, height, -1, -1)
     return torch.cat([y, x], -1).flatten(1, 2)
-
-
-def sine_features(numbers: Tensor, num_feats: int, temperature: float = 10000) -> Tensor:
-    """Sines and cosines in turn, (...) -> (..., num_feats)."""
-    exponents = torch.arange(num_feats // 2, dtype=torch.float32, device=numbers.device)
-    angles = numbers.unsqueeze(-1) / temperature ** (2 * exponents / num_feats)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
 def encode(
@@ -319,11 +319,12 @@ def select_queries(
     features = features.gather(1, chosen.expand(-1, -1, channels))
     proposals = proposals.expand(batch, -1, -1).gather(1, chosen.expand(-1, -1, 4))
     branch = model.bbox_head.reg_branches[model.decoder.num_layers]
-    reference = (branch(features) + proposals).sigmoid()
+    boxes = branch(features) + proposals
+    reference = boxes.sigmoid()
     if is_dino:
         return model.query_embedding.weight.expand(batch, -1, -1), None, reference
-    position = sine_features(reference * (2 * math.pi), channels // 2).flatten(2)
-    position = model.pos_trans_norm(model.pos_trans_fc(position))
+    position = model.pos_trans_fc(model.get_proposal_pos_embed(boxes))
+    position = model.pos_trans_norm(position)
     query_pos, query = position.split(channels, -1)
     if hasattr(model, 'query_embedding'):  # H-DETR learns the contents
         learned = model.query_embedding.weight.narrow(0, 0, model.num_queries)
@@ -403,10 +404,7 @@ def decode(
         if ratios is not None:
             points = points * torch.cat([ratios] * (points.shape[-1] // 2), -1).unsqueeze(1)
         if is_dino:
-            # MMDetection's order: y, x, w, h.
-            x, y, *size = (points.select(2, 0) * (2 * math.pi)).split(1, -1)
-            features = sine_features(torch.cat([y, x, *size], -1), 128).flatten(2)
-            query_pos = decoder.ref_point_head(features)
+            query_pos = decoder.ref_point_head(coordinate_to_encoding(points.select(2, 0)))
         query = attend(layer.self_attn, query, query_pos, query, query_pos, blocked)
         query = layer.norms[0](query)
         if text is not None:

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmdet.evaluation.functional import INSTANCE_OFFSET
-from mmdet.models.dense_heads import Mask2FormerHead
-from mmdet.models.detectors import Mask2Former
-from mmdet.models.seg_heads import MaskFormerFusionHead
+from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 from ..openmmlab.detectors.mask2former import decode_pixels
@@ -42,19 +40,17 @@ class SegmenterGraph(Graph):
         decoder = head.pixel_decoder
         name = type(model).__name__
         for part, module, kind in (
-            ('the model', model, Mask2Former),
-            ('its panoptic_head', head, Mask2FormerHead),
-            ('its panoptic_fusion_head', model.panoptic_fusion_head, MaskFormerFusionHead),
+            ('the model', model, 'Mask2Former'),
+            ('its panoptic_head', head, 'Mask2FormerHead'),
+            ('its panoptic_fusion_head', model.panoptic_fusion_head, 'MaskFormerFusionHead'),
+            ('its pixel_decoder', decoder, 'LiteMSDeformAttnPixelDecoder'),
         ):
-            if type(module) is not kind:
+            family = family_of(type(module), subclasses=False)
+            if family is None and type(module) is not MODELS.get(kind):
                 raise ValueError(
                     f'{name} cannot be exported: {part} is {type(module).__name__}, and that works '
-                    f'for {kind.__name__}'
+                    f'for {kind}'
                 )
-        if family_of(type(decoder), subclasses=False) is None:
-            raise ValueError(
-                f'{name} cannot be exported: its pixel_decoder is {type(decoder).__name__}'
-            )
         check_encoder(type(decoder).__name__, decoder.encoder)
         outside = decoder.num_input_levels - decoder.num_encoder_levels
         if outside > 1 and not is_lite(decoder):
@@ -85,24 +81,25 @@ class SegmenterGraph(Graph):
             return encode(decoder.encoder, Pyramid(*tokens_and_sizes))
 
         features, maps = decode_pixels(decoder, feats, sine_encoding, encode_tokens)
-        tokens, positions = [], []
-        for level in range(head.num_transformer_feat_level):
-            feat = maps[level]
-            projected = head.decoder_input_projs[level](feat).flatten(2).transpose(1, 2)
-            tokens.append(projected + head.level_embed.weight[level])
-            encoding = head.decoder_positional_encoding
-            positions.append(sine_encoding(encoding, feat))
-        batch = images.shape[0]
-        query = head.query_feat.weight.expand(batch, -1, -1)
-        query_pos = head.query_embed.weight.expand(batch, -1, -1)
-        flat = features.flatten(2)
+        maps = maps[: head.num_transformer_feat_level]
+        positions = [sine_encoding(head.decoder_positional_encoding, feat) for feat in maps]
+        tokens = [
+            project(feat).flatten(2).transpose(1, 2) + embedding
+            for project, feat, embedding in zip(
+                head.decoder_input_projs, maps, head.level_embed.weight
+            )
+        ]
+        query, query_pos = (
+            embedding.weight.expand(images.shape[0], -1, -1)
+            for embedding in (head.query_feat, head.query_embed)
+        )
 
         def masks_of(query: Tensor) -> Tensor:
             embedded = head.mask_embed(head.transformer_decoder.post_norm(query))
-            return (embedded @ flat).unflatten(2, features.shape[-2:])
+            return (embedded @ features.flatten(2)).unflatten(2, features.shape[-2:])
 
         for index, layer in enumerate(head.transformer_decoder.layers):
-            level = index % head.num_transformer_feat_level
+            level = index % len(maps)
             mask = resize(masks_of(query), maps[level].shape[-2:]).flatten(2)
             blocked = mask < 0
             # A query without a pixel sees them all.

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.markup import escape
 
-from .shared import (
-    cfg_options,
-    checkpoint_argument,
-    config_argument,
-    flag,
-    image_files,
-    image_size_option,
-    images_option,
-    option,
-    out_option,
-    read_config,
-    read_image,
-)
+from . import shared
+from .shared import option
 
-# What float32 leaves of a box, in parts of the image, and of a score.
-TOLERANCE = 1e-4
-# A pixel whose logit is near zero may be on either side of it.
-MASK_TOLERANCE = 1e-2
+# What float32 leaves of a box, in parts of the image, and of a score. A pixel whose logit is near
+# zero may be on either side of it, and moves the box around a mask by whole pixels.
+TOLERANCE, MASK_TOLERANCE = 1e-4, 1e-2
 
 
 @click.command()
-@config_argument
-@checkpoint_argument
+@shared.config_argument
+@shared.checkpoint_argument
 @option(
     '--format',
     'format_',
@@ -39,26 +25,18 @@ MASK_TOLERANCE = 1e-2
     default='onnx',
     help='For ONNX Runtime, for OpenVINO, or a .pt2 file of torch.export.',
 )
-@out_option('The folder to write.', required=True)
-@image_size_option(
-    default=None,
-    help='Fit images into a canvas of this size. By default they may have any.',
-)
+@shared.out_option('The folder to write.', required=True)
+@shared.image_size_option(default=None, help='Fit images into a canvas. Default: any size.')
 @option('--batch-size', default='1', metavar='N|any', help='Images at a time.')
-@flag(
-    '--portable',
-    help='Use no operators of mmlite: for runtimes that take none. The encoder takes about twice '
-    'as long.',
-)
+@shared.flag('--portable', help='Use no operators of mmlite: for runtimes that take none. Slower.')
 @option('--opset', default=18, help="Version of ONNX's operators, 18 to 21.")
-@images_option(help='An image, or a folder of them, to compare with PyTorch on; can be repeated.')
+@shared.images_option(help='An image or a folder to compare with PyTorch on; can be repeated.')
 @option(
     '--text',
     metavar='TEXT',
-    help='What Grounding DINO looks for, names with dots between them: "cat . dog". By default '
-    'the classes of the config.',
+    help='What Grounding DINO looks for: "cat . dog". Default: the classes of the config.',
 )
-@cfg_options
+@shared.cfg_options
 def export(
     config: str,
     checkpoint: str | None,
@@ -85,7 +63,7 @@ def export(
       mmlite export my_config.py work_dirs/my/epoch_12.pth -o exported --images data/val
       mmlite export my_config.py epoch_12.pth --format openvino -o exported
     """
-    cfg = read_config(config, cfg_options)
+    cfg = shared.read_config(config, cfg_options)
     from ..export.compare import REPORT, compare
     from ..export.program import check_config
     from ..export.write import export_detector
@@ -94,18 +72,19 @@ def export(
     if batch_size != 'any' and not (batch_size.isdecimal() and int(batch_size)):
         raise ValueError(f"--batch-size must be a number of images or 'any'; got {batch_size!r}")
     batch = None if batch_size == 'any' else int(batch_size)
-    images = [read_image(file) for file in image_files(image_paths)] if image_paths else [_drawn()]
+    files = shared.image_files(image_paths) if image_paths else []
+    images = [shared.read_image(file) for file in files] or [_drawn()]
     names = None if text is None else [name.strip() for name in text.split('.') if name.strip()]
     check_config(cfg.model)
     model = build_detector(cfg, checkpoint)
-    console = Console()
+    console = shared.console()
     with console.status('Tracing and writing the model'):
         detector = export_detector(
             model, out, format_, cfg, image_size or None, batch, portable, opset, names
         )
     with console.status('Comparing with PyTorch'):
         report = compare(model, detector, images, cfg)
-    (out / REPORT).write_text(json.dumps(report, indent=2) + '\n', encoding='utf-8')
+    shared.write_json(out / REPORT, report)
 
     has_masks = 'masks' in detector.description['outputs']
     times = ', '.join(f'{name} {time:.0f} ms' for name, time in report['latency_ms'].items())
@@ -116,7 +95,6 @@ def export(
         + (f', {report["masks"]:.1e} of the pixels of a mask' if has_masks else '')
         + f'\none run of {report["batch"]} images: {times} on {report["threads"]} threads'
     )
-    # The box around a mask moves by whole pixels.
     tolerated = report['masks'] <= MASK_TOLERANCE if has_masks else report['boxes'] <= TOLERANCE
     if not tolerated or report['scores'] > TOLERANCE:
         raise ValueError(

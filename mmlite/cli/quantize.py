@@ -5,30 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.markup import escape
 
-from .shared import (
-    FOLDER,
-    annotations_option,
-    count_option,
-    image_files,
-    images_option,
-    option,
-    out_option,
-    read_image,
-)
+from . import shared
+from .shared import FOLDER
 
 
 @click.command()
 @click.argument('source', type=FOLDER)
-@out_option('The folder to write.', required=True)
-@images_option(
-    required=True, help='An image, or a folder of them, to calibrate on; can be repeated.'
-)
-@count_option('--count', default=128, help='Calibrate on so many of the images, evenly spread.')
-@annotations_option(help='COCO annotations to measure AP on, before and after.')
-@option('--annotated-images', type=FOLDER, help='Folder of the images of --annotations.')
+@shared.out_option('The folder to write.', required=True)
+@shared.images_option(required=True, help='An image or a folder to calibrate on; can be repeated.')
+@shared.count_option('--count', default=128, help='Calibrate on so many images, evenly spread.')
+@shared.annotations_option(help='COCO annotations to measure AP on, before and after.')
+@shared.option('--annotated-images', type=FOLDER, help='Folder of the images of --annotations.')
 def quantize(
     source: Path,
     out: Path,
@@ -59,10 +48,10 @@ def quantize(
         raise ValueError('--annotations and --annotated-images go together')
     if annotations is not None:
         Dataset(annotations, annotated_images).check()
-    files = image_files(image_paths)
+    files = shared.image_files(image_paths)
     count = min(count, len(files))
-    images = [read_image(files[index * len(files) // count]) for index in range(count)]
-    console = Console()
+    images = [shared.read_image(files[index * len(files) // count]) for index in range(count)]
+    console = shared.console()
     detector = write_quantized(source, out, images)
     console.print(f'[bold]{escape(str(out))}[/bold]: {detector.description["model"]}')
     if annotations is not None:

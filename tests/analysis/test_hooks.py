@@ -3,64 +3,56 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
+from small_detectors import write_pair
 
 from mmlite.datasets import CLASSES, generate_shapes
 
-CONFIG = """
-_base_ = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
-custom_imports = dict(imports=['mmlite'])
-model = dict(
-    type='LiteDeformableDETR',
-    num_queries=20,
-    backbone=dict(depth=18, init_cfg=None),
-    neck=dict(in_channels=[128, 256, 512]),
-    encoder=dict(num_layers=2, schedule='H3L1-(2+1)x1'),
-    decoder=dict(num_layers=1),
-    bbox_head=dict(num_classes=4),
-    test_cfg=dict(max_per_img=10),
-)
-pipeline = [
+PIPELINE = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(128, 128), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
-                                          'scale_factor')),
+    dict(
+        type='PackDetInputs',
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
 ]
-train_dataloader = dict(batch_size=2, num_workers=0, persistent_workers=False,
-    dataset=dict(data_root='{root}/', ann_file='annotations/instances_val.json',
-        data_prefix=dict(img='val/'), metainfo=dict(classes={classes}), pipeline=pipeline))
-val_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False,
-    dataset=dict(data_root='{root}/', ann_file='annotations/instances_val.json',
-        data_prefix=dict(img='val/'), metainfo=dict(classes={classes}), pipeline=pipeline))
-val_evaluator = dict(ann_file='{root}/annotations/instances_val.json')
-train_cfg = dict(max_epochs=1)
-visualizer = dict(vis_backends={backends})
-work_dir = '{root}/work'
-log_level = 'ERROR'
-custom_hooks = [
-    dict(type='EfficiencyHook', image_size=(128, 160)),
-    dict(type='AttentionMapHook', num_images=2),
-]
-"""
 
 
 @pytest.fixture(scope='module')
 def work_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp('hooks')
     generate_shapes(root, {'val': 2}, image_size=128)
-    backends = [{'type': 'LocalVisBackend'}]
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        pass
-    else:
-        backends.append({'type': 'TensorboardVisBackend'})
-    config = root / 'config.py'
-    config.write_text(CONFIG.format(root=root, classes=CLASSES, backends=backends))
+    backends = ['LocalVisBackend', *(['TensorboardVisBackend'] * bool(find_spec('tensorboard')))]
+    dataset = dict(
+        **dict(data_root=f'{root}/', data_prefix=dict(img='val/'), pipeline=PIPELINE),
+        **dict(ann_file='annotations/instances_val.json', metainfo=dict(classes=CLASSES)),
+    )
+    loader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dataset)
+    _, config = write_pair(
+        root,
+        'plain',
+        **{
+            'model.bbox_head.num_classes': 4,
+            'model.test_cfg.max_per_img': 10,
+            'train_dataloader': loader,
+            'val_dataloader': {**loader, 'batch_size': 1},
+            'val_evaluator.ann_file': f'{root}/annotations/instances_val.json',
+            'train_cfg.max_epochs': 1,
+            'visualizer.vis_backends': [dict(type=backend) for backend in backends],
+            'work_dir': f'{root}/work',
+            'log_level': 'ERROR',
+            'custom_imports': dict(imports=['mmlite']),
+            'custom_hooks': [
+                dict(type='EfficiencyHook', image_size=(128, 160)),
+                dict(type='AttentionMapHook', num_images=2),
+            ],
+        },
+    )
     Runner.from_cfg(Config.fromfile(config)).train()
     return root / 'work'
 

@@ -61,15 +61,10 @@ FAMILIES = [
 
 
 def resolve(kind: str | type) -> type | None:
-    """The class that a config's ``type`` means.
+    """The class that a config's ``type`` means; None for a name that nobody has registered.
 
-    Args:
-        kind (str | type): A registered name, with or without scope (``'DINO'``, ``'mmdet.DINO'``),
-            a full name (``'mmdet.models.detectors.DINO'``), or a class, as in configs in Python's
-            own style.
-
-    Returns:
-        type, optional: None for a name that nobody has registered.
+    A type is a registered name, with or without scope (``'DINO'``, ``'mmdet.DINO'``), a full name
+    (``'mmdet.models.detectors.DINO'``), or a class, as in configs in Python's own style.
     """
     return kind if isinstance(kind, type) else MODELS.get(kind)
 
@@ -80,14 +75,9 @@ def type_name(kind: str | type) -> str:
 
 
 def family_of(kind: str | type | nn.Module, subclasses: bool = True) -> Family | None:
-    """The family of a holder.
+    """The family of a holder, its class or a config's ``type``; None where it has none.
 
-    Args:
-        kind (str | type | nn.Module): The holder, its class, or a config's ``type``.
-        subclasses (bool): Whether a class that inherits a holder's counts as one.
-
-    Returns:
-        Family, optional: None where it is no holder of an encoder that mmlite knows.
+    With ``subclasses`` a class that inherits a holder's counts as one.
     """
     cls = type(kind) if isinstance(kind, nn.Module) else resolve(kind)
     for base in (cls.__mro__ if subclasses else (cls,)) if isinstance(cls, type) else ():
@@ -112,13 +102,7 @@ def reads_text(model: nn.Module) -> bool:
 
 
 def encoder_name(model: nn.Module) -> str:
-    """Where a model of MMDetection, stock or Lite, keeps its multi-scale encoder.
-
-    Args:
-        model (nn.Module): For example a DINO or a Mask2Former.
-
-    Returns:
-        str: The name of the submodule, such as ``panoptic_head.pixel_decoder.encoder``.
+    """Name of a model's multi-scale encoder, such as ``panoptic_head.pixel_decoder.encoder``.
 
     Raises:
         ValueError: It has none.

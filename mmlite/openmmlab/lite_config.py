@@ -45,13 +45,7 @@ def fitting_schedules(model_config: dict) -> list[str]:
 
 
 def main_schedule(model_config: dict) -> str:
-    """The schedule to take first: one low-level map, updated as often as fits.
-
-    Args:
-        model_config (dict): ``model`` of a stock config.
-
-    Returns:
-        str: ``'H3L1-(2+1)x3'`` for four levels and six layers.
+    """The schedule to take first: ``'H3L1-(2+1)x3'`` for four levels and six layers.
 
     Raises:
         ValueError: The model has no encoder to replace, or one of a single level or layer.

@@ -37,9 +37,7 @@ def add_configs(config_utils: ModuleType) -> None:
 def when_imported(name: str, action: Action) -> None:
     """Call ``action`` with a module: at once if it is imported, otherwise right after it will be.
 
-    Args:
-        name (str): The module's full name.
-        action (Callable): What to do with it. The importer sees the exceptions that it raises.
+    The importer sees the exceptions that it raises.
     """
     if name in sys.modules:
         action(sys.modules[name])

@@ -113,31 +113,26 @@ HEAVY = (
 @pytest.mark.parametrize('fits', [True, False])
 def test_import_loads_nothing_of_the_stack(request, name, fits):
     path = '' if fits else request.getfixturevalue('unfit')
-    output = run(f'import {name}\n{HEAVY}', path)
+    output = run(f'import {name}, mmlite.ops\nassert mmlite.ops.backends()\n{HEAVY}', path)
     assert output.splitlines()[-1] == 'loaded:'
     assert ('mmlite does not fit the installed MMDetection (mmdet is 3.0.0)' in output) != fits
 
 
 def test_operators_need_torch_alone():
-    output = run(
-        'import sys\n'
-        "for name in ('mmcv', 'mmengine', 'mmdet'): sys.modules[name] = None\n"
-        'from importlib import metadata\n'
-        'found = metadata.version\n'
-        'def version(name):\n'
-        "    if name.partition('-')[2].startswith('mm') or name.startswith('mm'):\n"
-        '        raise metadata.PackageNotFoundError(name)\n'
-        '    return found(name)\n'
-        'metadata.version = version\n'
-        'import mmlite.ops\n'
-        'print(len(mmlite.ops.backends()) > 0)\n'
-    )
+    output = run("""
+import sys
+for name in ('mmcv', 'mmengine', 'mmdet'): sys.modules[name] = None
+from importlib import metadata
+found = metadata.version
+def version(name):
+    if name.partition('-')[2].startswith('mm') or name.startswith('mm'):
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+import mmlite.ops
+print(len(mmlite.ops.backends()) > 0)
+""")
     assert output.split() == ['True']
-
-
-def test_operators_work_beside_a_stack_that_does_not_fit(unfit):
-    output = run('import mmlite.ops\nprint(len(mmlite.ops.backends()) > 0)\n', unfit)
-    assert output.split()[-1] == 'True'
 
 
 def test_a_config_for_a_stack_that_does_not_fit_ends_in_the_advice(unfit):
@@ -158,18 +153,26 @@ def test_a_config_for_a_stack_that_does_not_fit_ends_in_the_advice(unfit):
     assert 'pip install' in advice
 
 
-@pytest.mark.parametrize('first', ['import mmlite', 'import mmengine.runner', 'import mmdet.apis'])
+@pytest.mark.parametrize(
+    'first',
+    [
+        'import mmlite',
+        'import mmengine.runner',
+        'import mmdet.apis',
+        "from mmdet.registry import MODELS; MODELS.get('DINO')",
+    ],
+)
 def test_adds_to_the_stack_whichever_is_imported_first(first):
-    output = run(
-        f'{first}\n'
-        'import mmlite\n'
-        'from mmengine.runner import CheckpointLoader\n'
-        'from mmdet.registry import DATASETS, HOOKS, MODELS\n'
-        "print(CheckpointLoader._schemes[''].__module__)\n"  # before any model is built
-        "print(MODELS.get('LiteDINO').__module__)\n"
-        "print(type(HOOKS.build(dict(type='FusedAttentionHook'))).__name__)\n"
-        "print(DATASETS.get('CheckedCocoDataset').__name__)\n"
-    )
+    output = run(f"""
+{first}
+import mmlite
+from mmengine.runner import CheckpointLoader
+from mmdet.registry import DATASETS, HOOKS, MODELS
+print(CheckpointLoader._schemes[''].__module__)  # before any model is built
+print(MODELS.get('LiteDINO').__module__)
+print(type(HOOKS.build(dict(type='FusedAttentionHook'))).__name__)
+print(DATASETS.get('CheckedCocoDataset').__name__)
+""")
     assert output.split()[-4:] == [
         'mmlite.openmmlab.register',
         'mmlite.openmmlab.detectors.dino',
@@ -180,64 +183,44 @@ def test_adds_to_the_stack_whichever_is_imported_first(first):
 
 def test_building_lite_detectors_and_hooks_loads_nothing_heavy():
     """Beside what a stock detector loads: it has matplotlib itself."""
-    output = run(
-        'import os, sys\n'
-        'import mmdet.models, mmdet.datasets, mmengine.analysis\n'
-        'from mmdet.registry import DATASETS, HOOKS, MODELS\n'
-        'from mmengine.config import Config\n'
-        'from mmengine.config.utils import MODULE2PACKAGE\n'
-        'from mmdet.utils import register_all_modules\n'
-        'register_all_modules()\n'
-        "HOOKS.build(dict(type='NumClassCheckHook'))\n"
-        'before, packages = set(sys.modules), dict(MODULE2PACKAGE)\n'
-        'environment = dict(os.environ)\n'
-        'import mmlite\n'
-        'from mmlite.openmmlab.families import FAMILIES\n'
-        'assert all(MODELS.get(family.lite) for family in FAMILIES)\n'
-        "HOOKS.build(dict(type='FusedAttentionHook'))\n"
-        "HOOKS.build(dict(type='SafeCheckpointHook', interval=1))\n"
-        "heavy = ('matplotlib', 'jinja2', 'onnx', 'openvino', 'mmlite.export', 'mmlite.analysis')\n"
-        'loaded = [name for name in set(sys.modules) - before if name.startswith(heavy)]\n'
-        'unchanged = environment == dict(os.environ) and packages == MODULE2PACKAGE\n'
-        'print(loaded, unchanged)\n'
-        "HOOKS.build(dict(type='EfficiencyHook'))\n"
-        "print('mmlite.analysis.hooks' in sys.modules)\n"
-    )
+    output = run("""
+import os, sys
+import mmdet.models, mmdet.datasets, mmengine.analysis
+from mmdet.registry import DATASETS, HOOKS, MODELS
+from mmengine.config.utils import MODULE2PACKAGE
+from mmdet.utils import register_all_modules
+register_all_modules()
+HOOKS.build(dict(type='NumClassCheckHook'))
+before, packages, environment = set(sys.modules), dict(MODULE2PACKAGE), dict(os.environ)
+import mmlite
+from mmlite.openmmlab.families import FAMILIES
+assert all(MODELS.get(family.lite) for family in FAMILIES)
+HOOKS.build(dict(type='FusedAttentionHook'))
+HOOKS.build(dict(type='SafeCheckpointHook', interval=1))
+heavy = ('matplotlib', 'jinja2', 'onnx', 'openvino', 'mmlite.export', 'mmlite.analysis')
+loaded = [name for name in set(sys.modules) - before if name.startswith(heavy)]
+print(loaded, environment == dict(os.environ) and packages == MODULE2PACKAGE)
+HOOKS.build(dict(type='EfficiencyHook'))
+print('mmlite.analysis.hooks' in sys.modules)
+""")
     assert output.splitlines()[-2:] == ['[] True', 'True']
 
 
-def test_importing_leaves_the_models_to_whoever_builds_one():
+def test_takes_no_name_of_the_stack():
+    """The registries hold what they held, under every name, once somebody asks for a model."""
+    output = run("""
+import mmdet.registry as registry, sys
+def snapshot():
+    names = ('DATASETS', 'HOOKS', 'MODELS', 'TRANSFORMS', 'METRICS', 'TASK_UTILS')
+    kinds = [getattr(registry, name) for name in names]
+    kinds += [kind.parent for kind in kinds]
+    for kind in kinds: kind.import_from_location()
+    return [dict(kind._module_dict) for kind in kinds]
+before = snapshot()
+import mmlite
+after = snapshot()
+print(all(b.items() <= a.items() for b, a in zip(before, after)), 'LiteDINO' in registry.MODELS)
+""")
+    assert output.split()[-2:] == ['True', 'True']
     output = run("import mmlite, mmdet.registry, sys\nprint('mmdet.models' in sys.modules)")
     assert output.split()[-1] == 'False'
-
-
-def test_registers_after_the_registries_were_filled():
-    output = run(
-        'from mmdet.registry import MODELS\n'
-        "MODELS.get('DINO')\n"
-        'import mmlite\n'
-        "print(MODELS.get('LiteDINO').__module__)\n"
-    )
-    assert output.split()[-1] == 'mmlite.openmmlab.detectors.dino'
-
-
-def test_takes_no_name_of_the_stack():
-    """The registries hold what they held, under every name that they knew."""
-    names = "('DATASETS', 'HOOKS', 'MODELS', 'TRANSFORMS', 'METRICS', 'TASK_UTILS')"
-    snapshot = (
-        'import mmdet.registry as registry\n'
-        'def snapshot():\n'
-        f'    kinds = [getattr(registry, name) for name in {names}]\n'
-        '    kinds += [kind.parent for kind in kinds]\n'
-        '    for kind in kinds: kind.import_from_location()\n'
-        '    return [dict(kind._module_dict) for kind in kinds]\n'
-    )
-    output = run(
-        f'{snapshot}'
-        'before = snapshot()\n'
-        'import mmlite\n'
-        'after = snapshot()\n'
-        'unchanged = all(b.items() <= a.items() for b, a in zip(before, after))\n'
-        'print(unchanged, "LiteDINO" in registry.MODELS)\n'
-    )
-    assert output.split()[-2:] == ['True', 'True']

@@ -166,16 +166,10 @@ def check_text_length(model: nn.Module, tokenized: Mapping) -> None:
 
 
 def adapt_bert(language_model: nn.Module) -> nn.Module:
-    """Let a ``BertModel`` of MMDetection run with the installed transformers.
+    """Let a ``BertModel`` of MMDetection run with the installed transformers, in place.
 
     MMDetection 3.3 was written for version 4. Version 5 has another name for the tokenizer's call,
     and takes a mask that says which word sees which as (bs, 1, words, words).
-
-    Args:
-        language_model (nn.Module): MMDetection's ``BertModel``, changed in place.
-
-    Returns:
-        nn.Module: The same.
     """
     tokenizer = language_model.tokenizer
     if not hasattr(tokenizer, 'batch_encode_plus'):

@@ -105,15 +105,7 @@ class LiteDetectorMixin:
 
 
 def check_schedule(name: str, encoder: dict) -> None:
-    """Check that a Lite model's config says when its encoder updates what.
-
-    Args:
-        name (str): What has the encoder, for the message.
-        encoder (dict): The encoder's config.
-
-    Raises:
-        ValueError: There is no schedule in it.
-    """
+    """Refuse a Lite model ``name`` whose encoder's config has no schedule."""
     if 'schedule' not in encoder:
         num_levels = (encoder['layer_cfg'].get('self_attn_cfg') or {}).get('num_levels', 4)
         raise ValueError(

@@ -30,8 +30,8 @@ class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
     largest, wherever they are. Parameters have the names of MMDetection's pixel decoder.
 
     Args:
-        in_channels (Sequence[int]): Channels of the backbone's maps, largest map first.
-        strides (Sequence[int]): Kept for MMDetection's configs; not used.
+        in_channels (Sequence[int]): This and what follows is as in MMDetection's pixel decoder.
+        strides (Sequence[int]): Not used.
         feat_channels (int): Channels of the encoder and the outputs.
         out_channels (int): Channels of the mask features.
         num_outs (int): Maps to return.
@@ -40,7 +40,7 @@ class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
         encoder (dict): Arguments of :class:`LiteEncoder`; ``num_levels`` of its ``self_attn_cfg``
             says how many maps it takes, the smallest.
         positional_encoding (dict): Arguments of ``SinePositionalEncoding``.
-        init_cfg (dict, optional): Initialisation config of mmengine.
+        init_cfg (dict, optional): Initialisation config.
 
     Raises:
         ValueError: The schedule is missing or does not fit, or there are fewer maps than levels.

@@ -55,7 +55,7 @@ def compare_models(
         ValueError: What is asked for cannot be measured; the message says why.
         ImportError: A runtime is missing.
     """
-    if with_page:  # only the page plots cost against image size
+    if with_page:  # only the page shows cost by image size
         height, width = setting.image_size
         options['sizes'] = [(height * s // 4, width * s // 4) for s in (2, 3, 5)]
     elsewhere = [runtime for runtime in runtimes if runtime != PYTORCH]
@@ -191,6 +191,7 @@ def tables(results: Sequence[Result], setting: Setting, also: Also) -> list[Tabl
         ),
         'Encoder by layer, GFLOPs and ms': _layers,
         'Tokens of each level (share), largest map first': _tokens,
+        'GFLOPs by image size': _sizes,
         'Accuracy, measured': lambda r: {m: f'{v:.1f}' for m, v in (r.accuracy or {}).items()},
         'Published (the paper) beside measured (another image size and rule)': _published,
     }
@@ -237,6 +238,12 @@ def _tokens(r: Result) -> Cells:
         return {}
     shares = {f'level {i + 1}': f'{n} ({n / sum(tokens):.0%})' for i, n in enumerate(tokens)}
     return {**shares, 'all': sum(tokens)}
+
+
+def _sizes(r: Result) -> Cells:
+    if r.runtime != PYTORCH or len(r.flops_by_size) < 2:
+        return {}
+    return {image_size: giga(flops) for image_size, flops in r.flops_by_size.items()}
 
 
 def _published(r: Result) -> Cells:

@@ -6,7 +6,7 @@ Models are made from configs, with random weights; nothing is downloaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,42 +21,41 @@ TEXT_TOKENS = 195  # the 80 categories of COCO as one prompt
 
 @dataclass(frozen=True)
 class Kind:
-    """A model to measure."""
+    """A model to measure, at its default size."""
 
     title: str
-    build: Callable[[], nn.Module]
+    classes: tuple[str, str]  # of its config and of itself, in transformers
+    backbone: str  # class of its config
+    stages: Sequence[int] = (2, 3, 4)  # of the backbone, that are read
     schedule: str = 'H3L1-(2+1)x3'  # of the Lite encoder
     encoder: str = 'model.encoder'  # of Mask2Former the pixel decoder: it and a few convolutions
 
+    def build(self) -> nn.Module:
+        import transformers as hf
 
-def _deformable_detr() -> nn.Module:
-    import transformers as hf
-
-    backbone = hf.ResNetConfig(out_features=['stage2', 'stage3', 'stage4'])  # ResNet-50
-    return hf.DeformableDetrForObjectDetection(hf.DeformableDetrConfig(backbone_config=backbone))
-
-
-def _grounding_dino() -> nn.Module:
-    import transformers as hf
-
-    backbone = hf.SwinConfig(out_features=['stage2', 'stage3', 'stage4'])  # Swin-T
-    config = hf.GroundingDinoConfig(backbone_config=backbone, text_config=hf.BertConfig())
-    return hf.GroundingDinoForObjectDetection(config)
-
-
-def _mask2former() -> nn.Module:
-    import transformers as hf
-
-    backbone = hf.ResNetConfig(out_features=['stage1', 'stage2', 'stage3', 'stage4'])
-    return hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(backbone_config=backbone))
+        config, model = (getattr(hf, name) for name in self.classes)
+        backbone = getattr(hf, self.backbone)(out_features=[f'stage{i}' for i in self.stages])
+        return model(config(backbone_config=backbone))
 
 
 MODELS = {
-    'deformable-detr': Kind('Deformable DETR, ResNet-50', _deformable_detr),
-    'grounding-dino': Kind('Grounding DINO, Swin-T', _grounding_dino),
+    'deformable-detr': Kind(
+        'Deformable DETR, ResNet-50',
+        ('DeformableDetrConfig', 'DeformableDetrForObjectDetection'),
+        'ResNetConfig',
+    ),
+    'grounding-dino': Kind(
+        'Grounding DINO, Swin-T',
+        ('GroundingDinoConfig', 'GroundingDinoForObjectDetection'),
+        'SwinConfig',
+    ),
     'mask2former': Kind(
-        *('Mask2Former, ResNet-50', _mask2former),
-        *('H2L1-(2+1)x3', 'model.pixel_level_module.decoder'),
+        'Mask2Former, ResNet-50',
+        ('Mask2FormerConfig', 'Mask2FormerForUniversalSegmentation'),
+        'ResNetConfig',
+        (1, 2, 3, 4),
+        'H2L1-(2+1)x3',
+        'model.pixel_level_module.decoder',
     ),
 }
 

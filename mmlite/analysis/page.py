@@ -7,16 +7,14 @@ from typing import Any
 
 from .compare import Result
 from .complexity import STAGES
-from .published import OTHER_WORK
 from .report import BASELINE, COLORS, VARIANT, plot, scatter, size
 from .timing import Setting, speedup
 
 _HOW = (
-    'Every detector is timed in every round, in an order that turns around from round to round, so '
-    'that a machine that warms up or slows down does so for all of them. "Faster" is the median '
-    'over pairs of rounds of baseline time over own time, with its quartiles. Memory is the peak '
-    'beyond weights and images. Detectors without a checkpoint have random weights, which changes '
-    'neither their cost nor, to speak of, their time.'
+    'Every detector is timed in every round, in an order that turns around from round to round. '
+    '"Faster" is the median over pairs of rounds of baseline time over own time, with its '
+    'quartiles. Memory is the peak beyond weights and images. Detectors without a checkpoint have '
+    'random weights, which changes neither their cost nor, to speak of, their time.'
 )
 
 
@@ -59,10 +57,8 @@ def _figures(results: Sequence[Result], setting: Setting):
     for baseline in (r for r in results if r is r.baseline):
         group = [r for r in results if r.baseline is baseline]
         if baseline.latency:
-            drawn = plot(_latency, group, setting.batch_size)
-            yield f'Time against GFLOPs: {baseline.name}', drawn
-        if len(baseline.flops_by_size) > 1:
-            yield f'GFLOPs against image size: {baseline.name}', plot(_image_size, group)
+            caption = f'Time against GFLOPs: {baseline.name}'
+            yield caption, plot(_latency, group, setting.batch_size)
 
 
 def _accuracy(axes: Any, results: Sequence[Result]) -> None:
@@ -75,10 +71,6 @@ def _accuracy(axes: Any, results: Sequence[Result]) -> None:
         if r.accuracy:
             style = {'marker': '*', 'color': VARIANT, 'markersize': 10}
             points.append((_short(r), _encoder(r) / 1e9, r.accuracy['mAP'], style))
-    if any(name == 'Deformable DETR' for name, *_ in points):
-        for name, (x, y) in OTHER_WORK.items():
-            shown = name.partition(',')[0] if name.endswith(('0.1', 'DETR')) else ''
-            points.append((shown, x, y, {'marker': 'x', 'color': '#999999'}))
     axes.set_title('published blue (squares baselines), measured here stars', fontsize=8)
     axes.margins(y=0.1)
     scatter(axes, points, 'encoder GFLOPs', 'AP')
@@ -105,19 +97,6 @@ def _bars(axes: Any, results: Sequence[Result], values: list[list[float]], label
     axes.invert_yaxis()
     axes.set_xlabel(label)
     axes.legend(ncols=3, fontsize=8, frameon=False, loc='lower center', bbox_to_anchor=(0.4, 1.0))
-
-
-def _image_size(axes: Any, group: Sequence[Result]) -> None:
-    for index, result in enumerate(group):
-        sizes = [map(int, text.split('x')) for text in result.flops_by_size]
-        pixels = [height * width / 1e6 for height, width in sizes]
-        flops = [count / 1e9 for count in result.flops_by_size.values()]
-        color = COLORS[(index - 1) % len(COLORS)] if index else BASELINE
-        axes.plot(pixels, flops, 'o-', color=color, label=_short(result), markersize=3)
-    axes.set(xlabel='megapixels', ylabel='GFLOPs')
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=7, frameon=False)
 
 
 def _encoder(result: Result) -> int:

@@ -32,16 +32,6 @@ class Published:
     params: float  # in millions
 
 
-# Other work that the paper compares with: name -> GFLOPs of the encoder, AP.
-OTHER_WORK = {
-    'Sparse DETR, rho 0.1': (24, 45.3),
-    'Sparse DETR, rho 0.2': (32, 45.6),
-    'Sparse DETR, rho 0.3': (40, 46.0),
-    'Sparse DETR, rho 0.5': (54, 46.3),
-    'Efficient DETR': (79, 44.2),
-}
-
-
 def preset(name: str) -> list[list[Published]]:
     """The rows of one of :data:`PRESETS` in groups, each with its baseline first."""
     groups: dict[str, list[Published]] = {}

@@ -9,27 +9,14 @@ from pathlib import Path
 
 import click
 
-from .shared import (
-    HELP,
-    PATH,
-    Point,
-    annotations_option,
-    cfg_options,
-    check_device,
-    count_option,
-    device_option,
-    image_files,
-    json_option,
-    option,
-    out_option,
-    progress,
-    read_config,
-    read_image,
-    write_json,
-)
+from . import shared
+from .shared import count_option, option
+
+IMAGE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.group(context_settings=HELP)
+@click.group(context_settings=shared.HELP)
 def visualize() -> None:
     """Draw sampling points, detections, and how attention is spread over the levels.
 
@@ -62,17 +49,17 @@ def command(function: Callable) -> click.Command:
     for add in (
         click.argument('model', nargs=-1, required=True, metavar='CONFIG [CHECKPOINT]'),
         option('--against', multiple=True, metavar='CONFIG[,CHECKPOINT]', help='Another detector.'),
-        cfg_options,
-        device_option,
-        out_option(help, '.png', default=f'{function.__name__}.png'),
+        shared.cfg_options,
+        shared.device_option,
+        shared.out_option(help, '.png', default=f'{function.__name__}.png'),
     )[::-1]:
         run = add(run)
     return visualize.command()(run)
 
 
 @command
-@click.argument('image', type=PATH)
-@click.option('--point', type=Point(), help='Query: a place. Default: the centre.')
+@click.argument('image', type=IMAGE)
+@click.option('--point', type=shared.Point(), help='Query: a place. Default: the centre.')
 @click.option('--object', 'rank', type=click.IntRange(0), help='Query: a detection, 0 the surest.')
 @option('--layer', type=int, default=-1, help='Negative from the last.')
 @click.option('--level', type=int, help='Of the token at the point, 0 the largest map.')
@@ -92,7 +79,7 @@ def attention(detectors, image, point, rank, layer, level, out) -> None:
 
     if point is not None and rank is not None:
         raise ValueError('give a --point or an --object, not both')
-    pixels = _read(image)
+    pixels = shared.read_image(image)[..., ::-1]
     point = point or (pixels.shape[1] / 2, pixels.shape[0] / 2)
     seen = []
     for model, name, run in detectors():
@@ -107,8 +94,8 @@ def attention(detectors, image, point, rank, layer, level, out) -> None:
 
 
 @command
-@click.argument('image', type=PATH)
-@annotations_option(help='COCO annotations, to draw what is there, too.')
+@click.argument('image', type=IMAGE)
+@shared.annotations_option(help='COCO annotations, to draw what is there, too.')
 @option('--score', type=click.FloatRange(0, 1), default=0.3)
 def detections(detectors, image, annotations, score, out) -> None:
     """Draw what is detected, beside the ground truth.
@@ -121,7 +108,7 @@ def detections(detectors, image, annotations, score, out) -> None:
     from ..analysis.accuracy import Dataset
     from ..analysis.pictures import draw_boxes, draw_panels
 
-    pixels = _read(image)
+    pixels = shared.read_image(image)[..., ::-1]
     panels = []
     if annotations is not None:
         truth = Dataset(annotations, image.parent).objects(image.name)
@@ -135,9 +122,9 @@ def detections(detectors, image, annotations, score, out) -> None:
 
 
 @command
-@click.argument('images', type=PATH)
+@click.argument('images', type=FOLDER)
 @count_option('--max-images', default=50)
-@json_option
+@shared.json_option
 def levels(detectors, images, max_images, json_path, out) -> None:
     """Draw how the encoder's attention is spread over low and high levels, over a data set.
 
@@ -154,11 +141,9 @@ def levels(detectors, images, max_images, json_path, out) -> None:
     from ..analysis.attention import level_masses
     from ..analysis.pictures import draw_level_masses
 
-    if not images.is_dir():
-        raise FileNotFoundError(f'image folder {images} does not exist')
-    paths = image_files([images])[:max_images]
+    paths = shared.image_files([images])[:max_images]
     masses = {}
-    with progress() as start:
+    with shared.progress() as start:
         for model, name, run in detectors():
             step, seen = start(name, len(paths)), []
             for path in paths:
@@ -171,7 +156,7 @@ def levels(detectors, images, max_images, json_path, out) -> None:
         name: [[[None if v != v else round(v, 4) for v in row] for row in layer] for layer in mass]
         for name, mass in ((name, mass.tolist()) for name, mass in masses.items())
     }
-    write_json(json_path, {'images': len(paths), 'masses': plain})
+    shared.write_json(json_path, {'images': len(paths), 'masses': plain})
 
 
 def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterator[tuple]:
@@ -183,10 +168,10 @@ def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterato
     from ..openmmlab.build import DetectorSpec, build_detector
     from ..openmmlab.families import reads_text
 
-    check_device(device)
+    shared.check_device(device)
     for reference in references:
         spec = DetectorSpec.parse(reference)
-        model = build_detector(read_config(spec.config, changes), spec.checkpoint, device)
+        model = build_detector(shared.read_config(spec.config, changes), spec.checkpoint, device)
         encoder = find_encoder(model)
         if not any(name.startswith(f'{encoder}.') for name in deformable_attentions(model)):
             raise ValueError(
@@ -197,12 +182,6 @@ def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterato
         text = {'text_prompt': model.dataset_meta['classes'], 'custom_entities': True}
         run = partial(inference_detector, model, **(text if reads_text(model) else {}))
         yield model, name, lambda path, run=run: partial(run, str(path))
-
-
-def _read(image: Path):
-    if not image.is_file():
-        raise FileNotFoundError(f'image {image} does not exist')
-    return read_image(image)[..., ::-1]
 
 
 def _write(figure, caption: str, path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -67,13 +68,13 @@ def transformers_kinds(monkeypatch, *names: str) -> dict:
     from mmlite.analysis import huggingface
 
     small = {
-        'deformable-detr': ('model.encoder', models.deformable_detr, 'H3L1-(2+1)x2'),
-        'grounding-dino': ('model.encoder', models.grounding_dino, 'H3L1-(2+1)x2'),
-        'mask2former': ('model.pixel_level_module.decoder', models.mask2former, 'H2L1-(2+1)x2'),
+        'deformable-detr': (models.deformable_detr, 'H3L1-(2+1)x2'),
+        'grounding-dino': (models.grounding_dino, 'H3L1-(2+1)x2'),
+        'mask2former': (models.mask2former, 'H2L1-(2+1)x2'),
     }
-    for name, (encoder, build, schedule) in small.items():
-        assert huggingface.MODELS[name].encoder == encoder
-        kind = huggingface.Kind(name, build, schedule, encoder)
+    for name, (build, schedule) in small.items():
+        kind = replace(huggingface.MODELS[name], title=name, schedule=schedule)
+        object.__setattr__(kind, 'build', build)
         monkeypatch.setitem(huggingface.MODELS, name, kind)
     return small
 
@@ -92,7 +93,7 @@ def test_transformers(tmp_path, monkeypatch):
     assert len(found) == 9
     for name, (stock, fused, lite) in zip(small, (found[0:3], found[3:6], found[6:9])):
         assert (stock['name'], fused['name']) == (name, f'{name}, fused')
-        assert lite['name'] == f'{name}, Lite {small[name][2]}'
+        assert lite['name'] == f'{name}, Lite {small[name][1]}'
         encoders = [r['complexity']['stage_flops']['encoder'] for r in (stock, fused, lite)]
         assert encoders[0] == encoders[1] > encoders[2] > 0
         assert fused['difference'] < 1e-5

@@ -40,21 +40,18 @@ def test_empty_parts(text):
         EncoderSchedule.parse(text)
 
 
-def test_joint_steps():
-    steps = EncoderSchedule.parse('H3L1-(2+1)x3').steps()
-    assert [step.updates_high for step in steps] == [True] * 6
-    assert [step.updates_low for step in steps] == [False, True] * 3
-
-
-def test_sequential_steps():
-    steps = EncoderSchedule.parse('H3L1-(2+1)x3').steps('sequential')
-    assert [step.updates_high for step in steps] == [True, True, False] * 3
-    assert [step.updates_low for step in steps] == [False, False, True] * 3
-
-
-def test_every_level_in_every_layer():
-    steps = EncoderSchedule.parse('H3L1-(1+1)x6').steps()
-    assert steps == ((True, True),) * 6
+@pytest.mark.parametrize(
+    ('schedule', 'update', 'high', 'low'),
+    [
+        ('H3L1-(2+1)x3', 'joint', [True] * 6, [False, True] * 3),
+        ('H3L1-(2+1)x3', 'sequential', [True, True, False] * 3, [False, False, True] * 3),
+        ('H3L1-(1+1)x6', 'joint', [True] * 6, [True] * 6),
+    ],
+)
+def test_steps(schedule, update, high, low):
+    steps = EncoderSchedule.parse(schedule).steps(update)
+    assert [step.updates_high for step in steps] == high
+    assert [step.updates_low for step in steps] == low
 
 
 def test_unknown_update():

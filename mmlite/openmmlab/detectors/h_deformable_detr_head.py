@@ -99,7 +99,11 @@ class HDeformableDETRHead(DeformableDETRHead):
         losses = self.loss_by_feat(*one2one, enc_outputs_class, enc_outputs_coord, objects, metas)
         if num_one2many_queries:
             one2many = (each[:, :, first:] for each in predictions)
-            repeated = [InstanceData.cat([each] * self.one2many_repeats) for each in objects]
+            k = self.one2many_repeats
+            repeated = [
+                InstanceData(bboxes=each.bboxes.repeat(k, 1), labels=each.labels.repeat(k))
+                for each in objects
+            ]
             more = self.loss_by_feat(*one2many, None, None, repeated, metas)
             weight = self.one2many_weight
             losses.update({f'{name}_one2many': value * weight for name, value in more.items()})

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import io
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from mmdet.datasets.api_wrappers import COCO
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
+
+from ..datasets.coco import read_annotations
 
 # COCO's name -> MMDetection's.
 METRICS = {
@@ -27,39 +31,36 @@ class Dataset:
     annotations: Path  # the JSON file
     images: Path  # folder
 
-    def check(self) -> dict:
-        """Refuse what cannot be evaluated on; returns the annotation file's content.
+    def check(self) -> COCO:
+        """Read the annotations, and refuse what cannot be evaluated on.
 
         Raises:
             FileNotFoundError: The file or the folder does not exist.
             ValueError: The file is no JSON in COCO's format, or holds no annotations.
         """
-        if not self.annotations.is_file():
-            raise FileNotFoundError(f'annotation file {self.annotations} does not exist')
-        if not self.images.is_dir():
-            raise FileNotFoundError(f'image folder {self.images} does not exist')
-        try:
-            content = json.loads(self.annotations.read_text())
-        except ValueError as error:
-            raise ValueError(f'{self.annotations} is not JSON: {error}') from error
-        if not isinstance(content, dict) or not content.get('annotations'):
+        for what, path in (('annotation file', self.annotations), ('image folder', self.images)):
+            if not path.exists():
+                raise FileNotFoundError(f'{what} {path} does not exist')
+        with redirect_stdout(io.StringIO()):  # pycocotools prints
+            coco = read_annotations(str(self.annotations))
+        if not coco.anns:
             raise ValueError(
                 f'{self.annotations} holds no annotations, so there is nothing to evaluate on'
             )
-        return content
+        return coco
 
     def objects(self, image: str) -> tuple[InstanceData, list[str]]:
         """The objects of the image with this file name, and the names of all classes."""
-        content = self.check()
-        ids = [i['id'] for i in content['images'] if Path(i['file_name']).name == image]
+        coco = self.check()
+        ids = [i for i, entry in coco.imgs.items() if Path(entry['file_name']).name == image]
         if not ids:
             raise ValueError(f'{self.annotations} does not list {image}')
-        names = {category['id']: category['name'] for category in content['categories']}
-        objects = [a for a in content['annotations'] if a['image_id'] == ids[0]]
-        boxes = torch.tensor([a['bbox'] for a in objects], dtype=torch.float32).reshape(-1, 4)
+        objects, categories = coco.imgToAnns[ids[0]], list(coco.cats)
+        boxes = torch.tensor([one['bbox'] for one in objects], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        labels = torch.tensor([list(names).index(a['category_id']) for a in objects]).long()
-        return InstanceData(bboxes=boxes, labels=labels), list(names.values())
+        labels = torch.tensor([categories.index(one['category_id']) for one in objects]).long()
+        names = [category['name'] for category in coco.cats.values()]
+        return InstanceData(bboxes=boxes, labels=labels), names
 
 
 def evaluate(

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..export.detector import DESCRIPTION, load, open_session, read_description, write_description
+from ..export.detector import DESCRIPTION, FORMAT_VERSION, load, open_session
 from ..export.graph import Pyramid, encode
 from ..export.operators import attention_as
 from ..export.program import Traced, trace, trace_encoder
 from ..export.runtimes import import_runtime, library
-from ..export.write import FILES, to_onnx, to_openvino, write
+from ..export.write import write
 from ..ops import reference
 from .compare import ONNX, OPENVINO, Contestant
 from .complexity import STAGES, called_with, stage_of
@@ -76,22 +76,13 @@ class Exported(Contestant):
         return {stage: float(np.median([run[stage] for run in runs[1:]])) for stage in STAGES}
 
     def export(self, setting: Setting, part: str) -> Path:
-        """The folder of the export of the detector or its encoder, written unless it lies there.
-
-        Raises:
-            ValueError: What lies there is the export of another detector or size.
-        """
-        name = '-'.join([part, self.name, self.form, self.runtime])
+        """The folder of the export of the detector or its encoder, written unless it lies there."""
+        words = [part, type(self.model).__name__, self.name, self.form, self.runtime]
+        name = '-'.join([*words, *map(str, setting.image_size)])
         folder = self._folder / ''.join(c if c.isalnum() else '-' for c in name)
         if (folder / DESCRIPTION).is_file():
-            found = read_description(folder)
-            fixed = found.get('input') or {}
-            size = found.get('image_size') or [fixed.get('height'), fixed.get('width')]
-            if found['detector'] != type(self.model).__name__ or (
-                size != [None, None] and size != list(setting.image_size)
-            ):
-                raise ValueError(f'{folder} is of another detector or size; choose other --exports')
-        elif part == 'encoder':
+            return folder
+        if part == 'encoder':
             self._write_encoder(setting, folder)
         elif self._int8:
             from ..export.int8 import quantize
@@ -137,20 +128,9 @@ class Exported(Contestant):
         graph = _Encoder(self.model, self.encoder_at, shapes.tolist())
         portable = self._traced_form == PORTABLE
         program = self._in_form(trace_encoder(self.model, graph, tokens, pos, portable))
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / FILES[_FORMATS[self.runtime]]
-        if self.runtime == ONNX:
-            to_onnx(program, path)
-        else:
-            to_openvino(program, path, portable=self._traced_form != OURS)
-        description = {
-            'detector': type(self.model).__name__,
-            'model': path.name,
-            'format': _FORMATS[self.runtime],
-            'portable': self._traced_form != OURS,
-            'image_size': list(setting.image_size),
-        }
-        write_description(folder, description)
+        description = {'version': FORMAT_VERSION, 'classes': []}
+        description['portable'] = self._traced_form != OURS
+        write(Traced(program, description), folder, _FORMATS[self.runtime])
 
 
 def _image(setting: Setting) -> np.ndarray:

@@ -167,7 +167,9 @@ def test_preset_counts_published_rows(tmp_path):
 )
 def test_bad_input(configs, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'a.json').write_text('{"images": [], "annotations": []}')
+    image = {'id': 1, 'file_name': '1.png', 'width': 9, 'height': 9}
+    content = {'images': [image], 'categories': [{'id': 1, 'name': 'cat'}], 'annotations': []}
+    (tmp_path / 'a.json').write_text(json.dumps(content))
     arguments = arguments.replace('STOCK', configs[0]).split()
     result = run(*arguments, '--image-size', '64x96', '--count-only')
     assert result.exit_code != 0

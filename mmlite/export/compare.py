@@ -25,17 +25,11 @@ REPORT = 'report.json'
 
 
 class Difference(NamedTuple):
-    """How far an exported detector is from PyTorch.
+    """How far an exported detector is from PyTorch: the largest differences."""
 
-    Attributes:
-        boxes (float): Largest difference of a side of a box, in parts of the image's side.
-        scores (float): Largest difference of a score.
-        masks (float): Largest part of the pixels of a mask, or of a panoptic map, that differs.
-    """
-
-    boxes: float
+    boxes: float  # of a side of a box, in parts of the image's side
     scores: float
-    masks: float = 0.0
+    masks: float = 0.0  # part of the pixels of a mask, or of a panoptic map
 
 
 def compare(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
@@ -24,19 +26,13 @@ class DDQGraph(DetectorGraph):
         super().__init__(model)
         self.least_tokens = 0  # what is missing is filled up
 
-    def check(self, model: nn.Module) -> None:
-        super().check(model)
-        known = {'type': 'nms', 'iou_threshold': model.dqs_cfg.get('iou_threshold')}
-        if dict(model.dqs_cfg) != known:
-            raise ValueError(
-                f'dqs_cfg of {type(model).__name__} is {dict(model.dqs_cfg)}; what can be exported '
-                "is dict(type='nms', iou_threshold=...)"
-            )
+    def refusals(self, model: nn.Module) -> Iterator[str]:
+        yield from super().refusals(model)
+        suppression = dict(model.dqs_cfg)
+        if suppression != {'type': 'nms', 'iou_threshold': suppression.get('iou_threshold')}:
+            yield f"dqs_cfg must be dict(type='nms', iou_threshold=...); it is {suppression}"
         if model.decoder.num_layers < 2:
-            raise ValueError(
-                f'the decoder of {type(model).__name__} needs two layers to choose distinct '
-                f'queries; it has {model.decoder.num_layers}'
-            )
+            yield 'its decoder needs two layers to choose distinct queries; it has one'
 
     def score(self, images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :meth:`DetectorGraph.score`. A query that is not distinct scores 0."""

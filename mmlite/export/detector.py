@@ -215,12 +215,18 @@ def check_size(inputs: dict[str, Any], height: int, width: int) -> None:
     ``levels`` of the description's ``input`` has a stride and a rest of every level: an image's
     side gives ``(side + rest) // stride`` rows or columns.
     """
+    reason, least = None, inputs.get('least_side', 1)
     tokens = sum((height + rest) // s * ((width + rest) // s) for s, rest in inputs['levels'])
     if tokens < inputs['least_tokens']:
+        reason = (
+            f'it gives {tokens} tokens, and {inputs["least_tokens"]} queries are chosen among them'
+        )
+    elif min(height, width) < least:
+        reason = f'a program of torch takes no side below {least}; export it for ONNX Runtime'
+    if reason:
         raise ValueError(
             f'an image of {height} x {width} pixels, as the model gets it, is too small for the '
-            f'model: it gives {tokens} tokens, and {inputs["least_tokens"]} queries are chosen '
-            'among them'
+            f'model: {reason}'
         )
 
 

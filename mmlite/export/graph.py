@@ -9,7 +9,7 @@ computed: boxes of the first stage for the chosen tokens, classes and boxes of t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -39,22 +39,13 @@ _REPLACED = (
 
 
 class Pyramid(NamedTuple):
-    """Flattened feature maps.
+    """Flattened feature maps; ``mask`` and ``valid`` are None where there is no padding."""
 
-    Attributes:
-        tokens (Tensor): shape (bs, num_tokens, embed_dims).
-        pos (Tensor): Their positional embedding, shape (bs or 1, num_tokens, embed_dims).
-        level_sizes (Sequence[tuple[int, int]]): (h, w) of every level.
-        mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
-        valid (Tensor, optional): Valid rows and columns (h, w) of every level, float32, shape
-            (bs, num_levels, 2).
-    """
-
-    tokens: Tensor
-    pos: Tensor
+    tokens: Tensor  # (bs, num_tokens, embed_dims)
+    pos: Tensor  # their positional embedding, (bs or 1, num_tokens, embed_dims)
     level_sizes: LevelSizes
-    mask: Tensor | None = None
-    valid: Tensor | None = None
+    mask: Tensor | None = None  # bool, True on padding, (bs, num_tokens)
+    valid: Tensor | None = None  # rows and columns of the image, float32, (bs, num_levels, 2)
 
     @property
     def valid_ratios(self) -> Tensor | None:
@@ -67,31 +58,24 @@ class Pyramid(NamedTuple):
 
 
 class Graph(nn.Module):
-    """A model, whose modules it shares, from images to what it found. Each family has its own.
-
-    Attributes:
-        outputs (tuple[str, ...]): Names of what :meth:`forward` returns.
-        classes (list[str] | None): Names of the labels, where the graph itself fixes them.
-        num_classes (int): Number of labels.
-        num_predictions (int): How many boxes an image gets.
-        least_tokens (int): A pyramid of fewer tokens is too small for the model.
-        described (dict): What ``detector.json`` says of this family alone.
-    """
+    """A model, whose modules it shares, from images to what it found. Each family has its own."""
 
     outputs: tuple[str, ...] = ('boxes', 'scores', 'labels')
-    classes: list[str] | None = None
+    classes: list[str] | None = None  # names of the labels, where the graph itself fixes them
     num_classes: int
-    num_predictions: int
-    least_tokens = 0
-    described: dict[str, Any] = {}  # noqa: RUF012  (replaced, never changed)
+    num_predictions: int  # boxes an image
+    least_tokens = 0  # a pyramid of fewer is too small for the model
+    described: dict[str, Any] = {}  # noqa: RUF012  (what detector.json says of this family alone)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.check(model)
+        for reason in self.refusals(model):
+            raise ValueError(f'{type(model).__name__} cannot be exported: {reason}')
         self.model = model
 
-    def check(self, model: nn.Module) -> None:
-        """Refuse a model that the graph would compute wrongly."""
+    def refusals(self, model: nn.Module) -> Iterator[str]:
+        """Why the graph would compute a model wrongly."""
+        raise NotImplementedError
 
     def find(
         self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None
@@ -143,8 +127,8 @@ class DetectorGraph(Graph):
         most = self.model.num_queries * self.num_classes
         return min((self.model.bbox_head.test_cfg or {}).get('max_per_img', most), most)
 
-    def check(self, model: nn.Module) -> None:
-        check_detector(model, self.family)
+    def refusals(self, model: nn.Module) -> Iterator[str]:
+        return refusals(model, self.family)
 
     def score(self, images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """Scores (bs, num_queries, num_classes) and boxes, cxcywh in [0, 1], of every query."""
@@ -178,32 +162,26 @@ def last_layer(
     return decode(model, *select_queries(model, memory, pyramid), memory, pyramid)
 
 
-def check_detector(model: nn.Module, graph: str = 'detector') -> None:
-    """Refuse a detector that the graph of this name would compute wrongly."""
-    name = type(model).__name__
+def refusals(model: nn.Module, graph: str = 'detector') -> Iterator[str]:
+    """Why the graph of this name would compute a detector wrongly."""
     family = family_of(model)
     if family is None or family.graph != graph:
-        raise ValueError(f'{name} cannot be exported: that works for {EXPORTABLE}')
+        yield f'that works for {EXPORTABLE}'
+        return
     known = {cls for kind in (family.stock, family.lite) for cls in MODELS.get(kind).__mro__}
     for method in _REPLACED:
         owner = next(cls for cls in type(model).__mro__ if method in vars(cls))
         if owner not in known:
-            raise ValueError(
-                f'{name} has a {method} of its own and cannot be exported: that works for '
-                f'{EXPORTABLE}'
-            )
-    check_encoder(name, model.encoder)
+            yield f'it has a {method} of its own; that works for {EXPORTABLE}'
+    yield from encoder_refusals(model.encoder)
     if not model.bbox_head.loss_cls.use_sigmoid:
-        raise ValueError(f'{name} scores with a softmax; only sigmoid scores can be exported')
+        yield 'it scores with a softmax; that works for sigmoid scores'
 
 
-def check_encoder(name: str, encoder: nn.Module) -> None:
-    """Refuse an encoder that is neither Lite nor stock."""
+def encoder_refusals(encoder: nn.Module) -> Iterator[str]:
+    """Why an encoder cannot be run: it is neither Lite nor stock."""
     if not isinstance(encoder, (LiteEncoder, DeformableDetrTransformerEncoder)):
-        raise ValueError(
-            f'the encoder of {name}, {type(encoder).__name__}, cannot be exported: that works for '
-            f'{EXPORTABLE}'
-        )
+        yield f'its encoder is {type(encoder).__name__}; that works for {EXPORTABLE}'
 
 
 def make_pyramid(model: nn.Module, images: Tensor, image_sizes: Tensor | None) -> Pyramid:

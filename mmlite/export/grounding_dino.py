@@ -6,7 +6,7 @@ fusion of image and text depends on the image and is part of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
@@ -53,18 +53,12 @@ class GroundingGraph(DetectorGraph):
         ):
             self.register_buffer(name, tensor, persistent=False)
 
-    def check(self, model: nn.Module) -> None:
-        super().check(model)
+    def refusals(self, model: nn.Module) -> Iterator[str]:
+        yield from super().refusals(model)
         if model.test_cfg.get('chunked_size', -1) > 0:
-            raise ValueError(
-                f'{type(model).__name__} reads its text in parts (test_cfg.chunked_size), which '
-                'cannot be exported; set it to -1 and give a shorter text'
-            )
+            yield 'it reads its text in parts; set test_cfg.chunked_size=-1 and give a shorter text'
         if model.language_model.pad_to_max or not model.language_model.use_sub_sentence_represent:
-            raise ValueError(
-                f'the language model of {type(model).__name__} must have pad_to_max=False and '
-                'use_sub_sentence_represent=True to be exported'
-            )
+            yield 'its language_model needs pad_to_max=False and use_sub_sentence_represent=True'
 
     def score(self, images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """See :meth:`DetectorGraph.score`."""

@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..models import Change, changing, restore
 from ..openmmlab.layers import fuse_into
-from .graph import check_detector, last_layer
+from .graph import last_layer, refusals
 
 
 def optimize(model: nn.Module) -> nn.Module:
@@ -37,7 +37,8 @@ def optimize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The detector is none of these. It is unchanged then.
     """
-    check_detector(model)
+    for reason in refusals(model):
+        raise ValueError(f'{type(model).__name__} cannot be optimised: {reason}')
     with changing(model, 'optimize') as change:
         for name, _ in model.named_modules():
             change.set(model, name, 'training', False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..openmmlab.detectors.mask2former import decode_pixels
 from ..openmmlab.families import family_of, is_lite
-from .graph import Graph, Pyramid, attend, check_encoder, encode, sine_encoding
+from .graph import Graph, Pyramid, attend, encode, encoder_refusals, sine_encoding
 
 
 class SegmenterGraph(Graph):
@@ -35,29 +35,22 @@ class SegmenterGraph(Graph):
             self.outputs += ('panoptic',)
         self.described = {'num_things': model.num_things_classes}
 
-    def check(self, model: nn.Module) -> None:
+    def refusals(self, model: nn.Module) -> Iterator[str]:
         head = model.panoptic_head
         decoder = head.pixel_decoder
-        name = type(model).__name__
         for part, module, kind in (
-            ('the model', model, 'Mask2Former'),
+            ('it', model, 'Mask2Former'),
             ('its panoptic_head', head, 'Mask2FormerHead'),
             ('its panoptic_fusion_head', model.panoptic_fusion_head, 'MaskFormerFusionHead'),
             ('its pixel_decoder', decoder, 'LiteMSDeformAttnPixelDecoder'),
         ):
             family = family_of(type(module), subclasses=False)
             if family is None and type(module) is not MODELS.get(kind):
-                raise ValueError(
-                    f'{name} cannot be exported: {part} is {type(module).__name__}, and that works '
-                    f'for {kind}'
-                )
-        check_encoder(type(decoder).__name__, decoder.encoder)
+                yield f'{part} is {type(module).__name__}; that works for {kind}'
+        yield from encoder_refusals(decoder.encoder)
         outside = decoder.num_input_levels - decoder.num_encoder_levels
         if outside > 1 and not is_lite(decoder):
-            raise ValueError(
-                f'the pixel decoder of {name} has {outside} maps outside its encoder; '
-                'with the stock pixel decoder one can be exported'
-            )
+            yield f'{outside} maps lie outside its stock encoder; that works for one'
 
     def find(
         self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None

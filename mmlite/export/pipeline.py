@@ -27,24 +27,19 @@ def preprocessing(config: Config | None) -> dict[str, Any]:
         if name.startswith(('Load', 'Pack')):
             continue
         transform = TRANSFORMS.build(step) if name in ('Resize', 'FixScaleResize', 'Pad') else None
-        if (
-            isinstance(transform, Resize)
-            and resize is pad is None
-            and transform.scale
-            and transform.interpolation == 'bilinear'
-        ):
+        is_plain = getattr(transform, 'interpolation', 'bilinear') == 'bilinear'
+        if isinstance(transform, Resize) and resize is pad is None and transform.scale and is_plain:
             resize = {
                 'scale': list(transform.scale),
                 'keep_ratio': transform.keep_ratio,
                 'rounds_down': isinstance(transform, FixScaleResize),
                 'backend': transform.backend,
             }
-        elif (
-            isinstance(transform, Pad)
-            and pad is None
-            and not transform.pad_to_square
-            and transform.padding_mode == 'constant'
-        ):
+        elif isinstance(transform, Pad) and (
+            pad,
+            transform.pad_to_square,
+            transform.padding_mode,
+        ) == (None, False, 'constant'):
             pad = {'value': transform.pad_val['img'], 'size_divisor': transform.size_divisor or 1}
             pad['size'] = (transform.size or (0, 0))[::-1]  # (h, w)
         else:
@@ -78,11 +73,8 @@ def class_names(
     dataset = _datasets(config)[0]
     kind = dataset.get('type')
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
-    for meta in (
-        getattr(model, 'dataset_meta', None),
-        dataset.get('metainfo'),
-        getattr(kind, 'METAINFO', None),
-    ):
+    told = getattr(model, 'dataset_meta', None), dataset.get('metainfo')
+    for meta in (*told, getattr(kind, 'METAINFO', None)):
         names = (meta or {}).get('classes', ())
         if names and not isinstance(names, str) and len(names) == (count or len(names)):
             return list(names)

@@ -37,15 +37,10 @@ _EXAMPLE_SIZE = (256, 320)
 
 
 class Traced(NamedTuple):
-    """A traced detector.
+    """A traced detector."""
 
-    Attributes:
-        program (ExportedProgram): Its inputs and outputs are those of :class:`.graph.Graph`.
-        description (dict): What ``detector.json`` says, but for the format.
-    """
-
-    program: torch.export.ExportedProgram
-    description: dict[str, Any]
+    program: torch.export.ExportedProgram  # inputs and outputs are those of Graph.forward
+    description: dict[str, Any]  # what detector.json says, but for the format
 
 
 def check_config(model_config: dict) -> None:
@@ -63,9 +58,6 @@ def make_graph(model: nn.Module, text: Sequence[str] | None = None) -> Graph:
     """The model as one function of its images, in eval mode; it shares the model's modules.
 
     A model that reads text looks for ``text``, one name a class. The others take none.
-
-    Raises:
-        ValueError: The model cannot be exported, or there is a text too few or too many.
     """
     family = family_of(_holder_of(model))
     if text is not None and not family.reads_text:

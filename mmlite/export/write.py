@@ -75,13 +75,15 @@ def write(traced: Traced, folder: str | os.PathLike, format: str, opset: int = 1
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILES[format]
+    description = {**traced.description, 'format': format, 'model': path.name}
     if format == 'torch':
         torch.export.save(traced.program, path)
+        description['input'] = {**description['input'], 'least_side': _least_side(traced.program)}
     elif format == 'onnx':
         to_onnx(traced.program, path, opset)
     else:
         to_openvino(traced.program, path, traced.description['portable'], opset)
-    write_description(folder, {**traced.description, 'format': format, 'model': path.name})
+    write_description(folder, description)
     return load(folder)
 
 
@@ -123,6 +125,12 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) 
             if not isinstance(value.shape[axis], int):
                 value.shape[axis] = name
     written.save(str(path))
+
+
+def _least_side(program: torch.export.ExportedProgram) -> int:
+    """Images of fewer rows or columns are outside what torch.export has traced."""
+    ranges = program.range_constraints.values()
+    return max((int(found.lower) for found in ranges), default=1)
 
 
 def _name_nodes(graph) -> None:

@@ -28,10 +28,10 @@ def detector(tiny_bert):
     def build(name: str) -> torch.nn.Module:
         base, changes = DETECTORS[name]
         config = get_config(base)
-        is_mask2former = 'Mask2Former' in name
+        is_mask2former, reads_text = 'Mask2Former' in name, 'Grounding' in name
         config.merge_from_dict(dict(model=SMALL_MASK2FORMER if is_mask2former else SMALL))
         config.merge_from_dict(dict(model=changes))
-        if 'Grounding' in name:
+        if reads_text:
             config.model.language_model.name = tiny_bert
         torch.manual_seed(0)
         model = MODELS.build(config.model)
@@ -41,17 +41,16 @@ def detector(tiny_bert):
             for parameter in module.parameters():
                 torch.nn.init.normal_(parameter, std=0.05)
         torch.nn.init.normal_(model.level_embed)
-        if 'Grounding' in name:
-            adapt_bert(model.language_model)
-            for embedding in model.bbox_head.cls_branches:
-                torch.nn.init.constant_(embedding.bias, -1.0)
-        else:
-            # Suppression ranks by the score: sure ones would be 1 but for rounding, all alike.
-            std = 0.05 if 'DDQ' in name else 0.3
-            for branch in model.bbox_head.cls_branches:
-                torch.nn.init.normal_(branch.weight, std=std)
+        for branch in model.bbox_head.cls_branches:
+            if reads_text:
+                torch.nn.init.constant_(branch.bias, -1.0)
+            else:
+                # Suppression ranks by the score: sure ones would be 1 but for rounding, all alike.
+                torch.nn.init.normal_(branch.weight, std=0.05 if 'DDQ' in name else 0.3)
         for branch in model.bbox_head.reg_branches:
             torch.nn.init.normal_(branch[-1].weight, std=0.2)
+        if reads_text:
+            adapt_bert(model.language_model)
         return model.eval()
 
     return build

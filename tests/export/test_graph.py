@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from exported import DETECTORS, TEXT, batch_of
+from mmdet.models.detectors import DINO
 
 from mmlite.export.compare import difference, predict
 from mmlite.export.detector import Detections, detections_of
@@ -60,52 +61,51 @@ def test_the_model_is_as_it_was(detector):
     assert [type(module) for module in model.modules()] == before
 
 
-@pytest.fixture
-def kinds(detector):
-    """Models that cannot be exported, each for one reason."""
-
-    def changed(name: str, part: str = '', **attributes) -> torch.nn.Module:
-        model = detector(name)
-        for attribute, value in attributes.items():
-            setattr(model.get_submodule(part), attribute, value)
-        return model
-
-    other = detector('DINO')
-    methods = {'pre_decoder': lambda *args, **kwargs: None}
-    other.__class__ = type('Other', (type(other),), methods)
-    return {
-        'a layer': torch.nn.Linear(1, 1),
-        'wrapped': Wrapper(detector('DINO')),
-        'a method of its own': other,
-        'softmax': changed('DINO', 'bbox_head.loss_cls', use_sigmoid=False),
-        'an encoder of its own': changed('DINO', encoder=torch.nn.TransformerEncoder(LAYER, 1)),
-        'another suppression': changed('DDQDETR', dqs_cfg=dict(type='soft_nms', iou_threshold=1)),
-        'without text': detector('GroundingDINO'),
-        'in parts': changed('GroundingDINO', test_cfg=dict(chunked_size=40)),
-        'no fusion head': changed('Mask2Former', panoptic_fusion_head=torch.nn.Identity()),
-    }
-
-
-LAYER = torch.nn.TransformerEncoderLayer(8, 1)
-REFUSED = {
-    'a layer': 'Linear has no multi-scale encoder; exported can be Deformable DETR',
-    'wrapped': 'take the detector inside',
-    'a method of its own': 'Other has a pre_decoder of its own',
-    'softmax': 'scores with a softmax',
-    'an encoder of its own': 'the encoder of DINO, TransformerEncoder, cannot be exported',
-    'another suppression': r"dict\(type='nms', iou_threshold=...\)",
-    'without text': 'needs a text',
-    'in parts': 'reads its text in parts',
-    'no fusion head': 'its panoptic_fusion_head is Identity',
-}
+# A detector, a part of it, what is changed there, and why it cannot be exported.
+REFUSED = [
+    ('DINO', 'bbox_head.loss_cls', dict(use_sigmoid=False), 'scores with a softmax'),
+    ('DINO', '', dict(encoder=torch.nn.Identity()), 'DINO has no multi-scale encoder; exported'),
+    ('DINO', 'encoder', dict(__class__=torch.nn.Module), 'its encoder is Module; that works for'),
+    (
+        'DINO',
+        '',
+        dict(__class__=type('Other', (DINO,), {'predict': None})),
+        'Other cannot be exported: it has a',
+    ),
+    (
+        'DDQDETR',
+        '',
+        dict(dqs_cfg=dict(type='soft_nms')),
+        'dqs_cfg must be dict',
+    ),
+    ('DDQDETR', 'decoder', dict(num_layers=1), 'needs two layers to choose distinct queries'),
+    ('GroundingDINO', '', dict(test_cfg=dict(chunked_size=40)), 'reads its text in parts'),
+    ('GroundingDINO', 'language_model', dict(pad_to_max=True), 'needs pad_to_max=False'),
+    ('GroundingDINO', '', {}, 'needs a text'),
+    ('Mask2Former', '', dict(panoptic_fusion_head=torch.nn.Identity()), 'fusion_head is Identity'),
+    ('Mask2Former', 'panoptic_head.pixel_decoder', dict(num_input_levels=5), '2 maps lie outside'),
+]
 
 
-def test_refuses_what_it_would_compute_wrongly(kinds, detector):
-    for kind, sentence in REFUSED.items():
-        with pytest.raises(ValueError, match=sentence):
-            make_graph(kinds[kind], TEXT if kind == 'in parts' else None)
+@pytest.mark.parametrize('name, part, changes, sentence', REFUSED)
+def test_refuses_what_it_would_compute_wrongly(name, part, changes, sentence, detector):
+    model = detector(name)
+    for attribute, value in changes.items():
+        setattr(model.get_submodule(part), attribute, value)
+    with pytest.raises(ValueError, match=sentence):
+        make_graph(model)
+
+
+def test_refuses_other_models_and_arguments(detector):
+    model = detector('DINO')
+    with pytest.raises(ValueError, match='Linear has no multi-scale encoder; exported can be Def'):
+        make_graph(torch.nn.Linear(1, 1))
+    wrapper = torch.nn.Module()
+    wrapper.teacher = model
+    with pytest.raises(ValueError, match='take the detector inside'):
+        make_graph(wrapper)
     with pytest.raises(ValueError, match='DINO takes no text'):
-        make_graph(detector('DINO'), TEXT)
+        make_graph(model, TEXT)
     with pytest.raises(ValueError, match='pads images to multiples of 32'):
         trace(detector('Mask2Former'), size=(100, 128))
 
@@ -125,14 +125,6 @@ def test_a_text_of_more_tokens_than_bert_reads_is_refused(name, detector, images
             predict(model, canvas, sizes, text)
         model.test_cfg = {**model.test_cfg, 'chunked_size': 5}
         assert np.isfinite(predict(model, canvas, sizes, text)[0].scores).all()
-
-
-class Wrapper(torch.nn.Module):
-    """A semi-supervised wrapper, as far as its parts go."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.teacher = model
 
 
 def test_distinct_boxes():

@@ -32,13 +32,10 @@ EAGER, COMPILED, GRAPH, FUSED, OPTIMIZED = MODES
 
 
 class Contestant:
-    """A model as it runs somewhere.
+    """A model as it runs somewhere, with the name that tables call it by.
 
-    Args:
-        name (str): What tables call it.
-        model (nn.Module): The model, in PyTorch.
-        encoder_at (str, optional): Name of its multi-scale encoder; '' where it is one itself.
-        checkpoint (str, optional): The file of its weights, if they are trained.
+    ``encoder_at`` is the name of its multi-scale encoder in it, '' where it is one itself.
+    ``checkpoint`` is the file of its weights if they are trained.
     """
 
     runtime = PYTORCH

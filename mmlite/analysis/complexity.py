@@ -289,10 +289,6 @@ def _product(args: tuple, out: Tensor) -> int:
     return out.numel() * args[0].shape[-1]
 
 
-def _product_with_bias(args: tuple, out: Tensor) -> int:
-    return _product(args[1:], out)
-
-
 def _convolution(args: tuple, out: Tensor) -> int:
     image, weight, transposed = args[0], args[1], args[6]
     positions = (image if transposed else out).shape[2:]
@@ -322,7 +318,7 @@ _ours = {
 _SAMPLING = {_aten.grid_sampler_2d, *_ours}
 FLOP_RULES = {
     **dict.fromkeys((_aten.mm, _aten.bmm, _aten.linear), _product),
-    **dict.fromkeys((_aten.addmm, _aten.baddbmm), _product_with_bias),
+    **dict.fromkeys((_aten.addmm, _aten.baddbmm), lambda args, out: _product(args[1:], out)),
     _aten.convolution: _convolution,
     _aten.native_layer_norm: _norm(weight=2),
     _aten.native_group_norm: _norm(weight=1),

@@ -27,14 +27,9 @@ _FORMATS = {ONNX: 'onnx', OPENVINO: 'openvino'}
 
 
 class Exported(Contestant):
-    """A detector, exported for a runtime.
+    """A detector, exported for a runtime in one of :data:`FORMS`, for OpenVINO also in 8 bits.
 
-    Args:
-        detector (Contestant): What is exported.
-        runtime (str): ``onnxruntime`` or ``openvino``.
-        form (str): Of :data:`FORMS`.
-        folder (Path): Where exports are kept; one that lies there is used again.
-        int8 (bool): In 8 bits, for OpenVINO.
+    Exports are kept in ``folder``; one that lies there is used again.
     """
 
     def __init__(

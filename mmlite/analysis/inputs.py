@@ -41,28 +41,19 @@ class OperatorInputs(NamedTuple):
 class OperatorShape:
     """What an encoder layer over the pyramid of an image hands to the operators.
 
-    Args:
-        image_size (tuple[int, int]): Height and width in pixels; levels have strides 8 to 64.
-        batch_size (int): Number of images, B.
-        num_queries (int, optional): A random choice of so many tokens asks; by default all.
-        num_heads (int): M.
-        head_dim (int): D.
-        num_points (int): Of a head on a level, P.
-        locations (str): ``'grid'``: around the query's own place, along the directions of the
-            initial offsets, with a pixel of noise, as in a model. ``'uniform'``: anywhere, which
-            is the worst case for caches.
-        dtype (torch.dtype): Of query, value and weights.
-        device (str): Where they are.
+    ``locations`` are ``'grid'``: around the query's own place, along the directions of the initial
+    offsets, with a pixel of noise, as in a model; or ``'uniform'``: anywhere, which is the worst
+    case for caches.
     """
 
-    image_size: tuple[int, int] = (800, 1333)
-    batch_size: int = 1
-    num_queries: int | None = None
-    num_heads: int = 8
-    head_dim: int = 32
-    num_points: int = 4
+    image_size: tuple[int, int] = (800, 1333)  # height and width in pixels; strides are 8 to 64
+    batch_size: int = 1  # B
+    num_queries: int | None = None  # so many tokens, drawn at random, ask; by default all
+    num_heads: int = 8  # M
+    head_dim: int = 32  # D
+    num_points: int = 4  # of a head on a level, P
     locations: str = 'grid'
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32  # of query, value and weights
     device: str = 'cpu'
 
     @property

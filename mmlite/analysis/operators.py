@@ -54,16 +54,7 @@ def report(
     scaling: bool,
     start: Start,
 ) -> Report:
-    """All that ``mmlite benchmark ops`` measures.
-
-    Args:
-        shape (OperatorShape): What to run on.
-        passes (Sequence[str]): Of :data:`PASSES`.
-        rounds (int): Measurements of each contestant.
-        warmup (int): Calls before.
-        scaling (bool): Also vary image size, queries and threads.
-        start (Start): Shows progress.
-    """
+    """All that ``mmlite benchmark ops`` measures, with ``scaling`` also at other sizes."""
     results, left_out = benchmark_operators(
         shape, passes=passes, rounds=rounds, warmup=warmup, start=start
     )
@@ -108,6 +99,8 @@ def benchmark_operators(
 ) -> tuple[list[OperatorResult], dict[str, str]]:
     """Measure every backend that runs on the device, all in the same rounds.
 
+    ``passes`` are of :data:`PASSES`; ``rounds`` counts the measurements of each contestant.
+
     Returns:
         tuple[list[OperatorResult], dict[str, str]]: The results, and why others were left out.
     """
@@ -133,11 +126,7 @@ def benchmark_operators(
 def scaled(shape: OperatorShape, axis: str, value: object, rounds: int = 10) -> dict[str, float]:
     """Median seconds of a forward pass, by contestant, with one thing changed.
 
-    Args:
-        shape (OperatorShape): What to run on.
-        axis (str): ``image_size``, ``num_queries`` or ``threads``.
-        value (object): What it is changed to.
-        rounds (int): Measurements of each contestant.
+    ``axis`` is ``image_size``, ``num_queries`` or ``threads``.
     """
     point = shape if axis == 'threads' else replace(shape, **{axis: value})
     with num_threads(value if axis == 'threads' else None):

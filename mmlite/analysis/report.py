@@ -39,28 +39,18 @@ class Table:
 
 @dataclass
 class Report:
-    """What a benchmark found.
+    """What a benchmark found."""
 
-    Attributes:
-        settings (dict): What was run, for programs.
-        results (Sequence): Every measurement, for programs: dictionaries or dataclasses.
-        tables (list[Table]): The same for people.
-        notes (list[str]): Sentences for below the tables.
-        further (dict): What else programs get.
-        page (dict, optional): What :meth:`html` shows beside the tables: ``title``, ``intro``,
-            ``headline`` (cards), ``figures`` (caption, SVG) and ``how`` it was measured.
-        machine (dict[str, str]): What it ran on.
-        command (str): What repeats it.
-    """
-
-    settings: dict
-    results: Sequence
-    tables: list[Table]
-    notes: list[str] = field(default_factory=list)
-    further: dict = field(default_factory=dict)
+    settings: dict  # what was run, for programs
+    results: Sequence  # every measurement, for programs: dictionaries or dataclasses
+    tables: list[Table]  # the same for people
+    notes: list[str] = field(default_factory=list)  # sentences for below the tables
+    further: dict = field(default_factory=dict)  # what else programs get
+    # What the page shows beside the tables: title, intro, headline (cards), figures (caption and
+    # SVG), and how it was measured.
     page: dict | None = None
-    machine: dict[str, str] = field(default_factory=dict)
-    command: str = ''
+    machine: dict[str, str] = field(default_factory=dict)  # what it ran on
+    command: str = ''  # what repeats it
 
     @property
     def machine_line(self) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
-from mmengine.analysis import FlopAnalyzer
+from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
+from mmengine.hub import get_config
+from small_detectors import small_config
 from torch import nn
 
 from mmlite import ops
@@ -14,9 +18,13 @@ from mmlite.analysis.complexity import (
     count_flops,
     count_parameters,
     deform_attn_flops,
+    encoder_flops,
+    strides,
 )
 from mmlite.analysis.inputs import encoder_inputs, image_batch, pyramid_sizes
+from mmlite.openmmlab.build import build_detector, load_config
 from mmlite.openmmlab.layers import LiteEncoder
+from mmlite.openmmlab.lite_config import lite_change, main_schedule
 
 DIMS, HEADS, LEVELS, POINTS = 256, 8, 4, 4
 PUBLISHED_SIZE = (850, 1040)
@@ -91,15 +99,6 @@ def test_batch_scales_the_count():
     encoder = lite().eval()
     one = count_flops(encoder, **encoder_inputs(TINY)).total
     assert count_flops(encoder, **encoder_inputs(TINY, batch_size=3)).total == 3 * one
-
-
-def test_order_of_the_paper():
-    """Table 3 of the paper orders its rows so."""
-    sizes = pyramid_sizes((200, 333))
-    rows = ['H2L2-(2+1)x3', 'H3L1-(6+1)x1', 'H3L1-(3+1)x2', 'H3L1-(2+1)x3']
-    costs = [gflops(lite(row, ffn=1024), sizes) for row in rows] + [gflops(stock(1024), sizes)]
-    assert costs == sorted(costs)
-    assert len(set(costs)) == len(costs)
 
 
 def test_layers_add_up():
@@ -210,15 +209,12 @@ def test_shared_and_frozen_parameters():
     assert count_parameters(nn.ModuleList([layer, layer])) == 16
 
 
+DEFORMABLE = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
+
+
 @pytest.fixture(scope='module')
 def detector():
-    from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
-    from mmengine.hub import get_config
-
-    register_all_modules()
-    config = get_config('mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py')
-    return MODELS.build(config.model)
+    return build_detector(load_config(DEFORMABLE)).train()
 
 
 def test_detector(detector):
@@ -238,20 +234,13 @@ def test_detector(detector):
     assert detector.training
 
 
-def test_lite_config_in_get_flops(detector):
+def test_lite_config_in_get_flops():
     """mmdet's tool builds the model from the config and traces it; ours gives the same figure."""
-    from functools import partial
-
-    from mmdet.registry import MODELS
-    from mmengine.analysis import get_model_complexity_info
-    from mmengine.hub import get_config
-
     if not {b.name: b.available for b in ops.backends()}['cpu']:
         pytest.skip('the CPU kernels are not built, so no traced graph holds the fused operator')
-    config = get_config('mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py')
-    config.model.type = 'LiteDeformableDETR'
-    config.model.encoder.schedule = 'H3L1-(2+1)x3'
-    model = MODELS.build(config.model).eval()
+    config = load_config(DEFORMABLE)
+    config.merge_from_dict(dict(model=lite_change(config.model, 'H3L1-(2+1)x3')))
+    model = build_detector(config)
     images, samples = image_batch(1, (96, 128))
     expected = count_detector(model, (96, 128)).flops
     model.forward = partial(model.forward, data_samples=samples)
@@ -259,3 +248,40 @@ def test_lite_config_in_get_flops(detector):
         model, None, inputs=images, show_table=False, show_arch=False
     )
     assert report['flops'] == expected
+
+
+@pytest.mark.parametrize(
+    ('name', 'lite'), [('DDQ', True), ('Mask2Former', False), ('Mask2Former', True)]
+)
+def test_encoder_from_its_config_alone(name, lite):
+    """The same cost as inside the model."""
+    config = small_config(name)
+    if lite:
+        change = lite_change(config.model, main_schedule(config.model))
+        config.merge_from_dict(dict(model=change))
+    alone = encoder_flops(config.model, (192, 256))
+    inside = count_detector(build_detector(config), (192, 256))
+    # The model works out which tokens are padding, and so on.
+    assert inside.stage_flops['encoder'] == pytest.approx(alone, rel=1e-3)
+    assert len(inside.encoder_layer_flops) == 2
+    assert sum(inside.stage_flops.values()) == inside.flops
+    assert inside.stage_flops['neck'] and inside.stage_flops['decoder']
+
+
+def test_text_costs_less_where_fewer_tokens_are_fused():
+    config = get_config('mmdet::grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py')
+    stock = encoder_flops(config.model, (192, 256))
+    config.merge_from_dict(dict(model=lite_change(config.model, 'H3L1-(2+1)x3')))
+    assert encoder_flops(config.model, (192, 256)) < 0.6 * stock
+
+
+@pytest.mark.parametrize(
+    ('name', 'expected'),
+    [
+        ('dino/dino-4scale_r50_8xb2-12e_coco.py', [8, 16, 32, 64]),
+        ('dino/dino-5scale_swin-l_8xb2-12e_coco.py', [4, 8, 16, 32, 64]),
+        ('mask2former/mask2former_r50_8xb2-lsj-50e_coco.py', [8, 16, 32]),
+    ],
+)
+def test_strides(name, expected):
+    assert strides(get_config(f'mmdet::{name}').model, len(expected)) == expected

@@ -16,15 +16,7 @@ from collections.abc import Callable
 import click
 
 from . import shared
-from .shared import (
-    count_option,
-    device_option,
-    file_option,
-    flag,
-    json_option,
-    option,
-    path_option,
-)
+from .shared import count_option, file_option, flag, option, path_option
 
 
 @click.group(context_settings=shared.HELP)
@@ -40,57 +32,56 @@ def benchmark() -> None:
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the table
 
 
-def kind(several_batch_sizes: bool = False):
-    """Make a subcommand of a function that returns a report.
+def kind(function: Callable) -> click.Command:
+    """A subcommand of a function that returns a report.
 
-    The function is called with its own options and with ``image_size``, ``batch_size``, ``dtype``,
-    ``device``, ``rounds``, ``warmup`` and ``start``, the progress bar. With ``several_batch_sizes``
-    ``--batch-size`` may be given more than once.
+    The function gets its own options, ``setting``, a :class:`~mmlite.analysis.timing.Setting`, and
+    ``start``, the progress bar.
     """
-    batch_size = {'default': 1}
-    if several_batch_sizes:
-        batch_size = {'default': [1], 'multiple': True, 'help': 'Give it more than once for more.'}
+
+    @functools.wraps(function)
+    def run(device, threads, json_path, markdown_path, rounds, batch_size, **own) -> None:
+        from ..analysis.timing import Setting, describe_machine, num_threads
+
+        shared.check_device(device)
+        fields = {name: own.pop(name) for name in ('image_size', 'dtype', 'warmup')}
+        rounds = 0 if own.pop('count_only', False) else rounds
+        training = own.pop('train', False)
+        setting = Setting(
+            **fields, batch_sizes=batch_size, device=device, rounds=rounds, training=training
+        )
+        with num_threads(threads), shared.progress() as start:
+            machine = describe_machine(device)
+            report = function(setting=setting, start=start, **own)
+        report.machine = machine
+        report.command = shlex.join(['mmlite', *sys.argv[1:]])
+        console = shared.console()
+        console.print(report.machine_line)
+        for table in report.tables:
+            shared.print_table(table.title, table.columns, table.rows, justify='right')
+        for note in report.notes:
+            console.print(note)
+        shared.write_json(json_path, report.as_json())
+        if markdown_path:
+            markdown_path.write_text(report.markdown())
+        if report.page:
+            own['html_path'].write_text(report.html())
+
     dtypes = click.Choice(['float32', 'bfloat16', 'float16'])
-    options = (
-        shared.image_size_option(),
-        count_option('--batch-size', **batch_size),
-        option('--dtype', type=dtypes, default='float32', help='Of operators, or autocast.'),
-        device_option,
-        shared.threads_option,
-        count_option('--rounds', default=10, help='Measurements of each contestant.'),
-        count_option('--warmup', default=2),
-        json_option,
+    batch_help = 'Images at a time. Models take several: give it more than once.'
+    for add in (
         file_option('--markdown', 'markdown_path', help='Write the tables here.'),
-    )
-
-    def decorate(function: Callable) -> click.Command:
-        @functools.wraps(function)
-        def run(device, threads, json_path, markdown_path, **own) -> None:
-            from ..analysis.timing import describe_machine, num_threads
-
-            shared.check_device(device)
-            with num_threads(threads), shared.progress() as start:
-                machine = describe_machine(device)
-                report = function(device=device, start=start, **own)
-            report.machine = machine
-            report.command = shlex.join(['mmlite', *sys.argv[1:]])
-            console = shared.console()
-            console.print(report.machine_line)
-            for table in report.tables:
-                shared.print_table(table.title, table.columns, table.rows, justify='right')
-            for note in report.notes:
-                console.print(note)
-            shared.write_json(json_path, report.as_json())
-            if markdown_path:
-                markdown_path.write_text(report.markdown())
-            if report.page:
-                own['html_path'].write_text(report.html())
-
-        for add in reversed(options):
-            run = add(run)
-        return benchmark.command(name=function.__name__)(run)
-
-    return decorate
+        shared.json_option,
+        count_option('--warmup', default=2),
+        count_option('--rounds', default=10, help='Measurements of each contestant.'),
+        shared.threads_option,
+        shared.device_option,
+        option('--dtype', type=dtypes, default='float32', help='Of operators, or autocast.'),
+        count_option('--batch-size', default=[1], multiple=True, help=batch_help),
+        shared.image_size_option(),
+    ):
+        run = add(run)
+    return benchmark.command()(run)
 
 
 def several(name: str, choices: str, help: str) -> Callable:
@@ -102,7 +93,7 @@ def several(name: str, choices: str, help: str) -> Callable:
     return option(name, destination, type=choice, multiple=True, default=words[:1], help=help)
 
 
-@kind()
+@kind
 @count_option('--queries', 'num_queries', help='Number of queries. Default: all tokens.')
 @count_option('--heads', 'num_heads', default=8)
 @count_option('--head-dim', default=32)
@@ -115,7 +106,7 @@ def several(name: str, choices: str, help: str) -> Callable:
 )
 @flag('--forward-only', help='Leave out the backward pass.')
 @flag('--scaling', help='Also vary image size, queries and threads.')
-def ops(*, dtype, forward_only, scaling, rounds, warmup, start, **shape):
+def ops(*, setting, forward_only, scaling, start, **shape):
     """Measure every backend of the operators against plain PyTorch and mmcv's operator.
 
     Ratios are medians over pairs of rounds, with their quartiles. Memory is the peak beyond the
@@ -132,11 +123,20 @@ def ops(*, dtype, forward_only, scaling, rounds, warmup, start, **shape):
     from ..analysis.inputs import OperatorShape
     from ..analysis.operators import PASSES, report
 
-    shape = OperatorShape(dtype=getattr(torch, dtype), **shape)
-    return report(shape, PASSES[: 1 if forward_only else 2], rounds, warmup, scaling, start)
+    if len(setting.batch_sizes) > 1:
+        raise ValueError('ops takes one --batch-size; run it once for each')
+    shape = OperatorShape(
+        setting.image_size,
+        setting.batch_size,
+        **shape,
+        dtype=getattr(torch, setting.dtype),
+        device=setting.device,
+    )
+    passes = PASSES[: 1 if forward_only else 2]
+    return report(shape, passes, setting.rounds, setting.warmup, scaling, start)
 
 
-@kind()
+@kind
 @option(
     '--schedule',
     'schedules',
@@ -148,7 +148,7 @@ def ops(*, dtype, forward_only, scaling, rounds, warmup, start, **shape):
 @count_option('--ffn', default=2048, help='2048 in DINO, 1024 in Deformable DETR.')
 @flag('--train', help='Also measure a training step.')
 @flag('--profile', help='Also show where the time goes.')
-def encoder(*, schedules, modes, ffn, batch_size, train, profile, start, **setting):
+def encoder(*, setting, schedules, modes, ffn, profile, start):
     """Measure MMDetection's encoder, the same on our operator, and Lite schedules.
 
     All have six layers over four levels and random weights. A training step is a forward and a
@@ -163,13 +163,11 @@ def encoder(*, schedules, modes, ffn, batch_size, train, profile, start, **setti
       mmlite benchmark encoder --schedule 'H2L2-(2+1)x3' --schedule 'H3L1-(6+1)x1' --ffn 1024
     """
     from ..analysis.comparison import compare_encoders
-    from ..analysis.timing import Setting
 
-    setting = Setting(batch_sizes=(batch_size,), training=train, **setting)
     return compare_encoders(setting, schedules, ffn, modes, profile, start)
 
 
-@kind(several_batch_sizes=True)
+@kind
 @click.argument('names', nargs=-1, metavar='BASELINE VARIANT...')
 @option(
     '--framework',
@@ -194,9 +192,7 @@ def encoder(*, schedules, modes, ffn, batch_size, train, profile, start, **setti
 @path_option('--images', help='Folder of their images.')
 @shared.cfg_options
 @file_option('--html', 'html_path', help='Write a page with plots here.')
-def compare(
-    *, batch_size, rounds, train, count_only, annotations, images, cfg_options, html_path, **own
-):
+def compare(*, setting, annotations, images, cfg_options, html_path, **own):
     """Compare models with the first one: FLOPs, parameters, time, memory, accuracy.
 
     A config is a path, mmdet::folder/config.py or mmlite::folder/config.py; a checkpoint may
@@ -218,18 +214,11 @@ def compare(
     """
     from ..analysis.accuracy import Dataset
     from ..analysis.comparison import compare_models
-    from ..analysis.timing import Setting
 
     if (annotations is None) != (images is None):
         raise ValueError('--annotations and --images go together')
     dataset = Dataset(annotations, images) if annotations else None
-    names = ('image_size', 'dtype', 'device', 'warmup')
-    setting = Setting(
-        batch_sizes=batch_size,
-        rounds=0 if count_only else rounds,
-        training=train,
-        **{name: own.pop(name) for name in names},
-    )
+    with_page = bool(html_path)
     return compare_models(
-        setting=setting, dataset=dataset, changes=cfg_options, with_page=bool(html_path), **own
+        setting=setting, dataset=dataset, changes=cfg_options, with_page=with_page, **own
     )

@@ -9,13 +9,11 @@ but one that is not a number is not caught.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .operators import attention_as
 
 
 def ms_deform_attn(
@@ -67,8 +65,3 @@ def _weighted_sum(samples: Sequence[Tensor], weights: Sequence[Tensor], value: T
         total = total + term
     batch, _, heads, _ = value.shape
     return total.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
-
-
-def portable_decompositions() -> dict[Callable, Callable]:
-    """Our operators -> the same in torch's own, for ``ExportedProgram.run_decompositions``."""
-    return attention_as(ms_deform_attn, key_aware_deform_attn)

@@ -17,10 +17,11 @@ from .. import __version__, ops
 from ..models import Change
 from ..openmmlab.families import encoder_name, family_of, find_holder, reads_text
 from ..openmmlab.layers import LiteEncoder, fuse_into
+from . import portable as in_torch
 from .detector import FORMAT_VERSION, check_size
 from .graph import EXPORTABLE, Graph
+from .operators import attention_as
 from .pipeline import class_names, preprocessing
-from .portable import portable_decompositions
 
 # ``Family.graph`` -> where the graph is.
 GRAPHS = {
@@ -167,7 +168,10 @@ def _export(
     with ops.use_backend(backend), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         program = torch.export.export(graph, tuple(arguments), dynamic_shapes=dynamic, strict=False)
-        return program.run_decompositions(portable_decompositions()) if portable else program
+        if portable:
+            attention = in_torch.ms_deform_attn, in_torch.key_aware_deform_attn
+            program = program.run_decompositions(attention_as(*attention))
+        return program
 
 
 def _describe(

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from exported import DINO, TEXT, assert_runs_alone, batch_of, export_for_all, needs
+from exported import DINO, SCHEDULE, TEXT, assert_runs_alone, batch_of, export_for_all, needs
 from small_detectors import SMALL
 
 from mmlite.cli import main
@@ -134,20 +134,22 @@ def test_a_fixed_canvas_and_batch(detector, images, tmp_path):
         export_detector(model, tmp_path, 'torch', size=(16, 16))
 
 
-@pytest.mark.parametrize('format_', ['torch', pytest.param('onnx', marks=pytest.mark.slow)])
-def test_portable(format_, detector, images, tmp_path, monkeypatch):
-    needs(format_)
-    # No library is looked for.
-    monkeypatch.setattr('mmlite.export.runtimes._SUFFIX', 'nothing')
+@pytest.mark.slow
+def test_portable(detector, images, tmp_path, monkeypatch):
+    needs('onnx')
+    monkeypatch.setattr('mmlite.export.runtimes._SUFFIX', 'no library is looked for')
     model = detector('LiteDINO with a key of its own')
-    exported = export_detector(model, tmp_path, format_, size=(128, 128), portable=True)
+    exported = export_detector(model, tmp_path, 'onnx', size=(128, 128), portable=True)
     assert_agrees(model, exported, images[:1])
 
 
-def test_command(images, tmp_path):
+def test_command(images, tmp_path, monkeypatch):
+    """Of a portable model, for which no library is looked for."""
+    monkeypatch.setattr('mmlite.export.runtimes._SUFFIX', 'no library')
+    model = {**SMALL, 'type': 'LiteDINO', 'encoder': {**SMALL['encoder'], **SCHEDULE}}
     config = tmp_path / 'config.py'
     config.write_text(
-        f'_base_ = {DINO!r}\nmodel = {SMALL!r}\n'
+        f'_base_ = {DINO!r}\nmodel = {model!r}\n'
         "test_pipeline = [dict(type='LoadImageFromFile'),\n"
         "    dict(type='mmdet.FixScaleResize', scale=(240, 160), keep_ratio=True),\n"
         "    dict(type='mmdet.datasets.transforms.Pad', size_divisor=32),\n"
@@ -156,8 +158,8 @@ def test_command(images, tmp_path):
         'test_dataloader = dict(dataset=dict(metainfo=metainfo, pipeline=test_pipeline))\n'
     )
     cv2.imwrite(str(tmp_path / 'image.png'), images[1])
-    arguments = ['export', str(config), '--format', 'torch', '-o', str(tmp_path / 'exported')]
-    arguments += ['--images', str(tmp_path / 'image.png')]
+    arguments = ['export', str(config), '-o', str(tmp_path / 'exported'), '--format', 'torch']
+    arguments += ['--portable', '--images', str(tmp_path / 'image.png')]
     arguments += ['--cfg-options', 'model.test_cfg.max_per_img=20']
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output

@@ -6,53 +6,42 @@ from shutil import which
 
 import pytest
 import torch
+from operator_cases import VARIANTS, Case
 from torch import Tensor, nn
 
 from mmlite.export.graph import Pyramid, encode
-from mmlite.export.operators import decompositions
+from mmlite.export.operators import attention_as, decompositions
 from mmlite.export.portable import key_aware_deform_attn, ms_deform_attn
 from mmlite.export.program import trace_encoder
-from mmlite.ops import reference
+from mmlite.ops import use_backend
 
 LEVELS = [(8, 10), (4, 5), (2, 3), (1, 2)]
-FLAT = [side for size in LEVELS for side in size]
 TOKENS = sum(height * width for height, width in LEVELS)
 
 
-@pytest.mark.parametrize('own_key', [False, True])
-def test_agrees_with_the_reference(own_key):
-    torch.manual_seed(0)
-    query = torch.randn(2, 30, 4, 16)
-    key, value = torch.randn(2, 2, TOKENS, 4, 16).unbind()
-    locations = torch.rand(2, 30, 4, len(LEVELS), 3, 2) * 1.4 - 0.2
-    locations[0, 0, 0] = 1e30
-    locations[0, 1, 0] = -torch.inf
-    weights = torch.rand(2, 30, 4, len(LEVELS), 3)
-    torch.testing.assert_close(
-        ms_deform_attn(value, FLAT, locations, weights),
-        reference.ms_deform_attn(value, LEVELS, locations, weights),
-    )
-    key = key if own_key else None
-    torch.testing.assert_close(
-        key_aware_deform_attn(query, key, value, FLAT, locations),
-        reference.key_aware_deform_attn(query, key, value, LEVELS, locations),
-    )
+OFFSETS = {
+    'locations': None,
+    'points': {},
+    'boxes': dict(boxes=True),
+    'one set of offsets': dict(shared=True),
+}
 
 
-@pytest.mark.parametrize('boxes', [False, True])
-@pytest.mark.parametrize('offset_levels', [1, len(LEVELS)])
-def test_operators_from_offsets_decompose(boxes, offset_levels):
-    query = torch.randn(2, 30, 4, 16)
-    value = torch.randn(2, TOKENS, 4, 16)
-    points = torch.rand(2, 30, len(LEVELS), 4 if boxes else 2)
-    offsets = torch.randn(2, 30, 4, offset_levels, 3, 2)
-    weights = torch.rand(2, 30, 4, len(LEVELS), 3)
-    ((operator, decomposed),) = decompositions().items()
-    for inputs in (
-        (query, None, value, FLAT, points, offsets, None),
-        (None, None, value, FLAT, points, offsets, weights),
-    ):
-        torch.testing.assert_close(decomposed(*inputs), operator(*inputs))
+@pytest.mark.parametrize('offsets', OFFSETS)
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_agrees_with_the_reference(variant, offsets):
+    case = Case(variant)
+    case.inputs['locations'][0, 0, 0] = 1e30
+    case.inputs['locations'][0, 1, 0] = -torch.inf
+    if OFFSETS[offsets] is not None:
+        case.from_offsets(**OFFSETS[offsets])
+    with use_backend('reference'):
+        expected = case.call(case.inputs)
+    for table in (decompositions(), attention_as(ms_deform_attn, key_aware_deform_attn)):
+        ((_, decomposed),) = table.items()
+        output = decomposed(*case.arguments)
+        if output is not NotImplemented:  # it is at locations already
+            torch.testing.assert_close(output, expected)
 
 
 class Encoder(nn.Module):

@@ -8,71 +8,46 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from exported import needs
+from operator_cases import VARIANTS, Case
 
 from mmlite import ops
 from mmlite.export import library, load, runtimes
 from mmlite.export.detector import FORMAT_VERSION, open_session, write_description
-from mmlite.export.operators import DOMAIN, VERSION
+from mmlite.export.operators import _INPUTS, DOMAIN, VERSION
 from mmlite.export.runtimes import RUNTIMES
 
 onnx = pytest.importorskip('onnx')
 
 LEVELS = [(8, 10), (4, 5), (2, 3)]
-KDA = ('query', 'value', 'spatial_shapes', 'sampling_locations')
-CASES = {
-    'shared key': ('KeyAwareDeformAttn', KDA),
-    'key apart': ('KeyAwareDeformAttn', (*KDA, 'key')),
-    'standard': (
-        'MSDeformAttn',
-        ('value', 'spatial_shapes', 'sampling_locations', 'attention_weights'),
-    ),
-}
+RENAMED = {'locations': 'sampling_locations', 'weights': 'attention_weights'}
 
 
-def tensors(levels=LEVELS, batch: int = 2, queries: int = 50) -> dict[str, np.ndarray]:
-    generator = torch.Generator().manual_seed(0)
-    heads, dim, points = 4, 16, 4
-    tokens = sum(height * width for height, width in levels)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator).numpy()
-
-    locations = torch.rand(batch, queries, heads, len(levels), points, 2, generator=generator)
-    return {
-        'query': normal(batch, queries, heads, dim),
-        'key': normal(batch, tokens, heads, dim),
-        'value': normal(batch, tokens, heads, dim),
-        'spatial_shapes': np.array(levels, np.int64).flatten(),
-        'sampling_locations': (locations * 1.2 - 0.1).numpy(),
-        'attention_weights': normal(batch, queries, heads, len(levels), points),
-    }
-
-
-def expected(case: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    named = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    named['spatial_shapes'] = arrays['spatial_shapes'].reshape(-1, 2).tolist()
-    operator, names = CASES[case]
-    arguments = {name: named[name] for name in names}
+def example(variant: str, shapes=LEVELS, **sizes) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Inputs of a node by name, in their order, and PyTorch's output."""
+    case = Case(variant, shapes, **{'queries': 50, 'heads': 4, 'dim': 16, **sizes})
+    arrays = {RENAMED.get(name, name): tensor.numpy() for name, tensor in case.inputs.items()}
+    arrays['spatial_shapes'] = np.array(shapes, np.int64).flatten()
     with ops.use_backend('reference'):
-        if operator == 'MSDeformAttn':
-            return ops.ms_deform_attn(**arguments).numpy()
-        return ops.key_aware_deform_attn(**{'key': named['value'], **arguments}).numpy()
+        expected = case.call(case.inputs).numpy()
+    return {name: arrays[name] for name in _INPUTS[node_of(variant)] if name in arrays}, expected
 
 
-def model(case: str, name: str | None = None) -> bytes:
+def node_of(variant: str) -> str:
+    return 'MSDeformAttn' if variant == 'standard' else 'KeyAwareDeformAttn'
+
+
+def model(variant: str, node: str | None = None) -> bytes:
     """A model of one node, all sizes free."""
-    operator, names = CASES[case]
     inputs = []
-    for argument in names:
-        array = tensors()[argument]
+    for name, array in example(variant)[0].items():
         kind = 'int64' if array.dtype == np.int64 else 'float'
-        sizes = ', '.join(f'{argument}_{axis}' for axis in range(array.ndim))
-        inputs.append(f'{kind}[{sizes}] {argument}')
+        sizes = ', '.join(f'{name}_{axis}' for axis in range(array.ndim))
+        inputs.append(f'{kind}[{sizes}] {name}')
+    names = ', '.join(one.split()[-1] for one in inputs)
     text = f"""<ir_version: 9, opset_import: ["": 18, "{DOMAIN}": {VERSION}]>
         one_node ({', '.join(inputs)}) => (float[b, q, c] output) {{
-            output = {DOMAIN}.{name or operator}({', '.join(names)})
+            output = {DOMAIN}.{node or node_of(variant)}({names})
         }}"""
     return onnx.parser.parse_model(text).SerializeToString()
 
@@ -89,24 +64,25 @@ def exported(folder, format_: str, content: bytes):
     return folder
 
 
-def opened(folder, format_: str, case: str):
+def opened(folder, format_: str, variant: str):
     """A model of one node in its runtime, from named arrays to its output."""
-    session = open_session(exported(folder, format_, model(case)))
-    return lambda arrays: session(*(arrays[name] for name in CASES[case][1]))[0]
+    session = open_session(exported(folder, format_, model(variant)))
+    return lambda arrays: session(*arrays.values())[0]
 
 
 @FORMATS
-@pytest.mark.parametrize('case', CASES)
-def test_agrees_with_pytorch(case, format_, tmp_path):
-    run = opened(tmp_path, format_, case)
-    for arrays in (tensors(), tensors([(3, 2), (9, 7), (1, 1)], batch=1, queries=3)):
-        np.testing.assert_allclose(run(arrays), expected(case, arrays), atol=2e-6, rtol=2e-5)
-    assert run(tensors(queries=0)).shape == (2, 0, 64)
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_agrees_with_pytorch(variant, format_, tmp_path):
+    run = opened(tmp_path, format_, variant)
+    other = dict(shapes=[(3, 2), (9, 7), (1, 1)], batch=1, queries=3)
+    for sizes in ({}, other, dict(queries=0)):
+        arrays, expected = example(variant, **sizes)
+        np.testing.assert_allclose(run(arrays), expected, atol=2e-6, rtol=2e-5)
 
 
 @FORMATS
 @pytest.mark.parametrize(
-    'case, changes, sentence',
+    'variant, changes, sentence',
     [
         ('standard', {'spatial_shapes': [8, 10, 4, 5, 2, 4]}, 'does not stand for the 106 tokens'),
         ('standard', {'spatial_shapes': [8, 10, 4, 5]}, 'must be 3 pairs'),
@@ -118,9 +94,9 @@ def test_agrees_with_pytorch(case, format_, tmp_path):
         ('key apart', {'key': (2, 105, 4, 16)}, 'key must have shape'),
     ],
 )
-def test_refuses_inputs_that_do_not_fit(case, changes, sentence, format_, tmp_path):
-    run = opened(tmp_path, format_, case)
-    arrays = tensors()
+def test_refuses_inputs_that_do_not_fit(variant, changes, sentence, format_, tmp_path):
+    run = opened(tmp_path, format_, variant)
+    arrays, _ = example(variant)
     for name, change in changes.items():
         is_shape = isinstance(change, tuple)
         arrays[name] = np.zeros(change, np.float32) if is_shape else np.array(change)

@@ -129,13 +129,6 @@ def test_bad_input(arguments, message):
     assert 'Traceback' not in result.output
 
 
-@pytest.mark.parametrize('command', [(), ('ops',), ('encoder',), ('compare',)])
-def test_help_has_an_example(command):
-    result = run(*command, '--help')
-    assert result.exit_code == 0
-    assert 'mmlite benchmark' in result.output.partition('Example')[2]
-
-
 @pytest.mark.timeout(900)
 def test_runtimes(tmp_path, monkeypatch):
     pytest.importorskip('onnxscript')

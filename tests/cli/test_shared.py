@@ -57,8 +57,15 @@ def test_help_imports_neither_torch_nor_mmdetection():
     assert 'lite-config' in subprocess.check_output([sys.executable, '-c', code], text=True)
 
 
-@pytest.mark.parametrize('name', COMMANDS)
+SUBCOMMANDS = [
+    f'{name} {own}'
+    for name in ('benchmark', 'visualize')
+    for own in main.get_command(None, name).commands
+]
+
+
+@pytest.mark.parametrize('name', [*COMMANDS, *SUBCOMMANDS])
 def test_help_has_an_example(name):
-    result = CliRunner().invoke(main, [name, '--help'])
+    result = CliRunner().invoke(main, [*name.split(), '--help'])
     assert result.exit_code == 0
     assert f'mmlite {name}' in result.output.partition('Example:')[2]

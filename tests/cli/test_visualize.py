@@ -130,10 +130,3 @@ def test_bad_input(folder, image, monkeypatch, arguments, message):
     assert result.exit_code != 0
     assert message in ' '.join(result.output.split())
     assert 'Traceback' not in result.output
-
-
-@pytest.mark.parametrize('command', [(), ('attention',), ('detections',), ('levels',)])
-def test_help_has_an_example(command):
-    result = run(*command, '--help')
-    assert result.exit_code == 0
-    assert 'mmlite visualize' in result.output.partition('Example')[2]

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import fuse, optimize
+from ..export.inference import optimize
 from ..nn import InterleavedEncoder
+from ..openmmlab.verbs import fuse
 from .accuracy import Dataset, evaluate
 from .complexity import Complexity, count_model
 from .profile import profile_stages
@@ -56,6 +57,8 @@ class Contestant:
     def title(self) -> str:
         words = [self.runtime] * (self.runtime != PYTORCH) + [self.form] * (self.form != EAGER)
         return ', '.join([self.name, *words])
+
+    fuse = staticmethod(fuse)  # that of the model's framework
 
     def arguments(self, image_size: tuple[int, int], batch_size: int, device: str) -> dict:
         """Keyword arguments for a prediction by the model."""
@@ -120,7 +123,7 @@ class Contestant:
         other = copy.copy(self)
         other.form, other.model = form, copy.deepcopy(self.model)
         if form in (FUSED, OPTIMIZED):
-            (fuse if form == FUSED else optimize)(other.model)
+            (self.fuse if form == FUSED else optimize)(other.model)
             return other
         if self.encoder_at is None:
             raise ValueError('it has no multi-scale encoder')

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import fuse, to_lite
+from ..huggingface import fuse, to_lite
 from ..huggingface.attention import check_version
 from .compare import FUSED, Contestant
 
@@ -62,6 +62,8 @@ MODELS = {
 
 class Transformer(Contestant):
     """A model of transformers."""
+
+    fuse = staticmethod(fuse)
 
     def arguments(self, image_size, batch_size, device) -> dict:
         generator = torch.Generator().manual_seed(0)

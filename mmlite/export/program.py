@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from .. import __version__, ops
+from .. import ops
 from ..models import Change
 from ..openmmlab.families import encoder_name, family_of, find_holder, reads_text
 from ..openmmlab.layers import LiteEncoder, fuse_into
@@ -189,7 +190,7 @@ def _describe(
         prepared = {'resize': {'canvas': list(size)}, 'pad': None}
     return {
         'version': FORMAT_VERSION,
-        'mmlite': __version__,
+        'mmlite': version('mmlite-detr'),
         'detector': type(model).__name__,
         'schedule': None if schedule is None else str(schedule),
         'classes': graph.classes or class_names(config, model, graph.num_classes),

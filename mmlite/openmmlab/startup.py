@@ -60,12 +60,11 @@ class _StandIn:
 
         # By its file: mmcv.ops is being imported, and mmlite would import it again.
         package = find_spec('mmlite')
-        folders = package and package.submodule_search_locations
-        return (
-            spec_from_file_location(name, f'{folders[0]}/openmmlab/mmcv_ext.py')
-            if folders
-            else None
-        )
+        if package is None or package.origin is None:
+            return None
+        # Beside the package's own file: an editable installation has more folders than this one.
+        folder = package.origin.removesuffix('__init__.py')
+        return spec_from_file_location(name, f'{folder}openmmlab/mmcv_ext.py')
 
 
 class _Waiting:

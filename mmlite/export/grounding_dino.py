@@ -70,7 +70,7 @@ class GroundingGraph(DetectorGraph):
 
     def encode(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """The memory of the image, (bs, num_tokens, embed_dims), and that of the text."""
-        encoder, batch = self.model.encoder, len(pyramid.tokens)
+        encoder, batch = self.model.encoder, pyramid.tokens.shape[0]
         text, sees, places = (
             tensor.expand(batch, *tensor.shape[1:])
             for tensor in (self.words, self.sees, self.places)

@@ -140,12 +140,16 @@ def trace(
             raise ValueError(f'{name} cannot be traced: {reason}{hint}') from error
     values = [node.meta['val'] for node in program.graph.nodes if node.op == 'placeholder']
     for value, free in zip(values[-len(arguments) :], dynamic):
-        if any(isinstance(value.shape[axis], int) for axis in free):
+        if any(_is_fixed(value.shape[axis]) for axis in free):
             raise ValueError(
                 f'{name} cannot be exported for images of any size or number; '
                 'give a fixed size and batch'
             )
     return Traced(program, description)
+
+
+def _is_fixed(side: int | torch.SymInt) -> bool:
+    return isinstance(side, int) or side.node.maybe_as_int() is not None
 
 
 def trace_encoder(

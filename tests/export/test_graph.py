@@ -10,6 +10,7 @@ from mmdet.models.detectors import DINO
 
 from mmlite.export.compare import difference, predict
 from mmlite.export.detector import Detections, detections_of
+from mmlite.export.graph import DetectorGraph
 from mmlite.export.nms import distinct_boxes
 from mmlite.export.program import _levels, exportable, make_graph, trace
 
@@ -142,6 +143,14 @@ def test_distinct_boxes():
     halves, scores = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 4]]]), torch.tensor([[0.5, 0.0]])
     for threshold, both in ((0.499, False), (0.5, True), (0.501, True)):
         assert distinct_boxes(halves, scores, threshold, 2).tolist() == [[True, both]]
+
+
+def test_a_graph_that_fixes_a_free_size_is_refused(detector, monkeypatch):
+    find = DetectorGraph.find
+    fixed = lambda self, images, *rest: find(self, images[: len(images)], *rest)  # noqa: E731
+    monkeypatch.setattr(DetectorGraph, 'find', fixed)
+    with pytest.raises(ValueError, match='cannot be exported for images of any size or number'):
+        trace(detector('DeformableDETR'), batch=None)
 
 
 class Rounding(torch.nn.Module):

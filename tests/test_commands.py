@@ -47,6 +47,7 @@ RUN_BY = {
     'python $TOOLS/train.py': ('tests/test_mim.py', "mmdetection('train'"),
     'python $TOOLS/test.py': ('tests/test_mim.py', "mmdetection('test'"),
     'python tools/wheels.py': ('Makefile', 'tools/wheels.py'),
+    'python benchmarks/peers.py': ('tests/benchmarks/test_peers.py', 'peers'),
     'python benchmarks/busy_machine.py': ('tests/test_tools.py', "'busy_machine.py'"),
     'python benchmarks/compare_builds.py': ('tests/test_tools.py', "'compare_builds.py'"),
     'python benchmarks/decompositions.py': ('tests/test_tools.py', "'decompositions.py'"),

@@ -21,7 +21,7 @@ STRIDES = (8, 16, 32, 64)
 def pyramid_sizes(
     image_size: tuple[int, int], strides: Sequence[int] = STRIDES
 ) -> list[tuple[int, int]]:
-    """(h, w) of every level of the pyramid of an image, (height, width), largest map first."""
+    """Level sizes (h, w) of an image's pyramid, largest map first."""
     height, width = image_size
     return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in strides]
 

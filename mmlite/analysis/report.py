@@ -79,7 +79,7 @@ def render(**content: object) -> str:
 
 
 def plot(draw: Callable[..., None], *arguments) -> str:
-    """Draw on axes of a figure and return it as SVG to stand in a page."""
+    """Draw on a figure's axes and return it as SVG for a page."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -100,7 +100,7 @@ def plot(draw: Callable[..., None], *arguments) -> str:
 def scatter(
     axes: Any, points: list[tuple[str, float, float, dict]], x_label: str, y_label: str
 ) -> None:
-    """Points with names, from the lowest up, each high enough to clear the one below it."""
+    """Label points from the lowest up, each above the label below it."""
     axes.set(xlabel=x_label, ylabel=y_label)
     for _, x, y, style in points:
         axes.plot(x, y, **style)

@@ -35,7 +35,7 @@ SHOWN_PLACES = 3
 def check(
     ctx: click.Context, config: str, workers: int, cfg_options: dict, json_path: Path | None
 ) -> None:
-    """Read every image and annotation of the data sets that CONFIG names, then build its model.
+    """Read every image and annotation that CONFIG names, then build its model.
 
     CONFIG is a path, or the name of a packaged config such as mmdet::dino/x.py. Found are images
     that are missing, broken or cut off, boxes outside of their image, ids that occur twice, classes

@@ -126,7 +126,7 @@ def detections(detectors, image, annotations, score, out) -> None:
 @count_option('--max-images', default=50)
 @shared.json_option
 def levels(detectors, images, max_images, json_path, out) -> None:
-    """Draw how the encoder's attention is spread over low and high levels, over a data set.
+    """Draw how the encoder's attention spreads over the levels, for a folder of images.
 
     IMAGES is a folder. Rows are the levels of the queries, columns those of the sampled points;
     grey where a layer of a Lite encoder does not update the level.
@@ -160,7 +160,7 @@ def levels(detectors, images, max_images, json_path, out) -> None:
 
 
 def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterator[tuple]:
-    """Model, name, and what makes a function that runs it on an image, of each detector."""
+    """For each detector: model, name, and a function that runs it on an image."""
     from mmdet.apis import inference_detector
 
     from ..analysis.attention import deformable_attentions

@@ -1,4 +1,4 @@
-"""What is wrong with the data sets of a config, and what of it does not fit the model.
+"""Checks a config's data sets, and whether they fit its model.
 
 ``mmlite check`` shows it; :func:`check_data` and :func:`check_model` find it.
 """
@@ -277,7 +277,7 @@ def check_model(
 
 
 def _data_sets(config: Config, findings: Findings) -> list[DataSummary]:
-    """The data sets of a config, unwrapped; those of several splits that are the same, once."""
+    """The data sets of a config, unwrapped; each once."""
     found: dict[tuple, list[_Use]] = defaultdict(list)
     loaders = {split: config.get(f'{split}_dataloader') for split in ('train', 'val', 'test')}
     if not any(loaders.values()):

@@ -218,7 +218,7 @@ def _write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def overlap(box: np.ndarray, other: np.ndarray) -> float:
-    """The part of the smaller box (x1, y1, x2, y2) that lies in the other one."""
+    """The share of the smaller box (x1, y1, x2, y2) inside the other one."""
     sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
     smaller = min(np.prod(box[2:] - box[:2]), np.prod(other[2:] - other[:2]))
     return float(np.prod(np.clip(sides, 0, None)) / smaller)

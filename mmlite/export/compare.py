@@ -135,7 +135,7 @@ def _found(sample: DetDataSample) -> Detections | Segmentations:
 
 @contextmanager
 def _with_instances(model: nn.Module) -> Iterator[None]:
-    """A Mask2Former of panoptic maps alone tells its instances, too."""
+    """A Mask2Former that returns panoptic maps alone also returns its instances."""
     head = getattr(model, 'panoptic_fusion_head', SimpleNamespace(test_cfg=None))
     config = head.test_cfg
     head.test_cfg = {**(config or {}), 'instance_on': True}

@@ -246,7 +246,7 @@ def detections_of(
 def in_another_size(
     found: Detections | Segmentations, size: tuple[int, int], wanted: tuple[int, int]
 ) -> Detections | Segmentations:
-    """What was found in an image of ``size`` (h, w), in pixels of one of ``wanted`` (h, w)."""
+    """Detections in an image of ``size`` (h, w), scaled to ``wanted`` (h, w)."""
     scale = np.array([size[1] / wanted[1], size[0] / wanted[0]] * 2, np.float32)
     found = found._replace(boxes=found.boxes / scale)
     if isinstance(found, Detections):
@@ -283,7 +283,7 @@ def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[
 
 
 def resized_image(image: np.ndarray, size: tuple[int, int], backend: str = 'cv2') -> np.ndarray:
-    """An image, uint8 (h, w) or (h, w, 3), in another size, bilinearly, as MMCV does it."""
+    """Resize an image, uint8 (h, w) or (h, w, 3), bilinearly as MMCV does."""
     if backend == 'pillow':
         from PIL import Image
 
@@ -299,7 +299,7 @@ def padded_image(
     size: Sequence[int] = (0, 0),
     size_divisor: int = 1,
 ) -> np.ndarray:
-    """An image (h, w, 3) at the top left of one of a ``size`` (h, w), as MMCV's ``impad``."""
+    """Pad an image (h, w, 3) at the right and bottom, as MMCV's ``impad``."""
     height, width = (
         -(-max(side, least) // size_divisor) * size_divisor
         for side, least in zip(image.shape, size)

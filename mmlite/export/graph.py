@@ -433,7 +433,7 @@ def attend(
 
 
 def refine(offset: Tensor, logits: Tensor) -> Tensor:
-    """Offsets (cx, cy, w, h) added to the logits of a box or of a point: boxes in [0, 1]."""
+    """Boxes in [0, 1]: offsets (cx, cy, w, h) added to logits, then the sigmoid."""
     if logits.shape[-1] == 2:
         centre, size = offset.split(2, -1)
         return torch.cat([centre + logits, size], -1).sigmoid()

@@ -1,4 +1,4 @@
-"""Grounding DINO as one function of its images, for a text that is fixed when it is exported.
+"""Grounding DINO as one function of its images, for one text.
 
 The language model reads the text once, while the graph is built: its output is a constant. The
 fusion of image and text depends on the image and is part of the graph.

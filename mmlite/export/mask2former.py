@@ -19,7 +19,7 @@ from .graph import Graph, Pyramid, attend, encode, encoder_refusals, sine_encodi
 class SegmenterGraph(Graph):
     """From images to boxes around masks, scores, labels and masks.
 
-    Masks are bool, (bs, num_predictions, h, w). A query whose class is no thing scores -1. A model
+    Masks are bool, (bs, num_predictions, h, w). A query that found nothing scores -1. A model
     that makes panoptic maps returns the map, too, int64, (bs, h, w): of each pixel label + 1000 *
     instance, and the number of classes where there is nothing.
     """
@@ -180,7 +180,7 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def first_and_last(is_set: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a run of pixels starts, and the pixel behind its end; both 0 where none is set.
+    """Start and end (exclusive) of the run of set pixels; both 0 without any.
 
     bool (bs, n, side) to float32 (bs, n), twice.
     """

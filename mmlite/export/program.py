@@ -78,7 +78,7 @@ def _holder_of(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def exportable(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with its attention on our operators, as it was again behind the ``with`` block."""
+    """The model with its attention on our operators inside the ``with`` block."""
     holder = _holder_of(model)
     encoder = holder.encoder
     change = Change('export')

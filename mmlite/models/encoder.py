@@ -52,7 +52,7 @@ class EncoderLayerParts:
     def lite(
         self, step: EncoderStep, key_aware: bool, small_ffn: bool, proj_key: bool, same_loc: bool
     ) -> LiteEncoderLayer:
-        """A Lite layer of the same sizes, with the weights of all that it has too.
+        """A Lite layer of the same sizes, with the stock layer's weights.
 
         Query projections and small FFNs start at random.
         """

@@ -28,12 +28,12 @@ class _Graph(NamedTuple):
 class GraphReplay:
     """A function of tensors that is captured into a CUDA graph, one for every size.
 
-    The first call of a size runs as it stands, which also compiles and tunes its kernels; the
+    The first call of a size runs without a graph, which also compiles and tunes its kernels; the
     second captures; later ones copy their inputs, replay and copy the output. Weights may be
     written to in place. Where they are replaced (``model.half()``), what was captured is dropped.
     Forward hooks run at the capture, not at the replay.
 
-    A call runs as it stands, without a graph,
+    A call runs without a graph
 
     - where gradients are recorded, or the module is in training mode;
     - where a tensor is not on a GPU;

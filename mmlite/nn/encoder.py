@@ -177,7 +177,7 @@ class InterleavedEncoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.embed_dims: int = layers[0].embed_dims  # type: ignore[assignment]
         # Weights fit several schedules (H3L1 and H2L2 have the same names and shapes) and are right
-        # for one, so they carry it. As a buffer it is in every checkpoint, whoever writes it.
+        # for one, so they carry it. As a buffer it is in every checkpoint.
         self.register_buffer('schedule_code', schedule.encode(update))
         self._replay: GraphReplay | None = None
 

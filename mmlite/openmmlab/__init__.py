@@ -1,4 +1,4 @@
-"""Other people's frameworks, one a file. Importing this package loads none of them."""
+"""MMDetection and its kin. Importing this package loads none of them."""
 
 from .register import require
 

@@ -131,11 +131,11 @@ def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:
 
 @contextmanager
 def _text_without_weights(model_config: ConfigDict, checkpoint: str | None) -> Iterator[ConfigDict]:
-    """The config of a model with what a Grounding DINO needs of other packages made or left out.
+    """A model's config in which Grounding DINO needs no weights of other packages.
 
-    Without a checkpoint its BERT need not be fetched: one of the same size is made that knows the
-    words of COCO's classes. And activations are not recomputed where the stock encoder lacks
-    fairscale for that, neither there nor in the Lite one, which could.
+    Without a checkpoint a BERT of the same size is made, with the words of COCO's classes. Where
+    fairscale is missing the stock encoder cannot recompute activations; the Lite one then does not
+    either, to compare equals.
     """
     if 'language_model' not in model_config:
         yield model_config

@@ -1,4 +1,4 @@
-"""THE table of the families that mmlite knows, and the one place that says what a type is.
+"""The table of the families that mmlite knows.
 
 A family is a kind of model with a deformable multi-scale encoder. Its *holder* is the module that
 keeps the encoder as ``holder.encoder``: the detector itself, or Mask2Former's pixel decoder. All
@@ -61,7 +61,7 @@ FAMILIES = [
 
 
 def resolve(kind: str | type) -> type | None:
-    """The class that a config's ``type`` means; None for a name that nobody has registered.
+    """The class that a config's ``type`` means; None for a name that is not registered.
 
     A type is a registered name, with or without scope (``'DINO'``, ``'mmdet.DINO'``), a full name
     (``'mmdet.models.detectors.DINO'``), or a class, as in configs in Python's own style.

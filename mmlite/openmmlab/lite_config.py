@@ -23,7 +23,7 @@ def encoder_shape(model_config: dict) -> tuple[int, int]:
 
 
 def fitting_schedules(model_config: dict) -> list[str]:
-    """The schedules of the paper's kinds that fit a stock model, by what they keep of it.
+    """The schedules of the paper's kinds that fit a stock model.
 
     Low-level are the one or two largest maps; a block has two high-level updates or more.
 
@@ -191,7 +191,7 @@ def stock_config(model_config: ConfigDict) -> ConfigDict:
 
 
 def forget_building(model_config: dict) -> None:
-    """Take out of a model's config, in place, what building the model has written into it.
+    """Remove from a model's config, in place, what building has written into it.
 
     Building another model refuses to find it there.
     """

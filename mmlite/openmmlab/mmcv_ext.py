@@ -7,7 +7,7 @@ our operators, ``nms`` and ``softnms``, the sigmoid focal loss. Every other oper
 sentence when it is called.
 
 The installed package has a finder in place whenever Python starts, last in line
-(:func:`mmlite.openmmlab.startup.at_startup`): it is asked when nobody has found an
+(:func:`mmlite.openmmlab.startup.at_startup`): it is asked only when there is no
 ``mmcv._ext``, and an mmcv with its operators is never touched. This file then runs under the name
 ``mmcv._ext``.
 
@@ -46,7 +46,7 @@ def get_compiler_version() -> str:
 
 
 def get_compiling_cuda_version() -> str:
-    """What an mmcv says that is compiled without CUDA; our operators must not call it for one."""
+    """The answer of an mmcv that is compiled without CUDA."""
     return 'not available'
 
 
@@ -58,7 +58,7 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Deformable attention; mmcv calls it on GPUs and has a formulation of its own for CPUs."""
+    """Deformable attention, which mmcv calls on GPUs alone."""
     from mmlite.ops import ms_deform_attn
 
     return ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)

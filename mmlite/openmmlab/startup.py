@@ -1,4 +1,4 @@
-"""Acting on a module when somebody imports it, and not before.
+"""Act on a module at the moment it is imported.
 
 The installed package has this file a second time, beside the package, and a ``.pth`` file that
 calls :func:`at_startup` whenever Python starts. So it imports nothing that takes time.
@@ -22,7 +22,7 @@ def at_startup() -> None:
 
     - MMDetection's tools import ``mmcv.ops`` before they read a config, hence before any
       ``custom_imports``. Where mmcv has no compiled operators, the last finder in line answers for
-      them: it is asked when nobody has found an ``mmcv._ext``.
+      them: it is asked only when there is no ``mmcv._ext``.
     - mmengine resolves ``_base_ = 'mmlite::folder/config.py'`` before ``custom_imports``, too.
     """
     when_imported('mmengine.config.utils', add_configs)
@@ -68,7 +68,7 @@ class _StandIn:
 
 
 class _Waiting:
-    """Leaves finding a module to the finders after it, and adds the actions to its execution."""
+    """Lets later finders find a module, and runs the actions after it is executed."""
 
     def __init__(self) -> None:
         self.actions: dict[str, list[Action]] = {}

@@ -138,7 +138,7 @@ def status() -> tuple[bool, str]:
 
 
 def why_not(value: Tensor, levels: int) -> str:
-    """Why this backend does not take a call with such a ``value`` and so many levels, or ''."""
+    """Why this backend refuses ``value`` with so many levels, or ''."""
     if _kernels is None:
         return _why_not
     if value.device.type != 'cpu':

@@ -32,7 +32,7 @@ def status() -> tuple[bool, str]:
 
 
 def why_not(value: Tensor) -> str:
-    """Why this backend does not take a call with such a ``value``, or ''."""
+    """Why this backend refuses ``value``, or ''."""
     if not value.is_cuda:
         return f'it runs on CUDA, and value is on {value.device}'
     if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled():
@@ -67,7 +67,7 @@ def ms_deform_attn(
 
 
 def _module() -> Any:
-    """mmcv's module, or None where nobody has imported it."""
+    """mmcv's module, or None if it is not imported."""
     return sys.modules.get('mmcv.ops.multi_scale_deform_attn')
 
 

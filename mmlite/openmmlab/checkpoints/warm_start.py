@@ -205,7 +205,7 @@ def _fit_attention(
     key_padding_mask: Tensor | None = None,
     **_: object,
 ) -> None:
-    """Fit the query projection so that <q, k> comes close to the logits of the stock attention.
+    """Fit the query projection to the logits of the stock attention.
 
     The logits are linear in the projection. A softmax of logits that are off by e differs from the
     wanted weights p by a Kullback-Leibler divergence of half the variance of e under p, to second

@@ -77,7 +77,7 @@ def _examine(index: int) -> str:
 
 
 def why_not(value: Tensor, levels: int) -> str:
-    """Why this backend does not take a call with such a ``value`` and so many levels, or ''."""
+    """Why this backend refuses ``value`` with so many levels, or ''."""
     if _PROBLEM:
         return _PROBLEM
     if not value.is_cuda:

@@ -169,7 +169,7 @@ def _sample(rows, token, width, stride, east, south, nw, ne, sw, se, is_channel)
 
 @triton.jit
 def _slopes(rows, token, width, stride, east, south, nw, ne, sw, se, is_channel):
-    """As :func:`_sample`, and the slopes of the samples per pixel to the east and to the south.
+    """Samples as :func:`_sample`, with their slopes to the east and south per pixel.
 
     Weighted sums rather than steps from pixel to pixel: one infinite feature makes the sample
     infinite, not NaN.

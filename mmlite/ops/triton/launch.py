@@ -238,7 +238,7 @@ def _sum_in_order(
     grad_key: Tensor | None,
     grad_value: Tensor,
 ) -> None:
-    """Sort the summands by the row they belong to and add up each row's in that order."""
+    """Sort the summands by row and add up each row's in that order."""
     from . import kernels
 
     value_coefficients, query_coefficients, pixel_rows, pixel_weights = summands

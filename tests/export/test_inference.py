@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from logging import getLogger
 from types import SimpleNamespace
@@ -78,6 +79,24 @@ def test_hook_beside_averaged_weights(detector, images):
         after = model.state_dict()
         assert after.keys() == before.keys()
         assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_threads_share_an_optimised_detector(detector, images):
+    """Each with images of its own, some padded and some not."""
+    model = mmlite.optimize(detector('LiteDINO'))
+    batches = [batch_of(images), batch_of(images[:1]), batch_of(images[1:2])]
+    batches.append(batch_of([images[0][:70, :150]]))
+
+    def run(number: int) -> list:
+        with torch.inference_mode():
+            return predict(model, *batches[number % 4])
+
+    expected = [run(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(run, range(16))):
+            for one, other in zip(expected[number % 4], found):
+                for right, array in zip(one, other):
+                    np.testing.assert_allclose(array, right, atol=1e-4)
 
 
 def test_a_norm_with_an_activation_is_not_folded(detector):

@@ -107,8 +107,9 @@ def test_low_levels_can_be_chosen():
     assert (low.start, low.stop) == (88, 112)
     with pytest.raises(ValueError, match=r'1 low-level of 4 maps; low_levels=\[0, 1\]'):
         LiteEncoder('H3L1-(2+1)x1', **THIN, low_levels=[0, 1])
-    with pytest.raises(ValueError, match='low_levels'):
-        LiteEncoder('H3L1-(2+1)x1', **THIN, low_levels=[4])
+    for schedule, wrong in (('H3L1-(2+1)x1', [4]), ('H2L2-(2+1)x1', [1, 1])):
+        with pytest.raises(ValueError, match='low_levels'):
+            LiteEncoder(schedule, **THIN, low_levels=wrong)
 
 
 def test_a_step_of_ones_own_before_each_layer():

@@ -97,6 +97,19 @@ def test_nms_across_blocks(boxes, monkeypatch):
         assert torch.equal(mmcv_ext._nms(*boxes(300), 0.5), expected)
 
 
+@pytest.mark.parametrize('block', [1, 2])  # compared with what is kept, and inside of a block
+def test_nms_drops_what_overlaps_by_more_than_the_threshold(monkeypatch, block):
+    """Two boxes that overlap by one quarter, and by one half with pixels that belong to them."""
+    monkeypatch.setattr(mmcv_ext, '_BLOCK', block)
+    monkeypatch.setitem(sys.modules, 'torchvision.ops', None)
+    boxes, scores = torch.tensor([[0.0, 0, 8, 2], [0, 0, 8, 8]]), torch.tensor([0.5, 1.0])
+    assert mmcv_ext.nms(boxes, scores, 0.25, 0).tolist() == [1, 0]
+    assert mmcv_ext.nms(boxes, scores, 0.24, 0).tolist() == [1]
+    boxes[0, 3], boxes[1, 3] = 1, 3  # 2 and 4 rows of pixels
+    assert mmcv_ext.nms(boxes, scores, 0.5, 1).tolist() == [1, 0]
+    assert mmcv_ext.nms(boxes, scores, 0.49, 1).tolist() == [1]
+
+
 @pytest.mark.parametrize(
     ('package', 'operators'),
     [
@@ -139,17 +152,17 @@ def test_softnms(boxes, n, method, offset):
 @pytest.mark.parametrize(
     'method, iou_threshold, min_score, expected',
     [
-        (0, 0.5, 0.0, [1.0, 0.0]),  # from the threshold on
-        (0, 0.51, 0.0, [1.0, 0.5]),
-        (1, 0.5, 0.25, [1.0, 0.25]),  # times 1 - 0.5; the lowest score itself is kept
-        (1, 0.51, 0.25, [1.0, 0.5]),
-        (1, 0.5, 0.26, [1.0]),
-        (2, 0.9, 0.0, [1.0, 0.5 * math.exp(-0.5)]),  # exp(-0.5 ** 2 / 0.5), at every overlap
+        (0, 0.25, 0.0, [1.0, 0.0]),  # from the threshold on
+        (0, 0.26, 0.0, [1.0, 0.5]),
+        (1, 0.25, 0.375, [1.0, 0.375]),  # times 1 - 0.25; the lowest score itself is kept
+        (1, 0.26, 0.375, [1.0, 0.5]),
+        (1, 0.25, 0.38, [1.0]),
+        (2, 0.9, 0.0, [1.0, 0.5 * math.exp(-0.125)]),  # exp(-0.25 ** 2 / 0.5), at every overlap
     ],
 )
 def test_softnms_at_its_boundaries(method, iou_threshold, min_score, expected):
-    """Two boxes that overlap by one half."""
-    boxes = torch.tensor([[0.0, 0, 8, 4], [0, 0, 8, 8]])
+    """Two boxes that overlap by one quarter."""
+    boxes = torch.tensor([[0.0, 0, 8, 2], [0, 0, 8, 8]])
     dets = torch.zeros(2, 5)
     kept = mmcv_ext.softnms(
         boxes, torch.tensor([0.5, 1.0]), dets, iou_threshold, 0.5, min_score, method, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -309,6 +310,19 @@ def test_operator_refuses_shapes_that_do_not_fit():
             )
 
 
+def test_operator_refuses_what_does_not_go_together():
+    arguments = Case('standard').arguments
+    with pytest.raises(ValueError, match='query and key must be None'):
+        operator.deform_attn(None, arguments[2], *arguments[2:])
+    with pytest.raises(ValueError, match='output_mask must have 6 entries; got 7'):
+        grad_output = Case('standard').grad_output
+        operator.deform_attn_backward(grad_output, *arguments, [True] * 7)
+    arguments = Case('shared key').from_offsets().arguments
+    arguments[5] = arguments[5][:, :, :, :2]  # offsets for two of the four levels
+    with pytest.raises(ValueError, match='sampling_offsets must be for 4 levels'):
+        operator.deform_attn(*arguments)
+
+
 def test_interface_refuses_what_does_not_fit():
     """The library itself looks at what it is handed, whoever hands it over."""
     case = Case('key apart', batch=1)
@@ -348,19 +362,25 @@ def test_no_queries():
     assert case.run('cpu')['output'].shape == (2, 0, 96)
 
 
-def test_concurrent_calls(isa):
-    cases = [Case(variant, queries=100, seed=seed) for seed in range(3) for variant in VARIANTS]
-    expected = [case.run('cpu') for case in cases]
+def test_concurrent_calls(isa, monkeypatch):
+    """Maps of other sizes in every thread, with room for those of one; every other backend."""
+    sizes = functools.lru_cache(maxsize=1)(cpu._sizes.__wrapped__)
+    monkeypatch.setattr(cpu, '_sizes', sizes)
+    shapes = [((7 + n, 9), (4, 5 + n)) for n in range(3)]
+    cases = [Case(variant, shapes[n], queries=100) for n in range(3) for variant in VARIANTS]
+    backends = ['cpu', 'cpu', 'reference'] * 3
+    expected = [case.run(backend) for case, backend in zip(cases, backends)]
     failures = []
 
-    def repeat(case: Case, wanted: dict[str, Tensor]) -> None:
+    def repeat(case: Case, backend: str, wanted: dict[str, Tensor]) -> None:
         with cpu.use_isa(isa):  # the choice is the thread's own
             for _ in range(5):
-                for name, tensor in case.run('cpu').items():
+                for name, tensor in case.run(backend).items():
                     if not torch.equal(tensor, wanted[name]):
                         failures.append(name)
 
-    threads = [threading.Thread(target=repeat, args=pair) for pair in zip(cases, expected)]
+    arguments = zip(cases, backends, expected)
+    threads = [threading.Thread(target=repeat, args=each) for each in arguments]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -52,14 +52,16 @@ BAD = {
     'locations without heads': ('sampling_locations', lambda locations: locations[:, :, 0]),
     'locations of other heads': ('sampling_locations', lambda locations: locations[:, :, :1]),
     'locations of another dtype': ('sampling_locations', lambda locations: locations.double()),
+    'locations of less than float64': ('sampling_locations', torch.Tensor.double, 'value'),
     'locations on another device': ('sampling_locations', lambda locations: locations.to('meta')),
     'no points': ('sampling_locations', lambda locations: locations[:, :, :, :, :0]),
     'shapes of floats': ('spatial_shapes', lambda shapes: shapes.float()),
     'shapes without pairs': ('spatial_shapes', lambda shapes: shapes[0]),
-    'shapes of three sides': ('spatial_shapes', lambda shapes: [(3, 4, 1), (1, 2, 1)]),
+    'shapes of four sides': ('spatial_shapes', lambda shapes: [(3, 4, 1, 2)]),
     'shapes without values': ('spatial_shapes', lambda shapes: shapes.to('meta')),
     'shapes of one level': ('spatial_shapes', lambda shapes: shapes[:1]),
     'shapes of other sizes': ('spatial_shapes', lambda shapes: shapes + 1),
+    'shapes of nothing': ('spatial_shapes', lambda shapes: [(0, 5), (2, 7)]),
     'shapes that are negative': ('spatial_shapes', lambda shapes: -shapes),
 }
 BAD_OFFSETS = {
@@ -201,10 +203,16 @@ def test_export_with_dynamic_batch_and_sizes():
         assert torch.equal(exported(*inputs), module(*inputs))
 
 
-def test_key_given_as_value_is_sampled_once():
-    arguments = kda_arguments()
-    apart = ops.key_aware_deform_attn(**{**arguments, 'key': arguments['value'].clone()})
-    shared = ops.key_aware_deform_attn(**{**arguments, 'key': arguments['value']})
+def test_key_given_as_value_is_sampled_once(monkeypatch):
+    arguments, sampled, sample = kda_arguments(), [], functional.reference.sample
+    monkeypatch.setattr(
+        functional.reference, 'sample', lambda *args: sampled.append(args) or sample(*args)
+    )
+    with ops.use_backend('reference'):
+        apart = ops.key_aware_deform_attn(**{**arguments, 'key': arguments['value'].clone()})
+        assert len(sampled) == 2
+        shared = ops.key_aware_deform_attn(**{**arguments, 'key': arguments['value']})
+    assert len(sampled) == 3
     torch.testing.assert_close(shared, apart)
 
 
@@ -222,7 +230,10 @@ def test_autocast_rounds_features_but_not_locations(backend):
         with torch.autocast('cpu', dtype=torch.bfloat16):
             actual = ops.key_aware_deform_attn(**arguments)
             shared = ops.key_aware_deform_attn(**{**arguments, 'key': arguments['value']})
-    assert actual.dtype == shared.dtype == torch.bfloat16
+            double = ops.key_aware_deform_attn(
+                **{n: t if t.dtype == torch.int64 else t.double() for n, t in arguments.items()}
+            )
+    assert actual.dtype == shared.dtype == torch.bfloat16 and double.dtype == torch.float64
     assert torch.equal(actual, expected)
 
 
@@ -265,6 +276,9 @@ def test_backend_choice_ends_with_its_block(monkeypatch):
     )
     arguments = msda_arguments()
     with ops.use_backend('reference'):
+        with ops.use_backend('reference'):
+            pass
+        assert functional._choice.backend == 'reference'
         ops.ms_deform_attn(**arguments)
     assert len(calls) == 1
     if cpu.status()[0]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +22,14 @@ from mmengine.logging import MMLogger
 import mmlite  # noqa: F401
 from mmlite.cli import main
 from mmlite.models import stock_layers
-from mmlite.nn import EncoderSchedule
+from mmlite.nn import DeformableAttention, EncoderSchedule, KeyAwareDeformableAttention
 from mmlite.openmmlab.checkpoints import stock_config, warm_start
 from mmlite.openmmlab.checkpoints.hooks import WarmStartHook
-from mmlite.openmmlab.checkpoints.warm_start import _conjugate_gradients, _least_squares
+from mmlite.openmmlab.checkpoints.warm_start import (
+    _conjugate_gradients,
+    _fit_attention,
+    _least_squares,
+)
 
 register_all_modules()
 
@@ -195,6 +200,32 @@ def test_solvers():
     weight, bias = _least_squares(features, wanted, torch.zeros(4, 2))
     torch.testing.assert_close(weight, torch.arange(8.0).view(4, 2), atol=1e-2, rtol=0)
     torch.testing.assert_close(bias, torch.tensor([1.0, -2.0]), atol=1e-2, rtol=0)
+
+    # By hand: the features are -1 and 1 around their mean, their squares make 2, and a ridge of
+    # 0.2 * 1 feature / 2 tokens makes that 2.2; the prior of 1 lacks 2 of the slope of 3.
+    features, wanted = torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [6.0]])
+    weight, bias = _least_squares(features, wanted, torch.ones(1, 1))
+    torch.testing.assert_close(weight, torch.tensor([[1 + 2 * 2 / 2.2]]))
+    torch.testing.assert_close(bias, 3 - weight[0])
+
+
+def test_query_projection_by_hand():
+    """One query of 1 and two points of weights 3/4 and 1/4, whose keys are 1 and -1.
+
+    Weight and bias are x, the same: the logits differ by 4 x. The variance of their error under
+    these weights is 3/16 (4 x - log 3) ** 2; half of it and of the ridge of 0.01 * (1 + 1) for
+    x ** 2 + x ** 2 is least at this x.
+    """
+    stock, attention = DeformableAttention(1, 1, 1, 2), KeyAwareDeformableAttention(1, 1, 1, 2)
+    with torch.no_grad():
+        stock.attention_weights.bias.copy_(torch.tensor([math.log(3), 0]))
+        attention.sampling_offsets.bias.copy_(torch.tensor([0.0, 0, 1, 0]))
+        attention.value_proj.weight.fill_(1)
+        value, centre = torch.tensor([[[1.0], [-1.0]]]), torch.tensor([[[[0.25, 0.5]]]])
+        _fit_attention(attention, stock, torch.ones(1, 1, 1), value, centre, ((1, 2),))
+    x = torch.tensor(3 / 16 * 4 * math.log(3) / (3 / 16 * 16 + 2 * 0.02))
+    torch.testing.assert_close(attention.query_proj.weight[0, 0], x)
+    torch.testing.assert_close(attention.query_proj.bias[0], x)
 
 
 def test_refuses_other_weights_and_configs(stock):

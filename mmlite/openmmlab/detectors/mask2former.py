@@ -121,7 +121,14 @@ class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
             return encoding(padding).flatten(2).transpose(1, 2)
 
         def encode(tokens: Tensor, pos: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-            return self.encoder(tokens, pos, None, sizes, None, None)
+            return self.encoder(
+                query=tokens,
+                query_pos=pos,
+                key_padding_mask=None,
+                spatial_shapes=sizes,
+                level_start_index=None,
+                valid_ratios=None,
+            )
 
         return decode_pixels(self, feats, position, encode)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
 from collections import Counter
 from dataclasses import asdict
@@ -156,18 +155,16 @@ def _to_official(source, target, family, classes, **_) -> dict:
 
 def _from_stock(source: Path, target: Path, config: Config, images: list[Path]) -> dict:
     import torch
-    from mmdet.registry import MODELS
     from mmengine.registry import init_default_scope
 
+    from ..openmmlab.build import build_initialised
     from ..openmmlab.checkpoints import load_checkpoint, unpack, warm_start
 
     state, _ = unpack(load_checkpoint(source))
     init_default_scope('mmdet')
-    model_config = copy.deepcopy(config.model)
-    model = MODELS.build(config.model)
-    model.init_weights()
+    model = build_initialised(config.model)
     with console().status('Fitting what is new to the stock detector'):
-        report = warm_start(model, model_config, state, _load_images(model, config, images))
+        report = warm_start(model, config.model, state, _load_images(model, config, images))
     torch.save(dict(meta={}, state_dict=model.state_dict()), target)
     click.echo(f'{report}\nWrote {target}')
     return dict(source=str(source), written=[str(target)], **asdict(report))

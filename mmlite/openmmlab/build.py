@@ -83,19 +83,13 @@ def build_detector(
         ValueError: The detector cannot be built or the checkpoint does not fit it.
     """
     init_default_scope(config.get('default_scope') or 'mmdet')
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.WARNING)  # mmengine would tell how it initialised each parameter
     try:
         with _text_without_weights(config.model, checkpoint) as model_config:
-            model = MODELS.build(_without_pretraining(model_config))
-        model.init_weights()
+            model = build_initialised(model_config)
     except Exception as error:
         raise ValueError(
             f'the model of {_name(config)} cannot be built: {_one_line(error)}'
         ) from error
-    finally:
-        logger.setLevel(level)
     if reads_text(model):
         adapt_bert(model.language_model)
     if checkpoint is not None:
@@ -104,6 +98,26 @@ def build_detector(
     classes = (dataset.get('metainfo') or {}).get('classes', CocoDataset.METAINFO['classes'])
     model.cfg, model.dataset_meta = config, {'classes': classes}
     return model.to(device).eval()
+
+
+def build_initialised(model_config: ConfigDict) -> nn.Module:
+    """Build a model with random weights, without mmengine's line for each parameter.
+
+    Args:
+        model_config (ConfigDict): It is not changed. Nothing that it would download is.
+
+    Returns:
+        nn.Module: The model in training mode.
+    """
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        model = MODELS.build(_without_pretraining(model_config))
+        model.init_weights()
+    finally:
+        logger.setLevel(level)
+    return model
 
 
 def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:

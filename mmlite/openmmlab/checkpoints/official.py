@@ -29,10 +29,11 @@ FAMILIES = {
 }
 # Where a LiteEncoder carries its schedule.
 _SCHEDULE = 'encoder.schedule_code'
+_COUNTER = 'num_batches_tracked'
 # Last names that the original layout has no place for.
 _UNUSED = {
     'schedule_code': 'is among the arguments of the run there',
-    'num_batches_tracked': "the authors' frozen BatchNorm does not count batches",
+    _COUNTER: "the authors' frozen BatchNorm does not count batches",
 }
 _LABELS = 'dn_query_generator.label_embedding'
 # Of either layout.
@@ -208,6 +209,8 @@ def from_official(
             reasons[name] = f'repeats {copied[1]}'
         elif _is_unused_projection(name, state):
             left[name], reasons[name] = value, 'not used by standard attention'
+        elif name.endswith(_COUNTER):
+            left[name], reasons[name] = value, 'BatchNorm starts its count of batches anew'
     own = [name for name in state if name not in reasons]
     conversion.mapped.update(_rename(own, _table(state), FAMILIES[layout.family]))
     select = coco_classes and layout.num_classes == 91
@@ -266,6 +269,7 @@ def to_official(
         [name for name in state if name not in reasons], backwards, 'the original layout'
     )
     official = {new_name: state[name] for name, new_name in mapped.items()}
+    official.update({name: value for name, value in left.items() if name.endswith(_COUNTER)})
     layout = _read_layout(official, family)
     left_here = {name: state[name] for name in reasons}
     filled: dict[str, str] = {}

@@ -95,6 +95,9 @@ def official_config(
         ),
     )
     base = _DINO if 'dino' in layout.family else _DEFORMABLE_DETR
+    most = num_queries * model['bbox_head']['num_classes']
+    if most < Config.fromstring(f'_base_ = {base!r}', '.py').model.test_cfg.max_per_img:
+        model['test_cfg'] = dict(max_per_img=most)
     if layout.family == 'deformable-detr':
         model.update(with_box_refine=layout.refines, as_two_stage=layout.two_stage)
     elif layout.family == 'h-deformable-detr':

@@ -132,16 +132,45 @@ def warm_start(
 def _teacher_config(model_config: ConfigDict, state: Mapping[str, Tensor]) -> ConfigDict:
     """The stock detector's config, with the number of classes and queries that its weights have."""
     config = stock_config(model_config)
-    _, holder, family = find_holder(config)
-    head, rows = holder.get('bbox_head', {}), {name: len(v) for name, v in state.items() if v.dim()}
-    if 'num_classes' in head and not family.reads_text:  # whose class layer has no rows
-        head.num_classes = rows.get('bbox_head.cls_branches.0.bias', head.num_classes)
-    if 'num_queries' in holder and 'num_one2many_queries' not in holder:
-        holder.num_queries = rows.get('query_embedding.weight', holder.num_queries)
+    path, holder, family = find_holder(config)
+    rows = {name: len(value) for name, value in state.items() if value.dim()}
+    if path and 'num_things_classes' in config[path[0]]:
+        _fit_segmenter(config, path[0], rows)
+        return config
+    head, queries = holder.get('bbox_head', {}), holder.get('num_queries', 300)
+    # A class layer that compares with a text has no rows; the denoising queries' labels have.
+    counted = 'dn_query_generator.label_embedding.weight'
+    counted = counted if family.reads_text else 'bbox_head.cls_branches.0.bias'
+    if 'num_classes' in head:
+        head.num_classes = rows.get(counted, head.num_classes)
+    embedded = rows.get('query_embedding.weight')
+    if embedded is not None:
+        if family.stock == 'HDeformableDETR':
+            # Weights do not show how they split; inference runs the first, the one-to-one queries.
+            queries = min(queries, embedded)
+            holder.num_one2many_queries = embedded - queries
+        else:
+            queries = embedded
+        holder.num_queries = queries
     if 'max_per_img' in (holder.get('test_cfg') or {}):
-        most = holder.get('num_queries', 300) * head.get('num_classes', 80)
+        most = queries * (1 if family.reads_text else head.get('num_classes', 80))
         holder.test_cfg.max_per_img = min(holder.test_cfg.max_per_img, most)
     return config
+
+
+def _fit_segmenter(config: ConfigDict, name: str, rows: Mapping[str, int]) -> None:
+    """Give Mask2Former's head the number of classes and queries that the weights have."""
+    head = config[name]
+    head.num_queries = rows.get(f'{name}.query_embed.weight', head.get('num_queries', 100))
+    classes = head.num_things_classes + head.num_stuff_classes
+    given = rows.get(f'{name}.cls_embed.bias', classes + 1) - 1  # the last is no object
+    if given != classes:
+        for part in (head, config.get('panoptic_fusion_head')):
+            if part is not None:
+                part.update(num_things_classes=given, num_stuff_classes=0)
+    if 'max_per_image' in (config.get('test_cfg') or {}):
+        most = min(config.test_cfg.max_per_image, given * head.num_queries)
+        config.test_cfg.max_per_image = most
 
 
 def _load_stock(stock: nn.Module, state: Mapping[str, Tensor]) -> list[str]:

@@ -411,6 +411,37 @@ def test_refuses_what_does_not_fit(trained, name, arguments, message):
         from_official(dict(model=official_state(trained, name)), **arguments)
 
 
+@pytest.mark.parametrize('name', ['dino', 'lite-dino', 'h-detr', 'plain'])
+def test_written_config_asks_for_no_more_than_there_is(trained, name):
+    """A single class and few queries give fewer predictions than the stock config asks for."""
+    state = official_state(trained, name)
+    for key, value in state.items():
+        if 'class_embed' in key:
+            state[key] = value[:1]
+        elif key == 'label_enc.weight':
+            state[key] = value[:2]
+    schedule = 'H3L1-(2+1)x1' if name == 'lite-dino' else None
+    conversion = from_official(state, schedule=schedule)
+    text = official_config(conversion, num_queries=30)
+    assert Config.fromstring(text, '.py').model.test_cfg.max_per_img == 30
+    check_conversion(conversion, text)
+    # 80 classes give enough for what the stock config asks for.
+    enough = official_config(
+        from_official(official_state(trained, name), schedule=schedule), num_queries=30
+    )
+    assert 'test_cfg' not in enough.partition('model = ')[2]
+
+
+def test_counters_of_batch_norms(trained):
+    """A ResNet that was trained with BatchNorm carries them, each a number without dimensions."""
+    name = 'backbone.0.body.bn1.num_batches_tracked'
+    state = {**official_state(trained, 'dino'), name: torch.tensor(7)}
+    conversion = from_official(state)
+    check_conversion(conversion, official_config(conversion))
+    assert 'count of batches' in conversion.reasons[name]
+    assert_same(state, to_official(conversion.state_dict, left=conversion.left).state_dict)
+
+
 def test_stored_arguments_decide_the_schedule(trained):
     state = official_state(trained, 'lite-dino')
     args = Namespace(enc_scale=2, num_expansion=1)

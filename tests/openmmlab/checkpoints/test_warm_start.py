@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.logging import MMLogger
+from mmengine.runner import load_checkpoint
+from small_detectors import batch, small_config
 
 import mmlite  # noqa: F401
 from mmlite.cli import main
@@ -30,6 +33,8 @@ from mmlite.openmmlab.checkpoints.warm_start import (
     _fit_attention,
     _least_squares,
 )
+from mmlite.openmmlab.detectors.grounding_dino import adapt_bert
+from mmlite.openmmlab.lite_config import lite_change, main_schedule
 
 register_all_modules()
 
@@ -183,6 +188,63 @@ def test_weights_of_other_classes_and_queries(stock):
     assert 'another number of classes or queries' in str(report)
 
 
+SEGMENTER = dict(
+    panoptic_head=dict(num_things_classes=5, num_queries=15),
+    panoptic_fusion_head=dict(num_things_classes=5),
+)
+BOXES = dict(bbox_head=dict(num_classes=4), num_queries=20, test_cfg=dict(max_per_img=20))
+# What differs in the detector that the weights are of; those of H-Deformable-DETR start 30 + 20.
+OTHERS = {
+    'H-DETR, more': ('two-stage', dict(num_queries=40, num_one2many_queries=30)),
+    'H-DETR, fewer': ('two-stage', dict(BOXES, num_one2many_queries=0)),
+    'H-DETR, one-to-one': ('two-stage', dict(num_one2many_queries=0)),
+    'DDQ': ('DDQ', BOXES),
+    'plain': ('plain', BOXES),
+    'GroundingDINO': ('GroundingDINO', BOXES),
+    'MM-GroundingDINO': ('MM-GroundingDINO', BOXES),
+    'Mask2Former': ('Mask2Former', SEGMENTER),
+    'panoptic': ('panoptic', SEGMENTER),
+}
+
+
+@pytest.mark.parametrize('case', OTHERS)
+def test_other_classes_and_queries_of_every_family(case, request):
+    name, teacher = OTHERS[case]
+    bert = request.getfixturevalue('tiny_bert') if 'Grounding' in name else ''
+    config = small_config(name, bert)
+    if case.startswith('H-DETR'):
+        heads = dict(type='HDeformableDETRHead')
+        config.model.merge(dict(type='HDeformableDETR', num_one2many_queries=20, bbox_head=heads))
+    config.model.merge(lite_change(config.model, main_schedule(config.model)))
+    other = Config(dict(model=stock_config(config.model)))
+    other.model.merge(copy.deepcopy(teacher))
+    torch.manual_seed(0)
+    stock = MODELS.build(other.model)
+    model = MODELS.build(copy.deepcopy(config.model))
+    if hasattr(stock, 'level_embed'):
+        torch.nn.init.normal_(stock.level_embed)  # MMDetection leaves it as the memory was
+    if bert:
+        adapt_bert(stock.language_model)
+    start = warm_start(model, config.model, stock.state_dict(), batch(model))
+    of_rows = ('query_', 'label_embedding', 'cls_', 'reference_points_fc')
+    assert start.fresh and all(any(part in name for part in of_rows) for name in start.fresh)
+    assert start.result.memory < 0.98 * start.copied_only.memory
+
+
+def test_load_from_of_other_classes(stock, tmp_path):
+    """MMDetection's own way to start: what has another shape is left as it was."""
+    torch.save(dict(state_dict=stock), tmp_path / 'stock.pth')
+    model = MODELS.build(lite_config(bbox_head=dict(num_classes=7), num_queries=20))
+    before = copy.deepcopy(model.state_dict())
+    load_checkpoint(model, str(tmp_path / 'stock.pth'), strict=False)
+    after = model.state_dict()
+    of_rows = [name for name in stock.keys() & after if stock[name].shape != after[name].shape]
+    assert len(of_rows) == 2 + 2 * len(model.bbox_head.cls_branches)
+    for name, value in after.items():
+        loaded = name in stock and name not in of_rows
+        assert torch.equal(value, stock[name] if loaded else before[name]), name
+
+
 def test_solvers():
     generator = torch.Generator().manual_seed(0)
     matrices = torch.randn(3, 10, 10, generator=generator, dtype=torch.float64)
@@ -258,7 +320,9 @@ def test_hook(stock, tmp_path):
         WarmStartHook(str(tmp_path / 'none.pth'))
 
 
-def test_command(stock, tmp_path):
+def test_command(stock, tmp_path, monkeypatch):
+    logged: list = []
+    monkeypatch.setattr(MMLogger, 'callHandlers', lambda _, record: logged.append(record))
     torch.save(dict(state_dict=stock), tmp_path / 'stock.pth')
     picture = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
     cv2.imwrite(str(tmp_path / 'image.png'), picture)
@@ -276,6 +340,8 @@ def test_command(stock, tmp_path):
     options = ('--from-stock', tmp_path / 'small.py', '--image', tmp_path / 'image.png')
     result = run(*options, '--json', tmp_path / 'report.json', '--schedule', 'H2L2-(2+1)x1')
     assert result.exit_code == 0, result.output
+    # mmengine would tell how it initialised each parameter.
+    assert not [record for record in logged if record.levelno >= logging.INFO]
     report = json.loads((tmp_path / 'report.json').read_text())
     assert report['result']['memory'] < report['copied_only']['memory']
     state = torch.load(tmp_path / 'start.pth', weights_only=True)['state_dict']

@@ -73,6 +73,7 @@ def test_sizes_are_those_of_mmdetection():
 
     resize = {'scale': [1333, 800], 'keep_ratio': True}
     floor = FixScaleResize((1333, 800), keep_ratio=True)
+    assert resized_size((1, 4000), resize) == (1, 1333)  # where MMCV rounds to no row
     for size in [(480, 640), (427, 640), (333, 500), (1080, 1920), (2000, 37), (801, 1333)]:
         image = np.zeros((*size, 3), np.uint8)
         assert resized_size(size, resize) == mmcv.imrescale(image, (1333, 800)).shape[:2]
@@ -109,6 +110,35 @@ def test_the_smallest_image(levels, enough, too_few, tokens):
     found.detect(np.zeros((*enough, 3), np.uint8))
     with pytest.raises(ValueError, match=f'it gives {tokens} tokens, and 5 queries'):
         found.detect(np.zeros((*too_few, 3), np.uint8))
+    found.description['input']['least_side'] = min(enough)
+    found.detect(np.zeros((*enough, 3), np.uint8))
+    found.description['input']['least_side'] += 1
+    with pytest.raises(ValueError, match=f'takes no side below {min(enough) + 1}'):
+        found.detect(np.zeros((*enough, 3), np.uint8))
+
+
+@pytest.mark.parametrize('threshold, count', [(-2, 1), (np.float32(0.9), 1), (0.91, 0)])
+def test_scores_from_the_threshold_on(threshold, count):
+    """What the graph leaves out, with a score of -1, is no detection in any case."""
+    found = detector([0, 0, 1, 1]).detect(np.zeros((30, 30, 3), np.uint8), threshold)
+    assert [len(part) for part in found] == [count] * 3
+
+
+def test_batches_are_in_order_and_filled_up():
+    seen = []
+
+    def session(images, sizes):
+        seen.append((images.shape, sizes.tolist()))
+        boxes = np.tile(images[:, :1, :1, 0], (1, 1, 4))  # of an image's value
+        return boxes, np.full((2, 1), 0.5, np.float32), np.zeros((2, 1), np.int64)
+
+    inputs = {**INPUT, 'batch': 2, 'padded': True, 'levels': [(8, 7)], 'least_tokens': 5}
+    preprocessing = {'resize': None, 'pad': None}
+    made = Detector(session, {'classes': [], 'input': inputs, 'preprocessing': preprocessing})
+    found = made.detect_batch([np.full((20 + n, 30, 3), n, np.uint8) for n in (1, 2, 3)])
+    assert [one.boxes.tolist() for one in found] == [[[n] * 4] for n in (1, 2, 3)]
+    first, last = [[21, 30], [22, 30]], [[23, 30], [23, 30]]
+    assert seen == [((2, 3, 22, 30), first), ((2, 3, 23, 30), last)]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,8 @@ def test_low_levels_can_be_chosen():
     encoder(**arguments, before_layer=lambda i, memory, step: seen.append(step) or memory)
     (low,) = [run for run in seen[0].runs if run.is_low]
     assert (low.start, low.stop) == (88, 112)
+    tokens = arguments['tokens']
+    assert torch.equal(seen[1].low(seen[1].pick(tokens)), tokens[:, 88:112])
     with pytest.raises(ValueError, match=r'1 low-level of 4 maps; low_levels=\[0, 1\]'):
         LiteEncoder('H3L1-(2+1)x1', **THIN, low_levels=[0, 1])
     for schedule, wrong in (('H3L1-(2+1)x1', [4]), ('H2L2-(2+1)x1', [1, 1])):

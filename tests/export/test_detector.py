@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmlite.export import Detector, load
-from mmlite.export.detector import resized_size
+from mmlite.export.detector import in_another_size, resized_size
 
 INPUT = {'batch': 1, 'height': None, 'width': None, 'padded': False, 'divisor': 1}
 RATIO = {'scale': [200, 90], 'keep_ratio': True}
@@ -65,6 +65,12 @@ def test_masks_are_in_pixels_of_the_image():
     np.testing.assert_allclose(found.boxes, [[50, 30, 100, 60]], rtol=1e-6)
     np.testing.assert_array_equal(found.masks, [expected])
     np.testing.assert_array_equal(found.panoptic == 1000, expected)
+    # Of three pixels of which the last is in the mask, the second of two is; the first holds none.
+    found = in_another_size(found._replace(masks=np.bool_([[[0, 0, 1]]])), (1, 3), (1, 2))
+    assert found.masks.tolist() == [[[False, True]]]
+    # Half of what is enlarged twice, a quarter of the next pixel beyond it is below one half.
+    found = in_another_size(found._replace(masks=np.bool_([[[0, 1]]])), (1, 2), (1, 4))
+    assert found.masks.tolist() == [[[False, False, True, True]]]
 
 
 def test_sizes_are_those_of_mmdetection():

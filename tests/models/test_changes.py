@@ -74,6 +74,8 @@ def test_all_or_nothing(model):
 
 def test_what_was_kept_follows_dtype_and_mode(model):
     change(model)
+    with changing(model, 'parameter') as record:
+        record.set(model, '0', 'weight', nn.Parameter(torch.ones(3, 3)))
     model.double().train()
     restore(model)
     assert {p.dtype for p in model.parameters()} == {torch.float64}

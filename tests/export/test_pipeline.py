@@ -59,6 +59,7 @@ def wrapped(cfg: Config, *kinds: str) -> Config:
         ([dict(type='Pad', pad_to_square=True)], 'has Pad as'),
         ([dict(type='Pad', size_divisor=32, padding_mode='edge')], 'has Pad as'),
         ([dict(type='Pad', size_divisor=32), FLOOR], 'has FixScaleResize as'),
+        ([dict(type='Pad', size_divisor=32)] * 2, 'has Pad as'),
     ],
 )
 def test_other_transforms_are_refused_by_name(steps, sentence):

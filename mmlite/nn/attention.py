@@ -7,6 +7,7 @@ module, so that hooks, quantisation and adapters around it work.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +86,7 @@ class SamplingAttention(nn.Module):
         *,
         reference_points: Tensor,
         spatial_shapes: LevelSizes,
+        levels: Sequence[int] | None = None,
     ) -> Tensor:
         """Attend to sampled points, and add the outcome to the identity.
 
@@ -98,6 +100,8 @@ class SamplingAttention(nn.Module):
             reference_points (Tensor): Normalised (x, y) or (cx, cy, w, h), shape
                 (bs or 1, num_queries, num_levels, 2 or 4).
             spatial_shapes (Sequence[tuple[int, int]]): (h, w) of every level, Python ints.
+            levels (Sequence[int], optional): Which of the attention's levels those are that the
+                arguments speak of. Defaults to all.
 
         Returns:
             Tensor: shape (bs, num_queries, embed_dims).
@@ -108,17 +112,31 @@ class SamplingAttention(nn.Module):
         value = query if value is None else value
         identity = query if identity is None else identity
         query = query if query_pos is None else query + query_pos
-        output = self.attend(query, value, key_padding_mask, reference_points, spatial_shapes)
+        output = self.attend(
+            query, value, key_padding_mask, reference_points, spatial_shapes, levels
+        )
         return self.dropout(self.output_proj(output)) + identity
 
     def attend(
-        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
+        self,
+        query: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        points: Tensor,
+        sizes: LevelSizes,
+        levels: Sequence[int] | None = None,
     ) -> Tensor:
         """What :meth:`forward` sends through the output layer, of the query with its position."""
         raise NotImplementedError
 
     def logits(
-        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
+        self,
+        query: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        points: Tensor,
+        sizes: LevelSizes,
+        levels: Sequence[int] | None = None,
     ) -> Tensor:
         """The attention weights before the softmax, (bs, num_queries, num_heads, all points)."""
         raise NotImplementedError
@@ -130,24 +148,40 @@ class SamplingAttention(nn.Module):
             projected = projected.masked_fill(mask.unsqueeze(-1), 0.0)
         return projected.unflatten(-1, (self.num_heads, -1))
 
-    def offsets(self, query: Tensor, points: Tensor, sizes: LevelSizes) -> Tensor:
+    def offsets(
+        self,
+        query: Tensor,
+        points: Tensor,
+        sizes: LevelSizes,
+        levels: Sequence[int] | None = None,
+    ) -> Tensor:
         """The queries' offsets from their reference points, as the operators take them.
 
         Raises:
             ValueError: The number of levels is not the attention's.
         """
+        wanted = self.num_levels if levels is None else len(levels)
         found = {'reference_points': points.shape[-2], 'spatial_shapes': len(sizes)}
         for name, number in found.items():
-            if number != self.num_levels:
+            if number != wanted:
                 raise ValueError(
                     f'{name} is for {number} feature levels, '
-                    f'but the attention has num_levels={self.num_levels}'
+                    f'but the attention has num_levels={wanted}'
                 )
-        return self.sampling_offsets(query).unflatten(-1, (self.num_heads, -1, self.num_points, 2))
+        offsets = self.sampling_offsets(query).unflatten(
+            -1, (self.num_heads, -1, self.num_points, 2)
+        )
+        return offsets if levels is None or self.same_loc else offsets[:, :, :, list(levels)]
 
-    def locate(self, query: Tensor, points: Tensor, sizes: LevelSizes) -> Tensor:
+    def locate(
+        self,
+        query: Tensor,
+        points: Tensor,
+        sizes: LevelSizes,
+        levels: Sequence[int] | None = None,
+    ) -> Tensor:
         """Where the queries look; see :func:`mmlite.nn.sampling_locations`."""
-        offsets = self.sampling_offsets(query)
+        offsets = self.offsets(query, points, sizes, levels).flatten(2)
         return sampling_locations(offsets, points, sizes, self.num_heads, self.num_points)
 
 
@@ -179,21 +213,36 @@ class DeformableAttention(SamplingAttention):
         nn.init.zeros_(self.attention_weights.bias)
 
     def attend(
-        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
+        self,
+        query: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        points: Tensor,
+        sizes: LevelSizes,
+        levels: Sequence[int] | None = None,
     ) -> Tensor:
-        weights = self.attention_weights(query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        weights = self.logits(query, value, mask, points, sizes, levels).softmax(-1)
         return ops.ms_deform_attn_from_offsets(
             self.project(self.value_proj, value, mask),
             sizes,
             points,
-            self.offsets(query, points, sizes),
-            weights.unflatten(-1, (self.num_levels, self.num_points)),
+            self.offsets(query, points, sizes, levels),
+            weights.unflatten(-1, (-1, self.num_points)),
         )
 
     def logits(
-        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
+        self,
+        query: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        points: Tensor,
+        sizes: LevelSizes,
+        levels: Sequence[int] | None = None,
     ) -> Tensor:
-        return self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
+        logits = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
+        if levels is not None:
+            logits = logits.unflatten(-1, (-1, self.num_points))[..., list(levels), :].flatten(-2)
+        return logits
 
 
 class KeyAwareDeformableAttention(SamplingAttention):
@@ -242,7 +291,13 @@ class KeyAwareDeformableAttention(SamplingAttention):
             _init_projection(self.key_proj)
 
     def attend(
-        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
+        self,
+        query: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        points: Tensor,
+        sizes: LevelSizes,
+        levels: Sequence[int] | None = None,
     ) -> Tensor:
         projected_value = self.project(self.value_proj, value, mask)
         key = projected_value
@@ -254,15 +309,21 @@ class KeyAwareDeformableAttention(SamplingAttention):
             projected_value,
             sizes,
             points,
-            self.offsets(query, points, sizes),
+            self.offsets(query, points, sizes, levels),
         )
 
     def logits(
-        self, query: Tensor, value: Tensor, mask: Tensor | None, points: Tensor, sizes: LevelSizes
+        self,
+        query: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        points: Tensor,
+        sizes: LevelSizes,
+        levels: Sequence[int] | None = None,
     ) -> Tensor:
         projection = self.value_proj if self.key_proj is None else self.key_proj
         key = self.project(projection, value, mask)
-        sampled = sample(key, sizes, self.locate(query, points, sizes))
+        sampled = sample(key, sizes, self.locate(query, points, sizes, levels))
         query = self.query_proj(query).unflatten(-1, (self.num_heads, -1))
         return (query.unsqueeze(-2) * sampled).sum(-1) * query.shape[-1] ** -0.5
 

@@ -115,13 +115,20 @@ class LiteEncoderLayer(nn.Module):
         Returns:
             Tensor: All tokens with those of the step updated, a new tensor.
         """
+        points, options = step_tokens.pick(reference_points), {}
+        if step_tokens.read is not None:
+            points, options['levels'] = points[:, :, list(step_tokens.read)], step_tokens.read
+            spatial_shapes = [spatial_shapes[level] for level in step_tokens.read]
         query = self.self_attn(
             step_tokens.pick(memory),
-            value=memory,
+            value=step_tokens.keys(memory),
             query_pos=None if query_pos is None else step_tokens.pick(query_pos),
-            key_padding_mask=key_padding_mask,
-            reference_points=step_tokens.pick(reference_points),
+            key_padding_mask=None
+            if key_padding_mask is None
+            else step_tokens.keys(key_padding_mask),
+            reference_points=points,
             spatial_shapes=spatial_shapes,
+            **options,
         )
         query = self.norms[0](query)
         updated = []

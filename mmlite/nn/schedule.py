@@ -1,29 +1,43 @@
-"""When the encoder updates which feature levels."""
+"""Which feature levels every layer of the encoder updates and reads."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_PATTERN = re.compile(r'H(\d+)L(\d+)-\((\d+)\+1\)x(\d+)', re.IGNORECASE)
+_LITE = re.compile(r'H(\d+)L(\d+)-\((\d+)\+1\)x(\d+)', re.IGNORECASE)
+_LAYERS = re.compile(r'H(\d+)L(\d+)-(.+)', re.IGNORECASE)
+_TERM = re.compile(r'([1-9]+)(?::([1-9]+))?(?:x([1-9]\d*))?', re.IGNORECASE)
 UPDATES = ('joint', 'sequential')
 
 
 class EncoderStep(NamedTuple):
-    """One encoder layer: which tokens are its queries. Keys and values are always all tokens.
+    """One encoder layer: which tokens are its queries, and which its keys and values.
 
     Attributes:
-        updates_high (bool): The high-level tokens are updated.
-        updates_low (bool): The low-level tokens are updated.
+        updates_high (bool): High-level tokens are updated.
+        updates_low (bool): Low-level tokens are updated.
+        levels (tuple[int, ...], optional): The maps that are updated, 0 the smallest. None: all
+            high-level ones, all low-level ones or both, as the two above say.
+        reads (tuple[int, ...], optional): The maps that give keys and values; None: all.
     """
 
     updates_high: bool
     updates_low: bool
+    levels: tuple[int, ...] | None = None
+    reads: tuple[int, ...] | None = None
+
+    def updates(self, rank: int, is_low: bool) -> bool:
+        """Whether a map is updated: the one with so many smaller ones."""
+        if self.levels is not None:
+            return rank in self.levels
+        return self.updates_low if is_low else self.updates_high
 
     def ffns(self, small_ffn: bool) -> tuple[bool, bool]:
         """Whether its layer needs the usual FFN, and whether it needs a small one."""
@@ -33,29 +47,50 @@ class EncoderStep(NamedTuple):
 
 @dataclass(frozen=True)
 class EncoderSchedule:
-    """The interleaved update schedule ``HxLy-(A+1)xB`` (Lite DETR, section 4.1).
+    """Which maps every layer updates and reads: ``HxLy-(A+1)xB`` (Lite DETR, section 4.1).
 
     x high-level maps (the smallest), y low-level maps (the largest), B blocks, and in each block
-    A updates of the high-level tokens and one of the low-level tokens.
+    A updates of the high-level tokens and one of the low-level tokens, reading all maps.
+
+    Any other schedule names its layers: ``HxLy-`` and, joined by ``+``, for each layer the maps
+    that it updates, 1 the smallest, behind a colon those that it reads (left out: all), and
+    behind an x how many layers are so. Low-level tokens go through the small FFN where there is
+    one; y may be 0. ``H3L0-1:1x3+12:12x3+123x3`` is that of PRO-SCALE (arXiv 2404.14657).
 
     Attributes:
         num_high_levels (int): x.
         num_low_levels (int): y.
-        high_updates (int): A.
-        num_blocks (int): B.
+        high_updates (int): A; 0 where the layers are named.
+        num_blocks (int): B; 0 where the layers are named.
+        layers (tuple[EncoderStep, ...]): The layers where they are named.
     """
 
     num_high_levels: int
     num_low_levels: int
     high_updates: int
     num_blocks: int
+    layers: tuple[EncoderStep, ...] = ()
 
     def __post_init__(self) -> None:
-        if min(self.num_high_levels, self.num_low_levels, self.high_updates, self.num_blocks) < 1:
+        if self.layers:
+            self._check_layers()
+        elif min(self.num_high_levels, self.num_low_levels, self.high_updates, self.num_blocks) < 1:
             raise ValueError(
                 f'schedule {self} needs at least one high-level map, one low-level map, one '
                 'high-level update and one block'
             )
+
+    def _check_layers(self) -> None:
+        maps = range(self.num_levels)
+        for number, step in enumerate(self.layers, 1):
+            for levels in (step.levels, maps if step.reads is None else step.reads):
+                if not levels or len(set(levels)) < len(levels) or not set(levels) <= set(maps):
+                    raise ValueError(
+                        f'layer {number} of schedule {self} must update and read some of the '
+                        f'{self.num_levels} maps, each named once, 1 the smallest'
+                    )
+        if not all(any(level in step.levels for step in self.layers) for level in maps):
+            raise ValueError(f'schedule {self} must update each of its {self.num_levels} maps')
 
     @classmethod
     def parse(cls, text: str | EncoderSchedule) -> EncoderSchedule:
@@ -66,14 +101,34 @@ class EncoderSchedule:
         """
         if isinstance(text, cls):
             return text
-        match = _PATTERN.fullmatch(re.sub(r'\s', '', text)) if isinstance(text, str) else None
-        if match is None:
+        compact = re.sub(r'\s', '', text) if isinstance(text, str) else ''
+        if match := _LITE.fullmatch(compact):
+            return cls(*map(int, match.groups()))
+        match = _LAYERS.fullmatch(compact)
+        terms = [_TERM.fullmatch(term) for term in match[3].split('+')] if match else [None]
+        if None in terms:
             raise ValueError(
                 f'schedule {text!r} is not of the form HxLy-(A+1)xB, for example H3L1-(2+1)x3: '
                 '3 high-level and 1 low-level maps, 3 blocks of 2 high-level updates and '
-                '1 low-level update'
+                '1 low-level update; nor does it name its layers, for example H3L0-1:1x3+123x3'
             )
-        return cls(*map(int, match.groups()))
+        high, low = int(match[1]), int(match[2])
+        layers = []
+        for updates, reads, times in (term.groups() for term in terms):
+            layers += [_named_step(updates, reads, high, high + low)] * int(times or 1)
+        return cls._of_layers(high, low, tuple(layers))
+
+    @classmethod
+    def _of_layers(cls, high: int, low: int, layers: tuple[EncoderStep, ...]) -> EncoderSchedule:
+        """The schedule of these layers, of the paper's form where it has one."""
+        general = cls(high, low, 0, 0, layers)
+        everything = EncoderStep(True, True, tuple(range(high + low)))
+        only_high = EncoderStep(True, False, tuple(range(high)))
+        for blocks in range(1, len(layers) + 1 if high and low else 0):
+            updates, rest = divmod(len(layers), blocks)
+            if not rest and layers == ((only_high,) * (updates - 1) + (everything,)) * blocks:
+                return cls(high, low, updates, blocks)
+        return general
 
     @property
     def num_levels(self) -> int:
@@ -82,8 +137,8 @@ class EncoderSchedule:
 
     @property
     def num_layers(self) -> int:
-        """Updates of the high-level tokens, A * B: the layers of the stock encoder it replaces."""
-        return self.high_updates * self.num_blocks
+        """Layers of the stock encoder that it replaces: A * B, or as many as are named."""
+        return len(self.layers) or self.high_updates * self.num_blocks
 
     def steps(self, update: str = 'joint') -> tuple[EncoderStep, ...]:
         """The encoder layers in order.
@@ -92,7 +147,7 @@ class EncoderSchedule:
             update (str): ``'joint'``: a block has A layers and the last of them updates all
                 tokens together, as in the published weights. ``'sequential'``: the low-level
                 tokens are updated in a layer of their own after the A high-level updates, as in
-                the paper's figure 3; a block has A + 1 layers.
+                the paper's figure 3; a block has A + 1 layers. Named layers are as they are.
 
         Returns:
             tuple[EncoderStep, ...]: A*B steps, or (A+1)*B for sequential update.
@@ -101,15 +156,15 @@ class EncoderSchedule:
             ValueError: ``update`` is neither of the two.
         """
         high_only = EncoderStep(updates_high=True, updates_low=False)
+        if update not in UPDATES:
+            raise ValueError(f'update must be one of {", ".join(UPDATES)}; got {update!r}')
+        if self.layers:
+            return self.layers
         if update == 'joint':
             last = EncoderStep(updates_high=True, updates_low=True)
-            block = (high_only,) * (self.high_updates - 1) + (last,)
-        elif update == 'sequential':
-            last = EncoderStep(updates_high=False, updates_low=True)
-            block = (high_only,) * self.high_updates + (last,)
-        else:
-            raise ValueError(f'update must be one of {", ".join(UPDATES)}; got {update!r}')
-        return block * self.num_blocks
+            return ((high_only,) * (self.high_updates - 1) + (last,)) * self.num_blocks
+        last = EncoderStep(updates_high=False, updates_low=True)
+        return ((high_only,) * self.high_updates + (last,)) * self.num_blocks
 
     def low_levels(self, level_sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
         """Which levels are the low-level maps: the y largest.
@@ -120,13 +175,11 @@ class EncoderSchedule:
         Returns:
             tuple[int, ...]: Their indices, ascending.
         """
-        areas = [height * width for height, width in level_sizes]
-        # By counting: traced sizes can be compared, but not sorted.
-        ranks = [
-            sum(other >= area if i < level else other > area for i, other in enumerate(areas))
-            for level, area in enumerate(areas)
-        ]
-        return tuple(level for level, rank in enumerate(ranks) if rank < self.num_low_levels)
+        return tuple(
+            level
+            for level, rank in enumerate(level_ranks(level_sizes))
+            if rank >= self.num_high_levels
+        )
 
     def check_low_levels(self, low_levels: Collection[int]) -> None:
         """Check a choice of low-level maps.
@@ -155,6 +208,11 @@ class EncoderSchedule:
         """
         levels = f'H{self.num_high_levels}L{self.num_low_levels}'
         if num_layers is not None and num_layers not in (self.num_layers, len(self.steps(update))):
+            if self.layers:
+                raise ValueError(
+                    f'schedule {self} names {self.num_layers} layers, but num_layers is '
+                    f'{num_layers}; name as many, or set num_layers={self.num_layers}'
+                )
             fitting = ', '.join(
                 f'{levels}-({num_layers // blocks}+1)x{blocks}'
                 for blocks in range(num_layers, 0, -1)
@@ -175,8 +233,17 @@ class EncoderSchedule:
             )
 
     def encode(self, update: str = 'joint') -> Tensor:
-        """For a checkpoint: int64 (x, y, A, B, index of ``update`` in ``UPDATES``)."""
-        return torch.tensor([*astuple(self), UPDATES.index(update)])
+        """For a checkpoint: int64 (x, y, A, B, index of ``update`` in ``UPDATES``).
+
+        For named layers A and B are 0, and behind these numbers stand two of each layer, for the
+        maps that it updates and reads: the sum of 2 to the power of their numbers from 0.
+        """
+        numbers = [self.num_high_levels, self.num_low_levels, self.high_updates, self.num_blocks]
+        numbers.append(UPDATES.index(update))
+        for step in self.layers:
+            reads = range(self.num_levels) if step.reads is None else step.reads
+            numbers += [sum(1 << level for level in levels) for levels in (step.levels, reads)]
+        return torch.tensor(numbers)
 
     @classmethod
     def decode(cls, code: Tensor) -> tuple[EncoderSchedule, str]:
@@ -184,11 +251,57 @@ class EncoderSchedule:
 
         They may have been cast to another dtype or averaged, as people do to whole checkpoints.
         """
-        *numbers, update = code.double().round().long().tolist()
-        return cls(*numbers), UPDATES[update]
+        high, low, updates, blocks, update, *layers = code.double().round().long().tolist()
+        if not layers:
+            return cls(high, low, updates, blocks), UPDATES[update]
+        named = [
+            _step(
+                *([level for level in range(high + low) if bits >> level & 1] for bits in pair),
+                high,
+                high + low,
+            )
+            for pair in zip(layers[::2], layers[1::2])
+        ]
+        return cls(high, low, 0, 0, tuple(named)), UPDATES[update]
 
     def __str__(self) -> str:
-        return (
-            f'H{self.num_high_levels}L{self.num_low_levels}'
-            f'-({self.high_updates}+1)x{self.num_blocks}'
-        )
+        name = f'H{self.num_high_levels}L{self.num_low_levels}-'
+        if not self.layers:
+            return f'{name}({self.high_updates}+1)x{self.num_blocks}'
+        terms = []
+        for step, same in groupby(self.layers):
+            reads = '' if step.reads is None else ':' + _digits(step.reads)
+            times = len(list(same))
+            terms.append(_digits(step.levels) + reads + (f'x{times}' if times > 1 else ''))
+        return name + '+'.join(terms)
+
+
+def level_ranks(level_sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Of every level, how many are smaller; of equal ones the later count as smaller.
+
+    By counting: traced sizes can be compared, but not sorted.
+    """
+    areas = [height * width for height, width in level_sizes]
+    return tuple(
+        sum(other <= area if i > level else other < area for i, other in enumerate(areas))
+        for level, area in enumerate(areas)
+    )
+
+
+def _named_step(updates: str, reads: str | None, high: int, total: int) -> EncoderStep:
+    named = [sorted(int(digit) - 1 for digit in digits) for digits in (updates, reads or '')]
+    return _step(*named, high, total)
+
+
+def _step(updates: list[int], reads: list[int], high: int, total: int) -> EncoderStep:
+    reads = () if reads == list(range(total)) else tuple(reads)
+    return EncoderStep(
+        any(level < high for level in updates),
+        any(level >= high for level in updates),
+        tuple(updates),
+        reads or None,
+    )
+
+
+def _digits(levels: Iterable[int]) -> str:
+    return ''.join(str(level + 1) for level in levels)

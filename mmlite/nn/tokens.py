@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .schedule import EncoderStep
+from .schedule import EncoderStep, level_ranks
 
 
 class TokenRun(NamedTuple):
@@ -37,6 +37,11 @@ class StepTokens:
         step (EncoderStep): What is updated.
         level_sizes (Sequence[tuple[int, int]]): (h, w) of every level, in the order of the tokens.
         low_levels (Collection[int]): Indices of the low-level maps.
+        ranks (Sequence[int], optional): Of every level, how many are smaller; by default as
+            :func:`mmlite.nn.schedule.level_ranks` finds.
+
+    Attributes:
+        read (tuple[int, ...], optional): Indices of the levels that the step reads; None: all.
     """
 
     def __init__(
@@ -44,20 +49,33 @@ class StepTokens:
         step: EncoderStep,
         level_sizes: Sequence[tuple[int, int]],
         low_levels: Collection[int],
+        ranks: Sequence[int] | None = None,
     ) -> None:
+        is_named = step.levels is not None or step.reads is not None
+        if ranks is None:
+            ranks = level_ranks(level_sizes) if is_named else (0,) * len(level_sizes)
         runs: list[TokenRun] = []
-        start = 0
+        self.starts = [0]
         for level, (height, width) in enumerate(level_sizes):
-            is_low = level in low_levels
-            stop = start + height * width
-            if runs and runs[-1].is_low == is_low:
+            kind = (level in low_levels, step.updates(ranks[level], level in low_levels))
+            start, stop = self.starts[-1], self.starts[-1] + height * width
+            if runs and runs[-1][2:] == kind:
                 runs[-1] = runs[-1]._replace(stop=stop)
             else:
-                is_updated = step.updates_low if is_low else step.updates_high
-                runs.append(TokenRun(start, stop, is_low, is_updated))
-            start = stop
+                runs.append(TokenRun(start, stop, *kind))
+            self.starts.append(stop)
         self.runs = tuple(runs)
         self.queries = tuple(run for run in runs if run.is_updated)
+        self.read: tuple[int, ...] | None = None
+        if step.reads is not None:
+            self.read = tuple(i for i, rank in enumerate(ranks) if rank in step.reads)
+
+    def keys(self, tokens: Tensor) -> Tensor:
+        """The tokens that the step reads, shape (bs, num_keys, ...)."""
+        if self.read is None:
+            return tokens
+        pieces = [(self.starts[level], self.starts[level + 1]) for level in self.read]
+        return _cat([tokens[:, start:stop] for start, stop in pieces])
 
     def pick(self, tokens: Tensor) -> Tensor:
         """The queries of the step.

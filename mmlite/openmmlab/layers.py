@@ -79,6 +79,7 @@ class _MmcvCall:
         reference_points: Tensor | None = None,
         spatial_shapes: Tensor | Sequence[tuple[int, int]] | None = None,
         level_start_index: Tensor | None = None,
+        levels: Sequence[int] | None = None,
         **kwargs,
     ) -> Tensor:
         """Attend to sampled points.
@@ -95,6 +96,7 @@ class _MmcvCall:
             reference_points (Tensor): Normalised (x, y) or (cx, cy, w, h).
             spatial_shapes (Tensor | Sequence[tuple[int, int]]): int, shape (num_levels, 2).
             level_start_index (Tensor, optional): Not used: it follows from ``spatial_shapes``.
+            levels (Sequence[int], optional): Which of the attention's levels these are; all.
 
         Returns:
             Tensor: The shape of ``query``.
@@ -110,6 +112,7 @@ class _MmcvCall:
             key_padding_mask,
             reference_points=reference_points,
             spatial_shapes=level_sizes(spatial_shapes),
+            levels=levels,
         )
         return output if self.batch_first else output.transpose(0, 1)
 

@@ -5,7 +5,6 @@ that everything compiles, exports and can be captured.
 """
 
 from .attention import DeformableAttention, KeyAwareDeformableAttention, directional_grid
-from .cuda_graphs import GraphReplay
 from .encoder import FFN, InterleavedEncoder, LiteEncoder, LiteEncoderLayer
 from .geometry import encoder_reference_points, sampling_locations
 from .schedule import EncoderSchedule, EncoderStep
@@ -16,7 +15,6 @@ __all__ = [
     'DeformableAttention',
     'EncoderSchedule',
     'EncoderStep',
-    'GraphReplay',
     'InterleavedEncoder',
     'KeyAwareDeformableAttention',
     'LiteEncoder',

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import DeformableAttention, KeyAwareDeformableAttention
-from .cuda_graphs import GraphReplay, is_tracing
 from .geometry import LevelSizes, encoder_reference_points
 from .schedule import EncoderSchedule, EncoderStep
 from .tokens import StepTokens
@@ -17,6 +16,9 @@ from .tokens import StepTokens
 # What a family does between two layers: gets the number of the layer that comes next, all tokens
 # and the tokens of its step; returns all tokens.
 BeforeLayer = Callable[[int, Tensor, StepTokens], Tensor]
+
+# torch 2.1 has it elsewhere.
+_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._dynamo.is_compiling
 
 
 class FFN(nn.Module):
@@ -186,16 +188,6 @@ class InterleavedEncoder(nn.Module):
         # Weights fit several schedules (H3L1 and H2L2 have the same names and shapes) and are right
         # for one, so they carry it. As a buffer it is in every checkpoint.
         self.register_buffer('schedule_code', schedule.encode(update))
-        self._replay: GraphReplay | None = None
-
-    def replay_graphs(self, enabled: bool = True, max_graphs: int = 8) -> None:
-        """Run inference on a GPU as CUDA graphs, one a size of the maps; see :class:`GraphReplay`.
-
-        Args:
-            enabled (bool): Whether to do so; False lets go of the graphs and their memory.
-            max_graphs (int): Sizes to hold graphs of.
-        """
-        self._replay = GraphReplay(self._encode, self, max_graphs) if enabled else None
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -256,18 +248,6 @@ class InterleavedEncoder(nn.Module):
                 f'{len(level_sizes)} of sizes {list(level_sizes)} ({num_tokens} tokens) and '
                 f'{tokens.shape[1]} tokens'
             )
-        encode = self._encode if self._replay is None else self._replay
-        return encode(tokens, pos, level_sizes, padding_mask, valid_ratios, before_layer)
-
-    def _encode(
-        self,
-        tokens: Tensor,
-        pos: Tensor | None,
-        level_sizes: LevelSizes,
-        padding_mask: Tensor | None,
-        valid_ratios: Tensor | None,
-        before_layer: BeforeLayer | None,
-    ) -> Tensor:
         low_levels = self.low_levels
         if low_levels is None:
             low_levels = self.schedule.low_levels(level_sizes)
@@ -366,6 +346,7 @@ def in_chunks(modules: Sequence[nn.Module], tokens: Tensor, size: int | None) ->
             tokens = module(tokens)
         return tokens
 
-    if size is None or tokens.device.type != 'cpu' or is_tracing() or tokens.shape[1] <= size:
+    is_tracing = _is_compiling() or torch.jit.is_tracing()
+    if size is None or tokens.device.type != 'cpu' or is_tracing or tokens.shape[1] <= size:
         return through(tokens)
     return torch.cat([through(chunk) for chunk in tokens.split(size, 1)], 1)

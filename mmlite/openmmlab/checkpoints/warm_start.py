@@ -104,15 +104,12 @@ def warm_start(
     Raises:
         ValueError: If the weights are not those of the stock detector.
     """
-    stock = MODELS.build(_teacher_config(model_config, stock_state))
-    if reads_text(stock):
-        adapt_bert(stock.language_model)
-    unused = _load_stock(stock, stock_state)
-    stock.to(data['inputs'].device).eval()
+    stock = build_teacher(model_config, stock_state).to(data['inputs'].device)
+    own = stock.state_dict()
+    unused = [name for name in stock_state if name not in own]
     copied, new = copy_counterparts(model, stock, encoder_name(model))
     # The offsets of an attention with same_loc have another shape, too, and are fitted.
-    other_rows = stock.state_dict().keys() & set(new)
-    fresh = [name for name in new if name in other_rows and 'sampling_offsets' not in name]
+    fresh = [name for name in new if name in own and 'sampling_offsets' not in name]
     fitted = [name for name in new if name not in fresh]
     training = model.training
     model.eval()
@@ -126,7 +123,43 @@ def warm_start(
     return WarmStart(copied, fitted, unused, before, after, fresh)
 
 
-# --- Copies -----------------------------------------------------------------------------------
+# --- The stock detector -----------------------------------------------------------------------
+
+
+def build_teacher(model_config: ConfigDict, stock_state: Mapping[str, Tensor]) -> nn.Module:
+    """Build the stock detector behind a Lite config, and load its trained weights.
+
+    It has the number of classes and queries of the weights, whatever the config says.
+
+    Args:
+        model_config (ConfigDict): ``model`` of the Lite config; it is not changed.
+        stock_state (Mapping[str, Tensor]): State dict of the trained stock detector. Entries that
+            the stock detector has no place for are left out.
+
+    Returns:
+        nn.Module: The stock detector on the CPU, in eval mode.
+
+    Raises:
+        ValueError: The config is not of a Lite model, or the weights are not those of its stock
+            detector.
+    """
+    stock = MODELS.build(_teacher_config(model_config, stock_state))
+    if reads_text(stock):
+        adapt_bert(stock.language_model)
+    own = stock.state_dict()
+    # A neck with biases of zero is a neck without.
+    necks = [name for name in own if name.startswith('neck.') and name.endswith('.conv.bias')]
+    state = {**{name: torch.zeros_like(own[name]) for name in necks}, **stock_state}
+    wrong = [name for name in own if name not in state and 'num_batches' not in name]
+    wrong += [name for name in own if name in state and state[name].shape != own[name].shape]
+    if wrong:
+        raise ValueError(
+            f'the weights are not those of the {type(stock).__name__} behind this config: '
+            f'{", ".join(wrong[:3])}{" ..." if len(wrong) > 3 else ""} '
+            f'({len(wrong)} of {len(own)} entries) are missing or of another shape'
+        )
+    stock.load_state_dict(state, strict=False)
+    return stock.eval()
 
 
 def _teacher_config(model_config: ConfigDict, state: Mapping[str, Tensor]) -> ConfigDict:
@@ -171,24 +204,6 @@ def _fit_segmenter(config: ConfigDict, name: str, rows: Mapping[str, int]) -> No
     if 'max_per_image' in (config.get('test_cfg') or {}):
         most = min(config.test_cfg.max_per_image, given * head.num_queries)
         config.test_cfg.max_per_image = most
-
-
-def _load_stock(stock: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Load the stock weights; only what the stock detector cannot miss may be missing."""
-    own = stock.state_dict()
-    # A neck with biases of zero is a neck without.
-    necks = [name for name in own if name.startswith('neck.') and name.endswith('.conv.bias')]
-    state = {**{name: torch.zeros_like(own[name]) for name in necks}, **state}
-    wrong = [name for name in own if name not in state and 'num_batches' not in name]
-    wrong += [name for name in own if name in state and state[name].shape != own[name].shape]
-    if wrong:
-        raise ValueError(
-            f'the weights are not those of the {type(stock).__name__} behind this config: '
-            f'{", ".join(wrong[:3])}{" ..." if len(wrong) > 3 else ""} '
-            f'({len(wrong)} of {len(own)} entries) are missing or of another shape'
-        )
-    stock.load_state_dict(state, strict=False)
-    return [name for name in state if name not in own]
 
 
 # --- Fits -------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def stock_layers(steps: Iterable[EncoderStep]) -> list[int]:
     layers, updates = [], -1
     for step in steps:
         updates += step.updates_high
-        layers.append(updates)
+        layers.append(max(updates, 0))
     return layers
 
 

@@ -1,26 +1,101 @@
 """Distillation: a student encoder learns to give the tokens of its teacher, without labels.
 
 A trained stock encoder is the teacher of the Lite encoder made from it. No annotation is needed:
-the teacher's tokens on any images say what the student's should be.
+the teacher's tokens, on any images, say what the student's should be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Batch = Any
+from .encoder import InterleavedEncoder
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    iterations: int = 300,
+    lr: float = 1e-3,
+    output_loss: Callable[[Any, Any], Tensor] | None = None,
+    report: Callable[[int, float], None] = lambda iteration, loss: None,
+) -> None:
+    """Train the encoder of a student to follow its teacher, in place.
+
+    AdamW, with a learning rate that rises for a twentieth of the iterations and falls to zero as a
+    cosine. All other parameters of the student stay as they are. An elastic encoder learns its
+    schedules in turn.
+
+    Args:
+        student (nn.Module): An :class:`InterleavedEncoder`, or a model that holds one.
+        teacher (nn.Module): The stock encoder, or the model with it in the same place.
+        batches (Iterable): What both modules are called with, a dict of keyword arguments or a
+            tuple; gone through again and again.
+        iterations (int): Updates of the student.
+        lr (float): The highest learning rate.
+        output_loss (Callable, optional): Gets what student and teacher return, and gives a scalar
+            that is added to the distance of the tokens.
+        report (Callable): Told the number of iterations done and the loss of the last.
+
+    Raises:
+        ValueError: The student has no Lite encoder, or the teacher none in that place.
+    """
+    found = [(n, m) for n, m in student.named_modules() if isinstance(m, InterleavedEncoder)]
+    if not found:
+        raise ValueError(f'{type(student).__name__} has no Lite encoder to train; see to_lite')
+    name, encoder = found[0]
+    try:
+        stock = teacher.get_submodule(name)
+    except AttributeError:
+        stock = None
+    if not hasattr(stock, 'layers') or isinstance(stock, InterleavedEncoder):
+        raise ValueError(
+            f'{type(teacher).__name__} is no teacher: it has no stock encoder {name!r}; copy the '
+            'model before to_lite'
+        )
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr, weight_decay=1e-4)
+    teacher.eval()
+    student.eval()
+    encoder.train()
+    draws, encoder.draws_schedules = encoder.draws_schedules, False
+    for iteration, batch in enumerate(_repeated(batches, iterations)):
+        encoder.use_schedule(encoder.sandwich(iteration))
+        ours, theirs = zip(*compared_layers(encoder))
+        with torch.no_grad(), keep_outputs(stock.layers[i] for i in theirs) as wanted:
+            expected = _call(teacher, batch)
+        with keep_outputs(encoder.layers[i] for i in ours) as tokens:
+            output = _call(student, batch)
+        loss = token_distance(tokens, wanted)
+        if output_loss is not None:
+            loss = loss + output_loss(output, expected)
+        for group in optimizer.param_groups:
+            group['lr'] = lr * learning_rate(iteration, iterations)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        report(iteration + 1, float(loss.detach()))
+    encoder.draws_schedules = draws
+    encoder.use_schedule(encoder.schedules[0])
+    student.eval()
+
+
+def learning_rate(iteration: int, iterations: int) -> float:
+    """Share of the highest learning rate: a short rise and the half of a cosine down to zero."""
+    rise = min((iteration + 1) / max(iterations / 20, 1), 1)
+    return rise * (1 + math.cos(math.pi * iteration / iterations)) / 2
 
 
 def compared_layers(student: nn.Module) -> list[tuple[int, int]]:
     """After which layers of the student all tokens are compared, and with which of the teacher.
 
-    They are those that update every level, as after them all tokens are equally old; and the last.
+    They are those that update the largest map, after which no tokens wait, and the last.
 
     Args:
         student (nn.Module): A Lite encoder.
@@ -29,11 +104,12 @@ def compared_layers(student: nn.Module) -> list[tuple[int, int]]:
         list[tuple[int, int]]: Numbers of a layer of the student and of the teacher's layer that
         has updated the high-level tokens as often.
     """
-    pairs, updates = [], -1
+    schedule, pairs, updates = student.schedule, [], -1
+    largest, is_low = schedule.num_levels - 1, schedule.num_low_levels > 0
     for index, step in enumerate(student.steps):
         updates += step.updates_high
-        if step.updates_low:
-            pairs.append((index, updates))
+        if step.updates(largest, is_low) or index == len(student.steps) - 1:
+            pairs.append((index, max(updates, 0)))
     return pairs
 
 
@@ -73,3 +149,22 @@ def token_distance(
         ours, theirs = ours.float().flatten(0, -2), theirs.float().flatten(0, -2)
         distances.append((ours - theirs).square().mean() / theirs.var(0).mean())
     return torch.stack(distances).mean()
+
+
+def _repeated(batches: Iterable[Any], iterations: int) -> Iterator[Any]:
+    done = 0
+    while done < iterations:
+        before = done
+        for batch in batches:
+            if done == iterations:
+                return
+            yield batch
+            done += 1
+        if done == before:
+            raise ValueError('there are no batches to learn from')
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, dict):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple) else model(batch)

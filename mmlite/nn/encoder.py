@@ -10,7 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import DeformableAttention, KeyAwareDeformableAttention
 from .geometry import LevelSizes, encoder_reference_points
-from .schedule import EncoderSchedule, EncoderStep
+from .schedule import (
+    EncoderSchedule,
+    EncoderStep,
+    decode_schedules,
+    encode_schedules,
+    layer_steps,
+)
 from .tokens import StepTokens
 
 # What a family does between two layers: gets the number of the layer that comes next, all tokens
@@ -158,9 +164,17 @@ class InterleavedEncoder(nn.Module):
             backward pass of training (torch's checkpointing). -1 for none.
         low_levels (Collection[int], optional): Indices of the low-level maps among the levels. By
             default the largest maps, as many as the schedule says.
+        elastic (Sequence[EncoderSchedule]): Further schedules that the layers serve. In training
+            every call takes another one: the largest, the smallest and one between, in turn.
+
+    Attributes:
+        schedule (EncoderSchedule): The one that is computed; :meth:`use_schedule` chooses it.
+        schedules (tuple[EncoderSchedule, ...]): All that there are weights for.
+        level_ranks (tuple[int, ...], optional): Of every level, how many are smaller, where that
+            is known beforehand. Otherwise the sizes of the maps say so.
 
     Raises:
-        ValueError: ``low_levels`` or the number of layers does not fit the schedule.
+        ValueError: ``low_levels``, the number of layers or a further schedule does not fit.
     """
 
     def __init__(
@@ -170,40 +184,66 @@ class InterleavedEncoder(nn.Module):
         update: str = 'joint',
         num_cp: int = -1,
         low_levels: Collection[int] | None = None,
+        elastic: Sequence[EncoderSchedule] = (),
     ) -> None:
         super().__init__()
         if low_levels is not None:
             schedule.check_low_levels(low_levels)
-        self.schedule = schedule
+        self.schedules = tuple(dict.fromkeys((schedule, *elastic)))
         self.update = update
-        self.steps = schedule.steps(update)
-        if len(layers) != len(self.steps):
+        self.use_schedule(schedule)
+        if len(layers) != len(layer_steps(self.schedules, update)):
             raise ValueError(
                 f'schedule {schedule} takes {len(self.steps)} layers, not {len(layers)}'
             )
         self.num_cp = num_cp
         self.low_levels = None if low_levels is None else tuple(low_levels)
+        self.level_ranks: tuple[int, ...] | None = None
         self.layers = nn.ModuleList(layers)
         self.embed_dims: int = layers[0].embed_dims  # type: ignore[assignment]
+        self.draws_schedules = True
+        self._calls = 0
         # Weights fit several schedules (H3L1 and H2L2 have the same names and shapes) and are right
-        # for one, so they carry it. As a buffer it is in every checkpoint.
-        self.register_buffer('schedule_code', schedule.encode(update))
+        # for some, so they carry them. As a buffer they are in every checkpoint.
+        self.register_buffer('schedule_code', encode_schedules(self.schedules, update))
+
+    def use_schedule(self, schedule: str | EncoderSchedule) -> None:
+        """Choose the schedule to compute.
+
+        Raises:
+            ValueError: It is none of those that the encoder was made for.
+        """
+        schedule = EncoderSchedule.parse(schedule)
+        if schedule not in self.schedules:
+            names = ', '.join(map(str, self.schedules))
+            raise ValueError(f'schedule {schedule} has no trained weights here; there are {names}')
+        self.schedule = schedule
+        self.steps = schedule.steps(self.update)
+
+    def sandwich(self, index: int) -> EncoderSchedule:
+        """The schedule of a training step: the largest, the smallest and one between, in turn."""
+        ordered = sorted(self.schedules, key=lambda schedule: -schedule.cost)
+        between = ordered[1:-1] or ordered
+        turn, place = divmod(index, 3)
+        return (ordered[0], ordered[-1], between[turn % len(between)])[place]
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        """Refuse weights of another schedule; those without one, such as stock ones, are taken."""
+        """Refuse weights of other schedules; those without one, such as stock ones, are taken."""
         key = f'{prefix}schedule_code'
         if key in state_dict:
-            theirs, update = EncoderSchedule.decode(state_dict[key])
-            if (theirs, update) != (self.schedule, self.update):
+            theirs, update = decode_schedules(state_dict[key])
+            if update != self.update or not set(self.schedules) <= set(theirs):
+                names, ours = (' and '.join(map(str, each)) for each in (theirs, self.schedules))
                 raise ValueError(
-                    f'the weights were trained with schedule {theirs} and {update} updates, but '
-                    f"this encoder's is {self.schedule} with {self.update} updates; set "
-                    f"encoder=dict(schedule='{theirs}', update='{update}')"
+                    f'the weights were trained with schedule {names} and {update} updates, but '
+                    f"this encoder's is {ours} with {self.update} updates; set "
+                    f"encoder=dict(schedule='{theirs[0]}', update='{update}')"
                 )
             # A code that was averaged would be cut off to other integers, and saved so.
-            state_dict[key] = self.schedule.encode(update).to(state_dict[key].device)
+            code = encode_schedules(self.schedules, update)
+            state_dict[key] = code.to(state_dict[key].device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -248,18 +288,28 @@ class InterleavedEncoder(nn.Module):
                 f'{len(level_sizes)} of sizes {list(level_sizes)} ({num_tokens} tokens) and '
                 f'{tokens.shape[1]} tokens'
             )
-        low_levels = self.low_levels
-        if low_levels is None:
-            low_levels = self.schedule.low_levels(level_sizes)
+        if self.training and self.draws_schedules and len(self.schedules) > 1:
+            self.use_schedule(self.sandwich(self._calls))
+            self._calls += 1
+        low_levels = self.low_level_indices(level_sizes)
         reference_points = encoder_reference_points(level_sizes, valid_ratios, device=tokens.device)
         memory = tokens
         for index, (step, layer) in enumerate(zip(self.steps, self.layers)):
-            step_tokens = StepTokens(step, level_sizes, low_levels)
+            step_tokens = StepTokens(step, level_sizes, low_levels, self.level_ranks)
             if before_layer is not None:
                 memory = before_layer(index, memory, step_tokens)
             arguments = (memory, pos, step_tokens, padding_mask, reference_points, level_sizes)
             memory = self.run(index, layer, *arguments)
         return memory
+
+    def low_level_indices(self, level_sizes: LevelSizes) -> tuple[int, ...]:
+        """Indices of the low-level maps of a pyramid."""
+        if self.low_levels is not None:
+            return self.low_levels
+        if self.level_ranks is None:
+            return self.schedule.low_levels(level_sizes)
+        high = self.schedule.num_high_levels
+        return tuple(level for level, rank in enumerate(self.level_ranks) if rank >= high)
 
     def run(self, index: int, module: nn.Module, *arguments):
         """Call what belongs to layer ``index``; ``num_cp`` says if activations are recomputed."""
@@ -289,6 +339,7 @@ class LiteEncoder(InterleavedEncoder):
             hidden features then stay in the cache (8 MB at 2048 channels, where all tokens of an
             800x1333 image make 180 MB). Other devices and traced graphs take all at once, and so
             does None.
+        elastic (Sequence[str | EncoderSchedule]): See :class:`InterleavedEncoder`.
 
     Raises:
         ValueError: The schedule is malformed, or an argument does not fit it.
@@ -311,8 +362,10 @@ class LiteEncoder(InterleavedEncoder):
         dropout: float = 0.0,
         low_levels: Collection[int] | None = None,
         chunk_size: int | None = 1024,
+        elastic: Sequence[str | EncoderSchedule] = (),
     ) -> None:
         schedule = EncoderSchedule.parse(schedule)
+        further = [EncoderSchedule.parse(each) for each in elastic]
         if (proj_key or same_loc) and not key_aware:
             raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
         attention = (embed_dims, num_heads, schedule.num_levels, num_points, dropout)
@@ -321,7 +374,7 @@ class LiteEncoder(InterleavedEncoder):
             return FFN(embed_dims, channels, dropout), nn.LayerNorm(embed_dims)
 
         layers = []
-        for step in schedule.steps(update):
+        for step in layer_steps([schedule, *further], update):
             has_ffn, has_small_ffn = step.ffns(small_ffn)
             layers.append(
                 LiteEncoderLayer(
@@ -335,7 +388,7 @@ class LiteEncoder(InterleavedEncoder):
                     chunk_size,
                 )
             )
-        super().__init__(schedule, layers, update, num_cp, low_levels)
+        super().__init__(schedule, layers, update, num_cp, low_levels, further)
 
 
 def in_chunks(modules: Sequence[nn.Module], tokens: Tensor, size: int | None) -> Tensor:

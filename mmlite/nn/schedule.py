@@ -245,6 +245,17 @@ class EncoderSchedule:
             numbers += [sum(1 << level for level in levels) for levels in (step.levels, reads)]
         return torch.tensor(numbers)
 
+    @property
+    def cost(self) -> int:
+        """Tokens that all layers update, of a pyramid whose smallest map has one."""
+        levels = range(self.num_levels)
+        return sum(
+            4**rank
+            for step in self.steps()
+            for rank in levels
+            if step.updates(rank, rank >= self.num_high_levels)
+        )
+
     @classmethod
     def decode(cls, code: Tensor) -> tuple[EncoderSchedule, str]:
         """The schedule and the update that :meth:`encode` made the numbers of.
@@ -274,6 +285,54 @@ class EncoderSchedule:
             times = len(list(same))
             terms.append(_digits(step.levels) + reads + (f'x{times}' if times > 1 else ''))
         return name + '+'.join(terms)
+
+
+def encode_schedules(schedules: Sequence[EncoderSchedule], update: str) -> Tensor:
+    """The codes of several schedules one after the other, -1 between them."""
+    codes = [schedule.encode(update).tolist() for schedule in schedules]
+    return torch.tensor([number for code in codes for number in (-1, *code)][1:])
+
+
+def decode_schedules(code: Tensor) -> tuple[list[EncoderSchedule], str]:
+    """What :func:`encode_schedules` made the numbers of."""
+    numbers = code.double().round().long()
+    ends = [*(numbers == -1).nonzero().flatten().tolist(), len(numbers)]
+    starts = [0, *(end + 1 for end in ends)]
+    found = [EncoderSchedule.decode(numbers[start:end]) for start, end in zip(starts, ends)]
+    return [schedule for schedule, _ in found], found[0][1]
+
+
+def layer_steps(
+    schedules: Sequence[EncoderSchedule], update: str = 'joint'
+) -> tuple[EncoderStep, ...]:
+    """What the layers must be able to do that serve several schedules, one layer after the other.
+
+    Args:
+        schedules (Sequence[EncoderSchedule]): One or more.
+        update (str): See :meth:`EncoderSchedule.steps`.
+
+    Returns:
+        tuple[EncoderStep, ...]: Of every layer whether high- and low-level tokens are updated in
+        any of the schedules.
+
+    Raises:
+        ValueError: The schedules have other numbers of levels or layers, or update the high-level
+            tokens in other layers.
+    """
+    all_steps = [schedule.steps(update) for schedule in schedules]
+    first = schedules[0]
+    for schedule, steps in zip(schedules, all_steps):
+        if schedule.num_levels != first.num_levels or [step.updates_high for step in steps] != [
+            step.updates_high for step in all_steps[0]
+        ]:
+            raise ValueError(
+                f'one set of weights cannot serve {first} and {schedule}: they must have as many '
+                'maps and layers, and update high-level maps in the same layers'
+            )
+    return tuple(
+        EncoderStep(any(s.updates_high for s in steps), any(s.updates_low for s in steps))
+        for steps in zip(*all_steps)
+    )
 
 
 def level_ranks(level_sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:

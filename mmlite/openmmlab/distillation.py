@@ -1,166 +1,374 @@
 """Training a Lite detector from its trained stock detector, on images without labels.
 
-The stock detector is the teacher. Both see the same feature maps; the Lite encoder learns to give
-the teacher's tokens, and what the decoder and the heads make of them, query by query.
+The stock detector is the teacher. Both see the same feature maps. The Lite encoder learns to give
+the teacher's tokens, and what the teacher's decoder and heads make of them, query by query.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmdet.registry import MODELS
-from mmengine.config import ConfigDict
-from mmengine.model import BaseModel
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import broadcast, is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn.distill import compared_layers, keep_outputs, token_distance
 from .checkpoints.loading import load_checkpoint
 from .checkpoints.official import unpack
-from .checkpoints.warm_start import build_teacher
-from .families import encoder_name
+from .checkpoints.warm_start import WarmStart, build_teacher, warm_start
+from .families import encoder_name, find_holder, type_name
 
-# What a stock detector's pre_decoder chooses; the rest of it are the encoder's own tokens.
-_QUERIES = ('query', 'query_pos', 'reference_points')
+# What a detector's pre_decoder chooses; the rest of what it returns are the encoder's tokens.
+_CHOSEN = ('query', 'query_pos', 'reference_points')
 
 
 @MODELS.register_module()
 class DistilledDetector(BaseModel):
-    """A Lite detector that learns from its stock detector while it is trained.
+    """A Lite detector that is trained by its stock detector, without labels.
 
-    Its weights in a checkpoint are those of the Lite detector alone, under their usual names, and
-    in testing it is the Lite detector. In training only what the stock detector does not have, and
-    the rest of the encoder, changes.
+    Its checkpoints are those of the Lite detector, under the usual names, and in testing it is
+    the Lite detector. Training changes the encoder alone. An elastic encoder learns one of its
+    schedules in each iteration.
 
     Args:
         detector (dict): Config of the Lite detector.
-        teacher (str): Checkpoint of its stock detector.
-        token_weight (float): Weight of the distance between the tokens of the two encoders.
-        class_weight (float): Of that between the class scores of each decoder layer.
-        box_weight (float): Of that between the boxes, or masks, of each decoder layer.
-        proposal_weight (float): Of that between the class scores of all tokens in the first stage.
-        data_preprocessor (dict, optional): By default the detector's.
+        teacher (str): Checkpoint of its trained stock detector.
+        weights (dict, optional): Of the losses ``tokens`` (distance of the encoders' tokens),
+            ``classes`` and ``boxes`` (scores and boxes or masks of every decoder layer, from the
+            teacher's queries) and ``proposals`` (scores of all tokens, with two stages). Defaults
+            to 1 for each.
+        data_preprocessor (dict, optional): Defaults to the detector's.
+
+    Raises:
+        ValueError: The detector is not Lite, or the checkpoint is not of its stock detector.
     """
 
     def __init__(
         self,
         detector: ConfigDict | dict,
         teacher: str,
-        token_weight: float = 1.0,
-        class_weight: float = 1.0,
-        box_weight: float = 1.0,
-        proposal_weight: float = 1.0,
+        weights: dict[str, float] | None = None,
         data_preprocessor: ConfigDict | dict | None = None,
     ) -> None:
         detector = ConfigDict(copy.deepcopy(detector))
-        data_preprocessor = data_preprocessor or detector.get('data_preprocessor')
-        super().__init__(data_preprocessor)
+        super().__init__(data_preprocessor or detector.get('data_preprocessor'))
+        self.config = copy.deepcopy(detector)
         self.student = MODELS.build(detector)
-        state, _ = unpack(load_checkpoint(teacher))
-        self._teacher = (build_teacher(detector, state),)  # no child
-        self.weights = {
-            'tokens': token_weight,
-            'classes': class_weight,
-            'boxes': box_weight,
-            'proposals': proposal_weight,
-        }
-        encoder = self.student.get_submodule(encoder_name(self.student))
+        self.teacher_state, _ = unpack(load_checkpoint(teacher))
+        # No child: what trains, saves or averages this model leaves the teacher alone.
+        self.__dict__['teacher'] = build_teacher(self.config, self.teacher_state)
+        self.teacher.requires_grad_(False)
+        self.weights = {**dict.fromkeys(('tokens', 'classes', 'boxes', 'proposals'), 1.0)}
+        self.weights.update(weights or {})
         self.student.requires_grad_(False)
-        encoder.requires_grad_(True)
+        self.encoder.requires_grad_(True)
+        self.encoder.draws_schedules = False
+        self.iterations = 0
+        self._register_state_dict_hook(_leave_prefix_out)
+        self._register_load_state_dict_pre_hook(_put_prefix_in)
 
     @property
-    def teacher(self) -> nn.Module:
-        """The stock detector; no child of this module, so nothing trains or saves it."""
-        return self._teacher[0]
+    def encoder(self) -> nn.Module:
+        """The Lite encoder, which is what is trained."""
+        return self.student.get_submodule(encoder_name(self.student))
+
+    def start(self, data: dict) -> WarmStart:
+        """Copy the teacher's weights, and fit what is new to a few images; see ``warm_start``."""
+        return warm_start(self.student, self.config, self.teacher_state, data)
 
     def train(self, mode: bool = True) -> DistilledDetector:
+        """As for any module; what is not trained stays as in testing, as it is in the teacher."""
         super().train(mode)
-        self.student.eval()  # as the teacher is: both give what they would predict
-        self.student.get_submodule(encoder_name(self.student)).train(mode)
+        self.student.eval()
+        self.encoder.train(mode)
         return self
 
+    def _apply(self, function: Callable, *args: Any, **kwargs: Any) -> DistilledDetector:
+        self.teacher._apply(function, *args, **kwargs)
+        return super()._apply(function, *args, **kwargs)
+
     def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor'):
+        """The losses in mode ``'loss'``; otherwise as the Lite detector."""
         if mode != 'loss':
             return self.student(inputs, data_samples, mode)
-        teacher, student = _Run(self.teacher), _Run(self.student)
-        pairs = compared_layers(student.encoder)
+        self.encoder.use_schedule(self.encoder.sandwich(self.iterations))
+        self.iterations += 1
+        student, teacher = _Pass(self.student), _Pass(self.teacher)
+        ours, theirs = zip(*compared_layers(self.encoder))
         with torch.no_grad():
-            teacher(inputs, data_samples, [layer for _, layer in pairs])
-        student(inputs, data_samples, [layer for layer, _ in pairs], follow=teacher)
-        return self.losses(student, teacher)
-
-    def losses(self, student, teacher) -> dict[str, Tensor]:
-        found = {'tokens': token_distance(student.tokens, teacher.tokens)}
-        scores, boxes = (torch.stack(list(part)) for part in student.predictions)
-        wanted, wanted_boxes = (torch.stack(list(part)) for part in teacher.predictions)
-        found['classes'] = _score_distance(scores, wanted)
-        weight = wanted.sigmoid().amax(-1, keepdim=True)
-        found['boxes'] = (weight * (boxes - wanted_boxes).abs()).sum() / weight.sum()
+            teacher.run(inputs, data_samples, theirs)
+        student.run(inputs, data_samples, ours, teacher)
+        found = {'tokens': token_distance(student.tokens, teacher.tokens, teacher.padding)}
+        found.update(_output_distances(student.outputs, teacher.outputs))
         if teacher.proposals:
-            found['proposals'] = _score_distance(student.proposals[0], teacher.proposals[0])
+            scores, wanted = student.proposals[0], teacher.proposals[0]
+            found['proposals'] = _score_distance(scores, wanted)
         return {f'loss_{name}': self.weights[name] * value for name, value in found.items()}
 
 
-def _score_distance(found: Tensor, wanted: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of scores, a query's sum, mean by the teacher's objects."""
-    p = wanted.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(wanted, p, reduction='none')
-    cross = F.binary_cross_entropy_with_logits(found, p, reduction='none')
-    return (cross - entropy).sum() / p.amax(-1).sum()
-
-
-class _Run:
-    """One pass of a detector and what it shows on the way."""
+class _Pass:
+    """One pass of a detector, and what shows on its way."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.encoder = model.get_submodule(encoder_name(model))
-        self.feats = self.chosen = None
+        self.head = getattr(model, 'bbox_head', None) or model.panoptic_head
+        self.features = self.padding = None
+        self.chosen: dict[str, Tensor] = {}
 
-    def __call__(self, inputs, samples, layers, follow=None):
-        model = self.model
-        head = getattr(model, 'bbox_head', None)
+    def run(
+        self,
+        inputs: Tensor,
+        samples: list,
+        layers: Sequence[int],
+        teacher: _Pass | None = None,
+    ) -> None:
+        """Run it; with a teacher's pass, on the feature maps and queries of that one."""
+        model, self.outputs = self.model, None
+
+        def keep_output(module: nn.Module, args: tuple, output: Any) -> None:
+            self.outputs = output
+
+        def keep_padding(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.padding = kwargs.get('key_padding_mask')
+
+        def extract(*args: Any) -> Any:
+            self.features = model.__class__.extract_feat(model, *args)
+            return self.features
+
+        def choose(*args: Any, **kwargs: Any) -> tuple[dict, dict]:
+            decoder, head = model.__class__.pre_decoder(model, *args, **kwargs)
+            self.chosen = {name: decoder[name] for name in _CHOSEN if name in decoder}
+            return {**decoder, **(teacher.chosen if teacher else {})}, head
+
+        first = [self.head.cls_branches[-1]] if getattr(model, 'as_two_stage', False) else []
         with ExitStack() as stack:
-            tokens = stack.enter_context(keep_outputs(self.encoder.layers[i] for i in layers))
-            first = [head.cls_branches[-1]] if getattr(model, 'as_two_stage', False) else []
-            proposals = stack.enter_context(keep_outputs(first))
-            outputs = []
-            stack.enter_context(head.register_forward_hook(lambda m, a, out: outputs.append(out)))
-            stack.enter_context(_replaced(model, 'extract_feat', self._extract(follow)))
-            stack.enter_context(_replaced(model, 'pre_decoder', self._choose(follow)))
-            model.predict(inputs, copy.copy(samples), rescale=False)
-        self.tokens, self.proposals, self.predictions = tokens, proposals, outputs[0]
+            layers = (self.encoder.layers[index] for index in layers)
+            self.tokens = stack.enter_context(keep_outputs(layers))
+            self.proposals = stack.enter_context(keep_outputs(first))
+            stack.enter_context(self.head.register_forward_hook(keep_output))
+            stack.enter_context(
+                self.encoder.register_forward_pre_hook(keep_padding, with_kwargs=True)
+            )
+            extract = extract if teacher is None else lambda *args: teacher.features
+            stack.enter_context(_replaced(model, extract_feat=extract, pre_decoder=choose))
+            if hasattr(model, 'bbox_head'):
+                model.predict(inputs, copy.deepcopy(samples), rescale=False)
+            else:
+                self.head(model.extract_feat(inputs), samples)
 
-    def _extract(self, follow):
-        original = self.model.extract_feat
 
-        def extract(*args):
-            self.feats = original(*args) if follow is None else follow.feats
-            return self.feats
+def _output_distances(found: tuple, wanted: tuple) -> dict[str, Tensor]:
+    """Distances of class scores and of boxes or masks, of every decoder layer."""
+    (scores, boxes), (wanted_scores, wanted_boxes) = (
+        [torch.stack(list(part)) for part in output[:2]] for output in (found, wanted)
+    )
+    if boxes.shape[-1] == 4 and boxes.dim() == 4:
+        weight = wanted_scores.sigmoid().amax(-1, keepdim=True)
+        distance = (boxes - wanted_boxes).abs()
+        classes = _score_distance(scores, wanted_scores)
+    else:  # masks; the last class is no object
+        p = wanted_scores.softmax(-1)
+        weight = 1 - p[..., -1]
+        classes = (p * (p.log() - scores.log_softmax(-1))).sum() / weight.sum()
+        weight = weight[..., None, None]
+        distance = F.binary_cross_entropy_with_logits(
+            boxes, wanted_boxes.sigmoid(), reduction='none'
+        ).mean((-1, -2), keepdim=True)
+    return {'classes': classes, 'boxes': (weight * distance).sum() / weight.sum()}
 
-        return extract
 
-    def _choose(self, follow):
-        original = self.model.pre_decoder
-
-        def choose(*args, **kwargs):
-            decoder_inputs, head_inputs = original(*args, **kwargs)
-            self.chosen = {k: decoder_inputs[k] for k in _QUERIES if k in decoder_inputs}
-            if follow is not None:
-                decoder_inputs.update(follow.chosen)
-            return decoder_inputs, head_inputs
-
-        return choose
+def _score_distance(found: Tensor, wanted: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of sigmoid scores, by the sum of each token's best one."""
+    # What is padded in a text has a score of minus infinity.
+    found, wanted = found.clamp(min=-50).float(), wanted.clamp(min=-50).float()
+    p = wanted.sigmoid()
+    cross, entropy = (
+        F.binary_cross_entropy_with_logits(logits, p, reduction='sum') for logits in (found, wanted)
+    )
+    return (cross - entropy) / p.amax(-1).sum()
 
 
 @contextmanager
-def _replaced(owner: nn.Module, name: str, function: Callable) -> Iterator[None]:
-    setattr(owner, name, function)
+def _replaced(owner: nn.Module, **methods: Callable) -> Iterator[None]:
+    owner.__dict__.update(methods)
     try:
         yield
     finally:
-        delattr(owner, name)
+        for name in methods:
+            del owner.__dict__[name]
+
+
+def _leave_prefix_out(model: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    for name in [name for name in state if name.startswith(f'{prefix}student.')]:
+        state[prefix + name[len(f'{prefix}student.') :]] = state.pop(name)
+
+
+def _put_prefix_in(state: dict, prefix: str, *args: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        if not name.startswith((f'{prefix}student.', f'{prefix}data_preprocessor.')):
+            state[f'{prefix}student.{name[len(prefix) :]}'] = state.pop(name)
+
+
+class DistillHook(Hook):
+    """Starts a :class:`DistilledDetector` from its teacher, and notes it down in checkpoints.
+
+    Args:
+        fit_images (int): Images that what is new is fitted to before the first iteration.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, fit_images: int = 64) -> None:
+        self.fit_images = fit_images
+
+    def before_train(self, runner: Runner) -> None:
+        """Copy and fit, unless the training is resumed."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model.iterations = runner.iter
+        if runner.iter:
+            return
+        if is_main_process():
+            batches: dict[str, list] = {'inputs': [], 'data_samples': []}
+            for batch in runner.train_dataloader:
+                for name, kept in batches.items():
+                    kept += list(batch[name])
+                if len(batches['inputs']) >= self.fit_images:
+                    break
+            runner.logger.info(f'Start: {model.start(model.data_preprocessor(batches, False))}')
+        for value in model.state_dict().values():
+            broadcast(value)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Say what the weights come from."""
+        checkpoint['meta']['distilled'] = {
+            'teacher': runner.cfg.model.teacher,
+            'images': len(runner.train_dataloader.dataset),
+            'iterations': runner.iter,
+        }
+
+
+def distillation_config(
+    config: Config,
+    teacher: str | Path,
+    files: Sequence[str | Path],
+    iterations: int = 300,
+    batch_size: int = 8,
+    work_dir: str | Path = 'work_dirs/distill',
+) -> Config:
+    """The config of a training of :class:`DistilledDetector`, for mmengine's runner.
+
+    Type and ``accumulative_counts`` of the ``optim_wrapper`` are those of the Lite config, and so
+    are ``default_hooks``, ``env_cfg``, ``launcher`` and what else the runner reads.
+
+    Args:
+        config (Config): The Lite detector's config; it is not changed.
+        teacher (str | Path): Checkpoint of its stock detector.
+        files (Sequence[str | Path]): Images.
+        iterations (int): Updates of the weights.
+        batch_size (int): Images at a time, of each process.
+        work_dir (str | Path): Where checkpoints go. A training that stopped there goes on.
+
+    Returns:
+        Config: To be given to ``Runner.from_cfg``.
+    """
+    find_holder(config.model)
+    result = copy.deepcopy(config)
+    wrapper = {
+        name: value
+        for name, value in (config.get('optim_wrapper') or {}).items()
+        if name in ('type', 'accumulative_counts', 'dtype')
+    }
+    test_set = config.test_dataloader.dataset
+    reads_text = find_holder(config.model)[2].reads_text
+    rise = max(iterations // 20, 1)
+    changes = {
+        'model': {
+            'type': 'DistilledDetector',
+            'detector': result.pop('model'),
+            'teacher': str(teacher),
+        },
+        'train_dataloader': {
+            'batch_size': batch_size,
+            'num_workers': min(config.train_dataloader.get('num_workers', 0), 2),
+            'sampler': {'type': 'DefaultSampler', 'shuffle': True},
+            'dataset': {
+                'type': 'ImageFiles',
+                'files': [str(file) for file in files],
+                'pipeline': training_pipeline(config),
+                'classes': (test_set.get('metainfo') or {}).get('classes') if reads_text else None,
+            },
+        },
+        'train_cfg': {'type': 'IterBasedTrainLoop', 'max_iters': iterations},
+        'optim_wrapper': {
+            'type': 'OptimWrapper',
+            **wrapper,
+            'optimizer': {'type': 'AdamW', 'lr': 1e-3, 'weight_decay': 1e-4},
+            'clip_grad': {'max_norm': 1.0},
+        },
+        'param_scheduler': [
+            {'type': 'LinearLR', 'start_factor': 0.05, 'by_epoch': False, 'end': rise},
+            {'type': 'CosineAnnealingLR', 'by_epoch': False, 'T_max': iterations},
+        ],
+        'custom_hooks': [{'type': 'DistillHook'}],
+        'work_dir': str(work_dir),
+        'resume': True,
+        'load_from': None,
+    }
+    for name, value in changes.items():
+        result[name] = value
+    for kind in ('val', 'test'):
+        for name in ('cfg', 'dataloader', 'evaluator'):
+            result.pop(f'{kind}_{name}', None)
+    checkpoint = {
+        'type': 'SafeCheckpointHook',
+        'by_epoch': False,
+        'interval': max(iterations // 10, 25),
+        'max_keep_ckpts': 1,
+    }
+    result.setdefault('default_hooks', {})['checkpoint'] = checkpoint
+    return result
+
+
+def training_pipeline(config: Config) -> list[dict]:
+    """How images without labels are read: as in testing, at the scales of training, and mirrored.
+
+    Args:
+        config (Config): A detector's config.
+
+    Returns:
+        list[dict]: Transforms; those of test images without the annotations, with the training
+        pipeline's largest ``RandomChoiceResize`` where it has one, and ``RandomFlip``.
+    """
+    steps = [
+        copy.deepcopy(step)
+        for step in config.test_dataloader.dataset.pipeline
+        if not type_name(step['type']).endswith('Annotations')
+    ]
+    resizes = list(_choices(config.get('train_dataloader') or {}))
+    if resizes:
+        for index, step in enumerate(steps):
+            if type_name(step['type']) in ('Resize', 'FixScaleResize'):
+                steps[index] = max(resizes, key=lambda resize: max(map(sum, resize['scales'])))
+    steps.insert(-1, {'type': 'RandomFlip', 'prob': 0.5})
+    return steps
+
+
+def _choices(config: Any) -> Iterator[dict]:
+    if isinstance(config, dict):
+        if 'type' in config and type_name(config['type']) == 'RandomChoiceResize':
+            yield copy.deepcopy(config)
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        for part in config:
+            yield from _choices(part)

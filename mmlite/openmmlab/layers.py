@@ -294,6 +294,7 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
         init_cfg (dict, optional): Initialisation config of mmengine.
         low_levels (Sequence[int], optional): Indices of the low-level maps.
         chunk_size (int, optional): Tokens at a time in the FFNs on a CPU.
+        elastic (Sequence[str]): Further schedules that the weights serve.
 
     Raises:
         ValueError: The schedule is malformed, or does not fit ``num_layers`` or the number of
@@ -312,14 +313,16 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
         init_cfg: ConfigDict | dict | None = None,
         low_levels: tuple[int, ...] | None = None,
         chunk_size: int | None = 1024,
+        elastic: Sequence[str | EncoderSchedule] = (),
     ) -> None:
-        schedule = EncoderSchedule.parse(schedule)
+        schedule, *further = map(EncoderSchedule.parse, (schedule, *elastic))
         layer_cfg = dict(layer_cfg or {})
         num_levels = (layer_cfg.get('self_attn_cfg') or {}).get('num_levels', 4)
         schedule.check_fit(num_layers, num_levels, update)
         options = dict(key_aware=key_aware, small_ffn=small_ffn, chunk_size=chunk_size)
-        layers = [LiteEncoderLayer(step, **options, **layer_cfg) for step in schedule.steps(update)]
-        super().__init__(schedule, layers, update, num_cp, low_levels)
+        steps = nn.schedule.layer_steps([schedule, *further], update)
+        layers = [LiteEncoderLayer(step, **options, **layer_cfg) for step in steps]
+        super().__init__(schedule, layers, update, num_cp, low_levels, further)
         self.init_cfg = copy.deepcopy(init_cfg)
         self.num_layers = len(layers)
         self.key_aware = key_aware

@@ -25,9 +25,13 @@ _CONTINUATION_TORCH = '>=2.3'
 # A module of the stack -> ours that builds on it and is imported right after it. MMDetection's
 # registries import theirs when they are first asked for a component.
 _FOLLOWERS = {
-    'mmdet.models': ('mmlite.openmmlab.layers', 'mmlite.openmmlab.detectors'),
+    'mmdet.models': (
+        'mmlite.openmmlab.layers',
+        'mmlite.openmmlab.detectors',
+        'mmlite.openmmlab.distillation',
+    ),
     'mmengine.analysis': ('mmlite.openmmlab.flops',),  # for get_flops
-    'mmdet.datasets': ('mmlite.datasets.coco',),
+    'mmdet.datasets': ('mmlite.datasets.coco', 'mmlite.datasets.files'),
     'mmengine.runner': ('mmlite.openmmlab.runner',),
 }
 
@@ -35,6 +39,7 @@ _FOLLOWERS = {
 _HOOKS = {
     'FusedAttentionHook': 'mmlite.openmmlab.layers',
     'WarmStartHook': 'mmlite.openmmlab.checkpoints.hooks',
+    'DistillHook': 'mmlite.openmmlab.distillation',
     'SafeCheckpointHook': 'mmlite.openmmlab.checkpoints.hooks',
     'EfficiencyHook': 'mmlite.analysis.hooks',
     'AttentionMapHook': 'mmlite.analysis.hooks',

@@ -26,9 +26,7 @@ def test_canonical_text():
     assert str(EncoderSchedule.parse('h3l1-(2+1)X3')) == 'H3L1-(2+1)x3'
 
 
-@pytest.mark.parametrize(
-    'text', ['', 'H3L1', 'H3L1-(2+2)x3', 'H3L1-2+1x3', 'H3L1-(2+1)x3 x', 3, None]
-)
+@pytest.mark.parametrize('text', ['', 'H3L1', 'H3L1-(2+2)x3', 'H3L1-(2+1)x3 x', 3, None])
 def test_malformed(text):
     with pytest.raises(ValueError, match=r'not of the form HxLy-\(A\+1\)xB, for example'):
         EncoderSchedule.parse(text)

@@ -1,0 +1,116 @@
+"""A student that follows a teacher: what is compared, what is trained, and that it comes closer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from thin_encoder import THIN, inputs
+from torch import nn
+
+from mmlite.nn import EncoderSchedule, LiteEncoder
+from mmlite.nn.distill import compared_layers, distill, learning_rate, token_distance
+
+STOCK = dict(schedule='H4L0-1234x2', key_aware=False)
+
+
+class Stock(nn.Module):
+    """A stock encoder: its layers, and no schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        whole = LiteEncoder(**STOCK, **THIN)
+        self.layers = whole.layers
+        self.__dict__['whole'] = whole
+
+    def forward(self, **arguments):
+        return self.whole(**arguments)
+
+
+@pytest.mark.parametrize(
+    ('schedule', 'update', 'expected'),
+    [
+        ('H3L1-(2+1)x3', 'joint', [(1, 1), (3, 3), (5, 5)]),
+        ('H3L1-(2+1)x2', 'sequential', [(2, 1), (5, 3)]),
+        ('H3L0-1:1x2+12:12x2+123x2', 'joint', [(4, 4), (5, 5)]),
+        ('H3L1-123+1234+123', 'joint', [(1, 1), (2, 2)]),
+    ],
+)
+def test_compared_layers(schedule, update, expected):
+    schedule = EncoderSchedule.parse(schedule)
+    encoder = LiteEncoder(schedule, **THIN, update=update)
+    assert compared_layers(encoder) == expected
+
+
+def test_token_distance_is_in_units_of_variance_and_leaves_padding_out():
+    wanted = torch.randn(2, 50, 8) * 3 + 1
+    padding = torch.zeros(2, 50, dtype=torch.bool)
+    padding[1, 30:] = True
+    real = wanted[~padding]
+    found = wanted.clone()
+    found[padding] = 1e6
+    assert token_distance([found], [wanted], padding) == 0
+    mean = real.mean(0).expand_as(wanted)
+    expected = ((real - real.mean(0)) ** 2).mean() / real.var(0).mean()
+    torch.testing.assert_close(token_distance([mean], [wanted], padding), expected)
+    twice = token_distance([mean, found], [wanted, wanted], padding)
+    torch.testing.assert_close(twice, expected / 2)
+
+
+def test_learning_rate_rises_and_falls():
+    rates = [learning_rate(i, 100) for i in range(100)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) == rates[4] > 0.99
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 1e-3
+
+
+def test_a_student_comes_closer_and_nothing_else_changes():
+    teacher = nn.ModuleDict({'encoder': Stock(), 'other': nn.Linear(2, 2)})
+    student = nn.ModuleDict({'encoder': LiteEncoder('H3L1-(2+1)x1', **THIN)})
+    student['other'] = nn.Linear(2, 2)
+    for model in (teacher, student):
+        model.forward = lambda model=model, **arguments: model['encoder'](**arguments)
+    before = copy.deepcopy(student['other'].state_dict())
+    kept = copy.deepcopy(teacher.state_dict())
+    losses = []
+    distill(student, teacher, [inputs()], 40, report=lambda i, loss: losses.append(loss))
+    assert len(losses) == 40 and losses[-1] < 0.7 * losses[0]
+    assert not student.training
+    for model, state in ((student['other'], before), (teacher, kept)):
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_an_output_loss_is_added():
+    seen = []
+
+    def output_loss(found, wanted):
+        seen.append((found.shape, wanted.shape))
+        return (found - wanted).abs().mean() * 0 + 7
+
+    losses = []
+    student = LiteEncoder('H3L1-(2+1)x1', **THIN)
+    arguments = inputs()
+    distill(student, Stock(), [arguments] * 2, 3, 0.0, output_loss, lambda i, x: losses.append(x))
+    assert seen == [(arguments['tokens'].shape,) * 2] * 3
+    assert all(7 < loss < 9.5 for loss in losses)
+
+
+def test_an_elastic_student_learns_every_schedule():
+    schedules = ['H3L1-(1+1)x2', 'H2L2-(2+1)x1', 'H3L1-(2+1)x1']
+    student = LiteEncoder(schedules[0], **THIN, elastic=schedules[1:])
+    used = []
+    student.layers[0].register_forward_hook(lambda *_: used.append(str(student.schedule)))
+    distill(student, Stock(), [inputs()], 6)
+    assert used == [schedules[0], schedules[1], schedules[2]] * 2
+    assert str(student.schedule) == schedules[0]
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match='Linear has no Lite encoder to train'):
+        distill(nn.Linear(2, 2), Stock(), [])
+    student = LiteEncoder('H3L1-(2+1)x1', **THIN)
+    with pytest.raises(ValueError, match='is no teacher'):
+        distill(student, copy.deepcopy(student), [])
+    with pytest.raises(ValueError, match='no batches'):
+        distill(student, Stock(), [])

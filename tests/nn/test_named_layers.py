@@ -1,0 +1,169 @@
+"""Schedules that name their layers, and several schedules for one set of weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from thin_encoder import SIZES, THIN, inputs, randomised
+
+from mmlite.nn import EncoderSchedule, EncoderStep, LiteEncoder
+from mmlite.nn.schedule import decode_schedules, encode_schedules, layer_steps
+
+PRO_SCALE = 'H4L0-12:12x2+123:123+1234x2'
+
+
+@pytest.mark.parametrize(
+    ('text', 'name', 'layers'),
+    [
+        ('H3L0-1:1x3+12:12x3+123x3', 'H3L0-1:1x3+12:12x3+123x3', 9),
+        ('h3l1-123 + 1234:4321 + 123+1234', 'H3L1-(2+1)x2', 4),
+        ('H3L1-123x2+4:34', 'H3L1-123x2+4:34', 3),
+        ('H4L0-1234+1234', 'H4L0-1234x2', 2),
+    ],
+)
+def test_names(text, name, layers):
+    schedule = EncoderSchedule.parse(text)
+    assert str(schedule) == name and schedule.num_layers == layers
+    assert EncoderSchedule.parse(name) == schedule
+    for cast in (torch.Tensor.half, torch.Tensor.bfloat16):
+        assert EncoderSchedule.decode(cast(schedule.encode())) == (schedule, 'joint')
+
+
+@pytest.mark.parametrize(
+    ('text', 'problem'),
+    [
+        ('H3L0-1:1x3', 'must update each of its 3 maps'),
+        ('H3L0-12x3+4', 'layer 4 .* some of the 3 maps'),
+        ('H3L0-11+123', 'layer 1 .* each named once'),
+        ('H3L0-123:5', 'layer 1 '),
+        ('H3L0-123x0', 'not of the form'),
+        ('H3L0-', 'not of the form'),
+    ],
+)
+def test_malformed(text, problem):
+    with pytest.raises(ValueError, match=problem):
+        EncoderSchedule.parse(text)
+
+
+def test_fit_to_an_encoder():
+    with pytest.raises(ValueError, match=r'names 5 layers, but num_layers is 6; .*num_layers=5'):
+        EncoderSchedule.parse(PRO_SCALE).check_fit(6, 4)
+    EncoderSchedule.parse(PRO_SCALE).check_fit(5, 4)
+
+
+@pytest.mark.parametrize('options', [{}, {'key_aware': False}, {'same_loc': True}])
+def test_named_layers_are_the_paper_s(options):
+    """Spelt out layer by layer, a schedule of the paper computes the same."""
+    paper = randomised(LiteEncoder('H3L1-(2+1)x2', **THIN, **options))
+    schedule = EncoderSchedule.parse('H3L1-123+1234:1234+123+1234')
+    assert schedule == paper.schedule
+    steps = [EncoderStep(True, False, (0, 1, 2))] * 3 + [EncoderStep(True, True, (0, 1, 2, 3))]
+    named = EncoderSchedule(3, 1, 0, 0, tuple(steps))
+    three = randomised(LiteEncoder(named, **THIN, **options))
+    one = randomised(LiteEncoder('H3L1-(4+1)x1', **THIN, **options))
+    arguments = inputs()
+    assert torch.equal(three(**arguments), one(**arguments))
+
+
+@pytest.mark.parametrize('key_aware', [True, False])
+@pytest.mark.parametrize('order', [(0, 1, 2, 3), (3, 2, 1, 0)])
+def test_a_layer_reads_only_what_its_schedule_says(key_aware, order):
+    sizes = [SIZES[level] for level in order]
+    encoder = randomised(LiteEncoder('H4L0-12:12+1234', **THIN, key_aware=key_aware))
+    arguments = {**inputs(sizes), 'padding_mask': None}
+    first = []
+    encoder.layers[0].register_forward_hook(lambda module, args, output: first.append(output))
+    encoder(**arguments)
+    starts = torch.tensor([0, *(h * w for h, w in sizes)]).cumsum(0)
+    small = [level for level, (h, _) in enumerate(sizes) if h <= 2]
+    unread = torch.ones(arguments['tokens'].shape[1], dtype=torch.bool)
+    for level in small:
+        unread[starts[level] : starts[level + 1]] = False
+    changed = arguments['tokens'].clone()
+    changed[:, unread] += 1
+    encoder(**{**arguments, 'tokens': changed})
+    assert torch.equal(first[0][:, ~unread], first[1][:, ~unread])
+    assert torch.equal(first[1][:, unread], changed[:, unread])
+    # The attention over the two maps alone, with the rows of its layers that belong to them.
+    attention = encoder.layers[0].self_attn
+    small_sizes = [sizes[level] for level in small]
+    tokens, pos = (arguments[name][:, ~unread] for name in ('tokens', 'pos'))
+    points = torch.rand(1, tokens.shape[1], 2, 2)
+    found = attention(
+        tokens, query_pos=pos, reference_points=points, spatial_shapes=small_sizes, levels=small
+    )
+    value = torch.zeros_like(arguments['tokens'])
+    value[:, ~unread] = tokens
+    every = torch.zeros(1, tokens.shape[1], 4, 2)
+    every[:, :, small] = points
+    where = attention.locate(tokens + pos, points, small_sizes, small)
+    expected = attention.locate(tokens + pos, every, sizes)[:, :, :, small]
+    torch.testing.assert_close(where, expected)
+    logits = attention.logits(tokens + pos, tokens, None, points, small_sizes, small)
+    whole = attention.logits(tokens + pos, value, None, every, sizes).unflatten(-1, (4, -1))
+    torch.testing.assert_close(logits, whole[..., small, :].flatten(-2))
+    assert found.shape == tokens.shape
+
+
+def test_gradients_reach_every_parameter_of_a_named_schedule():
+    encoder = randomised(LiteEncoder(PRO_SCALE, **THIN))
+    encoder(**inputs()).sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.parameters())
+
+
+def test_compiles_and_exports_whole():
+    encoder = randomised(LiteEncoder(PRO_SCALE, **THIN)).eval()
+    arguments = inputs()
+    sizes = tuple(arguments.pop('level_sizes'))
+
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, tokens, pos, padding_mask, valid_ratios):
+            return self.encoder(
+                tokens, pos, sizes, padding_mask=padding_mask, valid_ratios=valid_ratios
+            )
+
+    program = torch.export.export(Fixed(), (), kwargs=arguments)
+    torch.testing.assert_close(program.module()(**arguments), Fixed()(**arguments))
+
+
+ELASTIC = ['H3L1-(1+1)x4', 'H3L1-(2+1)x2', 'H2L2-(4+1)x1']
+
+
+def test_one_set_of_weights_serves_several_schedules():
+    elastic = randomised(LiteEncoder(ELASTIC[0], **THIN, elastic=ELASTIC[1:])).eval()
+    for name in reversed(ELASTIC):
+        single = LiteEncoder(name, **THIN).eval()
+        single.load_state_dict(elastic.state_dict(), strict=False)
+        elastic.use_schedule(name)
+        assert torch.equal(elastic(**inputs()), single(**inputs()))
+    with pytest.raises(ValueError, match=r'H2L2-\(2\+1\)x2 has no trained weights here'):
+        elastic.use_schedule('H2L2-(2+1)x2')
+    with pytest.raises(ValueError, match=r'trained with schedule H3L1-\(1\+1\)x4 and H3L1'):
+        LiteEncoder('H2L2-(2+1)x2', **THIN).load_state_dict(elastic.state_dict(), strict=False)
+    with pytest.raises(ValueError, match='trained with schedule'):
+        elastic.load_state_dict(LiteEncoder(ELASTIC[0], **THIN).state_dict(), strict=False)
+
+
+def test_training_takes_the_schedules_in_turn():
+    encoder = LiteEncoder(ELASTIC[1], **THIN, elastic=ELASTIC)
+    taken = []
+    for _ in range(4):
+        encoder(**inputs())
+        taken.append(str(encoder.schedule))
+    assert taken == [ELASTIC[0], ELASTIC[2], ELASTIC[1], ELASTIC[0]]
+
+
+def test_what_cannot_share_weights_is_refused():
+    with pytest.raises(ValueError, match='one set of weights cannot serve'):
+        LiteEncoder('H3L1-(2+1)x2', **THIN, elastic=['H3L1-(2+1)x3'])
+    with pytest.raises(ValueError, match='one set of weights cannot serve'):
+        layer_steps([EncoderSchedule.parse(each) for each in ('H3L1-(2+1)x1', 'H2L1-(2+1)x1')])
+
+
+def test_codes_of_several_schedules():
+    schedules = [EncoderSchedule.parse(each) for each in (*ELASTIC, PRO_SCALE)]
+    assert decode_schedules(encode_schedules(schedules, 'joint').half()) == (schedules, 'joint')

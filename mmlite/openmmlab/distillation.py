@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmdet.registry import MODELS
+from mmdet.registry import MODELS, OPTIMIZERS
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import broadcast, is_main_process
 from mmengine.hooks import Hook
@@ -22,11 +22,13 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn.distill import compared_layers, keep_outputs, token_distance
+from ..nn.distill import EncoderOptimizer, compared_layers, keep_outputs, token_distance
 from .checkpoints.loading import load_checkpoint
 from .checkpoints.official import unpack
 from .checkpoints.warm_start import WarmStart, build_teacher, warm_start
 from .families import encoder_name, find_holder, type_name
+
+OPTIMIZERS.register_module(module=EncoderOptimizer)
 
 # What a detector's pre_decoder chooses; the rest of what it returns are the encoder's tokens.
 _CHOSEN = ('query', 'query_pos', 'reference_points')
@@ -151,7 +153,9 @@ class _Pass:
             self.chosen = {name: decoder[name] for name in _CHOSEN if name in decoder}
             return {**decoder, **(teacher.chosen if teacher else {})}, head
 
-        first = [self.head.cls_branches[-1]] if getattr(model, 'as_two_stage', False) else []
+        first = []  # what scores every token, where queries are chosen from them
+        if getattr(model, 'as_two_stage', False):
+            first = [self.head.cls_branches[model.decoder.num_layers]]
         with ExitStack() as stack:
             layers = (self.encoder.layers[index] for index in layers)
             self.tokens = stack.enter_context(keep_outputs(layers))
@@ -254,7 +258,7 @@ class DistillHook(Hook):
         checkpoint['meta']['distilled'] = {
             'teacher': runner.cfg.model.teacher,
             'images': len(runner.train_dataloader.dataset),
-            'iterations': runner.iter,
+            'iterations': runner.iter + 1,  # the one that has just been done
         }
 
 
@@ -313,7 +317,7 @@ def distillation_config(
         'optim_wrapper': {
             'type': 'OptimWrapper',
             **wrapper,
-            'optimizer': {'type': 'AdamW', 'lr': 1e-3, 'weight_decay': 1e-4},
+            'optimizer': {'type': 'EncoderOptimizer', 'lr': 4e-3},
             'clip_grad': {'max_norm': 1.0},
         },
         'param_scheduler': [
@@ -348,7 +352,7 @@ def training_pipeline(config: Config) -> list[dict]:
 
     Returns:
         list[dict]: Transforms; those of test images without the annotations, with the training
-        pipeline's largest ``RandomChoiceResize`` where it has one, and ``RandomFlip``.
+        pipeline's ``RandomChoiceResize`` of most scales where it has one, and ``RandomFlip``.
     """
     steps = [
         copy.deepcopy(step)
@@ -359,7 +363,7 @@ def training_pipeline(config: Config) -> list[dict]:
     if resizes:
         for index, step in enumerate(steps):
             if type_name(step['type']) in ('Resize', 'FixScaleResize'):
-                steps[index] = max(resizes, key=lambda resize: max(map(sum, resize['scales'])))
+                steps[index] = max(resizes, key=lambda resize: len(resize['scales']))
     steps.insert(-1, {'type': 'RandomFlip', 'prob': 0.5})
     return steps
 

@@ -10,7 +10,13 @@ from thin_encoder import THIN, inputs
 from torch import nn
 
 from mmlite.nn import EncoderSchedule, LiteEncoder
-from mmlite.nn.distill import compared_layers, distill, learning_rate, token_distance
+from mmlite.nn.distill import (
+    EncoderOptimizer,
+    compared_layers,
+    distill,
+    learning_rate,
+    token_distance,
+)
 
 STOCK = dict(schedule='H4L0-1234x2', key_aware=False)
 
@@ -114,3 +120,28 @@ def test_bad_input_is_refused():
         distill(student, copy.deepcopy(student), [])
     with pytest.raises(ValueError, match='no batches'):
         distill(student, Stock(), [])
+
+
+def test_an_optimizer_goes_on_where_it_was():
+    def trained(steps: list[int]) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer, kept = nn.Linear(4, 4), None
+        for count in steps:
+            optimizer = EncoderOptimizer([*layer.parameters(), nn.Parameter(torch.zeros(1), False)])
+            if kept:
+                optimizer.load_state_dict(kept)
+            for _ in range(count):
+                optimizer.zero_grad()
+                layer(torch.ones(2, 4)).square().sum().backward()
+                optimizer.step()
+            kept = copy.deepcopy(optimizer.state_dict())
+        return torch.cat([parameter.detach().flatten() for parameter in layer.parameters()])
+
+    assert torch.equal(trained([6]), trained([2, 4]))
+
+
+def test_without_muon_adamw_does_all(monkeypatch):
+    monkeypatch.delattr(torch.optim, 'Muon', raising=False)
+    optimizer = EncoderOptimizer(nn.Linear(4, 4).parameters())
+    assert [type(part) for part in optimizer.parts] == [torch.optim.AdamW]
+    assert optimizer.param_groups[0]['lr'] == 1e-3

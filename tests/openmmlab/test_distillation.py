@@ -1,0 +1,169 @@
+"""Label-free training from a stock detector, for every family."""
+
+from __future__ import annotations
+
+import copy
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmdet.registry import DATASETS, MODELS
+from mmengine.config import Config
+from mmengine.runner import Runner
+from small_detectors import STOCK, batch, small_config, small_model
+
+from mmlite.openmmlab.distillation import (
+    DistilledDetector,
+    _score_distance,
+    distillation_config,
+    training_pipeline,
+)
+from mmlite.openmmlab.families import encoder_name
+from mmlite.openmmlab.lite_config import lite_change, main_schedule
+
+TEXT = ('GroundingDINO', 'MM-GroundingDINO')
+FAMILIES = ['plain', 'two-stage', 'DINO', 'DDQ', 'GroundingDINO', 'Mask2Former', 'panoptic']
+
+
+def teacher_file(folder, name: str, bert: str = ''):
+    """Weights of a small stock detector, and the Lite config of it."""
+    torch.save(
+        {'state_dict': small_model(name, bert=bert, std=0.1).state_dict()}, folder / 'stock.pth'
+    )
+    config = small_config(name, bert)
+    config.merge_from_dict({'model': lite_change(config.model, main_schedule(config.model))})
+    return config, str(folder / 'stock.pth')
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_a_training_step_of_every_family(name, tmp_path, tiny_bert):
+    config, teacher = teacher_file(tmp_path, name, tiny_bert if name in TEXT else '')
+    torch.manual_seed(0)
+    model = DistilledDetector(config.model, teacher)
+    data = batch(model.student)
+    data['data_samples'] = [sample.new(metainfo=sample.metainfo) for sample in data['data_samples']]
+    model.start(data)
+    model.train()
+    before = copy.deepcopy(model.teacher.state_dict())
+    losses = model(**data, mode='loss')
+    expected = {'loss_tokens', 'loss_classes', 'loss_boxes'}
+    two_stages = getattr(model.student, 'as_two_stage', False)
+    assert set(losses) == expected | ({'loss_proposals'} if two_stages else set())
+    assert all(value > 0 and value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+    encoder = encoder_name(model.student)
+    for parameter_name, parameter in model.student.named_parameters():
+        trained = parameter_name.startswith(f'{encoder}.')
+        assert parameter.requires_grad == trained
+        assert (parameter.grad is not None and bool(parameter.grad.isfinite().all())) == trained
+    assert all(torch.equal(v, before[k]) for k, v in model.teacher.state_dict().items())
+    assert not any('teacher' in key or 'student' in key for key in model.state_dict())
+    lite = MODELS.build(config.model)
+    lite.load_state_dict(model.state_dict())
+    again = DistilledDetector(config.model, teacher)
+    again.load_state_dict(lite.state_dict())
+    for key, value in model.student.state_dict().items():
+        assert torch.equal(again.student.state_dict()[key], value), key
+
+
+def test_a_student_like_its_teacher_has_no_loss(tmp_path):
+    """With the stock schedule and attention, and all weights copied, nothing is to be learnt."""
+    config, teacher = teacher_file(tmp_path, 'DINO')
+    config.model.encoder.update(schedule='H4L0-1234x2', key_aware=False)
+    model = DistilledDetector(config.model, teacher)
+    data = batch(model.student)
+    model.start(data)
+    losses = model.train()(**data, mode='loss')
+    assert all(abs(float(value)) < 1e-5 for value in losses.values())
+
+
+def test_score_distance_by_hand():
+    wanted = torch.tensor([[0.0, -torch.inf]])  # a half, and a word that is not there
+    found = torch.tensor([[torch.log(torch.tensor(3.0)), 5.0]])  # three quarters
+    divergence = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
+    absent = np.log1p(np.exp(5.0))
+    assert float(_score_distance(found, wanted)) == pytest.approx((divergence + absent) / 0.5)
+    assert float(_score_distance(wanted, wanted)) == 0
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('images')
+    for index in range(6):
+        image = np.random.default_rng(index).integers(0, 255, (60 + index, 90, 3), np.uint8)
+        cv2.imwrite(str(folder / f'{index}.png'), image)
+    return sorted(folder.iterdir())
+
+
+def test_images_are_read_as_in_training(images):
+    config = small_config('DINO')
+    steps = training_pipeline(config)
+    assert [step['type'] for step in steps] == [
+        'LoadImageFromFile',
+        'RandomChoiceResize',
+        'RandomFlip',
+        'PackDetInputs',
+    ]
+    assert len(steps[1]['scales']) == 11  # MMDetection's eleven sizes of training
+    dataset = DATASETS.build(dict(type='ImageFiles', files=images, pipeline=steps))
+    assert len(dataset) == 6
+    item = dataset[3]
+    assert item['inputs'].shape[0] == 3 and not len(item['data_samples'].gt_instances)
+
+
+def test_runs_resumes_and_says_what_it_is(images, tmp_path):
+    config, teacher = teacher_file(tmp_path, 'DINO')
+    config.train_dataloader.num_workers = 0
+    config.train_dataloader.persistent_workers = False
+    resize = {'type': 'Resize', 'scale': (64, 64), 'keep_ratio': True}
+    config.test_dataloader.dataset.pipeline[1] = resize
+    config.train_dataloader.dataset.pipeline = []
+    config.log_level = 'ERROR'
+
+    def trained(iterations: int) -> dict:
+        settings = distillation_config(config, teacher, images, 4, 2, tmp_path / 'work')
+        settings.default_hooks.checkpoint.interval = 2
+        settings.train_cfg.max_iters = iterations
+        Runner.from_cfg(Config(settings.to_dict())).train()
+        return torch.load(tmp_path / f'work/iter_{iterations}.pth', weights_only=False)
+
+    first = trained(2)
+    assert first['meta']['distilled'] == {'teacher': teacher, 'images': 6, 'iterations': 2}
+    last = trained(4)
+    assert last['meta']['distilled']['iterations'] == 4
+    lite = MODELS.build(config.model)
+    lite.load_state_dict(last['state_dict'])
+    stock = torch.load(teacher)['state_dict']
+    for name, value in last['state_dict'].items():
+        if not name.startswith('encoder.'):
+            assert torch.equal(value, stock[name]), name
+    changed = [
+        n for n, v in last['state_dict'].items() if not torch.equal(v, first['state_dict'][n])
+    ]
+    assert changed and all(name.startswith('encoder.') for name in changed)
+
+
+def test_elastic_students_learn_their_schedules_in_turn(tmp_path):
+    config, teacher = teacher_file(tmp_path, 'DINO')
+    config.model.encoder.update(schedule='H3L1-(2+1)x1', elastic=['H4L0-1234x2'])
+    model = DistilledDetector(config.model, teacher)
+    data = batch(model.student)
+    model.start(data)
+    model.train()
+    used = []
+    for _ in range(3):
+        model(**data, mode='loss')
+        used.append(str(model.encoder.schedule))
+    assert used == ['H4L0-1234x2', 'H3L1-(2+1)x1', 'H4L0-1234x2']
+
+
+def test_wrong_teachers_are_refused(tmp_path):
+    assert set(FAMILIES) <= set(STOCK)
+    config, _ = teacher_file(tmp_path, 'DINO')
+    torch.save(small_model('plain').state_dict(), tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match='the weights are not those of the DINO behind'):
+        DistilledDetector(config.model, str(tmp_path / 'other.pth'))
+    stock = small_config('DINO').model
+    with pytest.raises(ValueError, match='no Lite detector'):
+        DistilledDetector(stock, str(tmp_path / 'stock.pth'))

@@ -3,7 +3,7 @@
     python benchmarks/decompositions.py --rounds 5 --threads 2
 
 All tokens of an image attend to all four maps. `levels, queries last` is the form of
-mmlite/export/portable.py.
+mmlite/export/operators.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from torch import Tensor, nn
 
 from mmlite.analysis.inputs import OperatorShape
-from mmlite.export import openvino_core, portable
+from mmlite.export import openvino_core
+from mmlite.export.operators import portable
 from mmlite.ops import reference
 
 SIZES: list[tuple[int, int]] = []  # of the maps; main() fills it in
@@ -75,13 +76,13 @@ def gather(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
 
 STANDARD = {
     "MMCV's": lambda v, x, w: multi_scale_deformable_attn_pytorch(v, SIZES, x, w),
-    'levels, queries last': lambda v, x, w: portable.ms_deform_attn(v, flat(), x, w),
+    'levels, queries last': lambda v, x, w: portable(None, None, v, flat(), None, x, w),
     'levels, points last': levels_points_last,
     'rows gathered': gather,
 }
 KEY_AWARE = {
     'samples of all levels': lambda v, x, q: reference.key_aware_deform_attn(q, None, v, SIZES, x),
-    'levels, queries last': lambda v, x, q: portable.key_aware_deform_attn(q, None, v, flat(), x),
+    'levels, queries last': lambda v, x, q: portable(q, None, v, flat(), None, x, None),
 }
 
 

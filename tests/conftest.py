@@ -39,25 +39,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(skip)
 
 
-def _mmengine_instances(manager: type | None = None) -> dict[type, dict]:
-    """What MMEngine keeps by name, of each of its kinds: loggers, scopes, visualizers, ..."""
-    if manager is None:
-        module = sys.modules.get('mmengine.utils.manager')
-        return _mmengine_instances(module.ManagerMixin) if module else {}
-    found = {manager: dict(manager._instance_dict)}
-    for kind in manager.__subclasses__():
-        found |= _mmengine_instances(kind)
-    return found
+def _managers() -> list[type]:
+    """What MMEngine keeps instances of by name: loggers, scopes, visualizers, ..."""
+    module = sys.modules.get('mmengine.utils.manager')
+    kinds = [module.ManagerMixin] if module else []
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return kinds
 
 
 @pytest.fixture(autouse=True)
 def mmengine_as_it_was():
     """A runner leaves nothing: the next would find its scope, and a visualizer of its folder."""
-    before = _mmengine_instances()
+    before = {kind: dict(kind._instance_dict) for kind in _managers()}
     yield
-    for manager in _mmengine_instances():
-        manager._instance_dict.clear()
-        manager._instance_dict.update(before.get(manager, {}))
+    for kind in _managers():
+        kind._instance_dict.clear()
+        kind._instance_dict.update(before.get(kind, {}))
 
 
 @pytest.fixture(scope='session')
@@ -94,52 +92,32 @@ def tiny_bert(tmp_path_factory) -> str:
     return str(folder)
 
 
+class ConvNeXt(torch.nn.ModuleList):
+    """Strided convolutions that take and return what MMPretrain's ConvNeXt does."""
+
+    def __init__(
+        self, arch, out_indices, drop_path_rate, layer_scale_init_value, gap_before_final_norm, **_
+    ) -> None:
+        assert not gap_before_final_norm  # or there would be no maps
+        widths = arch['channels'] if isinstance(arch, dict) else {'tiny': [96, 192, 384, 768]}[arch]
+        sizes = zip([3, *widths], widths, (4, 2, 2, 2))
+        super().__init__(torch.nn.Conv2d(*ins_outs, side, side) for *ins_outs, side in sizes)
+        self.out_indices = out_indices
+
+    def forward(self, maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = [maps := stage(maps) for stage in self]
+        return tuple(found[index] for index in self.out_indices)
+
+
 @pytest.fixture
 def mmpretrain(monkeypatch):
-    """MMPretrain, or where it cannot be imported a ConvNeXt of transformers in its place."""
+    """MMPretrain, or where it cannot be imported a stand-in for its ConvNeXt."""
     try:
         import mmpretrain.models  # noqa: F401
     except ImportError:
-        pass
-    else:
-        yield
-        return
-    from mmengine.registry import MODELS, Registry
+        from mmengine.registry import MODELS, Registry
 
-    hf = pytest.importorskip('transformers', reason='neither mmpretrain nor transformers is there')
-    tiny = dict(depths=[3, 3, 9, 3], channels=[96, 192, 384, 768])
-
-    class ConvNeXt(torch.nn.Module):
-        """What MMPretrain's takes and returns."""
-
-        def __init__(
-            self,
-            arch: str | dict,
-            out_indices: list[int],
-            drop_path_rate: float,
-            layer_scale_init_value: float,
-            gap_before_final_norm: bool,
-            init_cfg: dict | None = None,
-        ) -> None:
-            super().__init__()
-            assert not gap_before_final_norm  # or there would be no maps
-            arch = {'tiny': tiny}[arch] if isinstance(arch, str) else arch
-            config = hf.ConvNextConfig(
-                depths=arch['depths'],
-                hidden_sizes=arch['channels'],
-                drop_path_rate=drop_path_rate,
-                layer_scale_init_value=layer_scale_init_value,
-                out_features=[f'stage{index + 1}' for index in out_indices],
-            )
-            self.backbone = hf.ConvNextBackbone(config)
-
-        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return tuple(self.backbone(images).feature_maps)
-
-    package, models = ModuleType('mmpretrain'), ModuleType('mmpretrain.models')
-    package.models = models
-    monkeypatch.setitem(sys.modules, 'mmpretrain', package)
-    monkeypatch.setitem(sys.modules, 'mmpretrain.models', models)
-    Registry('model', parent=MODELS, scope='mmpretrain').register_module(module=ConvNeXt)
-    yield
-    del MODELS.children['mmpretrain']
+        for name in ('mmpretrain', 'mmpretrain.models'):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        monkeypatch.setattr(MODELS, '_children', {**MODELS.children})
+        Registry('model', parent=MODELS, scope='mmpretrain').register_module(module=ConvNeXt)

@@ -35,12 +35,8 @@ class KilledOnce(Hook):
     '''The second process dies in the middle of the second epoch, without a word.'''
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if runner.rank != 1:
-            return
-        with Path(runner.work_dir, 'iterations').open('a') as file:
-            file.write(f'{runner.iter}\\n')
         dead = Path(runner.work_dir, 'is_dead')
-        if runner.iter == 2 and not dead.exists():
+        if runner.rank == 1 and runner.iter == 2 and not dead.exists():
             dead.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -55,13 +51,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train(
-    folder: Path,
-    name: str,
-    *settings: str,
-    runner: str = 'CPURunner',
-    restarts: int = 0,
-) -> str:
+def train(folder: Path, name: str, *settings: str, runner='CPURunner', restarts=0) -> str:
     """Train a small config with torchrun, as docs/cluster.md says, and give what it printed."""
     lines = (
         f'_base_ = {str(ROOT / "configs/small" / SMALL)!r}',
@@ -71,28 +61,12 @@ def train(
         *settings,
     )
     (folder / f'{name}.py').write_text('\n'.join(lines))
-    return run_together(
-        *(
-            TOOLS / 'train.py',
-            f'{name}.py',
-            '--launcher',
-            'pytorch',
-            '--work-dir',
-            name,
-            '--resume',
-        ),
-        cwd=folder,
-        restarts=restarts,
-    )
-
-
-def run_together(*script: str | Path, cwd: Path, restarts: int = 0) -> str:
-    """Run a script in two processes, and give what they printed."""
-    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2')
     return run_python(
-        *(*torchrun, f'--max-restarts={restarts}', *script),
-        cwd=cwd,
-        PYTHONPATH=os.pathsep.join([str(cwd), os.environ.get('PYTHONPATH', '')]),
+        *('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'),
+        *(f'--max-restarts={restarts}', TOOLS / 'train.py', f'{name}.py'),
+        *('--launcher', 'pytorch', '--work-dir', name, '--resume'),
+        cwd=folder,
+        PYTHONPATH=os.pathsep.join([str(folder), os.environ.get('PYTHONPATH', '')]),
         # Or a process that is started again may find the addresses of those that are gone.
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1',
     )
@@ -109,13 +83,10 @@ def test_two_processes_end_with_the_same_weights(folder):
     )
     assert 'Scaling the original LR by 0.5.' in printed  # batches of 2 x 2 where 8 are meant
     first, second = (load_checkpoint(folder / 'ddp' / f'rank{rank}.pth') for rank in (0, 1))
+    differ = {name for name in first if not torch.equal(first[name], second[name])}
     # The running statistics of BatchNorm are each process's own; what is learned is shared.
-    learned = [name for name in first if 'running_' not in name]
-    assert len(learned) > 100
-    for name in learned:
-        assert torch.equal(first[name], second[name]), name
-    differ = [name for name in first if not torch.equal(first[name], second[name])]
-    assert differ  # they saw different images
+    assert differ and all('running_' in name for name in differ)
+    assert len(first.keys() - differ) > 100
 
 
 @pytest.mark.slow
@@ -130,8 +101,6 @@ def test_goes_on_from_the_last_checkpoint_when_a_process_is_killed(folder):
     work_dir = folder / 'killed'
     assert (work_dir / 'is_dead').exists()
     assert 'resumed epoch: 1, iter: 2' in printed
-    # The second epoch began twice, the second time with the weights that the first had left.
-    assert (work_dir / 'iterations').read_text().split() == ['0', '1', '2', '2', '3']
     content = load_checkpoint(work_dir / 'epoch_2.pth')
     assert content['meta']['iter'] == 4
     assert len(content['message_hub']['log_scalars']['train/loss'].data[0]) == 4
@@ -140,22 +109,13 @@ def test_goes_on_from_the_last_checkpoint_when_a_process_is_killed(folder):
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for CPUs')
 def test_fsdp_saves_a_whole_model(folder):
-    text = (ROOT / 'docs/cluster.md').read_text()
-    strategy = text[text.index('strategy = ') : text.index('```', text.index('strategy = '))]
-    strategy = strategy.replace('use_orig_params', "device_id='cpu', use_orig_params")
+    _, found, text = (ROOT / 'docs/cluster.md').read_text().partition('strategy = ')
+    strategy = (found + text.partition('```')[0]).replace(
+        'use_orig_params', "device_id='cpu', use_orig_params"
+    )
     short = 'train_cfg = dict(max_epochs=1, val_interval=2)'
     train(folder, 'fsdp', short, strategy, runner='CPUFlexibleRunner')
     content = load_checkpoint(folder / 'fsdp/epoch_1.pth')
     assert content['meta']['iter'] == 2
     config = Config.fromfile(folder / 'fsdp.py', import_custom_modules=False)
     MODELS.build(config.model).load_state_dict(content['state_dict'])  # strict
-
-
-@pytest.mark.slow
-def test_the_newer_families(tiny_bert, monkeypatch):
-    """In one pair of processes, without mim and data, which are the same for all detectors."""
-    monkeypatch.setenv('BERT', tiny_bert)
-    small = (ROOT / 'configs/small').glob('lite-*_shapes*.py')
-    configs = [path for path in small if path.name != SMALL]
-    printed = run_together(ROOT / 'tests/helpers/train_together.py', *configs, cwd=ROOT)
-    assert printed.count('trained ') == len(configs) == 4

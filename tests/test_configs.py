@@ -17,11 +17,7 @@ CONFIGS = Path(__file__).parents[1] / 'configs'
 FILES = sorted(CONFIGS.glob('[!_]*/*.py'))  # without _base_, which they inherit
 
 
-def names(files):
-    return [f'{path.parent.name}/{path.stem}' for path in files]
-
-
-@pytest.mark.parametrize('path', FILES, ids=names(FILES))
+@pytest.mark.parametrize('path', FILES, ids=lambda path: f'{path.parent.name}/{path.stem}')
 def test_builds_what_its_name_says(path, request):
     if 'convnext' in path.stem:
         request.getfixturevalue('mmpretrain')
@@ -29,6 +25,8 @@ def test_builds_what_its_name_says(path, request):
     if 'language_model' in config.model:
         config.model.language_model.name = request.getfixturevalue('tiny_bert')
     backbone = config.model.backbone
+    assert ('swin-' in path.stem) == (backbone.type == 'SwinTransformer')
+    assert ('convnext' in path.stem) == (backbone.type == 'mmpretrain.ConvNeXt')
     if backbone.type == 'SwinTransformer':
         backbone.depths = [1, 1, 1, 1]  # the full one takes seconds to build
     model = MODELS.build(config.model)
@@ -45,23 +43,19 @@ def test_builds_what_its_name_says(path, request):
         assert encoder.key_aware == ('-no-kda' not in path.stem)
         assert encoder.small_ffn == ('-no-small-ffn' not in path.stem)
     scales = re.search(r'(\d)scale', path.stem)
-    if scales is not None:
-        assert model.num_feature_levels == int(scales.group(1))
+    assert scales is None or model.num_feature_levels == int(scales[1])
     epochs = re.search(r'-(\d+)e_', path.stem)
     if epochs is not None and 'max_epochs' in config.train_cfg:  # others count iterations
-        assert config.train_cfg.max_epochs == int(epochs.group(1))
-    for name in ('swin-t', 'swin-l'):
-        if name in path.stem:
-            assert backbone.type == 'SwinTransformer'
-    assert ('convnext' in path.stem) == (backbone.type == 'mmpretrain.ConvNeXt')
+        assert config.train_cfg.max_epochs == int(epochs[1])
 
 
 @pytest.mark.parametrize('folder', sorted({path.parent for path in FILES}), ids=lambda p: p.name)
 def test_metafile_and_readme_know_every_config(folder):
     files = {path.stem for path in folder.glob('*.py')}
-    metafile = yaml.safe_load((folder / 'metafile.yml').read_text())
-    assert {model['Name'] for model in metafile['Models']} == files
-    for model in metafile['Models']:
-        assert (CONFIGS.parent / model['Config']).stem == model['Name']
+    models = yaml.safe_load((folder / 'metafile.yml').read_text())['Models']
+    assert {model['Name'] for model in models} == files
+    assert all(Path(model['Config']).stem == model['Name'] for model in models)
     readme = (folder / 'README.md').read_text()
     assert {Path(link).stem for link in re.findall(r'\((\S+\.py)\)', readme)} >= files
+    index = yaml.safe_load((CONFIGS.parent / 'model-index.yml').read_text())
+    assert f'configs/{folder.name}/metafile.yml' in index['Import']

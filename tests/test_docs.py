@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import cv2
-import pytest
 from click.testing import CliRunner
 from mmdet.registry import MODELS
 from mmengine.config import Config
@@ -14,20 +13,17 @@ from mmengine.config import Config
 from mmlite.cli import main
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / 'docs'
-# Pages whose blocks run, each going on where the one before it ended.
-PAGES = ['python.md']
 # What a block names that only the reader has: weights, and a model of their own.
 READERS = re.compile(r"from_pretrained|\.pth'|\(model\b|load_lite")
 
 
-def python_blocks(path: Path) -> list[str]:
-    return re.findall(r'```python\n(.*?)```', path.read_text(), re.DOTALL)
+def python_blocks(page: str) -> list[str]:
+    return re.findall(r'```python\n(.*?)```', (ROOT / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize('page', PAGES)
-def test_blocks_run(page):
-    blocks = [block for block in python_blocks(DOCS / page) if not READERS.search(block)]
+def test_blocks_run():
+    """Each goes on where the one before it ended."""
+    blocks = [block for block in python_blocks('docs/python.md') if not READERS.search(block)]
     assert blocks
     namespace: dict = {}
     for block in blocks:
@@ -35,8 +31,8 @@ def test_blocks_run(page):
 
 
 def test_three_lines_of_config_give_a_lite_model():
-    block = python_blocks(ROOT / 'README.md')[0]
-    assert python_blocks(DOCS / 'index.md')[0] == block
+    block = python_blocks('README.md')[0]
+    assert python_blocks('docs/index.md')[0] == block
     config = Config.fromstring(block, '.py')
     assert str(MODELS.build(config.model).encoder.schedule) == 'H3L1-(2+1)x3'
 
@@ -48,7 +44,7 @@ def test_five_lines_of_python_draw_the_picture(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
     Path('work_dirs/demo/epoch_1.pth').rename('work_dirs/demo/epoch_14.pth')
 
-    block = python_blocks(ROOT / 'README.md')[1]
+    block = python_blocks('README.md')[1]
     assert len(re.findall(r'^.', block, re.MULTILINE)) == 5
     exec(block, {})
     assert cv2.imread('vis/shapes.png').shape == (512, 512, 3)

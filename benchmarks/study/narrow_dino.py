@@ -17,7 +17,6 @@ from mmdet.models.layers import (
 from mmdet.registry import MODELS
 from torch import nn
 
-from mmlite.openmmlab.detectors.decoder import LiteDINODecoder
 from mmlite.openmmlab.detectors.dino import LiteDINO
 from mmlite.openmmlab.families import FAMILIES, Family
 
@@ -26,18 +25,12 @@ FAMILIES.append(Family('NarrowDINO', 'LiteNarrowDINO', is_dino=True))
 _BOX_CHANNELS = 4 * 128
 
 
-class _NarrowDecoderMixin:
+class NarrowDINODecoder(DinoTransformerDecoder):
+    """Decoder of DINO at any number of channels."""
+
     def _init_layers(self) -> None:
         super()._init_layers()
         self.ref_point_head = MLP(_BOX_CHANNELS, self.embed_dims, self.embed_dims, 2)
-
-
-class NarrowDINODecoder(_NarrowDecoderMixin, DinoTransformerDecoder):
-    """Decoder of DINO at any number of channels."""
-
-
-class LiteNarrowDINODecoder(_NarrowDecoderMixin, LiteDINODecoder):
-    """Decoder of Lite-DINO at any number of channels."""
 
 
 @MODELS.register_module()
@@ -61,4 +54,4 @@ class NarrowDINO(DINO):
 class LiteNarrowDINO(LiteDINO, NarrowDINO):
     """:class:`LiteDINO` at any ``embed_dims``."""
 
-    decoder_class = LiteNarrowDINODecoder
+    decoder_class = NarrowDINODecoder

@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 
 from mmlite.analysis.accuracy import METRICS
 from mmlite.analysis.published import PRESETS, preset
-from mmlite.analysis.report import BASELINE, COLORS, Report, Table, plot, scatter
+from mmlite.analysis.report import Report, Table
 
 from .execute import Study, unfinished
 from .plan import Data, Run, slug
+from .plots import BASELINE, COLORS, plot, scatter
 from .statistics import difference, interval, share, with_interval, with_spread
 
 _PUBLISHED = {

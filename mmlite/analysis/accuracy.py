@@ -32,7 +32,7 @@ class Dataset:
     images: Path  # folder
 
     def check(self) -> COCO:
-        """Read the annotations, and refuse what cannot be evaluated on.
+        """Read the annotations.
 
         Raises:
             FileNotFoundError: The file or the folder does not exist.
@@ -71,23 +71,18 @@ def evaluate(
     Returns:
         dict[str, float]: MMDetection's names of :data:`METRICS`, in percent; -100 where there are
         no such objects.
-
-    Raises:
-        ValueError: The categories of the data set are not the classes of the config.
     """
-    config = config.copy()
-    loader, annotations = config.test_dataloader, str(dataset.annotations)
-    loader.dataset.update(
-        data_root='', ann_file=annotations, data_prefix={'img': str(dataset.images)}
-    )
+    config, annotations = config.copy(), str(dataset.annotations)
+    loader = config.test_dataloader
+    images = {'data_root': '', 'data_prefix': {'img': str(dataset.images)}}
+    loader.dataset.update(ann_file=annotations, **images)
     if device == 'cpu':
         loader.update(num_workers=0, persistent_workers=False)
     config.test_evaluator = {'type': 'CocoMetric', 'ann_file': annotations, 'metric': 'bbox'}
-    config.load_from = checkpoint
-    config.log_level = 'ERROR'
     with tempfile.TemporaryDirectory() as work_dir:
-        config.work_dir = work_dir
-        # Of its own: mmengine hands an instance with a known name on to later runners.
-        config.visualizer = {'type': 'Visualizer', 'name': work_dir}
+        # A visualizer of its own: mmengine hands an instance with a known name on to later runners.
+        visualizer = {'type': 'Visualizer', 'name': work_dir}
+        config.update(work_dir=work_dir, visualizer=visualizer)
+        config.update(load_from=checkpoint, log_level='ERROR')
         metrics = Runner.from_cfg(config).test()
     return {name: 100 * metrics[f'coco/bbox_{name}'] for name in METRICS.values()}

@@ -6,6 +6,7 @@ weights are computed once more for the few queries that are to be seen, whicheve
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -22,11 +23,6 @@ from ..openmmlab.families import encoder_name
 from ..openmmlab.layers import level_sizes
 from .complexity import called_with
 
-# Positional parameters of mmcv's forward, in order.
-_PARAMETERS = (
-    *('query', 'key', 'value', 'identity', 'query_pos', 'key_padding_mask'),
-    *('reference_points', 'spatial_shapes', 'level_start_index'),
-)
 # Given the number of queries, which of them to look at.
 Choose = Callable[[int], Tensor]
 
@@ -49,31 +45,29 @@ class AttentionMap:
 def attention_map(
     module: MultiScaleDeformableAttention, args: tuple, kwargs: Mapping, choose: Choose
 ) -> AttentionMap:
-    """Compute locations and weights of chosen queries from what the module was called with.
+    """Compute what chosen queries attend to, of the first image of the batch, on the CPU.
 
-    ``args`` and ``kwargs`` are those of the call. The map is of the first image of the batch, on
-    the CPU.
+    ``args`` and ``kwargs`` are what the module was called with.
     """
-    call = {**dict(zip(_PARAMETERS, args)), **kwargs}
+    call = dict(zip(inspect.signature(module.forward).parameters, args), **kwargs)
     query = call['query']
     value = query if call.get('value') is None else call['value']
     if call.get('query_pos') is not None:
         query = query + call['query_pos']
     if not module.batch_first:
         query, value = query.transpose(0, 1), value.transpose(0, 1)
-    chosen = choose(query.shape[1]).to(query.device)
-    mask, sizes = call.get('key_padding_mask'), level_sizes(call['spatial_shapes'])
-    points = call['reference_points'][:1, chosen]
+    count, sizes = query.shape[1], level_sizes(call['spatial_shapes'])
+    chosen = choose(count).to(query.device)
+    query, points = query[:1, chosen], call['reference_points'][:1, chosen]
+    mask = call.get('key_padding_mask')
+    mask = None if mask is None else mask[:1]
     # mmcv's class has all that the methods of ours need.
     kind = type(module) if isinstance(module, SamplingAttention) else DeformableAttention
     with torch.no_grad():
-        mask = None if mask is None else mask[:1]
-        locations = kind.locate(module, query[:1, chosen], points, sizes)
-        logits = kind.logits(module, query[:1, chosen], value[:1], mask, points, sizes)
-        weights = logits[0].float().softmax(-1).unflatten(-1, (module.num_levels, -1))
-    return AttentionMap(
-        chosen.cpu(), query.shape[1], locations[0].float().cpu(), weights.cpu(), list(sizes)
-    )
+        locations = kind.locate(module, query, points, sizes)[0].float()
+        logits = kind.logits(module, query, value[:1], mask, points, sizes)[0].float()
+        weights = logits.softmax(-1).unflatten(-1, (module.num_levels, -1))
+    return AttentionMap(chosen.cpu(), count, locations.cpu(), weights.cpu(), list(sizes))
 
 
 @contextmanager
@@ -93,22 +87,19 @@ def record_attention(
     Raises:
         ValueError: A name is not that of a deformable attention.
     """
-    known = deformable_attentions(model)
-    maps: dict[str, AttentionMap] = {}
+    known, maps = deformable_attentions(model), {}
 
-    def watch(name: str, choose: Choose):
-        # Before the module runs: what it is called with may be overwritten later.
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            maps[name] = attention_map(module, args, kwargs, choose)
+    def hook(name: str, choose: Choose, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        maps[name] = attention_map(module, args, kwargs, choose)
 
-        return model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
-
-    for name in choices:
-        if name not in known:
-            raise ValueError(f'{name} is no deformable attention; there are {", ".join(known)}')
     with ExitStack() as hooks:
         for name, choose in choices.items():
-            hooks.enter_context(watch(name, choose))
+            if name not in known:
+                raise ValueError(f'{name} is no deformable attention; there are {", ".join(known)}')
+            # Before the module runs: what it is called with may be overwritten later.
+            catch = partial(hook, name, choose)
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(catch, with_kwargs=True))
         yield maps
 
 
@@ -121,40 +112,36 @@ def deformable_attentions(model: nn.Module) -> list[str]:
 def level_masses(
     model: nn.Module, run: Callable[[], object], tokens_per_level: int = 256
 ) -> Tensor:
-    """How the attention of the encoder is spread over the levels, on one image.
+    """How the attention of the encoder is spread over the levels, on the image that ``run`` runs.
 
-    ``run`` runs the detector on it. Of each level ``tokens_per_level`` queries are looked at,
-    evenly spread.
+    Of each level ``tokens_per_level`` queries are looked at, evenly spread.
 
     Returns:
-        Tensor: Share of the attention, mean over queries and heads, shape (layers, L, L): encoder
-        layer, level of the query, level of the sampled points. NaN where a layer has no queries
-        of that level.
+        Tensor: Share of the attention, mean over queries and heads, shape (layers, L, L): layer,
+        level of the query, level of the points. NaN where a layer has no queries of that level.
     """
-    levels: dict[str, Tensor] = {}  # attention -> level of each chosen query
     at = encoder_name(model)
     encoder = model.get_submodule(at)
-    names = [f'{at}.layers.{layer}.self_attn' for layer in range(len(encoder.layers))]
+    levels: dict[int, Tensor] = {}  # layer -> level of each chosen query
 
     def choose(layer: int, num_queries: int) -> Tensor:
         sizes = level_sizes(call['spatial_shapes'])
         level_of = _level_of(sizes)[_query_tokens(encoder, layer, sizes)]
-        picks = []
-        for level in range(len(sizes)):
-            own = (level_of == level).nonzero().flatten()
-            few = torch.linspace(0, len(own) - 1, min(len(own), tokens_per_level))
-            picks.append(own[few.long()])
-        levels[names[layer]] = level_of[torch.cat(picks)]
-        return torch.cat(picks)
+        own = [(level_of == level).nonzero()[:, 0] for level in range(len(sizes))]
+        few = [torch.linspace(0, len(o) - 1, min(len(o), tokens_per_level)).long() for o in own]
+        picked = torch.cat([tokens[places] for tokens, places in zip(own, few)])
+        levels[layer] = level_of[picked]
+        return picked
 
+    names = [f'{at}.layers.{layer}.self_attn' for layer in range(len(encoder.layers))]
     choices = {name: partial(choose, layer) for layer, name in enumerate(names)}
     with called_with(encoder) as call, record_attention(model, choices) as maps:
         run()
     num_levels = len(call['spatial_shapes'])
     masses = torch.full((len(names), num_levels, num_levels), float('nan'))
-    for mass, name in zip(masses, names):
-        for level in levels[name].unique():
-            mass[level] = maps[name].level_mass()[levels[name] == level].mean(0)
+    for layer, name in enumerate(names):
+        for level in levels[layer].unique():
+            masses[layer, level] = maps[name].level_mass()[levels[layer] == level].mean(0)
     return masses
 
 
@@ -185,12 +172,11 @@ def attention_at_point(
     the last where negative; ``level``, an index, is by default the largest that the layer updates.
 
     Raises:
-        ValueError: The point is outside the image, there is no such layer or level, or the layer
-            does not update that level.
+        ValueError: There is no such point, layer or level, or the layer does not update the level.
     """
     at = encoder_name(model)
     encoder = model.get_submodule(at)
-    layer = _layer(encoder, layer)
+    layer = _index('layer', layer, len(encoder.layers))
 
     def choose(num_queries: int) -> Tensor:
         nonlocal level
@@ -198,22 +184,19 @@ def attention_at_point(
         tokens = _query_tokens(encoder, layer, sizes)
         if level is None:
             level = int(_level_of(sizes)[tokens].bincount().argmax())
-        if not 0 <= level < len(sizes):
-            raise ValueError(f'level must be between 0 and {len(sizes) - 1}; got {level}')
+        height, width = sizes[_index('level', level, len(sizes), least=0)]
         image_height, image_width = call['data_samples'][0].ori_shape[:2]
         if not (0 <= point[0] < image_width and 0 <= point[1] < image_height):
             raise ValueError(
                 f'point {point} is outside the image of {image_width}x{image_height} pixels '
                 '(width x height)'
             )
-        height, width = sizes[level]
         x, y = (p / s for p, s in zip(point, _scale(call)))
-        before = sum(h * w for h, w in sizes[:level])
-        found = (tokens == before + int(y * height) * width + int(x * width)).nonzero()[:, 0]
+        token = sum(h * w for h, w in sizes[:level]) + int(y * height) * width + int(x * width)
+        found = (tokens == token).nonzero()[:, 0]
         if not len(found):
             raise ValueError(
-                f'encoder layer {layer} does not update level {level}; choose another layer or '
-                'level'
+                f'encoder layer {layer} does not update level {level}; choose another of either'
             )
         return found
 
@@ -246,7 +229,7 @@ def attention_of_object(
             f'the decoder of {type(model).__name__} has no deformable attention; look at a point, '
             "which is the encoder's"
         )
-    layer = _layer(model.decoder, layer)
+    layer = _index('layer', layer, len(model.decoder.layers))
     attention = f'decoder.layers.{layer}.cross_attn'
     logits: list[Tensor] = []
     hook = model.bbox_head.register_forward_hook(
@@ -255,25 +238,25 @@ def attention_of_object(
     recording = record_attention(model, {attention: torch.arange})
     with hook, called_with(model) as call, recording as maps:
         found = run().pred_instances
-    if not 0 <= rank < len(found):
-        raise ValueError(f'object must be between 0 and {len(found) - 1}; got {rank}')
+    _index('object', rank, len(found), least=0)
     # The head ranks (query, class) pairs by score, so the rank leads back to the query.
     query = int(logits[0].flatten().topk(rank + 1).indices[rank] // logits[0].shape[1])
     seen, own = maps[attention], slice(query, query + 1)
-    one = replace(
+    seen = replace(
         seen, queries=seen.queries[own], locations=seen.locations[own], weights=seen.weights[own]
     )
-    label, classes = int(found.labels[rank]), model.dataset_meta['classes']
-    label = classes[label] if label < len(classes) else f'class {label}'
+    label = class_name(model.dataset_meta['classes'], found.labels[rank])
     where = f'decoder layer {layer + 1}, {label} {found.scores[rank]:.2f}'
-    return QueryAttention(name, where, one, _scale(call), box=tuple(found.bboxes[rank].tolist()))
+    return QueryAttention(name, where, seen, _scale(call), box=tuple(found.bboxes[rank].tolist()))
+
+
+def class_name(names: Sequence[str], label: Tensor) -> str:
+    """The name of a label, its number where there is none."""
+    return names[label] if label < len(names) else f'class {label}'
 
 
 def _query_tokens(encoder: nn.Module, layer: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """Which tokens are the queries of an encoder layer, int64, shape (Q,).
-
-    All of them, but in a Lite encoder, whose layers may update the low- or high-level ones alone.
-    """
+    """The tokens that are queries of an encoder layer, int64, shape (Q,); in a Lite one not all."""
     step = getattr(encoder.layers[layer], 'step', None)
     if step is None:
         return torch.arange(sum(height * width for height, width in sizes))
@@ -288,11 +271,11 @@ def _level_of(sizes: Sequence[tuple[int, int]]) -> Tensor:
     return torch.arange(len(sizes)).repeat_interleave(torch.tensor([h * w for h, w in sizes]))
 
 
-def _layer(part: nn.Module, layer: int) -> int:
-    layers = len(part.layers)
-    if not -layers <= layer < layers:
-        raise ValueError(f'layer must be between 0 and {layers - 1}; got {layer}')
-    return layer % layers
+def _index(what: str, index: int, count: int, least: int | None = None) -> int:
+    """An index that is there, made positive; from ``least`` on, negative ones too by default."""
+    if not (-count if least is None else least) <= index < count:
+        raise ValueError(f'{what} must be between 0 and {count - 1}; got {index}')
+    return index % count
 
 
 def _scale(call: dict) -> tuple[float, float]:

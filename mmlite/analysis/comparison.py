@@ -1,265 +1,153 @@
-"""``mmlite benchmark compare`` and ``encoder``: what to compare, and the tables of the results."""
+"""``mmlite benchmark compare`` and ``encoder``: models against their baseline, in one run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
 from .. import ops
-from ..openmmlab.build import DetectorSpec, load_config
-from .compare import PYTORCH, Contestant, Result, compare
-from .complexity import STAGES
-from .contestants import EMBED_DIMS, STOCK_FUSED, build_detectors, build_encoders
-from .inputs import pyramid_sizes
-from .profile import profile_table
-from .published import preset as published_rows
-from .report import Report, Table, giga, mebibytes, milliseconds, size, times
-from .timing import Setting, Start, silent, speedup
+from .accuracy import Dataset, evaluate
+from .compare import take_turns, time_tables
+from .contestants import EAGER, STOCK_FUSED, Model
+from .report import Report, Table, giga, size
+from .timing import Setting, Start, silent
 
-Cells = dict[str, object]
-# What else a time is compared with, beside the baseline: head of the column, and which result.
-Also = tuple[str, Callable[[Result], 'Result | None']]
+_PAGE = {
+    'title': 'What a variant saves',
+    'intro': 'FLOPs are those of one image and count one multiply-add as one.',
+    'how': 'Every model is timed in every round, in an order that turns around from round to '
+    'round. "Faster" is the median over pairs of rounds of baseline time over own time, with its '
+    'quartiles. Memory is the peak beyond weights and images. Models without a checkpoint have '
+    'random weights, which changes neither their cost nor, to speak of, their time.',
+}
 
 
-def compare_models(
-    names: Sequence[str],
+def compare(
+    groups: Iterable[Sequence[Model]],
     setting: Setting,
+    modes: Sequence[str] = (EAGER,),
     *,
-    framework: str = 'mmdet',
-    preset: str | None = None,
-    changes: dict | None = None,
-    schedule: str | None = None,
-    runtimes: Sequence[str] = (PYTORCH,),
-    int8: bool = False,
-    exports: Path | None = None,
-    with_page: bool = False,
+    dataset: Dataset | None = None,
+    profile: bool = False,
     start: Start = silent,
-    **options: Any,
 ) -> Report:
-    """All that ``mmlite benchmark compare`` measures.
+    """Measure groups of models, in all modes that they can run in, against the first of each.
 
-    ``names`` are configs, the baseline first, or models of transformers; instead of them ``preset``
-    may name a table of the paper. ``changes`` are those of ``--cfg-options``. Exports are kept in
-    ``exports``, and those that lie there are used again. ``options`` go to
-    :func:`~mmlite.analysis.compare.compare`.
+    Args:
+        groups (Iterable[Sequence[Model]]): One is in memory at a time, and counted before anything
+            is timed, so bad input costs no work.
+        setting (Setting): What they are measured on.
+        modes (Sequence[str]): Of :data:`~mmlite.analysis.contestants.MODES`.
+        dataset (Dataset, optional): Where to measure the accuracy of those with a checkpoint.
+        profile (bool): Add the tables of torch's profiler to the notes.
+        start (Start): Shows progress.
 
     Raises:
-        FileNotFoundError: A config, checkpoint, annotation file or a runtime's operators are
-            missing.
+        FileNotFoundError: A config, checkpoint, export or annotation file is missing.
         ValueError: What is asked for cannot be measured; the message says why.
-        ImportError: A runtime is missing.
+        ImportError: A framework or runtime is missing.
     """
-    if with_page:  # only the page shows cost by image size
-        height, width = setting.image_size
-        options['sizes'] = [(height * s // 4, width * s // 4) for s in (2, 3, 5)]
-    elsewhere = [runtime for runtime in runtimes if runtime != PYTORCH]
-    if framework == 'transformers':
-        from .huggingface import make_contestants
-
-        groups = make_contestants(names, schedule, setting.device)
-    else:
-        groups = _groups(names, preset, changes, setting.device, start)
-    results, notes = [], []
-    with TemporaryDirectory() as folder:
-        for group in groups:
-            if elsewhere:
-                from .exported import export_all
-
-                parts = options.get('parts', ('detector',))
-                arguments = (elsewhere, setting, exports or Path(folder), int8, parts, start)
-                options['exported'] = export_all(group, *arguments)
-            found, remarks = compare(group, setting, start=start, **options)
-            results += found
-            notes += remarks
-    if any(result.published for result in results):
+    if dataset is not None:
+        dataset.check()
+    models: list[Model] = []
+    notes: list[str] = []
+    for group in groups:
+        step = start('counting', len(group))
+        for each in group:
+            each.baseline, each.cost = group[0], each.count(setting)
+            if dataset is not None and each.checkpoint:
+                each.accuracy = evaluate(each.model.cfg, each.checkpoint, dataset, setting.device)
+            step()
+        running = _in_modes(group, modes if setting.rounds else (EAGER,), notes)
+        by_name = {each.name: each for each in running}
+        against = {
+            'faster': lambda each: each.baseline,
+            'faster than stock, our op': lambda each, known=by_name: known.get(STOCK_FUSED),
+        }
+        take_turns(running, setting, against, start)
+        for each in running:
+            notes += [_profile(each, setting)] if profile else []
+            each.model = None
+        models += running
+    if any(each.published for each in models):
         notes.append(
             "Published figures are the paper's: another image size and counting rule, and none of "
             'them measured here.'
         )
-    notes += [
-        f'{result.name}: the outputs differ by at most {result.difference:.1e}.'
-        for result in results
-        if result.difference is not None
+    kernels = next(backend for backend in ops.backends() if backend.name == 'cpu')
+    if torch.device(setting.device).type == 'cpu' and not kernels.available:
+        notes.append(f'Our CPU kernels did not run: {kernels.detail}.')
+    bars = {each.name: each.cost.stage_flops for each in models if each.cost}
+    page = {**_PAGE, 'bars': bars}
+    return Report(asdict(setting), models, tables(models, setting), notes, page)
+
+
+def _in_modes(group: Sequence[Model], modes: Sequence[str], notes: list[str]) -> list[Model]:
+    """The models in every mode that they run in, the baseline eagerly in any case."""
+    running = [group[0]]
+    for each in group:
+        for mode in modes:
+            try:
+                running.append(each.in_mode(mode))
+            except ValueError as error:
+                notes.append(f'Not measured: {each.name}, {mode}: {error}.')
+    return list(dict.fromkeys(running))
+
+
+def _profile(each: Model, setting: Setting) -> str:
+    """The table of torch's profiler, of one call."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it would report that it runs
+    call = each.call('inference', setting, setting.batch_sizes[0])
+    with torch.profiler.profile() as run:
+        call(0)
+    order = f'self_{torch.device(setting.device).type}_time_total'
+    table = run.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=40)
+    return f'Profile of {each.name}:\n\n```\n{table}\n```\n'
+
+
+def tables(models: Sequence[Model], setting: Setting) -> list[Table]:
+    """Cost first, then time and memory, accuracy and the published figures."""
+    title = f'GFLOPs, whole and by stage, one image of {size(setting.image_size)}'
+    found = [
+        Table(title, [_cost(each) for each in models if each.cost]),
+        *time_tables(models, setting, setting.device),
+        Table('Accuracy, measured', [_accuracy(each) for each in models if each.accuracy]),
+        Table(
+            'Published (the paper) beside measured (another image size and rule)',
+            [_published(each) for each in models if each.published],
+        ),
     ]
-    if torch.device(setting.device).type == 'cpu':
-        notes += [
-            f'Our CPU kernels did not run: {backend.detail}.'
-            for backend in ops.backends()
-            if backend.name == 'cpu' and not backend.available
-        ]
-    plain = {(id(r.baseline), r.runtime): r for r in results if r.form == 'plain'}
-    also = ('faster than plain', lambda r: plain.get((id(r.baseline), r.runtime)))
-    page = None
-    if with_page:
-        from .page import page_of
-
-        page = page_of(results, setting)
-    return Report(asdict(setting), results, tables(results, setting, also), notes, page=page)
+    return [table for table in found if table.cells]
 
 
-def _groups(
-    names: Sequence[str], preset: str | None, changes: dict | None, device: str, start: Start
-) -> Iterator[list[Contestant]]:
-    """Contestants, each group with its baseline first, one group in memory at a time."""
-    if bool(names) == bool(preset):
-        raise ValueError('give either configs, the baseline first, or a --preset')
-    if not preset:
-        specs = [DetectorSpec.parse(name) for name in names]
-        wanted = [(spec.name, load_config(spec.config, changes), spec.checkpoint) for spec in specs]
-        yield build_detectors(wanted, device, start)
-        return
-    for rows in published_rows(preset):
-        wanted = [
-            (f'{row.model}, {row.backbone}', load_config(row.config, changes), None) for row in rows
-        ]
-        detectors = build_detectors(wanted, device, start)
-        for detector, row in zip(detectors, rows):
-            detector.published = row
-        yield detectors
-
-
-def compare_encoders(
-    setting: Setting,
-    schedules: Sequence[str],
-    ffn_channels: int,
-    modes: Sequence[str],
-    profile: bool = False,
-    start: Start = silent,
-) -> Report:
-    """All that ``mmlite benchmark encoder`` measures.
-
-    ``ffn_channels`` is the hidden size of the FFN: 2048 in DINO, 1024 in Deformable DETR. With
-    ``profile`` it also says where the time of inference goes.
-
-    Raises:
-        ValueError: A schedule is malformed or does not make six layers over four levels.
-    """
-    encoders = build_encoders(schedules, ffn_channels, setting.device)
-    results, notes = compare(encoders, setting, modes=modes, start=start)
-    fused = next((result for result in results if result.name == STOCK_FUSED), None)
-    tokens = sum(h * w for h, w in pyramid_sizes(setting.image_size))
-    notes.insert(0, f'Over {tokens} tokens of {EMBED_DIMS} channels, FFN {ffn_channels}.')
-    settings = {**asdict(setting), 'embed_dims': EMBED_DIMS, 'ffn_channels': ffn_channels}
-    shown = tables(results, setting, ('faster than stock, our op', lambda r: fused))
-    found = Report({**settings, 'modes': modes}, results, shown, notes)
-    if profile:
-        calls = {e.name: (e.model, e.inference(setting, setting.batch_size)) for e in encoders}
-        table, found.further = profile_table(calls, setting)
-        found.tables.append(table)
-    return found
-
-
-def tables(results: Sequence[Result], setting: Setting, also: Also) -> list[Table]:
-    """Cost first, then time, memory, stages, accuracy and the published figures.
-
-    A section is a title and what gives the cells of a row, none where it does not apply.
-    """
-    batch, where = setting.batch_size, f'{size(setting.image_size)}, {setting.dtype}'
-
-    def timed(r: Result, pick: Callable, memory: int | None = None, images: int = 0) -> Cells:
-        timing, other = pick(r), also[1](r)
-        if timing is None:
-            return {}
-        cells = {**times(timing), 'faster': speedup(pick(r.baseline), timing)}
-        if other is not None and pick(other) is not None:
-            cells[also[0]] = speedup(pick(other), timing)
-        if images:
-            cells |= {'images/s': f'{images / timing.median:.2f}'}
-        return cells if memory is None else {**cells, 'peak MiB': mebibytes(memory)}
-
-    def inference(r: Result, b: int) -> Cells:
-        return timed(r, lambda r: r.latency.get(b), r.memory.get(b), images=b)
-
-    sections: dict[str, Callable[[Result], Cells]] = {
-        f'GFLOPs, whole and by stage, one image of {size(setting.image_size)}': _cost,
-        **{
-            f'Inference, batch {b}, {where}, {setting.device}': partial(inference, b=b)
-            for b in setting.batch_sizes
-        },
-        f'Inference by stage, ms, batch {batch}': _stages,
-        f'Encoder alone, batch {batch}, {where}: tokens to memory': lambda r: timed(
-            r, lambda r: r.encoder
-        ),
-        f'Training step, batch {batch}, {where}: forward, losses, backward': lambda r: timed(
-            r, lambda r: r.training, r.training_memory
-        ),
-        'Encoder by layer, GFLOPs and ms': _layers,
-        'Tokens of each level (share), largest map first': _tokens,
-        'GFLOPs by image size': _sizes,
-        'Accuracy, measured': lambda r: {m: f'{v:.1f}' for m, v in (r.accuracy or {}).items()},
-        'Published (the paper) beside measured (another image size and rule)': _published,
-    }
-    found = []
-    for title, section in sections.items():
-        rows = [{'model': r.name, **cells} for r in results if (cells := section(r))]
-        found += [Table(title, rows)] if rows else []
-    return found
-
-
-def _cost(r: Result) -> Cells:
-    cost = r.complexity
-    stages = {stage: giga(flops) for stage, flops in cost.stage_flops.items() if flops}
-    share = f'{cost.flops / r.baseline.complexity.flops:.0%}'
+def _cost(each: Model) -> dict:
+    cost = each.cost
+    share = f'{cost.flops / each.baseline.cost.flops:.0%}'
     whole = {'params M': f'{cost.params / 1e6:.2f}', 'all': giga(cost.flops), 'of baseline': share}
-    return {} if r.runtime != PYTORCH else {**whole, **stages}
+    stages = {stage: giga(flops) for stage, flops in cost.stage_flops.items() if flops}
+    # Mask2Former starts with the smallest map.
+    tokens = ' + '.join(map(str, sorted(cost.level_tokens, reverse=True)))
+    return {**each.label(), **whole, **stages, 'tokens by level': tokens or '-'}
 
 
-def _stages(r: Result) -> Cells:
-    if not r.stages:
-        return {}
-    whole = sum(r.stages[stage] for stage in STAGES)
-    cells: Cells = {s: f'{milliseconds(r.stages[s])} ({r.stages[s] / whole:.0%})' for s in STAGES}
-    if r.stages['encoder'] and r.baseline.stages:
-        first, own = r.baseline.stages, r.stages
-        both = own['encoder'] + own['neck']
-        cells['encoder, faster'] = f'{first["encoder"] / own["encoder"]:.2f}x'
-        cells['with neck, faster'] = f'{(first["encoder"] + first["neck"]) / both:.2f}x'
-    return cells
+def _accuracy(each: Model) -> dict:
+    return {**each.label(), **{metric: f'{value:.1f}' for metric, value in each.accuracy.items()}}
 
 
-def _layers(r: Result) -> Cells:
-    cells = {}
-    for index, flops in enumerate(r.complexity.encoder_layer_flops if r.runtime == PYTORCH else ()):
-        seconds = r.stages.get(f'encoder.layers.{index}')
-        time = '' if seconds is None else f', {milliseconds(seconds)} ms'
-        cells[f'layer {index + 1}'] = giga(flops) + time
-    return cells
-
-
-def _tokens(r: Result) -> Cells:
-    tokens = sorted(r.complexity.level_tokens, reverse=True)  # Mask2Former starts with the least
-    if r.runtime != PYTORCH or not tokens:
-        return {}
-    shares = {f'level {i + 1}': f'{n} ({n / sum(tokens):.0%})' for i, n in enumerate(tokens)}
-    return {**shares, 'all': sum(tokens)}
-
-
-def _sizes(r: Result) -> Cells:
-    if r.runtime != PYTORCH or len(r.flops_by_size) < 2:
-        return {}
-    return {image_size: giga(flops) for image_size, flops in r.flops_by_size.items()}
-
-
-def _published(r: Result) -> Cells:
-    if r.published is None:
-        return {}
-    paper, encoder = r.published, r.complexity.stage_flops['encoder']
-    published = paper.encoder_gflops / r.baseline.published.encoder_gflops
-    measured = encoder / r.baseline.complexity.stage_flops['encoder']
-    return {
-        'published AP': f'{paper.ap:.1f}',
-        'published GFLOPs': f'{paper.gflops:g}',
-        'measured GFLOPs': giga(r.complexity.flops),
-        'published encoder': f'{paper.encoder_gflops:g}',
-        'measured encoder': giga(encoder),
-        'published encoder saving': f'{1 - published:.0%}',
-        'measured encoder saving': f'{1 - measured:.0%}',
-        'published params M': f'{paper.params:g}',
-        'measured params M': f'{r.complexity.params / 1e6:.1f}',
-    }
+def _published(each: Model) -> dict:
+    paper, first = each.published, each.baseline
+    encoder = each.cost.stage_flops['encoder']
+    theirs = paper['encoder_gflops'] / first.published['encoder_gflops']
+    ours = encoder / first.cost.stage_flops['encoder']
+    row = {**each.label(), 'published AP': f'{paper["ap"]:.1f}'}
+    for what, published, measured in (
+        ('GFLOPs', f'{paper["gflops"]:g}', giga(each.cost.flops)),
+        ('encoder', f'{paper["encoder_gflops"]:g}', giga(encoder)),
+        ('encoder saving', f'{1 - theirs:.0%}', f'{1 - ours:.0%}'),
+        ('params M', f'{paper["params"]:g}', f'{each.cost.params / 1e6:.1f}'),
+    ):
+        row |= {f'published {what}': published, f'measured {what}': measured}
+    return row

@@ -7,7 +7,9 @@ deformable attention, is settled by :func:`deform_attn_flops`.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,22 +30,16 @@ from ..openmmlab.flops import deform_attn_flops, operator_rules
 from ..openmmlab.layers import level_sizes
 from .inputs import encoder_inputs, image_batch, pyramid_sizes
 
-__all__ = ['count_detector', 'count_flops', 'count_parameters', 'deform_attn_flops']
-
-STAGES = ('backbone', 'neck', 'encoder', 'decoder', 'head', 'other')
-# Name of a module -> the stage that it and all in it belong to; the longest name that fits decides.
+# Stage -> names of modules that belong to it with all in them, MMDetection's and Hugging Face's;
+# the first that fits decides.
 _STAGE_OF = {
-    **{stage: stage for stage in STAGES},
-    **dict.fromkeys(('bbox_head', 'panoptic_head', 'track_head'), 'head'),
-    'panoptic_head.pixel_decoder': 'neck',
-    'panoptic_head.transformer_decoder': 'decoder',
-    # Hugging Face's names.
-    **{f'model.{stage}': stage for stage in ('backbone', 'encoder', 'decoder')},
-    **dict.fromkeys(('model.input_proj', 'model.input_proj_vision'), 'neck'),
-    **dict.fromkeys(('class_embed', 'bbox_embed', 'class_predictor'), 'head'),
-    'model.pixel_level_module.encoder': 'backbone',
-    'model.transformer_module': 'decoder',
+    'backbone': r'(model\.)?backbone|model\.pixel_level_module\.encoder',
+    'neck': r'neck|panoptic_head\.pixel_decoder|model\.input_proj(_vision)?',
+    'encoder': r'(model\.)?encoder',
+    'decoder': r'(model\.)?decoder|panoptic_head\.transformer_decoder|model\.transformer_module',
+    'head': r'(bbox_|panoptic_|track_)?head|(class|bbox)_embed|class_predictor',
 }
+STAGES = (*_STAGE_OF, 'other')
 
 
 @dataclass(frozen=True)
@@ -80,37 +76,41 @@ def count_flops(module: nn.Module, *args, compute: bool = False, **kwargs) -> Fl
 
     Args:
         module (nn.Module): What to call.
-        compute (bool): Whether to really run what is counted. By default products,
-            convolutions and samples yield zeros of the right shape, which makes counting a
-            detector a matter of a second or two.
+        compute (bool): Run what is counted. By default it yields zeros of the right shape, which
+            makes counting a detector a matter of a second or two.
     """
     counter = _FlopCounter(compute)
-    with torch.no_grad(), counter.watch(module), counter:
+    with ExitStack() as stack:
+        for name, child in module.named_modules():
+            enter = partial(counter.enter, name)
+            stack.enter_context(child.register_forward_pre_hook(enter, with_kwargs=True))
+            stack.enter_context(child.register_forward_hook(counter.leave))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(counter)
         module(*args, **kwargs)
     return FlopCount(dict(counter.flops))
 
 
-def count_detector(model: nn.Module, image_size: tuple[int, int]) -> Complexity:
-    """Count what an MMDetection detector costs on one image.
+def count_detector(
+    model: nn.Module,
+    image_size: tuple[int, int],
+    call: Mapping | None = None,
+    encoder_at: str | None = '',
+) -> Complexity:
+    """Count what a model costs on one image; it is run in eval mode and left as it was.
 
     Args:
-        model (nn.Module): A detector of mmdet; it is run in eval mode and left as it was.
+        model (nn.Module): A detector of mmdet; or any other, which needs what follows.
         image_size (tuple[int, int]): Height and width of the input in pixels.
+        call (Mapping, optional): Keyword arguments of the call.
+        encoder_at (str): With ``call``: the name of the multi-scale encoder in the model.
     """
-    images, samples = image_batch(1, image_size, device=next(model.parameters()).device)
-    # A detector that reads text has no other way to it.
-    mode = 'predict' if reads_text(model) else 'tensor'
-    call = {'inputs': images, 'data_samples': samples, 'mode': mode}
-    return count_model(model, image_size, call, find_encoder(model))
-
-
-def count_model(
-    model: nn.Module, image_size: tuple[int, int], call: Mapping, encoder_at: str | None
-) -> Complexity:
-    """Count what ``model(**call)`` costs, a call with one image; see :func:`count_detector`.
-
-    ``encoder_at`` is the name of the multi-scale encoder in the model.
-    """
+    if call is None:
+        images, samples = image_batch(1, image_size, device=next(model.parameters()).device)
+        # A detector that reads text has no other way to it.
+        mode = 'predict' if reads_text(model) else 'tensor'
+        call = {'inputs': images, 'data_samples': samples, 'mode': mode}
+        encoder_at = find_encoder(model)
     encoder = nn.Module() if encoder_at is None else model.get_submodule(encoder_at)
     was_training = model.training
     model.eval()
@@ -119,22 +119,22 @@ def count_model(
             count = count_flops(model, **call)
     finally:
         model.train(was_training)
-    stage_flops, stage_params = (dict.fromkeys(STAGES, 0) for _ in range(2))
-    for name, flops in count.by_module.items():
-        stage_flops[stage_of(name, encoder_at)] += flops
-    for name, parameter in model.named_parameters():
-        stage_params[stage_of(name, encoder_at)] += parameter.numel()
+    params = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers = [f'{encoder_at}.layers.{i}' for i in range(len(getattr(encoder, 'layers', ())))]
-    sizes = level_sizes(encoder_call.get('spatial_shapes', ()))
     return Complexity(
         image_size=image_size,
         flops=count.total,
         params=count_parameters(model),
-        stage_flops=stage_flops,
-        stage_params=stage_params,
+        stage_flops=_by_stage(count.by_module, encoder_at),
+        stage_params=_by_stage(params, encoder_at),
         encoder_layer_flops=[count.of(layer.removeprefix('.')) for layer in layers],
-        level_tokens=[height * width for height, width in sizes],
+        level_tokens=[h * w for h, w in level_sizes(encoder_call.get('spatial_shapes', ()))],
     )
+
+
+def _by_stage(by_module: Mapping[str, int], encoder_at: str | None) -> dict[str, int]:
+    stages = [(stage_of(name, encoder_at), number) for name, number in by_module.items()]
+    return {stage: sum(n for found, n in stages if found == stage) for stage in STAGES}
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -148,8 +148,8 @@ def encoder_flops(model_config: dict, image_size: tuple[int, int], words: int = 
     Args:
         model_config (dict): ``model`` of a config, stock or Lite.
         image_size (tuple[int, int]): Height and width in pixels.
-        words (int): Length of the text that Grounding DINO's encoder reads and fuses with the
-            image. The names of COCO's 80 classes are about 200 words.
+        words (int): Length of the text that Grounding DINO's encoder reads; the names of COCO's
+            80 classes are about 200.
 
     Raises:
         ValueError: The config has no such encoder.
@@ -196,24 +196,23 @@ def find_encoder(model: nn.Module) -> str | None:
 
 
 def stage_of(module_name: str, encoder: str | None = 'encoder') -> str:
-    """The stage of a detector that a module belongs to, one of :data:`STAGES`.
+    """The one of :data:`STAGES` that a module belongs to.
 
-    ``encoder`` is where the detector keeps its multi-scale encoder, '' where it is that alone. What
-    is around it in Mask2Former's pixel decoder counts as neck.
+    ``encoder`` is where the detector keeps its multi-scale encoder, '' where it is that alone.
     """
     if encoder == '' or (encoder and f'{module_name}.'.startswith(f'{encoder}.')):
         return 'encoder'
-    parts = module_name.split('.')
-    prefixes = ('.'.join(parts[:length]) for length in range(len(parts), 0, -1))
-    return next((_STAGE_OF[prefix] for prefix in prefixes if prefix in _STAGE_OF), 'other')
+    stages = (s for s, names in _STAGE_OF.items() if re.match(rf'({names})(\.|$)', module_name))
+    return next(stages, 'other')
 
 
 @contextmanager
 def called_with(module: nn.Module) -> Iterator[dict]:
-    """Catch the keyword arguments that a module is called with in the ``with`` block."""
+    """Catch the arguments that a module is called with in the ``with`` block, by their names."""
     caught: dict = {}
+    names = inspect.signature(module.forward).parameters
     with module.register_forward_pre_hook(
-        lambda module, args, kwargs: caught.update(kwargs), with_kwargs=True
+        lambda module, args, kwargs: caught.update(zip(names, args), **kwargs), with_kwargs=True
     ):
         yield caught
 
@@ -227,21 +226,11 @@ class _FlopCounter(TorchDispatchMode):
         self._compute = compute
         self._running: list[tuple[str, bool]] = [('', False)]  # name, is deformable attention
 
-    @contextmanager
-    def watch(self, module: nn.Module) -> Iterator[None]:
-        """Follow which submodule is running."""
-        with ExitStack() as hooks:
-            for name, child in module.named_modules():
-                enter = partial(self._enter, name)
-                hooks.enter_context(child.register_forward_pre_hook(enter, with_kwargs=True))
-                hooks.enter_context(child.register_forward_hook(self._leave))
-            yield
-
-    def _enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._running.append((name, is_deform_attn(module)))
-        if is_deform_attn(module):
-            # From the shapes rather than from the operators: mmcv's CUDA op is invisible to the
-            # dispatcher, and every backend runs different operators.
+    def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        is_attention = isinstance(module, (MultiScaleDeformableAttention, SamplingAttention))
+        self._running.append((name, is_attention))
+        if is_attention:
+            # From the shapes: backends run different operators, and mmcv's on CUDA is not seen.
             query = args[0] if args else kwargs['query']
             self.flops[name] += deform_attn_flops(
                 query.shape[0] * query.shape[1],
@@ -251,7 +240,7 @@ class _FlopCounter(TorchDispatchMode):
                 key_aware=isinstance(module, KeyAwareDeformableAttention),
             )
 
-    def _leave(self, module: nn.Module, args: tuple, output: object) -> None:
+    def leave(self, module: nn.Module, args: tuple, output: object) -> None:
         self._running.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -266,19 +255,13 @@ class _FlopCounter(TorchDispatchMode):
         return out
 
 
-def is_deform_attn(module: nn.Module) -> bool:
-    """Whether a module is deformable attention: mmcv's or ours, standard or key-aware."""
-    return isinstance(module, (MultiScaleDeformableAttention, SamplingAttention))
-
-
 def _zeros_like_result(func, args: tuple, kwargs: dict):
     device = next(a.device for a in args if isinstance(a, Tensor))
     args, kwargs = tree_map_only(Tensor, lambda t: t.to('meta'), (args, kwargs))
     if 'device' in kwargs:
         kwargs['device'] = torch.device('meta')
-    return tree_map_only(
-        Tensor, lambda t: torch.zeros_like(t, device=device), func(*args, **kwargs)
-    )
+    out = func(*args, **kwargs)
+    return tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), out)
 
 
 # The rule: operator -> FLOPs from its arguments and its result.
@@ -316,9 +299,15 @@ _ours = {
     for name, rule in operator_rules(lambda tensor: tensor.shape).items()
 }
 _SAMPLING = {_aten.grid_sampler_2d, *_ours}
+# Which of these there are depends on the version of torch.
+_fused_attention = [
+    getattr(_aten, f'_scaled_dot_product_{kind}_attention{suffix}', None)
+    for kind, suffix in (('flash', ''), ('flash', '_for_cpu'), ('efficient', ''), ('cudnn', ''))
+]
 FLOP_RULES = {
     **dict.fromkeys((_aten.mm, _aten.bmm, _aten.linear), _product),
     **dict.fromkeys((_aten.addmm, _aten.baddbmm), lambda args, out: _product(args[1:], out)),
+    **dict.fromkeys(filter(None, _fused_attention), _attention),
     _aten.convolution: _convolution,
     _aten.native_layer_norm: _norm(weight=2),
     _aten.native_group_norm: _norm(weight=1),
@@ -329,12 +318,3 @@ FLOP_RULES = {
     _aten.grid_sampler_2d: lambda args, out: 4 * out.numel(),
     **_ours,
 }
-for _kind in (
-    'flash_attention',
-    'flash_attention_for_cpu',
-    'efficient_attention',
-    'cudnn_attention',
-):
-    # Which of these there are depends on the version of torch.
-    if hasattr(_aten, f'_scaled_dot_product_{_kind}'):
-        FLOP_RULES[getattr(_aten, f'_scaled_dot_product_{_kind}')] = _attention

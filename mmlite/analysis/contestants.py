@@ -1,57 +1,142 @@
-"""Detectors and encoders of MMDetection as contestants, stock and Lite."""
+"""Models as contestants: of MMDetection, and their exports."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
-from mmdet.datasets import CocoDataset
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from mmengine.config import Config
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..openmmlab.build import build_detector
-from ..openmmlab.families import find_holder, is_lite, reads_text
-from ..openmmlab.layers import LiteEncoder, fuse
+from .. import fuse, optimize
+from ..export.detector import load
+from ..openmmlab.build import DetectorSpec, build_detector, load_config
+from ..openmmlab.layers import LiteEncoder
 from ..openmmlab.lite_config import stock_config
 from .compare import Contestant
-from .complexity import Complexity, count_detector, find_encoder
+from .complexity import Complexity, called_with, count_detector, find_encoder
 from .inputs import encoder_inputs, image_batch, pyramid_sizes
+from .published import preset as published_rows
 from .report import size
-from .timing import Start, silent
+from .timing import Call, Setting, Start
 
+# How a model runs: as it is, its encoder compiled, its standard deformable attention on our
+# operators, optimised for prediction.
+EAGER, COMPILED, FUSED, OPTIMIZED = MODES = ('eager', 'compiled', 'fused', 'optimized')
 STOCK, STOCK_FUSED = 'stock (mmcv)', 'stock (ms_deform_attn)'
 EMBED_DIMS = 256
 
 
-class Detector(Contestant):
+@dataclass(eq=False)
+class Model(Contestant):
+    """A model as it runs somewhere."""
+
+    name: str  # what tables call it
+    model: nn.Module | None = None
+    encoder_at: str | None = None  # name of its multi-scale encoder, '' where it is one itself
+    checkpoint: str | None = None  # the file of its weights, if they are trained
+    published: dict | None = None  # what the paper reports of it
+    mode: str = EAGER
+    cost: Complexity | None = None  # none of an export
+    accuracy: dict[str, float] | None = None  # COCO's metrics in percent
+    baseline: Model | None = None
+
+    def label(self) -> dict[str, str]:
+        return {'model': self.name}
+
+    def as_json(self) -> dict:
+        facts = {'complexity': self.cost, 'published': self.published, 'accuracy': self.accuracy}
+        return {'name': self.name, **facts, 'timings': self.timings}
+
+    def arguments(self, image_size: tuple[int, int], batch_size: int, device: str) -> dict:
+        """Keyword arguments for a prediction by the model."""
+        raise NotImplementedError
+
+    def loss(self, arguments: dict) -> Tensor:
+        """What a training step minimises, of these arguments for a prediction."""
+        raise ValueError(f'{self.name} cannot be trained here; leave out --train')
+
+    def count(self, setting: Setting) -> Complexity | None:
+        """What one image costs."""
+        arguments = self.arguments(setting.image_size, 1, setting.device)
+        return count_detector(self.model, setting.image_size, arguments, self.encoder_at)
+
+    def call(self, part: str, setting: Setting, batch_size: int) -> Call | None:
+        """What is measured of a part; None where there is no such part.
+
+        Parts are ``'inference'``, from images to predictions; ``'encoder'``, on what it gets then;
+        and ``'training'``: forward, losses and backward.
+        """
+        module = self.model
+        arguments = self.arguments(setting.image_size, batch_size, setting.device)
+        if part == 'encoder':
+            if self.encoder_at is None or self.mode == OPTIMIZED:  # that runs it in pieces
+                return None
+            module = self.model.get_submodule(self.encoder_at)
+            with called_with(module) as caught:
+                self.call('inference', setting, batch_size)(0)
+            arguments = caught
+
+        def predict(index: int) -> object:
+            module.eval()
+            with torch.no_grad(), setting.autocast():
+                return module(**arguments)
+
+        def train(index: int) -> None:
+            module.train()
+            with setting.autocast():
+                loss = self.loss(arguments)
+            loss.backward()
+            module.zero_grad(set_to_none=True)
+
+        if part != 'training':
+            return predict
+        return train if self.mode in (EAGER, COMPILED) else None
+
+    def in_mode(self, mode: str) -> Model:
+        """The same in another of :data:`MODES`, or itself; ValueError where it does not run so."""
+        if mode == EAGER or self.model is None:
+            return self
+        model = copy.deepcopy(self.model)
+        other = replace(self, name=f'{self.name}, {mode}', model=model, mode=mode)
+        if mode != COMPILED:
+            (fuse if mode == FUSED else optimize)(model)
+        elif self.encoder_at is None:
+            raise ValueError('it has no multi-scale encoder')
+        else:
+            encoder = model.get_submodule(self.encoder_at)
+            encoder.forward = torch.compile(encoder.forward)
+        return other
+
+
+class Detector(Model):
     """A detector of MMDetection or mmlite."""
 
     def arguments(self, image_size, batch_size, device) -> dict:
-        # Classes of objects: of the text (see image_batch), of the head, or a segmenter's things.
-        model = getattr(self.model, 'bbox_head', self.model)
-        classes = getattr(model, 'num_classes', getattr(model, 'num_things_classes', 80))
-        if reads_text(self.model):
-            classes = len(CocoDataset.METAINFO['classes'])
-        images, samples = image_batch(batch_size, image_size, classes, device)
+        images, samples = image_batch(batch_size, image_size, device=device)
         return {'inputs': images, 'data_samples': samples, 'mode': 'predict'}
 
-    def count(self, image_size) -> Complexity:
+    def count(self, setting) -> Complexity:
         try:
-            return count_detector(self.model, image_size)
+            return count_detector(self.model, setting.image_size)
         except (RuntimeError, AttributeError, TypeError) as error:
-            reason = str(error).partition('\n')[0]
+            where, reason = size(setting.image_size), str(error).partition('\n')[0]
             raise ValueError(
-                f'{self.name} does not run on an image of {size(image_size)}: {reason}'
+                f'{self.name} does not run on an image of {where}: {reason}'
             ) from error
 
     def loss(self, arguments) -> Tensor:
         return self.model.parse_losses(self.model(**{**arguments, 'mode': 'loss'}))[0]
 
 
-class Encoder(Contestant):
-    """An encoder alone, over four levels."""
+class Encoder(Model):
+    """An encoder of MMDetection alone, over four levels."""
 
     def arguments(self, image_size, batch_size, device) -> dict:
         return encoder_inputs(pyramid_sizes(image_size), EMBED_DIMS, batch_size, device)
@@ -61,54 +146,69 @@ class Encoder(Contestant):
         memory = self.model(**{**arguments, 'query': query})
         return (memory * memory.detach()).sum()
 
-    def stages(self, call, setting) -> dict[str, float]:
-        return {}  # it is one stage
+
+class Exported(Model):
+    """A folder that ``mmlite export`` or ``mmlite quantize`` wrote, in its runtime."""
+
+    def count(self, setting) -> None:
+        return None
+
+    def call(self, part, setting, batch_size) -> Call | None:
+        if part != 'inference':
+            return None
+        exported = load(self.name, torch.get_num_threads())
+        sizes = [exported.description['input'][name] for name in ('batch', 'height', 'width')]
+        fits = all(a in (None, b) for a, b in zip(sizes, (1, *setting.image_size)))
+        if not fits or (setting.device, setting.dtype, batch_size) != ('cpu', 'float32', 1):
+            raise ValueError(
+                f'{self.name} is measured on the CPU with one image: leave out --device, --dtype '
+                'and --batch-size; an export for images of one size needs that --image-size'
+            )
+        image = np.random.default_rng(0).uniform(0, 255, (3, *setting.image_size))
+        arguments = exported.arguments([image], 1)
+        return lambda index: exported.session(*arguments)
 
 
-def build_detectors(
-    wanted: Sequence[tuple[str, Config, str | None]], device: str, start: Start = silent
-) -> list[Contestant]:
-    """Build detectors; a Lite one alone gets its stock one as baseline.
+def detectors(
+    names: Sequence[str], preset: str | None, changes: dict | None, device: str, start: Start
+) -> Iterator[list[Model]]:
+    """Detectors of configs, and exports; or those of a table of the paper.
 
-    Args:
-        wanted (Sequence[tuple[str, Config, str | None]]): Name, config and checkpoint of each.
-        device (str): Where they go.
-        start (Start): Shows progress.
-
-    Raises:
-        FileNotFoundError: A checkpoint is missing.
-        ValueError: A config cannot be built, or a checkpoint does not fit.
+    They come in groups, one in memory at a time, each with its baseline first. A Lite config that
+    is the only config gets its stock one as baseline.
     """
-    if len(wanted) == 1 and _has_lite_encoder(wanted[0][1].model):
-        stock = copy.deepcopy(wanted[0][1])
-        stock.model = stock_config(stock.model)
-        wanted = [('stock', stock, None), *wanted]
-    step = start('building', len(wanted))
-    detectors = []
-    for name, config, checkpoint in wanted:
+    if bool(names) == bool(preset):
+        raise ValueError('give either configs, the baseline first, or a --preset')
+    step = start('building', len(names) or sum(map(len, published_rows(preset))))
+
+    def build(name: str, config: Config, checkpoint: str | None = None, **facts) -> Model:
         torch.manual_seed(0)
         model = build_detector(config, checkpoint, device)
-        detectors.append(Detector(name, model, find_encoder(model), checkpoint))
         step()
-    return detectors
+        return Detector(name, model, find_encoder(model), checkpoint, **facts)
+
+    for rows in published_rows(preset) if preset else ():
+        configs = [load_config(row.config, changes) for row in rows]
+        titles = [f'{row.model}, {row.backbone}' for row in rows]
+        yield [build(*pair, published=vars(row)) for *pair, row in zip(titles, configs, rows)]
+    exports = [Exported(name) for name in names if Path(name).is_dir()]
+    if exports and exports[0].name == names[0]:
+        raise ValueError('give the config of the baseline first; exports are compared with it')
+    specs = [DetectorSpec.parse(name) for name in names if not Path(name).is_dir()]
+    wanted = [(spec.name, load_config(spec.config, changes), spec.checkpoint) for spec in specs]
+    if len(wanted) == 1:
+        stock = copy.deepcopy(wanted[0][1])
+        with suppress(ValueError):  # it is stock itself
+            stock.model = stock_config(stock.model)
+            wanted.insert(0, ('stock', stock, None))
+    if wanted:
+        yield [*(build(*each) for each in wanted), *exports]
 
 
-def _has_lite_encoder(model_config: dict) -> bool:
-    try:
-        return is_lite(find_holder(model_config)[1]['type'])
-    except ValueError:
-        return False
-
-
-def build_encoders(
-    schedules: Sequence[str], ffn_channels: int, device: torch.device | str = 'cpu'
-) -> list[Contestant]:
+def encoders(schedules: Sequence[str], ffn_channels: int, device: str = 'cpu') -> list[Model]:
     """The stock encoder with mmcv's operator and with ours, and each schedule with both attentions.
 
     All have six layers over four levels, 256 channels and random weights.
-
-    Raises:
-        ValueError: A schedule is malformed or does not make six layers over four levels.
     """
     dims = {'embed_dims': EMBED_DIMS}
     layer_cfg = {
@@ -116,9 +216,9 @@ def build_encoders(
         'ffn_cfg': {**dims, 'feedforward_channels': ffn_channels, 'ffn_drop': 0.0},
     }
     options = {'num_layers': 6, 'layer_cfg': layer_cfg}
-    encoders = {name: DeformableDetrTransformerEncoder(**options) for name in (STOCK, STOCK_FUSED)}
-    fuse(encoders[STOCK_FUSED])
+    found = {name: DeformableDetrTransformerEncoder(**options) for name in (STOCK, STOCK_FUSED)}
+    fuse(found[STOCK_FUSED])
     for schedule in schedules:
-        encoders[f'Lite {schedule}'] = LiteEncoder(schedule, **options)
-        encoders[f'Lite {schedule}, no KDA'] = LiteEncoder(schedule, **options, key_aware=False)
-    return [Encoder(name, encoder.to(device), '') for name, encoder in encoders.items()]
+        found[f'Lite {schedule}'] = LiteEncoder(schedule, **options)
+        found[f'Lite {schedule}, no KDA'] = LiteEncoder(schedule, **options, key_aware=False)
+    return [Encoder(name, encoder.to(device), '') for name, encoder in found.items()]

@@ -1,11 +1,6 @@
 """Hooks of mmengine that bring costs and pictures into the training log.
 
-Both write through the runner's visualizer, hence to every backend that the config names: the work
-directory's ``vis_data`` and TensorBoard among them. ::
-
-    custom_hooks = [dict(type='EfficiencyHook'), dict(type='AttentionMapHook', interval=1)]
-    visualizer = dict(vis_backends=[dict(type='LocalVisBackend'),
-                                    dict(type='TensorboardVisBackend')])
+Both write through the runner's visualizer, hence to every backend that the config names.
 """
 
 from __future__ import annotations
@@ -26,6 +21,7 @@ from torch import Tensor, nn
 
 from .attention import attention_at_point, level_masses
 from .complexity import count_detector
+from .report import size
 
 
 class EfficiencyHook(Hook):
@@ -51,10 +47,9 @@ class EfficiencyHook(Hook):
         runner.visualizer.add_scalars(scalars, step=0)
         path = Path(runner.work_dir) / 'efficiency.json'
         path.write_text(json.dumps(asdict(cost), indent=2) + '\n')
-        height, width = self.image_size
         runner.logger.info(
             f'{cost.flops / 1e9:.1f} GFLOPs, of which encoder '
-            f'{cost.stage_flops["encoder"] / 1e9:.1f}, at {height}x{width}; '
+            f'{cost.stage_flops["encoder"] / 1e9:.1f}, at {size(self.image_size)}; '
             f'{cost.params / 1e6:.2f} M parameters'
         )
 
@@ -100,16 +95,13 @@ class AttentionMapHook(Hook):
                 return model.val_step(data_batch)[0]
 
         image = cv2.imread(outputs[0].img_path)[..., ::-1]
-        width, height = image.shape[1::-1]
-        found = outputs[0].pred_instances
-        point = (width / 2, height / 2)
+        last = torch.tensor([image.shape[1] - 1, image.shape[0] - 1])
+        found, middle = outputs[0].pred_instances, last / 2
         if len(found):
-            x1, y1, x2, y2 = found.bboxes[found.scores.argmax()].tolist()
-            # A box may reach beyond the image.
-            point = (
-                min(max((x1 + x2) / 2, 0), width - 1),
-                min(max((y1 + y2) / 2, 0), height - 1),
-            )
+            box = found.bboxes[found.scores.argmax()].cpu()
+            middle = (box[:2] + box[2:]) / 2
+        # A box may reach beyond the image.
+        point = tuple(middle.clamp(torch.zeros(2), last).tolist())
         seen = attention_at_point(model, run, point, name=type(model).__name__, layer=self.layer)
         picture = pixels_of(draw_attention(image, [seen]))
         runner.visualizer.add_image(f'attention_{batch_idx}', picture, step=runner.epoch)
@@ -119,9 +111,9 @@ class AttentionMapHook(Hook):
         if self._masses:
             from .pictures import draw_level_masses, pixels_of
 
-            name = type(_detector(runner)).__name__
-            figure = draw_level_masses([(name, torch.stack(self._masses).mean(0))])
-            runner.visualizer.add_image('attention_levels', pixels_of(figure), step=runner.epoch)
+            masses = {type(_detector(runner)).__name__: torch.stack(self._masses).mean(0)}
+            picture = pixels_of(draw_level_masses(masses))
+            runner.visualizer.add_image('attention_levels', picture, step=runner.epoch)
 
 
 def _detector(runner: Runner) -> nn.Module:

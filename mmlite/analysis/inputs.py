@@ -42,8 +42,7 @@ class OperatorShape:
     """What an encoder layer over the pyramid of an image hands to the operators.
 
     ``locations`` are ``'grid'``: around the query's own place, along the directions of the initial
-    offsets, with a pixel of noise, as in a model; or ``'uniform'``: anywhere, which is the worst
-    case for caches.
+    offsets, with a pixel of noise; or ``'uniform'``: anywhere, the worst case for caches.
     """
 
     image_size: tuple[int, int] = (800, 1333)  # height and width in pixels; strides are 8 to 64
@@ -119,13 +118,12 @@ def encoder_inputs(
 def image_batch(
     batch_size: int,
     image_size: tuple[int, int],
-    num_classes: int = 80,
     device: torch.device | str = 'cpu',
 ) -> tuple[Tensor, list[DetDataSample]]:
     """Normalised images with random boxes and masks, as a detector of mmdet takes them.
 
-    Images are of unit scale, (batch, 3, height, width). Each has 7 boxes, COCO's average, with
-    masks in them and labels below ``num_classes``, and asks for COCO's classes as its text.
+    Images are of unit scale, (batch, 3, height, width). Each has 7 boxes, COCO's average, of the
+    first class, with masks in them, and asks for COCO's classes as its text.
     """
     # Here, so that the operators can be measured where only torch is installed.
     from mmdet.datasets import CocoDataset
@@ -135,7 +133,7 @@ def image_batch(
         batch_size,
         (3, *image_size),
         num_items=[7] * batch_size,
-        num_classes=num_classes,
+        num_classes=2,
         with_mask=True,
         texts=[CocoDataset.METAINFO['classes']] * batch_size,
         custom_entities=True,
@@ -143,5 +141,6 @@ def image_batch(
     for sample in drawn['data_samples']:
         size = dict.fromkeys(('batch_input_shape', 'pad_shape'), image_size)
         sample.set_metainfo({**size, 'scale_factor': (1.0, 1.0)})
+        sample.gt_instances.labels.zero_()  # every detector has a first class
     images = (torch.stack(drawn['inputs']).float() - 127) / 74
     return images.to(device), [sample.to(device) for sample in drawn['data_samples']]

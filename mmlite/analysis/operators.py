@@ -3,162 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from .compare import Contestant, take_turns, time_tables
 from .inputs import OperatorInputs, OperatorShape
-from .report import Report, Table, mebibytes, milliseconds, size, times
-from .timing import (
-    Call,
-    Ratio,
-    Setting,
-    Start,
-    Timing,
-    measure,
-    num_threads,
-    peak_memory,
-    silent,
-    speedup,
-)
-
-Operator = Callable[[OperatorInputs], Tensor]
+from .report import Report
+from .timing import Call, Setting, Start, silent
 
 STANDARD, KEY_AWARE = 'ms_deform_attn', 'key_aware_deform_attn'
 PASSES = ('forward', 'forward+backward')
-_FUSED = {'cpu': 'cpu', 'cuda': 'triton'}
 
 
-@dataclass(frozen=True)
-class OperatorResult:
-    """One operator on one backend."""
+def benchmark_operators(setting: Setting, start: Start = silent, **options: Any) -> Report:
+    """Measure every backend that runs on the device, all in the same rounds.
+
+    The parts of the setting are of :data:`PASSES`; the options are those of ``OperatorShape``. The
+    notes of the report say why a backend was left out.
+    """
+    if len(setting.batch_sizes) > 1:
+        raise ValueError('ops takes one --batch-size; run it once for each')
+    options |= {'dtype': getattr(torch, setting.dtype), 'device': setting.device}
+    shape = OperatorShape(setting.image_size, *setting.batch_sizes, **options)
+    # Rotating inputs: a GPU would otherwise find the last call's in its cache.
+    inputs = [shape.inputs(seed) for seed in range(1 if shape.device == 'cpu' else 4)]
+    operators, left_out = contestants(inputs, shape.device)
+    by_name = {(each.operator, each.backend): each for each in operators}
+    against = {
+        'over PyTorch': lambda each: by_name[each.operator, 'reference'],
+        'over mmcv standard': lambda each: by_name.get((STANDARD, 'mmcv')),
+    }
+    take_turns(operators, setting, against, start, min_seconds=0.02)
+    what = (
+        f'{shape.num_queries or shape.num_tokens} queries, {shape.num_tokens} tokens, '
+        f'M {shape.num_heads}, D {shape.head_dim}, P {shape.num_points}, {shape.locations} '
+        'locations'
+    )
+    notes = [f'Not measured: {name}: {reason}.' for name, reason in left_out.items()]
+    settings = {**asdict(setting), **asdict(shape), 'dtype': setting.dtype}
+    return Report(settings, operators, time_tables(operators, setting, what), notes)
+
+
+# What runs one operator, standard or key-aware.
+Operator = Callable[[OperatorInputs], Tensor]
+
+
+@dataclass(eq=False)
+class OperatorOnBackend(Contestant):
+    """An operator on one backend."""
 
     operator: str  # ms_deform_attn or key_aware_deform_attn
     backend: str  # reference, cpu, triton, or one of OTHERS
-    direction: str  # of PASSES
-    timing: Timing
-    over_reference: Ratio  # how many times faster than the same operator in plain PyTorch
-    over_mmcv: Ratio | None  # how many times faster than mmcv's ms_deform_attn
-    peak_memory: int | None  # bytes beyond the inputs
-    moved: int  # bytes of all inputs and the output of a forward pass, each once
+    run: Operator
+    inputs: Sequence[OperatorInputs]
 
+    def label(self) -> dict[str, str]:
+        return {'operator': self.operator, 'backend': self.backend}
 
-def report(
-    shape: OperatorShape,
-    passes: Sequence[str],
-    rounds: int,
-    warmup: int,
-    scaling: bool,
-    start: Start,
-) -> Report:
-    """All that ``mmlite benchmark ops`` measures, with ``scaling`` also at other sizes."""
-    results, left_out = benchmark_operators(
-        shape, passes=passes, rounds=rounds, warmup=warmup, start=start
-    )
-    dtype = str(shape.dtype).removeprefix('torch.')
-    what = (
-        f'{size(shape.image_size)} ({shape.num_queries or shape.num_tokens} queries, '
-        f'{shape.num_tokens} tokens), batch {shape.batch_size}, M {shape.num_heads}, '
-        f'D {shape.head_dim}, P {shape.num_points}, {dtype}, {shape.locations} locations'
-    )
-    tables = [
-        Table(f'{way}, {what}', [_cells(r) for r in results if r.direction == way])
-        for way in passes
-    ]
-    points: list[dict] = []
-    axes = _axes(shape) if scaling else {}
-    step = start('scaling', sum(map(len, axes.values())))
-    for axis, values in axes.items():
-        head, lines = axis.replace('_', ' '), []
-        for value in values:
-            seconds = scaled(shape, axis, value, rounds)
-            points.append({'axis': axis, 'value': value, 'seconds': seconds})
-            shown = size(value) if axis == 'image_size' else value
-            lines.append({head: shown, **{k: milliseconds(s) for k, s in seconds.items()}})
-            step()
-        tables.append(Table(f'Forward, median ms, by {head}', lines))
-    return Report(
-        settings={**asdict(shape), 'dtype': dtype, 'rounds': rounds},
-        results=results,
-        tables=tables,
-        notes=[f'Not measured: {name}: {reason}.' for name, reason in left_out.items()],
-        further={'scaling': points, 'left_out': left_out},
-    )
+    def call(self, part: str, setting: Setting | None = None, batch_size: int = 1) -> Call:
+        def forward(index: int) -> Tensor:
+            with torch.no_grad():
+                return self.run(self.inputs[index % len(self.inputs)])
 
+        def forward_backward(index: int) -> Sequence[Tensor | None]:
+            x = self.inputs[index % len(self.inputs)]
+            names = ('query', 'value', 'sampling_locations', 'attention_weights')
+            leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
+            output = self.run(x._replace(**leaves))
+            # The output is its own upstream gradient, which saves making one.
+            wanted = list(leaves.values())
+            return torch.autograd.grad(output, wanted, output.detach(), allow_unused=True)
 
-def benchmark_operators(
-    shape: OperatorShape,
-    *,
-    passes: Sequence[str] = PASSES,
-    rounds: int = 10,
-    warmup: int = 2,
-    start: Start = silent,
-) -> tuple[list[OperatorResult], dict[str, str]]:
-    """Measure every backend that runs on the device, all in the same rounds.
+        return forward if part == 'forward' else forward_backward
 
-    ``passes`` are of :data:`PASSES`; ``rounds`` counts the measurements of each contestant.
-
-    Returns:
-        tuple[list[OperatorResult], dict[str, str]]: The results, and why others were left out.
-    """
-    # Rotating inputs: a GPU would otherwise find the last call's in its cache.
-    inputs = [shape.inputs(seed) for seed in range(1 if shape.device == 'cpu' else 4)]
-    setting = Setting(rounds=rounds, warmup=warmup, device=shape.device)
-    operators, left_out = contestants(inputs[0], shape.device)
-    results = []
-    for direction in passes:
-        make = _forward if direction == 'forward' else _forward_backward
-        calls = {name: make(operator, inputs) for name, operator in operators.items()}
-        timings = measure(calls, setting, start, f'operators, {direction}', min_seconds=0.02)
-        mmcv = timings.get((STANDARD, 'mmcv'))
-        for (operator, backend), timing in timings.items():
-            over_reference = speedup(timings[operator, 'reference'], timing)
-            over_mmcv = speedup(mmcv, timing) if mmcv else None
-            memory = peak_memory(calls[operator, backend], shape.device)
-            figures = (timing, over_reference, over_mmcv, memory, _bytes(operator, inputs[0]))
-            results.append(OperatorResult(operator, backend, direction, *figures))
-    return results, left_out
-
-
-def scaled(shape: OperatorShape, axis: str, value: object, rounds: int = 10) -> dict[str, float]:
-    """Median seconds of a forward pass, by contestant, with one thing changed.
-
-    ``axis`` is ``image_size``, ``num_queries`` or ``threads``.
-    """
-    point = shape if axis == 'threads' else replace(shape, **{axis: value})
-    with num_threads(value if axis == 'threads' else None):
-        results, _ = benchmark_operators(point, passes=PASSES[:1], rounds=rounds, warmup=1)
-    return {f'{r.operator} ({r.backend})': r.timing.median for r in results}
-
-
-def _axes(shape: OperatorShape) -> dict[str, list]:
-    """What ``--scaling`` varies."""
-    (height, width), tokens = shape.image_size, shape.num_tokens
-    axes = {
-        'image_size': [(height * s // 4, width * s // 4) for s in (2, 3, 4, 5)],
-        'num_queries': [*(n for n in (300, 900, 3000, 10000) if n < tokens), tokens],
-    }
-    if shape.device == 'cpu':
-        most = torch.get_num_threads()
-        axes['threads'] = sorted({1, *(n for n in (2, 4, 8, 16, 32) if n < most), most})
-    return axes
-
-
-def _cells(result: OperatorResult) -> dict[str, object]:
-    cells = {
-        'operator': result.operator,
-        'backend': result.backend,
-        **times(result.timing),
-        'over PyTorch': result.over_reference,
-        'over mmcv standard': result.over_mmcv or '-',
-        'peak MiB': mebibytes(result.peak_memory),
-    }
-    if result.direction == 'forward':
-        cells['GB/s'] = f'{result.moved / result.timing.median / 1e9:.2f}'
-    return cells
+    def work(self, part: str, batch_size: int) -> dict[str, float]:
+        """Bytes of all inputs and the output of a forward pass, each once."""
+        x = self.inputs[0]
+        own = x.query if self.operator == KEY_AWARE else x.attention_weights
+        moved = (x.value, x.sampling_locations, own, x.query)  # the output is like the query
+        return {'GB/s': sum(t.nbytes for t in moved) / 1e9} if part == 'forward' else {}
 
 
 def mmcv(device: str) -> Operator:
@@ -188,25 +116,26 @@ def arguments(x: OperatorInputs) -> tuple[Tensor, ...]:
 
 
 def contestants(
-    inputs: OperatorInputs, device: str
-) -> tuple[dict[tuple[str, str], Operator], dict[str, str]]:
-    """(operator, backend) -> function of :class:`OperatorInputs`; what is not there, and why."""
-    calls, left_out = {}, {}
+    inputs: Sequence[OperatorInputs], device: str
+) -> tuple[list[OperatorOnBackend], dict[str, str]]:
+    """What runs on a device; and what does not, and why."""
+    found: dict[tuple[str, str], Operator] = {}
+    left_out = {}
     for name, make in OTHERS.items():
         try:
-            call = make(device)
-            call(inputs)
-            calls[STANDARD, name] = call
+            found[STANDARD, name] = make(device)
+            found[STANDARD, name](inputs[0])
         except Exception as error:  # another package may fail in any way
+            found.pop((STANDARD, name), None)
             left_out[f'{STANDARD} ({name})'] = str(error).partition('\n')[0]
-    wanted = ('reference', _FUSED[torch.device(device).type])
+    wanted = ('reference', 'triton' if torch.device(device).type == 'cuda' else 'cpu')
     for operator in (STANDARD, KEY_AWARE):
         for status in ops.backends():
             if status.name in wanted and status.available:
-                calls[operator, status.name] = partial(_ours, operator, status.name)
+                found[operator, status.name] = partial(_ours, operator, status.name)
             elif status.name in wanted:
                 left_out[f'{operator} ({status.name})'] = status.detail
-    return calls, left_out
+    return [OperatorOnBackend(*name, run, inputs) for name, run in found.items()], left_out
 
 
 def _ours(operator: str, backend: str, x: OperatorInputs) -> Tensor:
@@ -215,26 +144,3 @@ def _ours(operator: str, backend: str, x: OperatorInputs) -> Tensor:
         if operator == KEY_AWARE:
             return ops.key_aware_deform_attn(x.query, x.value, x.value, *where)
         return ops.ms_deform_attn(x.value, *where, x.attention_weights)
-
-
-def _forward(operator: Operator, inputs: Sequence[OperatorInputs]) -> Call:
-    return torch.no_grad()(lambda index: operator(inputs[index % len(inputs)]))
-
-
-def _forward_backward(operator: Operator, inputs: Sequence[OperatorInputs]) -> Call:
-    def call(index: int) -> Sequence[Tensor | None]:
-        x = inputs[index % len(inputs)]
-        names = ('query', 'value', 'sampling_locations', 'attention_weights')
-        leaves = {name: getattr(x, name).detach().requires_grad_() for name in names}
-        output = operator(x._replace(**leaves))
-        # The output is its own upstream gradient, which saves making one.
-        wanted = list(leaves.values())
-        return torch.autograd.grad(output, wanted, output.detach(), allow_unused=True)
-
-    return call
-
-
-def _bytes(operator: str, x: OperatorInputs) -> int:
-    own = x.query if operator == KEY_AWARE else x.attention_weights
-    moved = (x.value, x.sampling_locations, own, x.query)  # the output is like the query
-    return sum(tensor.numel() * tensor.element_size() for tensor in moved)

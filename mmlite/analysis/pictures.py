@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -17,10 +16,10 @@ from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from .attention import QueryAttention
-from .report import render
+from .attention import QueryAttention, class_name
 
 _MARK = '#00e5ff'
+DPI = 110
 
 
 def draw_attention(image: np.ndarray, seen: Sequence[QueryAttention]) -> Figure:
@@ -31,38 +30,39 @@ def draw_attention(image: np.ndarray, seen: Sequence[QueryAttention]) -> Figure:
     levels = max(len(one.attention.spatial_shapes) for one in seen)
     height = 3.0 * image.shape[0] / image.shape[1] + 0.6
     figure = Figure(figsize=(3.0 * (levels + 1), height * len(seen)), layout='constrained')
-    strips = figure.subfigures(len(seen), 1, squeeze=False)[:, 0]
     top = max(float(one.attention.weights.max()) for one in seen)
-    for strip, one in zip(strips, seen):
+    for strip, one in zip(figure.subfigures(len(seen), 1, squeeze=False)[:, 0], seen):
         row = strip.subplots(1, levels + 1)
         strip.suptitle(f'{one.name}: {one.where}', x=0.01, ha='left', fontsize=10)
-        attention = one.attention
-        points = attention.locations[0].numpy() * np.array(one.scale)  # (M, L, P, 2)
-        weights = attention.weights[0].numpy()
         panels = {'all levels': slice(None)}
-        for level, (h, w) in enumerate(attention.spatial_shapes):
-            mass = float(attention.level_mass()[0, level])
+        for level, (h, w) in enumerate(one.attention.spatial_shapes):
+            mass = float(one.attention.level_mass()[0, level])
             panels[f'level {level + 1} ({h}x{w}): {mass:.0%}'] = slice(level, level + 1)
+        for axis in row:
+            axis.set_axis_off()
         for axis, (title, chosen) in zip([row[-1], *row[:-1]], panels.items()):
             axis.set_title(title, fontsize=9)
             axis.imshow(image, alpha=0.75)
-            p, w = points[:, chosen].reshape(-1, 2), weights[:, chosen].ravel()
-            order = np.argsort(w)  # the heaviest on top
-            dots = axis.scatter(
-                *p[order].T, c=w[order], s=14, vmin=0, vmax=top, cmap='plasma', linewidths=0
-            )
-            if one.point:
-                axis.plot(*one.point, '+', color=_MARK, markersize=11, markeredgewidth=2)
-            if one.box:
-                x1, y1, x2, y2 = one.box
-                size = (x2 - x1, y2 - y1)
-                axis.add_patch(Rectangle((x1, y1), *size, fill=False, color=_MARK, linewidth=1.5))
+            dots = _draw_points(axis, one, chosen, top)
             axis.set_xlim(0, image.shape[1])
             axis.set_ylim(image.shape[0], 0)
-        for axis in row:
-            axis.set_axis_off()
         strip.colorbar(dots, ax=row, label='weight', shrink=0.8, pad=0.01)
     return figure
+
+
+def _draw_points(axis: Axes, one: QueryAttention, levels: slice, top: float):
+    """Draw the query and its points on some levels."""
+    points = one.attention.locations[0, :, levels].numpy() * np.array(one.scale)  # (M, L, P, 2)
+    weights = one.attention.weights[0, :, levels].numpy().ravel()
+    order = np.argsort(weights)  # the heaviest on top
+    x, y = points.reshape(-1, 2)[order].T
+    if one.point:
+        axis.plot(*one.point, '+', color=_MARK, markersize=11, markeredgewidth=2)
+    if one.box:
+        x1, y1, x2, y2 = one.box
+        box = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=_MARK, linewidth=1.5)
+        axis.add_patch(box)
+    return axis.scatter(x, y, c=weights[order], s=14, vmin=0, vmax=top, cmap='plasma', linewidths=0)
 
 
 def draw_boxes(image: np.ndarray, instances: InstanceData, names: Sequence[str]) -> np.ndarray:
@@ -86,9 +86,7 @@ def draw_boxes(image: np.ndarray, instances: InstanceData, names: Sequence[str])
         masks = instances.masks
         masks = masks.numpy() if isinstance(masks, Tensor) else masks.to_ndarray()
         instances.masks = masks.repeat(factor, 1).repeat(factor, 2)
-    instances.label_names = [
-        names[label] if label < len(names) else f'class {label}' for label in instances.labels
-    ]
+    instances.label_names = [class_name(names, label) for label in instances.labels]
     visualizer = DetLocalVisualizer()
     # As ground truth, of which it draws everything.
     sample = DetDataSample(gt_instances=instances)
@@ -111,48 +109,35 @@ def draw_panels(
     return figure
 
 
-def draw_level_masses(masses: Sequence[tuple[str, Tensor]]) -> Figure:
+def draw_level_masses(masses: Mapping[str, Tensor]) -> Figure:
     """Heat maps of where the encoders' attention goes: a row a detector, a panel a layer.
 
-    ``masses`` holds the name of each detector and, averaged over a data set, what
-    :func:`~mmlite.analysis.attention.level_masses` returns.
+    ``masses``: name of a detector -> mean of :func:`~mmlite.analysis.attention.level_masses`.
     """
-    layers = max(len(mass) for _, mass in masses)
+    layers = max(map(len, masses.values()))
     figure = Figure(figsize=(1.9 * layers + 1, 2.3 * len(masses) + 0.4), layout='constrained')
     axes = figure.subplots(len(masses), layers, squeeze=False)
     colors = matplotlib.colormaps['viridis'].with_extremes(bad='#e8e8e8')
-    for row, (name, mass) in zip(axes, masses):
+    for row, (name, mass) in zip(axes, masses.items()):
         for axis in row[len(mass) :]:
             axis.set_axis_off()
         for index, (axis, values) in enumerate(zip(row, mass.numpy())):
             shown = axis.imshow(np.ma.masked_invalid(values), vmin=0, vmax=1, cmap=colors)
-            for (y, x), value in np.ndenumerate(values):
-                if np.isfinite(value):
-                    ink = 'white' if value < 0.6 else 'black'
-                    axis.text(x, y, f'{value:.0%}', ha='center', va='center', color=ink, fontsize=6)
-            labels = range(1, len(values) + 1)
-            axis.set_xticks(range(len(labels)), labels, fontsize=7)
-            axis.set_yticks(range(len(labels)), labels, fontsize=7)
+            for y, x in np.argwhere(np.isfinite(values)):
+                look = {'color': 'white' if values[y, x] < 0.6 else 'black', 'fontsize': 6}
+                axis.text(x, y, f'{values[y, x]:.0%}', ha='center', va='center', **look)
+            for set_ticks in (axis.set_xticks, axis.set_yticks):
+                set_ticks(range(len(values)), range(1, len(values) + 1), fontsize=7)
             axis.set_title(f'layer {index + 1}', fontsize=8)
         row[0].set_ylabel(f'{name}\nlevel of the query (1: largest map)', fontsize=8)
-        row[len(mass) // 2].set_xlabel(
-            'level of the sampled points (1 is the largest map)', fontsize=8
-        )
+        row[len(mass) // 2].set_xlabel('level of the sampled points', fontsize=8)
     figure.colorbar(shown, ax=axes, label='share of the attention', shrink=0.8, pad=0.01)
     return figure
 
 
-def pixels_of(figure: Figure, dpi: int = 110) -> np.ndarray:
+def pixels_of(figure: Figure) -> np.ndarray:
     """The figure as RGB pixels, uint8, shape (H, W, 3)."""
-    figure.set_dpi(dpi)
+    figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def png_and_page(figure: Figure, caption: str, dpi: int = 110) -> tuple[bytes, str]:
-    """The figure as a PNG file and as a page of HTML that stands alone."""
-    target = io.BytesIO()
-    figure.savefig(target, format='png', dpi=dpi)
-    encoded = base64.b64encode(target.getvalue()).decode()
-    return target.getvalue(), render(title=caption, picture=encoded)

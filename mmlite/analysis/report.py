@@ -1,17 +1,11 @@
-"""Results as people and programs read them: tables, plots, pages, JSON."""
+"""Results as people and programs read them: tables, a page, JSON."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from .timing import Timing
-
-# Readable for the colour-blind (Okabe and Ito's palette).
-COLORS = ('#0072b2', '#56b4e9', '#d55e00', '#e69f00', '#009e73', '#999999')
-BASELINE, VARIANT = '#444444', '#d55e00'
 
 
 @dataclass
@@ -45,9 +39,8 @@ class Report:
     results: Sequence  # every measurement, for programs: dictionaries or dataclasses
     tables: list[Table]  # the same for people
     notes: list[str] = field(default_factory=list)  # sentences for below the tables
-    further: dict = field(default_factory=dict)  # what else programs get
-    # What the page shows beside the tables: title, intro, headline (cards), figures (caption and
-    # SVG), and how it was measured.
+    # What the page shows beside the tables: title, intro, how it was measured, headline (cards),
+    # bars, figures (caption and SVG).
     page: dict | None = None
     machine: dict[str, str] = field(default_factory=dict)  # what it ran on
     command: str = ''  # what repeats it
@@ -58,7 +51,7 @@ class Report:
 
     def as_json(self) -> dict:
         head = {'machine': self.machine, 'settings': self.settings, 'command': self.command}
-        return {**head, 'results': self.results, **self.further}
+        return {**head, 'results': self.results}
 
     def markdown(self) -> str:
         tables = [table.markdown() for table in self.tables]
@@ -78,60 +71,17 @@ def render(**content: object) -> str:
     return pages.get_template('page.html').render(content)
 
 
-def plot(draw: Callable[..., None], *arguments) -> str:
-    """Draw on a figure's axes and return it as SVG for a page."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # Drawn at the width of a phone, so that the text keeps its size there.
-    style = {'svg.fonttype': 'none', 'font.size': 9, 'font.family': 'sans-serif'}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.4, 3.3), layout='constrained')
-        axes = figure.add_subplot()
-        axes.spines[['top', 'right']].set_visible(False)
-        draw(axes, *arguments)
-        target = io.StringIO()
-        # No date, so that equal results make equal pages.
-        figure.savefig(target, format='svg', metadata={'Date': None}, transparent=True)
-    svg = target.getvalue()
-    return svg[svg.index('<svg') :]
-
-
-def scatter(
-    axes: Any, points: list[tuple[str, float, float, dict]], x_label: str, y_label: str
-) -> None:
-    """Label points from the lowest up, each above the label below it."""
-    axes.set(xlabel=x_label, ylabel=y_label)
-    for _, x, y, style in points:
-        axes.plot(x, y, **style)
-    axes.set_xlim(0, 1.4 * axes.get_xlim()[1])
-    (_, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    axes.set_autoscale_on(False)
-    line = {'arrowstyle': '-', 'lw': 0.4, 'color': '#999999', 'shrinkA': 0}
-    look = {'textcoords': ('data', 'axes fraction'), 'fontsize': 7, 'va': 'center'}
-    below = -1.0
-    for name, x, y, _ in sorted(points, key=lambda point: point[2]):
-        if name:
-            below = max((y - bottom) / (top - bottom), below + 0.055)
-            place = (x + 0.03 * right, below)
-            axes.annotate(name, (x, y), xytext=place, arrowprops=line, **look)
-
-
-def times(timing: Timing) -> dict[str, str]:
-    """The cells of a timing: median, mean and 95th percentile in ms."""
-    names = ('median', 'mean', 'p95')
-    return {f'{name} ms': milliseconds(getattr(timing, name)) for name in names}
+def cells(timing: Timing) -> dict[str, object]:
+    """A timing as cells: median, mean, 95th percentile, how many times faster, memory."""
+    times = {f'{n} ms': milliseconds(getattr(timing, n)) for n in ('median', 'mean', 'p95')}
+    memory = '-' if timing.memory is None else f'{timing.memory / 2**20:.1f}'
+    return {**times, **timing.faster, 'peak MiB': memory}
 
 
 def milliseconds(seconds: float) -> str:
     """Three significant digits, in ms."""
     value = 1000 * seconds
     return f'{value:.0f}' if value >= 100 else f'{value:#.3g}'
-
-
-def mebibytes(num_bytes: int | None) -> str:
-    """In MiB; a dash where it is not known."""
-    return '-' if num_bytes is None else f'{num_bytes / 2**20:.1f}'
 
 
 def giga(count: float) -> str:

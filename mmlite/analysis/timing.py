@@ -11,8 +11,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -32,20 +31,6 @@ def silent(text: str, total: int) -> Callable[[], None]:
     return lambda: None
 
 
-@dataclass
-class Timing:
-    """Seconds of one call."""
-
-    seconds: tuple[float, ...]  # one figure a round, in their order
-    median: float = field(init=False)
-    mean: float = field(init=False)
-    p95: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.median, self.p95 = np.percentile(self.seconds, [50, 95]).tolist()
-        self.mean = float(np.mean(self.seconds))
-
-
 @dataclass(frozen=True)
 class Ratio:
     """How many times faster: median over the pairs of rounds, and its quartiles."""
@@ -59,6 +44,22 @@ class Ratio:
         return f'{self.median:.{digits}f}x ({self.low:.{digits}f} to {self.high:.{digits}f})'
 
 
+@dataclass
+class Timing:
+    """What one call costs."""
+
+    seconds: tuple[float, ...]  # one figure a round, in their order
+    memory: int | None = None  # bytes, see peak_memory
+    faster: dict[str, Ratio] = field(default_factory=dict)  # than others of the same rounds
+    median: float = field(init=False)
+    mean: float = field(init=False)
+    p95: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.median, self.p95 = np.percentile(self.seconds, [50, 95]).tolist()
+        self.mean = float(np.mean(self.seconds))
+
+
 @dataclass(frozen=True)
 class Setting:
     """What is run, where, and how often."""
@@ -69,12 +70,7 @@ class Setting:
     device: str = 'cpu'
     rounds: int = 10  # measurements of each contestant; 0 to count only
     warmup: int = 2  # calls before, at least one
-    training: bool = False  # also measure a training step, at the first batch size
-
-    @property
-    def batch_size(self) -> int:
-        """The first of them."""
-        return self.batch_sizes[0]
+    parts: tuple[str, ...] = ('inference',)  # of the contestants, that are measured
 
     def autocast(self) -> torch.autocast:
         """What to run a model in."""
@@ -87,20 +83,20 @@ def measure(
     setting: Setting,
     start: Start = silent,
     text: str = '',
+    *,
+    against: Mapping[str, Callable[[Name], Name | None]] | None = None,
     min_seconds: float = 0.0,
 ) -> dict[Name, Timing]:
-    """Time several calls against each other.
+    """Measure several calls in turns: time, peak memory, and how many times faster they are.
 
     Args:
-        contestants (Mapping[Hashable, Call]): Name -> what to time.
-        setting (Setting): An odd number of rounds is raised to the next even one. On CUDA, time is
-            taken between events on the current stream; on the CPU from the wall clock.
+        contestants (Mapping[Hashable, Call]): Name -> what to measure.
+        setting (Setting): An odd number of rounds is raised to the next even one.
         start (Start): Shows progress, with ``text`` beside the bar.
         text (str): What is measured.
+        against (Mapping[str, Callable], optional): Entry of :attr:`Timing.faster` -> function from
+            a name to that of the contestant to compare with.
         min_seconds (float): Quick calls are repeated until a measurement takes about this long.
-
-    Returns:
-        dict[Hashable, Timing]: Seconds of one call, by name.
 
     Raises:
         ValueError: There is nothing to measure or no round to do it in.
@@ -109,55 +105,56 @@ def measure(
         raise ValueError('a measurement needs at least one contestant and one round')
     rounds = setting.rounds + setting.rounds % 2
     step = start(text, len(contestants) * (1 + rounds))
-    clock = _cuda_clock if torch.device(setting.device).type == 'cuda' else _wall_clock
     repeats = {}
     for name, call in contestants.items():
         for index in range(max(1, setting.warmup)):
-            once = clock(call, index, 1)
+            once = _seconds(call, index, 1, setting.device)
         repeats[name] = max(1, round(min_seconds / max(once, 1e-9)))
         step()
     seconds: dict[Name, list[float]] = {name: [] for name in contestants}
     order = list(contestants)
     for index in range(rounds):
         for name in order:
-            seconds[name].append(clock(contestants[name], index, repeats[name]))
+            call = contestants[name]
+            seconds[name].append(_seconds(call, index, repeats[name], setting.device))
             step()
         order.reverse()
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+    timings = {
+        name: Timing(tuple(seconds[name]), peak_memory(call, setting.device))
+        for name, call in contestants.items()
+    }
+    for head, other_of in (against or {}).items():
+        for name, timing in timings.items():
+            other = timings.get(other_of(name))
+            if other is not None:
+                timing.faster[head] = speedup(other, timing)
+    return timings
 
 
 def speedup(baseline: Timing, variant: Timing) -> Ratio:
     """How many times faster ``variant`` is than ``baseline``, both from one :func:`measure`."""
     pairs = [np.reshape(timing.seconds, (-1, 2)).sum(1) for timing in (baseline, variant)]
-    low, median, high = np.percentile(pairs[0] / pairs[1], [25, 50, 75])
-    return Ratio(float(median), float(low), float(high))
+    low, median, high = np.percentile(pairs[0] / pairs[1], [25, 50, 75]).tolist()
+    return Ratio(median, low, high)
 
 
-def _wall_clock(call: Call, index: int, repeats: int) -> float:
+def _seconds(call: Call, index: int, repeats: int, device: str) -> float:
+    """Wall-clock time of one call, until a GPU has done its work."""
+    wait = torch.cuda.synchronize if torch.device(device).type == 'cuda' else lambda: None
+    wait()
     start = time.perf_counter()
     for repeat in range(repeats):
         call(index * repeats + repeat)
+    wait()
     return (time.perf_counter() - start) / repeats
-
-
-def _cuda_clock(call: Call, index: int, repeats: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for repeat in range(repeats):
-        call(index * repeats + repeat)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / repeats
 
 
 def peak_memory(call: Call, device: torch.device | str = 'cpu') -> int | None:
     """Bytes that ``call(0)`` needs at its peak beyond what was in use, its result included.
 
     On CUDA this is what torch's allocator hands out. On the CPU it is the high-water mark of the
-    process, exact to about 1 MiB, which also sees the scratch memory of kernels; None on an
-    operating system that does not tell (other than Linux). Run the call before, too: what a first
-    call sets up for good would count.
+    process, exact to about 1 MiB, which also sees the scratch memory of kernels; None where the
+    system is not Linux. Run the call before, too: what a first call sets up for good would count.
     """
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)
@@ -182,31 +179,17 @@ def _process_memory(name: str) -> int:
     return 1024 * int(re.search(rf'^{name}:\s*(\d+) kB', status, re.MULTILINE)[1])
 
 
-@contextmanager
-def num_threads(count: int | None) -> Iterator[None]:
-    """Run with ``count`` intra-op threads of torch, ``None`` for as many as there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def describe_machine(device: torch.device | str = 'cpu') -> dict[str, str]:
     """What the numbers were taken on, for the head of a report."""
     cpuinfo = Path('/proc/cpuinfo')
     found = re.search(r'model name\s*: (.*)', cpuinfo.read_text() if cpuinfo.exists() else '')
     cpu = found[1] if found else platform.processor() or platform.machine()
-    machine = {
+    gpu = torch.device(device).type == 'cuda'
+    return {
         'CPU': f'{cpu}, {os.cpu_count()} cores visible',
         'threads': str(torch.get_num_threads()),
         'instructions': torch.backends.cpu.get_cpu_capability(),
         'PyTorch': torch.__version__,
         'Python': platform.python_version(),
+        **({'GPU': torch.cuda.get_device_name(device)} if gpu else {}),
     }
-    if torch.device(device).type == 'cuda':
-        properties = torch.cuda.get_device_properties(device)
-        machine['GPU'] = f'{properties.name}, {properties.total_memory / 2**30:.0f} GiB'
-        machine['CUDA'] = str(torch.version.cuda)
-    return machine

@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-from .shared import spread
+from .shared import HELP, spread
 
 # Subcommand -> the line that `mmlite --help` shows for it.
 COMMANDS = {
@@ -51,7 +51,7 @@ class _Commands(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@click.group(cls=_Commands, context_settings={'help_option_names': ['-h', '--help']})
+@click.group(cls=_Commands, context_settings=HELP)
 @click.option('--debug', is_flag=True, help='Show the traceback of an error.')
 @click.version_option(package_name='mmlite-detr')
 def main(debug: bool) -> None:

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
 
-from .shared import (
-    cfg_options,
-    config_argument,
-    count_option,
-    json_option,
-    print_table,
-    progress,
-    read_config,
-    write_json,
-)
-
-if TYPE_CHECKING:
-    from ..datasets.check import DataSummary
+from . import shared
 
 SHOWN_PLACES = 3
 
 
 @click.command()
-@config_argument
-@count_option('--workers', default=os.cpu_count(), help='Processes that decode images.')
-@cfg_options
-@json_option
+@shared.config_argument
+@shared.count_option('--workers', default=os.cpu_count(), help='Threads that decode images.')
+@shared.cfg_options
+@shared.json_option
 @click.pass_context
 def check(
     ctx: click.Context, config: str, workers: int, cfg_options: dict, json_path: Path | None
@@ -50,82 +39,49 @@ def check(
       mmlite check my_config.py --workers 8 --json report.json
       mmlite check my_config.py --cfg-options model.num_queries=300
     """
-    cfg = read_config(config, cfg_options)
-    from ..datasets.check import PROBLEMS, Findings, check_data, check_model
+    cfg = shared.read_config(config, cfg_options)
+    from ..datasets.check import COUNTS, PROBLEMS, REMARKS, check_data, check_model
     from ..openmmlab.build import build_detector
 
-    findings = Findings()
-    with progress() as start:
-        summaries = check_data(cfg, findings, workers, start)
+    warnings.filterwarnings('ignore')  # those of the stack about itself, and of Pillow
+    places = defaultdict(list)
+    with shared.progress() as start:
+        data_sets = check_data(cfg, places, workers, start)
     try:
-        model = build_detector(cfg)
+        check_model(build_detector(cfg), cfg, data_sets, places)
     except ValueError as error:
-        findings.add('model', 'model', error)
-    else:
-        check_model(model, cfg, summaries, findings)
+        places['model', 'model'].append(str(error))
 
-    found = findings.sorted()
-    problems = sum(kind in PROBLEMS for _, kind in findings)
-    _show(summaries, found)
-    report = {
-        'config': config,
-        'data': summaries,
-        'findings': [
-            {
-                'data': data,
-                'kind': kind,
-                'places': places,
-                'problem': kind in PROBLEMS,
-                'count': len(places),
-            }
-            for (data, kind), places in found
-        ],
-        'problems': problems,
-    }
-    write_json(json_path, report)
+    summaries = [data.as_json() for data in data_sets]
+    if summaries:
+        columns = ('data', 'images', 'objects', 'at most in one image', 'annotation file')
+        keys = ('name', 'images', 'objects', 'most_objects', 'annotation_file')
+        rows = [[escape(str(summary[key])) for key in keys] for summary in summaries]
+        shared.print_table('Data', columns, rows)
+    for summary in summaries:
+        rows = [[escape(str(count[name])) for name in COUNTS] for count in summary['classes']]
+        columns = ('class', *COUNTS[1:])
+        shared.print_table(f'Classes of {summary["name"]}', columns, rows, justify='right')
+    found = [
+        {'data': data, 'kind': kind, 'places': where, 'problem': kind in PROBLEMS}
+        for (data, kind), where in places.items()
+        if where
+    ]
+    found.sort(key=lambda finding: not finding['problem'])
+    if found:
+        meanings, rows = {**PROBLEMS, **REMARKS}, []
+        for data, kind, where, problem in (finding.values() for finding in found):
+            text = f'[{"red" if problem else "yellow"}]{kind}[/]\n{meanings[kind]}'
+            shown = [*where[:SHOWN_PLACES], f'and {len(where) - SHOWN_PLACES} more']
+            shown = escape('\n'.join(shown[: len(where)]))
+            rows.append((data, text, str(len(where)), shown))
+        columns = ('data', 'finding', 'count', 'where')
+        shared.print_table('Findings', columns, rows, show_lines=True)
+    problems = sum(finding['problem'] for finding in found)
+    report = {'config': config, 'data': summaries, 'findings': found, 'problems': problems}
+    shared.write_json(json_path, report)
     if problems:
         click.echo(f'{problems} kinds of problems' if problems > 1 else '1 kind of problem')
         ctx.exit(1)
-    unread = ', '.join(data for data, kind in findings if kind == 'not checked')
-    click.echo(
-        f'No problems found in what was checked, without {unread}'
-        if unread
-        else 'No problems found'
-    )
-
-
-def _show(summaries: list[DataSummary], found: list) -> None:
-    if summaries:
-        columns = ('data', 'images', 'objects', 'at most in one image', 'annotation file')
-        rows = [
-            (
-                s['name'],
-                *(str(s[key]) for key in ('images', 'objects', 'most_objects')),
-                escape(s['annotation_file']),
-            )
-            for s in (summary.as_json() for summary in summaries)
-        ]
-        print_table('Data', columns, rows)
-    for summary in summaries:
-        columns = ('class', 'images', 'objects', 'small', 'medium', 'large')
-        rows = [
-            (escape(count['name']), *(str(count[name]) for name in columns[1:]))
-            for count in summary.classes
-        ]
-        print_table(f'Classes of {summary.name}', columns, rows, justify='right')
-    if found:
-        columns = ('data', 'finding', 'count', 'where')
-        print_table('Findings', columns, map(_finding, found), show_lines=True)
-
-
-def _finding(finding: tuple[tuple[str, str], list[str]]) -> tuple[str, ...]:
-    from ..datasets.check import PROBLEMS, REMARKS
-
-    (data, kind), places = finding
-    shown = places[:SHOWN_PLACES]
-    if len(places) > SHOWN_PLACES:
-        shown.append(f'and {len(places) - SHOWN_PLACES} more')
-    color = 'red' if kind in PROBLEMS else 'yellow'
-    meaning = {**PROBLEMS, **REMARKS}[kind]
-    text = f'[{color}]{kind}[/]\n{meaning}'
-    return data, text, str(len(places)), escape('\n'.join(shown))
+    unread = ', '.join(finding['data'] for finding in found if finding['kind'] == 'not checked')
+    click.echo('No problems found' + (f' in what was checked, without {unread}' if unread else ''))

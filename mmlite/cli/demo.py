@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import click
@@ -26,28 +27,13 @@ SHOWN_SCORE = 0.3
 
 
 @click.command()
-@option(
-    '--task',
-    type=click.Choice(list(TASKS)),
-    default='detection',
-    help='Boxes by a small Lite-DINO, or masks by a small Lite-Mask2Former.',
-)
-@out_option(
-    'Folder for the data, the checkpoint, the results and the picture. Default: work_dirs/demo, or '
-    'work_dirs/demo-segmentation.'
-)
+@option('--task', type=click.Choice(list(TASKS)), default='detection', help='Boxes, or masks.')
+@out_option('Folder for data, results and picture. Default: work_dirs/demo, or demo-segmentation.')
 @count_option('--epochs', help='Default: as in the config.')
 @option('--train-images', type=click.IntRange(8), default=600)
 @count_option('--val-images', default=100)
 @option('--seed', type=click.IntRange(0), default=0)
-def demo(
-    task: str,
-    out: Path | None,
-    epochs: int | None,
-    train_images: int,
-    val_images: int,
-    seed: int,
-) -> None:
+def demo(task: str, out: Path | None, epochs, train_images: int, val_images: int, seed) -> None:
     """Train and evaluate a small Lite detector on shapes that are drawn for it.
 
     Draws a data set in COCO's format, trains on it, evaluates with pycocotools on images held
@@ -59,9 +45,8 @@ def demo(
       mmlite demo --epochs 2 --out /tmp/demo
       mmlite demo --task segmentation
     """
-    config, measured = TASKS[task]
-    out = out or Path('work_dirs', 'demo' if task == 'detection' else f'demo-{task}')
     _sleep_while_waiting()
+    config, measured = TASKS[task]
     require()
     from ..analysis.accuracy import METRICS
     from ..analysis.complexity import encoder_flops
@@ -70,10 +55,16 @@ def demo(
 
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the progress
     began = time.monotonic()
-    _make_writable(out)
-    splits = {'train': train_images, 'val': val_images}
+    out = out or Path('work_dirs', 'demo' if task == 'detection' else f'demo-{task}')
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / 'results.json').write_text('{}\n')
+    except OSError as error:
+        reason = f'{out} cannot be written ({error.strerror})'
+        raise OSError(f'{reason}; choose another folder with --out') from error
     with progress() as start:
-        step = start('Drawing images', sum(splits.values()))
+        step = start('Drawing images', train_images + val_images)
+        splits = {'train': train_images, 'val': val_images}
         generate_shapes(out / 'data', splits, seed=seed, progress=step)
     runner = _build(config, out, epochs, seed)
     _train(runner)
@@ -104,37 +95,23 @@ def demo(
 
 
 def _sleep_while_waiting() -> None:
-    """Let threads without work sleep, which keeps training going beside busy processes.
-
-    OpenMP reads the variable when torch is imported, which has to come after this. What the user
-    has chosen stays; docs/cluster.md has the measurement.
-    """
+    """Let threads without work sleep, before torch is imported: other processes may be busy."""
     if 'GOMP_SPINCOUNT' not in os.environ:
         os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 
-def _make_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / 'results.json').write_text('{}\n')
-    except OSError as error:
-        raise OSError(
-            f'{out} cannot be written ({error.strerror}); choose another folder with --out'
-        ) from error
-
-
 def _build(config: str, out: Path, epochs: int | None, seed: int):
-    """The runner of the embedded config, on the data in ``out``."""
+    """The runner of a packaged config, on the data in ``out``."""
     from mmengine.runner import Runner
 
     cfg = read_config(f'mmlite::{config}')
     epochs = epochs or cfg.train_cfg.max_epochs
+    cfg.merge_from_dict({'work_dir': str(out), 'log_level': 'ERROR', 'randomness': {'seed': seed}})
     cfg.train_cfg.max_epochs = cfg.param_scheduler[-1].T_max = epochs
     cfg.train_cfg.val_interval = epochs + 1  # evaluated once, after training
     cfg.default_hooks.checkpoint.interval = epochs
-    cfg.merge_from_dict({'work_dir': str(out), 'log_level': 'ERROR', 'randomness': {'seed': seed}})
-    for split in ('train', 'val', 'test'):
-        cfg[f'{split}_dataloader'].dataset.data_root = str(out / 'data')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = str(out / 'data')
     for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
         evaluator.ann_file = str(out / 'data/annotations/instances_val.json')
     with _quiet():
@@ -148,23 +125,19 @@ def _train(runner) -> None:
     is_terminal = sys.stdout.isatty()
 
     with progress() as start, _quiet():
+        step = start('Training', runner.train_loop.max_iters)
 
         class ShowProgress(Hook):
-            def before_train(self, runner) -> None:
-                self.step = start('Training', runner.max_iters)
-                self.started = time.monotonic()
-
             def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
                 # The mean over the last 20 iterations.
                 self.loss = f'loss {runner.message_hub.get_scalar("train/loss").mean(20):.2f}'
-                self.step(self.loss)
+                step(self.loss)
 
             def after_train_epoch(self, runner) -> None:
                 if not is_terminal:  # where there is no bar to look at
-                    done, epochs = runner.epoch + 1, runner.max_epochs
-                    left = (time.monotonic() - self.started) / done * (epochs - done)
-                    minutes, seconds = divmod(round(left), 60)
-                    say(f'Epoch {done} of {epochs}: {self.loss}, {minutes} min {seconds} s left')
+                    minutes, seconds = divmod(round(runner.message_hub.get_info('eta')), 60)
+                    epoch = f'Epoch {runner.epoch + 1} of {runner.max_epochs}'
+                    say(f'{epoch}: {self.loss}, {minutes} min {seconds} s left')
 
         runner.register_hook(ShowProgress(), priority='VERY_LOW')
         runner.train()
@@ -177,26 +150,20 @@ def _draw_predictions(runner, path: Path) -> Path:
 
     from ..analysis.pictures import draw_boxes, draw_panels
 
-    samples = []
     with torch.no_grad():
-        for batch in runner.val_dataloader:
-            samples += runner.model.val_step(batch)
-            if len(samples) >= SHOWN_IMAGES:
-                break
+        samples = chain.from_iterable(map(runner.model.val_step, runner.val_dataloader))
+        samples = list(islice(samples, SHOWN_IMAGES))
     classes = runner.val_dataloader.dataset.metainfo['classes']
     above, below = [], []
-    for sample in samples[:SHOWN_IMAGES]:
+    for sample in samples:
         image = cv2.imread(sample.img_path)[..., ::-1]
-        found = sample.pred_instances
-        found = found[found.scores > SHOWN_SCORE]
+        found = sample.pred_instances[sample.pred_instances.scores > SHOWN_SCORE]
         above.append(('ground truth', draw_boxes(image, sample.gt_instances, classes)))
         below.append((f'score above {SHOWN_SCORE}', draw_boxes(image, found, classes)))
     draw_panels([above, below], panel_width=3.0).savefig(path, dpi=100)
     return path
 
 
-@contextlib.contextmanager
-def _quiet():
+def _quiet() -> contextlib.AbstractContextManager:
     """Keep what the stack prints from tearing up the progress bar; errors still come through."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    return contextlib.redirect_stdout(io.StringIO())

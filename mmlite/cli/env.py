@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -21,17 +22,11 @@ _PACKAGES = {
     'mmdet': ('mmdet', 'onedl-mmdetection'),
     'pycocotools': ('pycocotools',),
 }
+_HELP = 'Write the results here, too. Without a file: print them instead of tables.'
 
 
 @click.command()
-@click.option(
-    '--json',
-    'json_path',
-    type=FILE,
-    is_flag=False,
-    flag_value='-',
-    help='Write the results here, too. Without a file: print them instead of tables.',
-)
+@click.option('--json', 'json_path', type=FILE, is_flag=False, flag_value='-', help=_HELP)
 def env(json_path: Path | None) -> None:
     """Show versions, devices and which backend of the operators runs, and why.
 
@@ -40,22 +35,6 @@ def env(json_path: Path | None) -> None:
       mmlite env
       mmlite env --json env.json
     """
-    report = collect()
-    if json_path == Path('-'):
-        click.echo(json.dumps(report, indent=2))
-        return
-    write_json(json_path, report)
-    print_table('Versions', ('package', 'version'), report['versions'].items())
-    print_table('Machine', ('device', 'detail'), report['machine'].items())
-    backends = [
-        (backend['name'], 'yes' if backend['available'] else 'no', backend['detail'])
-        for backend in report['backends']
-    ]
-    print_table('Backends of mmlite.ops', ('backend', 'runs', 'detail'), backends)
-
-
-def collect() -> dict:
-    """What ``mmlite env --json FILE`` writes."""
     import torch
 
     from ..ops import backends
@@ -64,28 +43,30 @@ def collect() -> dict:
     gpus = {f'cuda:{index}': torch.cuda.get_device_name(index) for index in devices}
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = f'{platform.machine()}, {torch.get_num_threads()} threads, {capability}'
-    return {
+    machine = {'cpu': cpu, **(gpus or {'cuda': 'none'})}
+    with suppress(ImportError):  # mmengine collects compilers and libraries
+        from mmengine.utils.dl_utils import collect_env
+
+        wanted = ('GCC', 'CUDA_HOME', 'NVCC', 'OpenCV')
+        machine |= {name: found for name, found in collect_env().items() if name in wanted}
+    report = {
         'versions': {'python': platform.python_version(), **{n: _version(n) for n in _PACKAGES}},
-        'machine': {'cpu': cpu, **(gpus or {'cuda': 'none'}), **_tools()},
+        'machine': machine,
         'backends': [status._asdict() for status in backends()],
     }
-
-
-def _tools() -> dict[str, str]:
-    """Compilers and libraries, as far as mmengine is there to collect them."""
-    try:
-        from mmengine.utils.dl_utils import collect_env
-    except ImportError:
-        return {}
-    found = collect_env()
-    return {name: found[name] for name in ('GCC', 'CUDA_HOME', 'NVCC', 'OpenCV') if name in found}
+    if json_path == Path('-'):
+        click.echo(json.dumps(report, indent=2))
+        return
+    write_json(json_path, report)
+    print_table('Versions', ('package', 'version'), report['versions'].items())
+    print_table('Machine', ('device', 'detail'), report['machine'].items())
+    rows = [(s.name, 'yes' if s.available else 'no', s.detail) for s in backends()]
+    print_table('Backends of mmlite.ops', ('backend', 'runs', 'detail'), rows)
 
 
 def _version(name: str) -> str:
     for distribution in _PACKAGES[name]:
-        try:
-            found = version(distribution)
-        except PackageNotFoundError:
-            continue
-        return found if distribution == _PACKAGES[name][0] else f'{found} ({distribution})'
+        with suppress(PackageNotFoundError):
+            own = '' if distribution == _PACKAGES[name][0] else f' ({distribution})'
+            return f'{version(distribution)}{own}'
     return 'not installed'

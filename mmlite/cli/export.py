@@ -13,42 +13,25 @@ from .shared import option
 # What float32 leaves of a box, in parts of the image, and of a score. A pixel whose logit is near
 # zero may be on either side of it, and moves the box around a mask by whole pixels.
 TOLERANCE, MASK_TOLERANCE = 1e-4, 1e-2
+_FORMATS = click.Choice(['onnx', 'openvino', 'torch'])
 
 
 @click.command()
 @shared.config_argument
 @shared.checkpoint_argument
-@option(
-    '--format',
-    'format_',
-    type=click.Choice(['onnx', 'openvino', 'torch']),
-    default='onnx',
-    help='For ONNX Runtime, for OpenVINO, or a .pt2 file of torch.export.',
-)
+@option('--format', type=_FORMATS, default='onnx', help='torch: a .pt2 file of torch.export.')
 @shared.out_option('The folder to write.', required=True)
-@shared.image_size_option(default=None, help='Fit images into a canvas. Default: any size.')
+@shared.image_size_option('size', default=None, help='Fit images into a canvas. Default: any size.')
 @option('--batch-size', default='1', metavar='N|any', help='Images at a time.')
 @shared.flag('--portable', help='Use no operators of mmlite: for runtimes that take none. Slower.')
 @option('--opset', default=18, help="Version of ONNX's operators, 18 to 21.")
 @shared.images_option(help='An image or a folder to compare with PyTorch on; can be repeated.')
 @option(
-    '--text',
-    metavar='TEXT',
-    help='What Grounding DINO looks for: "cat . dog". Default: the classes of the config.',
+    '--text', help='What Grounding DINO looks for: "cat . dog". Default: the config\'s classes.'
 )
 @shared.cfg_options
 def export(
-    config: str,
-    checkpoint: str | None,
-    format_: str,
-    out: Path,
-    image_size: tuple[int, int] | None,
-    batch_size: str,
-    portable: bool,
-    opset: int,
-    image_paths: tuple[Path, ...],
-    text: str | None,
-    cfg_options: dict,
+    config, checkpoint, out: Path, batch_size: str, image_paths, text, cfg_options, **options
 ) -> None:
     """Export the detector of CONFIG with the weights of CHECKPOINT, from image to boxes.
 
@@ -71,17 +54,16 @@ def export(
 
     if batch_size != 'any' and not (batch_size.isdecimal() and int(batch_size)):
         raise ValueError(f"--batch-size must be a number of images or 'any'; got {batch_size!r}")
-    batch = None if batch_size == 'any' else int(batch_size)
+    options['batch'] = None if batch_size == 'any' else int(batch_size)
+    if text is not None:
+        options['text'] = [name.strip() for name in text.split('.') if name.strip()]
     files = shared.image_files(image_paths) if image_paths else []
     images = [shared.read_image(file) for file in files] or [_drawn()]
-    names = None if text is None else [name.strip() for name in text.split('.') if name.strip()]
     check_config(cfg.model)
     model = build_detector(cfg, checkpoint)
     console = shared.console()
     with console.status('Tracing and writing the model'):
-        detector = export_detector(
-            model, out, format_, cfg, image_size or None, batch, portable, opset, names
-        )
+        detector = export_detector(model, out, config=cfg, **options)
     with console.status('Comparing with PyTorch'):
         report = compare(model, detector, images, cfg)
     shared.write_json(out / REPORT, report)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from pathlib import Path
 
 import click
 
-from .shared import cfg_options, image_size_option, out_option, print_table, read_config
+from . import shared
 
 
 @click.command()
@@ -16,16 +15,10 @@ from .shared import cfg_options, image_size_option, out_option, print_table, rea
 @click.option(
     '--schedule', help="For example 'H3L1-(2+1)x3'. With --out alone: the main schedule that fits."
 )
-@out_option('Write the config here. Default: print it.', '.py')
-@image_size_option(help='What GFLOPs are counted at.')
-@cfg_options
-def lite_config(
-    stock: str,
-    schedule: str | None,
-    out: Path | None,
-    image_size: tuple[int, int],
-    cfg_options: dict,
-) -> None:
+@shared.out_option('Write the config here. Default: print it.', '.py')
+@shared.image_size_option(help='What GFLOPs are counted at.')
+@shared.cfg_options
+def lite_config(stock: str, schedule, out: Path | None, image_size, cfg_options) -> None:
     """Write the Lite config of a STOCK config, or say why there is none.
 
     STOCK is a path or mmdet::folder/config.py. Without --schedule and --out the schedules that fit
@@ -38,14 +31,14 @@ def lite_config(
       mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py -o lite.py
       mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py --schedule 'H2L2-(2+1)x3'
     """
-    config = read_config(stock, cfg_options)
+    config = shared.read_config(stock, cfg_options)
     from ..openmmlab.lite_config import lite_config as text_of
     from ..openmmlab.lite_config import main_schedule
 
     if schedule is None and out is None:
         _show(config, image_size)
         return
-    base: str | Path = stock
+    base = stock
     if '::' not in stock:
         folder = out.resolve().parent if out else Path.cwd()
         base = Path(os.path.relpath(Path(stock).resolve(), folder)).as_posix()
@@ -70,40 +63,35 @@ def _show(config, image_size: tuple[int, int]) -> None:
 
     reported = _published(config.model)
     before = encoder_flops(config.model, image_size)
-    rows = [('stock', giga(before), '', _cell(reported.get('stock')))]
+    rows = [['stock', giga(before), '', reported.get('stock', '')]]
     for schedule in fitting_schedules(config.model):
-        lite = Config({'model': copy.deepcopy(config.model)})
+        lite = Config({'model': config.model}).copy()
         lite.merge_from_dict({'model': lite_change(config.model, schedule)})
         after = encoder_flops(lite.model, image_size)
-        saved = f'{1 - after / before:.0%}'
-        rows.append((schedule, giga(after), saved, _cell(reported.get(schedule))))
+        rows.append(
+            [schedule, giga(after), f'{1 - after / before:.0%}', reported.get(schedule, '')]
+        )
     columns = ('schedule', 'encoder GFLOPs', 'saved', 'published box AP (GFLOPs)')
-    print_table(f'Schedules that fit, at {size(image_size)}', columns, rows, 'right')
+    shared.print_table(f'Schedules that fit, at {size(image_size)}', columns, rows, 'right')
     if reported:
         click.echo('Published: Lite DETR (arXiv 2303.07335), COCO val2017; not measured here.')
 
 
-# As the paper names detectors, and backbones by their depths.
-_DETECTORS = {'DINO': 'DINO', 'DeformableDETR': 'Deformable DETR', 'HDeformableDETR': 'H-DETR'}
-_BACKBONES = {('ResNet', (50,)): 'R50', ('SwinTransformer', (2, 2, 6, 2)): 'Swin-T'}
-
-
-def _published(model) -> dict:
-    """Schedule, or 'stock' -> the paper's row for the same detector and backbone."""
+def _published(model) -> dict[str, str]:
+    """Schedule, or 'stock' -> what the paper reports for the same detector and backbone."""
     from ..analysis.published import PRESETS, preset
+    from ..openmmlab.build import load_config
     from ..openmmlab.families import type_name
 
-    backbone = model.backbone
-    depths = (backbone.depth,) if 'depth' in backbone else backbone.get('depths', (2, 2, 6, 2))
-    kind = type_name(backbone.type), tuple(depths)
-    wanted = _DETECTORS.get(type_name(model.type)), _BACKBONES.get(kind)
+    def kind(model) -> list:
+        backbone = model.backbone
+        size = backbone.get('depth'), list(backbone.get('depths', ()))
+        return [type_name(model.type), type_name(backbone.type), size]
+
     for stock, *lite in (group for name in PRESETS for group in preset(name)):
-        if (stock.model, stock.backbone) == wanted:
-            return {'stock': stock, **{row.model.split()[-1]: row for row in lite}}
+        if kind(load_config(stock.config).model) == kind(model):
+            return {
+                schedule: f'{row.ap:.1f} ({row.gflops:.0f}, encoder {row.encoder_gflops:.0f})'
+                for schedule, row in (('stock', stock), *((r.model.split()[-1], r) for r in lite))
+            }
     return {}
-
-
-def _cell(row) -> str:
-    if row is None:
-        return ''
-    return f'{row.ap:.1f} ({row.gflops:.0f}, encoder {row.encoder_gflops:.0f})'

@@ -8,24 +8,18 @@ import click
 from rich.markup import escape
 
 from . import shared
-from .shared import FOLDER
 
 
 @click.command()
-@click.argument('source', type=FOLDER)
+@click.argument('source', type=shared.FOLDER)
 @shared.out_option('The folder to write.', required=True)
 @shared.images_option(required=True, help='An image or a folder to calibrate on; can be repeated.')
 @shared.count_option('--count', default=128, help='Calibrate on so many images, evenly spread.')
 @shared.annotations_option(help='COCO annotations to measure AP on, before and after.')
-@shared.option('--annotated-images', type=FOLDER, help='Folder of the images of --annotations.')
-def quantize(
-    source: Path,
-    out: Path,
-    image_paths: tuple[Path, ...],
-    count: int,
-    annotations: Path | None,
-    annotated_images: Path | None,
-) -> None:
+@shared.option(
+    '--annotated-images', type=shared.FOLDER, help='Folder of the images of --annotations.'
+)
+def quantize(source: Path, out: Path, image_paths, count, annotations, annotated_images) -> None:
     """Write the OpenVINO export in SOURCE once more, in 8 bits, calibrated on your images.
 
     It needs NNCF: pip install 'mmlite-detr[quantize]'. Heads, sampling offsets and positions stay
@@ -51,10 +45,11 @@ def quantize(
     files = shared.image_files(image_paths)
     count = min(count, len(files))
     images = [shared.read_image(files[index * len(files) // count]) for index in range(count)]
-    console = shared.console()
     detector = write_quantized(source, out, images)
+    console = shared.console()
     console.print(f'[bold]{escape(str(out))}[/bold]: {detector.description["model"]}')
     if annotations is not None:
-        before = coco_ap(load(source), annotations, annotated_images)
-        after = coco_ap(detector, annotations, annotated_images)
+        before, after = (
+            coco_ap(d, annotations, annotated_images) for d in (load(source), detector)
+        )
         console.print(f'AP {before:.1f} before, {after:.1f} after')

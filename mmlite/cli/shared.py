@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -36,18 +36,12 @@ flag = partial(click.option, is_flag=True)
 # One thing has one spelling in every command.
 config_argument = click.argument('config')
 checkpoint_argument = click.argument('checkpoint', required=False)
-batch_size_option = partial(count_option, '--batch-size', default=1)
 threads_option = count_option('--threads', help='CPU threads. Default: all cores.')
 device_option = option('--device', default='cpu', help='cpu, cuda or cuda:1.')
 json_option = file_option('--json', 'json_path', help='Write the results here, too.')
 annotations_option = partial(file_option, '--annotations')
-images_option = partial(
-    option,
-    '--images',
-    'image_paths',
-    multiple=True,
-    type=click.Path(exists=True, path_type=Path),
-)
+_EXISTING = click.Path(exists=True, path_type=Path)
+images_option = partial(option, '--images', 'image_paths', multiple=True, type=_EXISTING)
 image_size_option = partial(
     option, '--image-size', nargs=2, type=click.IntRange(1), metavar='H W', default=(800, 1333)
 )
@@ -64,11 +58,11 @@ def out_option(help: str, ending: str | None = None, **options) -> Callable:
 
 
 def _parse_changes(ctx: click.Context, parameter: click.Parameter, changes: tuple[str, ...]):
+    for change in changes:
+        if '=' not in change:
+            raise click.BadParameter(f'{change!r} is no change of a config; write KEY=VALUE')
     if not changes:
         return {}
-    wrong = [change for change in changes if '=' not in change]
-    if wrong:
-        raise click.BadParameter(f'{wrong[0]!r} is no change of a config; write KEY=VALUE')
     from mmengine.config import DictAction
 
     parser = argparse.ArgumentParser()
@@ -88,18 +82,17 @@ cfg_options = click.option(
 def spread(arguments: Sequence[str]) -> list[str]:
     """Rewrite arguments as click takes them.
 
-    As in MMDetection's tools, several changes may follow one ``--cfg-options``. An image size may
-    be written 800x1333 and ``--images`` without its s, as version 0.1.0 had them.
+    Several changes may follow one ``--cfg-options``, as in MMDetection's tools. Version 0.1.0 had
+    ``--image-size 800x1333`` and ``--image``.
     """
     result: list[str] = []
     for argument in arguments:
         argument = re.sub('^--image(?=$|=)', '--images', argument)
+        if argument.startswith('--image-size='):
+            result.append('--image-size')
+            argument = argument.partition('=')[2]
         if result[-2:-1] == ['--cfg-options'] and re.match(r'[^-][^=]*=', argument):
             result.append('--cfg-options')
-        option, has_value, value = argument.partition('=')
-        if option == '--image-size' and has_value:
-            result.append(option)
-            argument = value
         is_size = result[-1:] == ['--image-size'] and re.fullmatch(r'\d+x\d+', argument)
         result += argument.split('x') if is_size else [argument]
     return result
@@ -133,11 +126,7 @@ _IMAGE_KINDS = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'}
 
 
 def image_files(paths: Sequence[Path]) -> list[Path]:
-    """The files among ``paths``, and the images in the folders among them, in order.
-
-    Raises:
-        ValueError: There are none.
-    """
+    """The files among ``paths``, and the images in the folders among them, in order."""
     files: list[Path] = []
     for path in paths:
         found = path.iterdir() if path.is_dir() else [path]
@@ -148,11 +137,7 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_image(file: Path) -> np.ndarray:
-    """An image as OpenCV reads it, (h, w, 3), BGR.
-
-    Raises:
-        ValueError: It cannot be read.
-    """
+    """An image as OpenCV reads it, (h, w, 3), BGR."""
     import cv2
 
     image = cv2.imread(str(file))
@@ -176,14 +161,8 @@ def check_device(device: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int], Callable[..., None]]]:
-    """A progress bar on stderr, gone in the end.
-
-    Give a text and a number of steps, get what to call after each; it takes a note to show.
-    """
-    columns = (
-        *(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn()),
-        *(TimeRemainingColumn(), TextColumn('{task.fields[note]}')),
-    )
+    """A progress bar on stderr: for a text and a number of steps, what to call after each."""
+    columns = (*Progress.get_default_columns(), TextColumn('{task.fields[note]}'))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
 
         def start(text: str, total: int) -> Callable[..., None]:
@@ -201,15 +180,15 @@ def console() -> Console:
 def print_table(
     title: str,
     columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
+    rows: Iterable[Sequence],
     justify: str = 'left',
     **style: bool,
 ) -> None:
     """Print a table; ``justify`` says where the cells of all columns but the first stand."""
     shown = Table(title=title, title_justify='left', **style)
-    for index, column in enumerate(columns):
-        justified = justify if index else 'left'
-        shown.add_column(column, justify=justified, no_wrap=not index, overflow='fold')
+    shown.add_column(columns[0], no_wrap=True, overflow='fold')
+    for column in columns[1:]:
+        shown.add_column(column, justify=justify, overflow='fold')
     for row in rows:
         shown.add_row(*row)
     console().print(shown)
@@ -217,9 +196,9 @@ def print_table(
 
 def write_json(path: Path | None, content: dict) -> None:
     """Write a report for programs, where one is wanted; dataclasses become dictionaries."""
-
-    def plain(value: object) -> dict:
-        return value.as_json() if hasattr(value, 'as_json') else asdict(value)
-
     if path:
-        path.write_text(json.dumps(content, indent=2, default=plain) + '\n')
+        path.write_text(json.dumps(content, indent=2, default=_plain) + '\n')
+
+
+def _plain(value: Any) -> dict:
+    return value.as_json() if hasattr(value, 'as_json') else asdict(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
@@ -35,15 +36,23 @@ def visualize() -> None:
 def command(function: Callable) -> click.Command:
     """A subcommand that draws a detector, and others for comparison, on a device.
 
-    The function gets ``detectors``, what iterates over their models, names and ways to run.
+    The function gets ``detectors``, what iterates over their models, names and ways to run. It
+    returns a figure and its caption.
     """
 
     @wraps(function)
-    def run(model: tuple[str, ...], against: tuple[str, ...], cfg_options, device, **own) -> None:
+    def run(model, against, cfg_options, device, out, **own) -> None:
         if len(model) > 2:
             raise ValueError('give one CONFIG and at most one CHECKPOINT')
-        references = [','.join(model), *against]
-        function(detectors=partial(_detectors, references, cfg_options, device), **own)
+        detectors = partial(_detectors, [','.join(model), *against], cfg_options, device)
+        figure, caption = function(detectors=detectors, **own)
+        from ..analysis.report import render
+
+        figure.savefig(out, format='png', dpi=110)
+        picture = base64.b64encode(out.read_bytes()).decode()
+        page = out.with_suffix('.html')
+        page.write_text(render(title=caption, picture=picture))
+        click.echo(f'{out} and {page} written')
 
     help = 'PNG file to write; the page gets the same name.'
     for add in (
@@ -55,108 +64,6 @@ def command(function: Callable) -> click.Command:
     )[::-1]:
         run = add(run)
     return visualize.command()(run)
-
-
-@command
-@click.argument('image', type=IMAGE)
-@click.option('--point', type=shared.Point(), help='Query: a place. Default: the centre.')
-@click.option('--object', 'rank', type=click.IntRange(0), help='Query: a detection, 0 the surest.')
-@option('--layer', type=int, default=-1, help='Negative from the last.')
-@click.option('--level', type=int, help='Of the token at the point, 0 the largest map.')
-def attention(detectors, image, point, rank, layer, level, out) -> None:
-    """Draw where a query samples on every level, coloured by attention weight.
-
-    The query is the encoder's token at a point, or the decoder's query of a detected object.
-
-    \b
-    Example:
-      mmlite visualize attention lite.py lite.pth photo.jpg --against stock.py,stock.pth
-      mmlite visualize attention lite.py lite.pth photo.jpg --point 320,240 --layer 1
-      mmlite visualize attention lite.py lite.pth photo.jpg --object 0
-    """
-    from ..analysis.attention import attention_at_point, attention_of_object
-    from ..analysis.pictures import draw_attention
-
-    if point is not None and rank is not None:
-        raise ValueError('give a --point or an --object, not both')
-    pixels = shared.read_image(image)[..., ::-1]
-    point = point or (pixels.shape[1] / 2, pixels.shape[0] / 2)
-    seen = []
-    for model, name, run in detectors():
-        options = {'name': name, 'layer': layer}
-        if rank is None:
-            one = attention_at_point(model, run(image), point, level=level, **options)
-        else:
-            one = attention_of_object(model, run(image), rank, **options)
-        seen.append(one)
-    caption = f'Sampling points of {", ".join(one.name for one in seen)} on {image.name}'
-    _write(draw_attention(pixels, seen), caption, out)
-
-
-@command
-@click.argument('image', type=IMAGE)
-@shared.annotations_option(help='COCO annotations, to draw what is there, too.')
-@option('--score', type=click.FloatRange(0, 1), default=0.3)
-def detections(detectors, image, annotations, score, out) -> None:
-    """Draw what is detected, beside the ground truth.
-
-    \b
-    Example:
-      mmlite visualize detections lite.py lite.pth photo.jpg
-      mmlite visualize detections lite.py lite.pth val/1.jpg --annotations val.json --score 0.5
-    """
-    from ..analysis.accuracy import Dataset
-    from ..analysis.pictures import draw_boxes, draw_panels
-
-    pixels = shared.read_image(image)[..., ::-1]
-    panels = []
-    if annotations is not None:
-        truth = Dataset(annotations, image.parent).objects(image.name)
-        panels.append(('ground truth', draw_boxes(pixels, *truth)))
-    for model, name, run in detectors():
-        found = run(image)().pred_instances
-        found = found[found.scores >= score]
-        drawn = draw_boxes(pixels, found, model.dataset_meta['classes'])
-        panels.append((f'{name}, score at least {score:g}', drawn))
-    _write(draw_panels([panels]), f'Detections on {image.name}', out)
-
-
-@command
-@click.argument('images', type=FOLDER)
-@count_option('--max-images', default=50)
-@shared.json_option
-def levels(detectors, images, max_images, json_path, out) -> None:
-    """Draw how the encoder's attention spreads over the levels, for a folder of images.
-
-    IMAGES is a folder. Rows are the levels of the queries, columns those of the sampled points;
-    grey where a layer of a Lite encoder does not update the level.
-
-    \b
-    Example:
-      mmlite visualize levels lite.py lite.pth val/ --against stock.py,stock.pth
-      mmlite visualize levels lite.py lite.pth val/ --max-images 200 --json levels.json
-    """
-    import torch
-
-    from ..analysis.attention import level_masses
-    from ..analysis.pictures import draw_level_masses
-
-    paths = shared.image_files([images])[:max_images]
-    masses = {}
-    with shared.progress() as start:
-        for model, name, run in detectors():
-            step, seen = start(name, len(paths)), []
-            for path in paths:
-                seen.append(level_masses(model, run(path)))
-                step()
-            masses[name] = torch.stack(seen).mean(0)
-    caption = f'Attention of the encoder by level, mean over {len(paths)} images of {images.name}'
-    _write(draw_level_masses(masses.items()), caption, out)
-    plain = {  # null for what a layer does not update
-        name: [[[None if v != v else round(v, 4) for v in row] for row in layer] for layer in mass]
-        for name, mass in ((name, mass.tolist()) for name, mass in masses.items())
-    }
-    shared.write_json(json_path, {'images': len(paths), 'masses': plain})
 
 
 def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterator[tuple]:
@@ -184,10 +91,99 @@ def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterato
         yield model, name, lambda path, run=run: partial(run, str(path))
 
 
-def _write(figure, caption: str, path: Path) -> None:
-    from ..analysis.pictures import png_and_page
+@command
+@click.argument('image', type=IMAGE)
+@click.option('--point', type=shared.Point(), help='Query: a place. Default: the centre.')
+@click.option('--object', 'rank', type=click.IntRange(0), help='Query: a detection, 0 the surest.')
+@option('--layer', type=int, default=-1, help='Negative from the last.')
+@click.option('--level', type=int, help='Of the token at the point, 0 the largest map.')
+def attention(detectors, image, point, rank, layer, level):
+    """Draw where a query samples on every level, coloured by attention weight.
 
-    picture, page = png_and_page(figure, caption)
-    path.write_bytes(picture)
-    path.with_suffix('.html').write_text(page)
-    click.echo(f'{path} and {path.with_suffix(".html")} written')
+    The query is the encoder's token at a point, or the decoder's query of a detected object.
+
+    \b
+    Example:
+      mmlite visualize attention lite.py lite.pth photo.jpg --point 320,240 --layer 1
+      mmlite visualize attention lite.py lite.pth photo.jpg --object 0
+    """
+    from ..analysis.attention import attention_at_point, attention_of_object
+    from ..analysis.pictures import draw_attention
+
+    if point is not None and rank is not None:
+        raise ValueError('give a --point or an --object, not both')
+    pixels = shared.read_image(image)[..., ::-1]
+    point = point or (pixels.shape[1] / 2, pixels.shape[0] / 2)
+    seen = []
+    for model, name, run in detectors():
+        options = {'name': name, 'layer': layer}
+        if rank is None:
+            seen.append(attention_at_point(model, run(image), point, level=level, **options))
+        else:
+            seen.append(attention_of_object(model, run(image), rank, **options))
+    names = ', '.join(one.name for one in seen)
+    return draw_attention(pixels, seen), f'Sampling points of {names} on {image.name}'
+
+
+@command
+@click.argument('image', type=IMAGE)
+@shared.annotations_option(help='COCO annotations, to draw what is there, too.')
+@option('--score', type=click.FloatRange(0, 1), default=0.3)
+def detections(detectors, image, annotations, score):
+    """Draw what is detected, beside the ground truth.
+
+    \b
+    Example:
+      mmlite visualize detections lite.py lite.pth val/1.jpg --annotations val.json --score 0.5
+    """
+    from ..analysis.accuracy import Dataset
+    from ..analysis.pictures import draw_boxes, draw_panels
+
+    pixels = shared.read_image(image)[..., ::-1]
+    panels = []
+    if annotations is not None:
+        truth = Dataset(annotations, image.parent).objects(image.name)
+        panels.append(('ground truth', draw_boxes(pixels, *truth)))
+    for model, name, run in detectors():
+        found = run(image)().pred_instances
+        found = found[found.scores >= score]
+        drawn = draw_boxes(pixels, found, model.dataset_meta['classes'])
+        panels.append((f'{name}, score at least {score:g}', drawn))
+    return draw_panels([panels]), f'Detections on {image.name}'
+
+
+@command
+@click.argument('images', type=FOLDER)
+@count_option('--max-images', default=50)
+@shared.json_option
+def levels(detectors, images, max_images, json_path):
+    """Draw how the encoder's attention spreads over the levels, for a folder of images.
+
+    IMAGES is a folder. Rows are the levels of the queries, columns those of the sampled points;
+    grey where a layer of a Lite encoder does not update the level.
+
+    \b
+    Example:
+      mmlite visualize levels lite.py lite.pth val/ --max-images 200 --json levels.json
+    """
+    import torch
+
+    from ..analysis.attention import level_masses
+    from ..analysis.pictures import draw_level_masses
+
+    paths = shared.image_files([images])[:max_images]
+    masses, plain = {}, {}
+    with shared.progress() as start:
+        for model, name, run in detectors():
+            step, seen = start(name, len(paths)), []
+            for path in paths:
+                seen.append(level_masses(model, run(path)))
+                step()
+            masses[name] = torch.stack(seen).mean(0)
+            plain[name] = [  # null for what a layer does not update
+                [[None if v != v else round(v, 4) for v in row] for row in layer]
+                for layer in masses[name].tolist()
+            ]
+    shared.write_json(json_path, {'images': len(paths), 'masses': plain})
+    caption = f'Attention of the encoder by level, mean over {len(paths)} images of {images.name}'
+    return draw_level_masses(masses), caption

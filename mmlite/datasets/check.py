@@ -1,6 +1,8 @@
-"""Checks a config's data sets, and whether they fit its model.
+"""Checks a config's data sets, and whether they fit its model, for ``mmlite check``.
 
-``mmlite check`` shows it; :func:`check_data` and :func:`check_model` find it.
+Findings are image files, ids or whole sentences, by data set and kind: a ``defaultdict(list)``. The
+data set is ``'train'``, ``'val'``, ``'test'`` or several of them, or ``'model'``; the kind is an
+entry of ``PROBLEMS`` or ``REMARKS``.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import cache
+from itertools import chain
+from multiprocessing.pool import ThreadPool
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +28,11 @@ from mmengine.fileio import get_local_path
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from .coco import check_categories, read_annotations
-from .images import DecodedImage, ImageFile, decode_images
+from ..openmmlab.families import family_of, reads_text, type_name
+from .coco import check_classes, listed, read_annotations
+from .images import image_problems, quiet_decoders
+
+Findings = defaultdict[tuple[str, str], list[str]]
 
 # Where COCO's small, medium and large objects begin, and the last end: areas in pixels.
 _SIZE_EDGES = (0, 32**2, 96**2, math.inf)
@@ -43,8 +49,7 @@ PROBLEMS = {
     'unreadable image': 'the file is no image that OpenCV reads; training ends there',
     'truncated image': 'the file ends too soon: training ends there, or learns from grey pixels',
     'image of another size': "width and height in the file are not the image's: boxes may be off",
-    'image turned by EXIF': 'training sees it turned or mirrored, and its boxes may be for the '
-    'other way round; save it upright',
+    'image turned by EXIF': 'training turns or mirrors it, maybe not its boxes; save it upright',
     'image too thin': 'fewer tokens than queries: prediction ends there; leave it out',
     'duplicate image id': 'the later image replaces the earlier one',
     'duplicate object id': 'MMDetection refuses the file',
@@ -70,191 +75,234 @@ REMARKS = {
 }
 
 
-class Findings(dict[tuple[str, str], list[str]]):
-    """Where something was found: image files, ids or whole sentences, by data set and kind.
+class DataSet:
+    """What a data set of instances holds, and what the config does with it.
 
-    The data set is ``'train'``, ``'val'``, ``'test'``, or several of them; ``'model'`` for the
-    model. The kind is an entry of ``PROBLEMS`` or ``REMARKS``.
+    ``uses`` are the places where the config names it: split, data set, pipeline, evaluators.
     """
 
-    def add(self, data: str, kind: str, *places: Any) -> None:
-        if places:
-            self.setdefault((data, kind), []).extend(map(str, places))
+    labels: list[str]  # their names, in the order that MMDetection numbers them
+    classes: list[dict]  # for each label what COUNTS names
+    images: dict[Any, dict]  # the file's entries by id, with their path, objects and size
 
-    @contextlib.contextmanager
-    def of_errors(self, data: str, kind: str) -> Iterator[None]:
-        """What the code inside raises becomes a finding."""
-        try:
-            yield
-        except Exception as error:  # a registry and a file that anybody wrote fail in many ways
-            self.add(data, kind, ' '.join(str(error).split()) or type(error).__name__)
-
-    def sorted(self) -> list[tuple[tuple[str, str], list[str]]]:
-        """Problems first."""
-        return sorted(self.items(), key=lambda finding: finding[0][1] not in PROBLEMS)
-
-
-@dataclass
-class _Image:
-    file: ImageFile
-    size: tuple[int, int]
-    objects: int = 0
-
-
-class _Use(NamedTuple):
-    """Where a config names a data set."""
-
-    split: str
-    dataset: CocoDataset
-    pipeline: list
-    evaluators: list
-
-
-class DataSummary:
-    """What a data set holds, and what the config does with it.
-
-    Attributes:
-        name (str): ``'train'``, ``'val'``, ``'test'``, or several that are the same.
-        annotation_file (str): Its annotation file.
-        config_classes (list[str]): ``metainfo.classes`` of the config.
-        labels (list[str]): Name of each label, in the order that MMDetection numbers them.
-        classes (list[dict]): For each label its ``name``, the number of ``images`` and ``objects``,
-            and of ``small``, ``medium`` and ``large`` objects.
-        listed (dict): The images of the file, by id.
-    """
-
-    def __init__(self, uses: list[_Use]) -> None:
-        self.name = ', '.join(dict.fromkeys(use.split for use in uses))
-        self.dataset = uses[0].dataset
-        self.annotation_file: str = self.dataset.ann_file
+    def __init__(self, uses: list[tuple[str, CocoDataset, list, list]]) -> None:
+        splits, datasets, pipelines, evaluators = zip(*uses)
+        self.name = ', '.join(dict.fromkeys(splits))
+        self.evaluated = set(splits) != {'train'}
+        self.dataset = datasets[0]
         self.config_classes = list(self.dataset.metainfo['classes'])
-        self.pipeline = uses[-1].pipeline  # of the evaluation, which is without chance
-        self.evaluated = any(use.split != 'train' for use in uses)
-        evaluators = [evaluator for use in uses for evaluator in use.evaluators]
-        self.evaluated_with = {e['ann_file'] for e in evaluators if e.get('ann_file')}
-        self.has_masks = any(step.get('with_mask') for use in uses for step in use.pipeline) or any(
-            'segm' in np.atleast_1d(e.get('metric') or 'bbox') for e in evaluators
+        self.pipeline = pipelines[-1]  # of the evaluation, which is without chance
+        self.evaluators = list(chain(*evaluators))
+        self.has_masks = any(step.get('with_mask') for step in chain(*pipelines)) or any(
+            'segm' in np.atleast_1d(e.get('metric') or 'bbox') for e in self.evaluators
         )
-        load = next((s for s in uses[0].pipeline if _name(s).startswith('LoadImage')), {})
-        color = load.get('color_type', 'color')
-        self.ignore_orientation = (
-            color == 'unchanged'
-            or color.endswith('_ignore_orientation')
-            or load.get('imdecode_backend') not in (None, 'cv2', 'pillow')
-        )
-        self.labels: list[str] = []
-        self.classes: list[dict] = []
-        self.listed: dict[Any, _Image] = {}
 
     def as_json(self) -> dict:
-        """What the data set holds; ``objects`` are of the config's classes, crowds apart."""
-        return {
-            'name': self.name,
-            'annotation_file': self.annotation_file,
-            'images': len(self.listed),
-            'objects': sum(count['objects'] for count in self.classes),
-            'most_objects': max(image.objects for image in self.listed.values()),  # in one image
-            'labels': self.labels,
-            'config_classes': self.config_classes,
-            'classes': self.classes,
+        """What it holds: objects of the config's classes, without crowds, also most in an image."""
+        objects = [image['objects'] for image in self.images.values()]
+        numbers = {'images': len(objects), 'objects': sum(objects), 'most_objects': max(objects)}
+        file = self.dataset.ann_file
+        return {'name': self.name, **numbers, 'annotation_file': file, 'classes': self.classes}
+
+    def read(self) -> Iterator[tuple[str, str]]:
+        """Read the annotation file, and yield the kind and place of what is wrong with it."""
+        file = self.dataset.ann_file
+        coco = _read_quietly(file, self.dataset.backend_args)
+        content = {'annotations': (), **coco.dataset}
+        self.images = coco.imgs
+        for image in self.images.values():
+            path = os.path.join(self.dataset.data_prefix['img'], image['file_name'])
+            image.update(path=path, objects=0, size=(image['width'], image['height']))
+        names = {number: category['name'] for number, category in coco.cats.items()}
+        self.labels = [name for name in names.values() if name in self.config_classes]
+        for part, kind, describe in (
+            ('images', 'image', '{id}: {file_name}'.format_map),
+            ('annotations', 'object', self._place),
+            ('categories', 'category', '{id}: {name}'.format_map),
+        ):
+            ids = Counter(entry['id'] for entry in content[part])
+            for entry in content[part]:
+                if ids[entry['id']] > 1:
+                    yield f'duplicate {kind} id', describe(entry)
+        for path, count in Counter(image['path'] for image in self.images.values()).items():
+            if count > 1:
+                yield 'image listed twice', path
+
+        found: dict[str, list[tuple]] = {name: [] for name in self.labels}  # image ids and areas
+        for entry in content['annotations']:
+            image_id, name = entry['image_id'], names.get(entry['category_id'])
+            for kind, what in self._object_problems(entry, name):
+                yield kind, f'{self._place(entry)}{what}'
+            if image_id in self.images and name in found and not entry.get('iscrowd'):
+                self.images[image_id]['objects'] += 1
+                found[name].append((image_id, entry.get('area', 0)))
+        self.classes = []
+        for name, objects in found.items():
+            sizes = np.histogram([area for _, area in objects], _SIZE_EDGES)[0].tolist()
+            numbers = (len(dict(objects)), len(objects), *sizes)  # first, images
+            self.classes.append(dict(zip(COUNTS, (name, *numbers))))
+            if not objects:
+                yield 'class without objects', name
+        for number in self.images.keys() - {entry['image_id'] for entry in content['annotations']}:
+            yield 'image without objects', self.images[number]['path']
+        ignored = getattr(self.dataset, 'ignored_categories', ())
+        try:
+            yield from check_classes(coco, file, self.config_classes, ignored, self.evaluated)
+        except ValueError as error:
+            yield 'classes', str(error)
+
+    def _place(self, entry: dict) -> str:
+        number = entry['image_id']
+        image = self.images.get(number, {'path': f'no image, image_id {number}'})
+        return f'object {entry["id"]} in {image["path"]}'
+
+    def _object_problems(self, entry: dict, category: str | None) -> Iterator[tuple[str, str]]:
+        """The kind of everything that is wrong with an object, and what to say of it."""
+        if entry['image_id'] not in self.images:
+            yield 'object of no image', ''
+            return
+        if category is None:
+            yield 'object of no category', f', category_id {entry["category_id"]}'
+        # pycocotools' evaluation reads iscrowd, MMDetection's data set does without.
+        for key in ('area', 'bbox', 'iscrowd') if self.evaluated else ('area', 'bbox'):
+            if key not in entry:
+                yield 'object without a key', f' lacks {key!r}'
+        if 'bbox' not in entry:
+            return
+        box = entry['bbox']
+        numbers = box if isinstance(box, list) and len(box) == 4 else [None]
+        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
+            yield 'broken box', f': {box}'
+            return
+        x, y, w, h = box
+        width, height = self.images[entry['image_id']]['size']
+        across, down = min(x + w, width) - max(x, 0), min(y + h, height) - max(y, 0)
+        # The first that holds is said; MMDetection leaves the object out for each of the first two.
+        checks = {
+            'box without area': min(w, h) < 1 or entry.get('area', 1) <= 0,
+            'box outside the image': min(across, down) <= 0,
+            'box partly outside': max(w - across, h - down) > 1,
         }
+        wrong = next((kind for kind, holds in checks.items() if holds), None)
+        if wrong:
+            yield wrong, f': {box}, image {width}x{height}'
+        if self.has_masks and wrong in (None, 'box partly outside') and category in self.labels:
+            mask = entry.get('segmentation')
+            if not mask:
+                yield 'object without a mask', ''
+            elif isinstance(mask, list) and not any(len(p) >= 6 and len(p) % 2 == 0 for p in mask):
+                yield 'broken mask', f': {mask}'
+            elif isinstance(mask, dict) and not mask.keys() >= {'counts', 'size'}:
+                yield 'broken mask', f': of the keys {", ".join(mask)}'
+
+    def image_problems(self, image: dict) -> list[tuple[str, str]]:
+        """Decode an image as the config's pipeline does: kinds and places of what is wrong."""
+        load = next((s for s in self.pipeline if type_name(s['type']).startswith('LoadImage')), {})
+        color, backend = load.get('color_type', 'color'), load.get('imdecode_backend') or 'cv2'
+        turns = color in ('color', 'grayscale') and backend in ('cv2', 'pillow')
+        problems = image_problems(image, self.dataset.backend_args, turns)
+        return [(kind, f'{image["path"]}{what}') for kind, what in problems]
+
+    def check_evaluators(self) -> None:
+        """Raises ValueError where an evaluator reads another file than this data set's."""
+        own = self.dataset.ann_file
+        for path in {e.get('ann_file') or own for e in self.evaluators}:
+            if os.path.abspath(path) != os.path.abspath(own):
+                coco = _read_quietly(path)
+                names = [coco.cats[number]['name'] for number in coco.get_cat_ids()]
+                labels = [name for name in names if name in self.config_classes]
+                if self.images.keys() - coco.imgs.keys() or labels != self.labels:
+                    wrong = f'its ann_file {path} is not the one of the data set, {own}, and lacks'
+                    raise ValueError(
+                        f'{wrong} images or orders categories otherwise: set both alike'
+                    )
+
+    def thin_images(self, strides: Sequence[int], num_queries: int) -> Iterator[str]:
+        """The images with fewer tokens than queries, resized as for the evaluation."""
+        sizing = ('Resize', 'FixScaleResize', 'Pad')
+        resize = Compose([step for step in self.pipeline if type_name(step['type']) in sizing])
+
+        @cache
+        def tokens(width: int, height: int) -> int:
+            pixels = np.zeros((height, width), np.uint8)
+            sides = resize({'img': pixels, 'img_shape': pixels.shape})['img'].shape[:2]
+            return sum(math.prod(math.ceil(side / stride) for side in sides) for stride in strides)
+
+        for image in self.images.values():
+            if tokens(*image['size']) < num_queries:
+                yield f'{image["path"]} ({tokens(*image["size"])} tokens, {num_queries} queries)'
 
 
 def check_data(
-    config: Config,
-    findings: Findings,
-    workers: int,
-    progress: Callable[[str, int], Callable[[], None]] = lambda text, total: lambda: None,
-) -> list[DataSummary]:
+    config: Config, findings: Findings, workers: int, progress: Callable[[str, int], Callable]
+) -> list[DataSet]:
     """Read every annotation and decode every image of the data sets that a config names.
 
-    Wrappers such as ``RepeatDataset`` are opened, and the evaluators are compared. ``workers`` is
-    the number of processes that decode; what ``progress`` returns is called after each image.
-
-    Returns:
-        list[DataSummary]: What the data sets hold that could be read.
-
-    Raises:
-        ValueError: The config names no data set.
+    ``workers`` threads decode; what ``progress`` returns is called after each image. Data sets that
+    cannot be read are not returned. A config without data is a ValueError.
     """
     init_default_scope(config.get('default_scope', 'mmdet'))
     checked = []
     for data in _data_sets(config, findings):
-        with findings.of_errors(data.name, 'data set'):
-            _read(data, findings)
+        with _noting(findings[data.name, 'data set']):
+            for kind, place in data.read():
+                findings[data.name, kind].append(place)
             checked.append(data)
-    images = [(data, image) for data in checked for image in data.listed.values()]
+    images = [(data, image) for data in checked for image in data.images.values()]
     step = progress('Decoding images', len(images))
-    found = decode_images([image.file for _, image in images], workers)
-    queries = _num_queries(config.model)
-    splits: dict[str, dict[str, None]] = defaultdict(dict)
-    for (data, image), decoded in zip(images, found):
-        for kind, what in _image_problems(image, decoded, queries):
-            findings.add(data.name, kind, f'{image.file.path}{what}')
-        image.size = decoded.size or image.size
-        splits[os.path.abspath(image.file.path)][data.name] = None
-        step()
+    most = config.model.get('num_queries') or math.inf
+    splits = defaultdict(dict)  # image -> its splits, in order
+    with quiet_decoders(), ThreadPool(workers) as pool:
+        decoded = pool.imap(lambda pair: pair[0].image_problems(pair[1]), images)
+        for (data, image), problems in zip(images, decoded):
+            splits[os.path.abspath(image['path'])][data.name] = None
+            for kind, place in problems:
+                findings[data.name, kind].append(place)
+            if image['objects'] > most:
+                what = f'{image["path"]} ({image["objects"]} objects, {most} queries)'
+                findings[data.name, 'more objects than queries'].append(what)
+            step()
     for path, names in splits.items():
         if len(names) > 1:
-            findings.add(' and '.join(names), 'image in two splits', path)
+            findings[' and '.join(names), 'image in two splits'].append(path)
     for one, two in zip(checked, checked[1:]):
-        for label, (first, second) in enumerate(zip(one.labels, two.labels)):
-            if first != second:
-                findings.add(
-                    f'{one.name} and {two.name}',
-                    'classes',
-                    f'label {label} is {first!r} in {one.name} and {second!r} in {two.name}: list '
-                    'the categories of both files in the same order',
-                )
-                break
+        if any(first != second for first, second in zip(one.labels, two.labels)):
+            findings[f'{one.name} and {two.name}', 'classes'].append(
+                f'labels are {listed(one.labels)} in {one.name} and {listed(two.labels)} in '
+                f'{two.name}: list the categories of both files in the same order'
+            )
     for data in checked:
-        for path in sorted(data.evaluated_with):
-            with findings.of_errors(data.name, 'evaluator'):
-                _check_evaluator(path, data)
+        with _noting(findings[data.name, 'evaluator']):
+            data.check_evaluators()
     return checked
 
 
 def check_model(
-    model: nn.Module, config: Config, summaries: Sequence[DataSummary], findings: Findings
+    model: nn.Module, config: Config, data_sets: Sequence[DataSet], findings: Findings
 ) -> None:
-    """Compare a detector with the data that its config names.
-
-    Args:
-        model (nn.Module): The detector, built from ``config``.
-        config (Config): Its config.
-        summaries (Sequence[DataSummary]): The data sets, from :func:`check_data`.
-        findings (Findings): Gets what does not fit.
-    """
-    from ..openmmlab.families import family_of, reads_text
-
-    add = partial(findings.add, 'model', 'model')
+    """Compare a detector, built from ``config``, with the data that :func:`check_data` read."""
+    add = findings['model', 'model'].append
     head = getattr(model, 'bbox_head', None)
     num_classes = getattr(head, 'num_classes', None)
     if head is not None and reads_text(model):
-        if num_classes != head.max_text_len:
-            add(
-                f'bbox_head.num_classes is {num_classes}, but of a detector that reads a text it '
-                f'is the number of tokens, whatever the classes; set it to {head.max_text_len}'
-            )
-    elif num_classes is not None:
-        for data in summaries:
-            if num_classes != len(data.config_classes):
-                add(
-                    f'bbox_head.num_classes is {num_classes}, but metainfo.classes of {data.name} '
-                    f'has {len(data.config_classes)}; set both to the same number'
-                )
+        number = head.max_text_len
+        expected = [(number, f'a detector that reads a text counts tokens: set it to {number}')]
+    else:
+        sizes = [(len(data.config_classes), data.name) for data in data_sets]
+        expected = [(n, f'metainfo.classes of {name} has {n}: set both alike') for n, name in sizes]
+    for number, what in expected:
+        if num_classes not in (None, number):
+            add(f'bbox_head.num_classes is {num_classes}, but {what}')
     num_queries = getattr(model, 'num_queries', None)
     asked = (getattr(model, 'test_cfg', None) or {}).get('max_per_img', 0)
     if num_queries and num_classes and asked > num_queries * num_classes:
-        add(
-            f'test_cfg.max_per_img={asked} asks for more predictions than {num_queries} queries of '
-            f'{num_classes} classes give; lower it or raise num_queries'
-        )
+        given = f'{num_queries} queries of {num_classes} classes give'
+        add(f'test_cfg.max_per_img={asked} is more than {given}; lower it or raise num_queries')
     start = config.get('load_from')
     if start and '://' not in start and not os.path.isfile(start):
         add(f'load_from={start} does not exist')
-    wanted = getattr(model, 'num_feature_levels', None)
-    if wanted is None:
+    levels = getattr(model, 'num_feature_levels', None)
+    if levels is None:
         return
     try:
         with torch.no_grad():
@@ -262,230 +310,60 @@ def check_model(
     except Exception as error:  # whatever a backbone and a neck that do not fit raise
         add(f'the backbone and the neck do not run: {error}')
         return
-    if len(maps) != wanted:
+    if len(maps) != levels:
         add(
-            f'num_feature_levels is {wanted}, but the neck gives {len(maps)} maps; set '
+            f'num_feature_levels is {levels}, but the neck gives {len(maps)} maps; set '
             'neck.num_outs, num_feature_levels and num_levels of the attention alike'
         )
     family = family_of(model)
     # DDQ-DETR fills up what is missing.
     if getattr(model, 'as_two_stage', False) and family and family.graph != 'ddq':
         strides = [256 // feature_map.shape[-1] for feature_map in maps]
-        for data in summaries:
+        for data in data_sets:
             if data.evaluated:
-                findings.add(data.name, 'image too thin', *_thin_images(data, strides, num_queries))
+                findings[data.name, 'image too thin'] += data.thin_images(strides, num_queries)
 
 
-def _data_sets(config: Config, findings: Findings) -> list[DataSummary]:
+def _data_sets(config: Config, findings: Findings) -> list[DataSet]:
     """The data sets of a config, unwrapped; each once."""
-    found: dict[tuple, list[_Use]] = defaultdict(list)
+    found: dict[tuple, list[tuple]] = defaultdict(list)
     loaders = {split: config.get(f'{split}_dataloader') for split in ('train', 'val', 'test')}
     if not any(loaders.values()):
         raise ValueError(
-            'the config names no data set: train_dataloader, val_dataloader and test_dataloader '
-            'are missing'
+            f'the config names no data set: {", ".join(loaders)}_dataloader is missing'
         )
     for split, loader in loaders.items():
         evaluators = config.get(f'{split}_evaluator') or []
-        evaluators = list(evaluators) if isinstance(evaluators, (list, tuple)) else [evaluators]
+        evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
         for cfg in _unwrapped(loader.dataset) if loader else ():
-            with findings.of_errors(split, 'data set'):
+            with _noting(findings[split, 'data set']):
                 kind = DATASETS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
                 if not issubclass(kind, CocoDataset) or issubclass(kind, CocoPanopticDataset):
-                    findings.add(split, 'not checked', kind.__name__)
+                    findings[split, 'not checked'].append(kind.__name__)
                     continue
                 # Read by us, not by its constructor, which only makes the paths whole.
                 dataset = DATASETS.build({**cfg, 'pipeline': [], 'lazy_init': True})
-                files = (dataset.ann_file, dataset.data_prefix['img'])
-                use = _Use(split, dataset, list(cfg.get('pipeline') or ()), evaluators)
-                found[(*files, *dataset.metainfo['classes'])].append(use)
-    return [DataSummary(uses) for uses in found.values()]
+                key = (dataset.ann_file, dataset.data_prefix['img'], *dataset.metainfo['classes'])
+                found[key].append((split, dataset, cfg.get('pipeline') or [], evaluators))
+    return [DataSet(uses) for uses in found.values()]
 
 
-def _unwrapped(cfg: dict) -> Iterator[dict]:
+def _unwrapped(cfg: dict) -> list[dict]:
     """The data sets inside of wrappers such as ``RepeatDataset`` and ``ConcatDataset``."""
-    inner = cfg.get('datasets') or cfg.get('dataset')
-    if inner is None:
-        yield cfg
-    for part in inner if isinstance(inner, (list, tuple)) else filter(None, [inner]):
-        yield from _unwrapped(part)
+    inner = [*(cfg.get('datasets') or ()), *filter(None, [cfg.get('dataset')])]
+    return [leaf for part in inner for leaf in _unwrapped(part)] or [cfg]
 
 
-def _name(step: dict) -> str:
-    """The class of a pipeline's step, which a config names in several ways."""
-    return getattr(step['type'], '__name__', step['type']).rpartition('.')[2]
+@contextlib.contextmanager
+def _noting(places: list[str]) -> Iterator[None]:
+    """What the code inside raises becomes a finding."""
+    try:
+        yield
+    except Exception as error:  # a registry and a file that anybody wrote fail in many ways
+        places.append(' '.join(str(error).split()) or type(error).__name__)
 
 
 def _read_quietly(path: str, backend_args: dict | None = None) -> Any:
     quiet = contextlib.redirect_stdout(io.StringIO())  # pycocotools tells of its progress
     with quiet, get_local_path(path, backend_args=backend_args) as local_path:
         return read_annotations(local_path)
-
-
-def _read(data: DataSummary, findings: Findings) -> None:
-    """Fill in what a data set holds, and find what is wrong with its annotation file."""
-    dataset, classes = data.dataset, data.config_classes
-    add = partial(findings.add, data.name)
-    coco = _read_quietly(dataset.ann_file, dataset.backend_args)
-    content = {'annotations': (), **coco.dataset}
-    names = {category['id']: category['name'] for category in content['categories']}
-    data.labels = [name for name in names.values() if name in classes]
-    with findings.of_errors(data.name, 'classes'):
-        wrong_names = data.labels != classes[: len(data.labels)]
-        ignored = getattr(dataset, 'ignored_categories', ())
-        for remark in check_categories(
-            dataset.ann_file, list(names.values()), classes, ignored, data.evaluated
-        ):
-            add('classes' if wrong_names and 'another order' in remark else 'categories', remark)
-
-    def image_of(entry: dict) -> _Image:
-        path = os.path.join(dataset.data_prefix['img'], entry['file_name'])
-        file = ImageFile(path, dataset.backend_args, data.ignore_orientation)
-        return _Image(file, (entry['width'], entry['height']))
-
-    def place_of(annotation: dict) -> str:
-        image = images.get(annotation['image_id'])
-        path = image.file.path if image else f'no image, image_id {annotation["image_id"]}'
-        return f'object {annotation["id"]} in {path}'
-
-    images = data.listed = {number: image_of(entry) for number, entry in coco.imgs.items()}
-    for part, kind, describe in (
-        ('images', 'image', '{id}: {file_name}'.format_map),
-        ('annotations', 'object', place_of),
-        ('categories', 'category', '{id}: {name}'.format_map),
-    ):
-        ids = Counter(entry['id'] for entry in content[part])
-        twice = [describe(entry) for entry in content[part] if ids[entry['id']] > 1]
-        add(f'duplicate {kind} id', *twice)
-    paths = Counter(image.file.path for image in images.values())
-    add('image listed twice', *(path for path, count in paths.items() if count > 1))
-
-    found: dict[str, list[tuple]] = {name: [] for name in data.labels}  # image ids and areas
-    for annotation in content['annotations']:
-        image, name = images.get(annotation['image_id']), names.get(annotation['category_id'])
-        for kind, what in _object_problems(annotation, image, name, data):
-            add(kind, f'{place_of(annotation)}{what}')
-        if image is not None and name in found and not annotation.get('iscrowd'):
-            image.objects += 1
-            found[name].append((annotation['image_id'], _area(annotation)))
-    for name, objects in found.items():
-        sizes = np.histogram([area for _, area in objects], _SIZE_EDGES)[0].tolist()
-        numbers = (len(dict(objects)), len(objects), *sizes)  # first, images
-        data.classes.append(dict(zip(COUNTS, (name, *numbers))))
-    add('class without objects', *(name for name, objects in found.items() if not objects))
-    annotated = {annotation['image_id'] for annotation in content['annotations']}
-    bare = (image.file.path for number, image in images.items() if number not in annotated)
-    add('image without objects', *bare)
-    if not data.evaluated and not any(found.values()):
-        add('classes', 'it holds no objects of the classes of the config: nothing to learn')
-
-
-def _object_problems(
-    annotation: dict, image: _Image | None, category: str | None, data: DataSummary
-) -> Iterator[tuple[str, str]]:
-    """The kind of everything that is wrong with an object, and what to say of it."""
-    if image is None:
-        yield 'object of no image', ''
-        return
-    if category is None:
-        yield 'object of no category', f', category_id {annotation["category_id"]}'
-    # pycocotools' evaluation reads iscrowd, MMDetection's data set does without.
-    missing = {'bbox', 'area', *(['iscrowd'] if data.evaluated else [])} - annotation.keys()
-    for key in sorted(missing):
-        yield 'object without a key', f' lacks {key!r}'
-    if 'bbox' in missing:
-        return
-    box, (width, height) = annotation['bbox'], image.size
-    if not _is_box(box):
-        yield 'broken box', f': {box}'
-        return
-    inside = [
-        min(start + length, limit) - max(start, 0)
-        for start, length, limit in zip(box[:2], box[2:], image.size)
-    ]
-    # The first that holds is said; MMDetection leaves the object out for each of the first two.
-    checks = {
-        'box without area': min(box[2:]) < 1 or _area(annotation) <= 0,
-        'box outside the image': min(inside) <= 0,
-        'box partly outside': box[2] - inside[0] > 1 or box[3] - inside[1] > 1,
-    }
-    wrong = next((kind for kind, holds in checks.items() if holds), None)
-    if wrong:
-        yield wrong, f': {box}, image {width}x{height}'
-    if data.has_masks and wrong in (None, 'box partly outside') and category in data.labels:
-        mask = annotation.get('segmentation')
-        if not mask:
-            yield 'object without a mask', ''
-        elif isinstance(mask, list) and not any(len(p) >= 6 and len(p) % 2 == 0 for p in mask):
-            yield 'broken mask', f': {mask}'
-        elif isinstance(mask, dict) and not mask.keys() >= {'counts', 'size'}:
-            yield 'broken mask', f': of the keys {", ".join(mask)}'
-
-
-def _is_box(box: Any) -> bool:
-    numbers = box if isinstance(box, list) and len(box) == 4 else [None]
-    return all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers)
-
-
-def _area(annotation: dict) -> float:
-    """What COCO's evaluation goes by: ``area``, of the mask where there is one."""
-    box = annotation.get('bbox')
-    return annotation.get('area', box[2] * box[3] if _is_box(box) else 0)
-
-
-def _image_problems(
-    image: _Image, found: DecodedImage, num_queries: int | None
-) -> Iterator[tuple[str, str]]:
-    if num_queries is not None and image.objects > num_queries:
-        yield 'more objects than queries', f' ({image.objects} objects, {num_queries} queries)'
-    if found.size is None:
-        yield found.problem or '', ''
-        return
-    sizes = ' in the file, '.join(f'{width}x{height}' for width, height in (image.size, found.size))
-    # Width and height exchanged, and listed so: the boxes are for the turned image.
-    meant = found.orientation >= 5 and found.size == image.size and len(set(found.size)) > 1
-    if found.orientation != 1 and not meant:
-        yield 'image turned by EXIF', f': orientation {found.orientation}, {sizes} in truth'
-    elif found.size != image.size:
-        yield 'image of another size', f': {sizes} in truth'
-
-
-def _check_evaluator(path: str, data: DataSummary) -> None:
-    """Raises ValueError where an evaluator reads another file than the data set's."""
-    if os.path.abspath(path) == os.path.abspath(data.annotation_file):
-        return
-    coco = _read_quietly(path)
-    unknown = data.listed.keys() - coco.imgs.keys()
-    names = [category['name'] for category in coco.dataset['categories']]
-    if unknown:
-        wrong = f'lacks {len(unknown)} of its images'
-    elif [name for name in names if name in data.config_classes] != data.labels:
-        wrong = 'has other categories or another order'
-    else:
-        return
-    raise ValueError(
-        f'its ann_file {path} is not the one of the data set, {data.annotation_file}, and '
-        f'{wrong}: set both to the same file'
-    )
-
-
-def _thin_images(data: DataSummary, strides: list[int], num_queries: int) -> Iterator[str]:
-    """The images with fewer tokens than queries, resized as for the evaluation."""
-    resize = Compose([s for s in data.pipeline if _name(s) in ('Resize', 'FixScaleResize', 'Pad')])
-
-    @cache
-    def tokens(size: tuple[int, int]) -> int:
-        pixels = np.zeros((size[1], size[0]), np.uint8)
-        height, width = resize({'img': pixels, 'img_shape': pixels.shape})['img'].shape[:2]
-        return sum(math.ceil(height / s) * math.ceil(width / s) for s in strides)
-
-    for image in data.listed.values():
-        if tokens(image.size) < num_queries:
-            yield f'{image.file.path} ({tokens(image.size)} tokens, {num_queries} queries)'
-
-
-def _num_queries(model: dict) -> int | None:
-    """Queries of a detector's config, where MMDetection's detectors have the number."""
-    parts = (model, model.get('bbox_head') or {})
-    found = (part.get(name) for part in parts for name in ('num_queries', 'num_query'))
-    return next((number for number in found if number is not None), None)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
@@ -16,14 +15,12 @@ from mmdet.registry import DATASETS
 class CheckedCocoDataset(CocoDataset):
     """``CocoDataset`` that says what is wrong with its annotation file.
 
-    The stock data set leaves out objects of categories that the config does not know, and numbers
-    the others in the order of the file, whatever the order of the config's classes. It says
-    neither. This one warns of what trains all the same and refuses what would end training later
-    or teach nothing. Labels and images are those of the stock data set.
+    It warns of what trains all the same, such as categories that are left out or in another order
+    than the config's classes, and refuses what would end training later or teach nothing. Labels
+    and images are those of the stock data set.
 
     Args:
-        ignored_categories (Sequence[str]): Categories of the annotation file that are left out on
-            purpose, without a warning.
+        ignored_categories (Sequence[str]): Categories of the file that are left out on purpose.
         *args, **kwargs: As for ``mmdet.datasets.CocoDataset``.
 
     Raises:
@@ -45,19 +42,9 @@ class CheckedCocoDataset(CocoDataset):
                 f'image {image}, listed in {annotation_file}, does not exist; check data_root and '
                 'data_prefix in the config'
             )
-        names = [category['name'] for category in coco.dataset['categories']]
-        classes = self.metainfo['classes']
-        for remark in check_categories(
-            annotation_file, names, classes, self.ignored_categories, self.test_mode
-        ):
+        classes, ignored = self.metainfo['classes'], self.ignored_categories
+        for _, remark in check_classes(coco, annotation_file, classes, ignored, self.test_mode):
             warnings.warn(remark, stacklevel=2)
-        known = set(coco.get_cat_ids(cat_names=classes))
-        has_objects = any(annotation['category_id'] in known for annotation in coco.anns.values())
-        if not self.test_mode and not has_objects:
-            raise ValueError(
-                f'annotation file {annotation_file} holds no objects of the classes of the '
-                'config: there is nothing to learn'
-            )
         return coco
 
 
@@ -78,7 +65,7 @@ def read_annotations(path: str) -> COCO:
             _ = image['file_name'], image['width'], image['height']
         for category in coco.cats.values():
             _ = category['name']
-    except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError) as error:
+    except (ValueError, AssertionError, TypeError) as error:
         raise ValueError(f'annotation file {path} is empty or not JSON: {error}') from error
     except KeyError as error:
         raise ValueError(
@@ -90,74 +77,66 @@ def read_annotations(path: str) -> COCO:
     return coco
 
 
-def check_categories(
-    path: str,
-    categories: Sequence[str],
-    classes: Sequence[str],
-    ignored: Sequence[str] = (),
-    evaluated: bool = False,
-) -> list[str]:
-    """Compare the categories of an annotation file with the classes of a config.
+def check_classes(
+    coco: COCO, path: str, classes: Sequence[str], ignored: Sequence[str], evaluated: bool
+) -> Iterator[tuple[str, str]]:
+    """Compare an annotation file with the classes of a config.
 
     MMDetection's label ``i`` is the ``i``-th category *of the file* that is among the classes.
     ``ignored`` are categories left out on purpose. Where a detector is ``evaluated`` on the file,
     predictions of a class that it lacks end the evaluation.
 
-    Returns:
-        list[str]: What does not fit and trains all the same, a sentence each.
+    Yields:
+        tuple[str, str]: ``'classes'`` where labels get wrong names, else ``'categories'``; and a
+        sentence on what does not fit and trains all the same.
 
     Raises:
         ValueError: Nothing could be learned, or the evaluation would fail.
     """
-    classes = list(classes)
+    file, classes = f'annotation file {path}', list(classes)
+    categories = [category['name'] for category in coco.dataset['categories']]
     labels = [name for name in categories if name in classes]
     twice = [name for name in dict.fromkeys(labels) if labels.count(name) > 1]
     unknown = [name for name in categories if name not in classes and name not in ignored]
     missing = [name for name in classes if name not in categories]
-    reordered = labels != classes[: len(labels)]
-    errors = [
-        (
-            not labels,
-            f'has none of the classes of the config, {_listed(classes)}; set metainfo.classes to '
-            f'its categories, {_listed(categories)}, and bbox_head.num_classes to their number',
-        ),
-        (
-            twice,
-            f'lists categories twice: {_listed(twice)}; MMDetection would give each its own '
-            'label; merge them in the file',
-        ),
-        (
-            missing and evaluated,
-            f'lacks classes of the config: {_listed(missing)}; a prediction of them would end the '
-            f'evaluation; add them to its categories, or set metainfo.classes to {_listed(labels)} '
-            'and bbox_head.num_classes to their number',
-        ),
-    ]
-    remarks = [
-        (
-            unknown,
-            'has categories that the config does not know, and their objects are left out: '
-            f'{_listed(unknown)}; add them to metainfo.classes (now {_listed(classes)}) and count '
-            'them in bbox_head.num_classes, or name them in ignored_categories of a '
-            'CheckedCocoDataset',
-        ),
-        (
-            reordered,
-            'has the classes in another order than the config, and the order of the file is what '
-            'numbers the labels: they will be shown under wrong names; set metainfo.classes to '
-            f'{_listed(labels + missing)}',
-        ),
-        (
-            missing and not reordered,
-            f'lacks classes of the config: {_listed(missing)}; nothing will be learned of them',
-        ),
-    ]
-    for applies, text in errors:
-        if applies:
-            raise ValueError(f'annotation file {path} {text}')
-    return [f'annotation file {path} {text}' for applies, text in remarks if applies]
+    if twice:
+        raise ValueError(
+            f'{file} lists categories twice: {listed(twice)}; MMDetection would give each its own '
+            'label; merge them in the file'
+        )
+    if missing and evaluated:
+        raise ValueError(
+            f'{file} lacks classes of the config: {listed(missing)}; a prediction of them would '
+            'end the evaluation; add them to its categories, or set metainfo.classes to '
+            f'{listed(labels or categories)} and bbox_head.num_classes to their number'
+        )
+    if unknown:
+        remark = (
+            f'{file} has categories that the config does not know, whose objects are left out: '
+            f'{listed(unknown)}; add them to metainfo.classes (now {listed(classes)}) and count '
+            'them in bbox_head.num_classes, or name them in ignored_categories'
+        )
+        yield 'categories', remark
+    if labels != classes[: len(labels)]:
+        remark = (
+            f'{file} has the classes in another order than the config; the order of the file is '
+            'what numbers the labels: they will be shown under wrong names; set metainfo.classes '
+            f'to {listed(labels + missing)}'
+        )
+        yield 'classes', remark
+    elif missing:
+        remark = f'{file} lacks classes of the config: {listed(missing)}; '
+        yield 'categories', remark + 'nothing will be learned of them'
+    known = set(coco.get_cat_ids(cat_names=classes))
+    objects = (entry for entry in coco.anns.values() if entry['category_id'] in known)
+    if not evaluated and all(entry.get('iscrowd') for entry in objects):
+        raise ValueError(
+            f'{file} holds no objects of the classes of the config, {listed(classes)}; set '
+            f'metainfo.classes to categories that have some, of {listed(categories)}'
+        )
 
 
-def _listed(names: Sequence[str], most: int = 8) -> str:
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Names between quotes, the first of them."""
     shown = ', '.join(map(repr, names[:most]))
     return shown if len(names) <= most else f'{shown} and {len(names) - most} more'

@@ -13,8 +13,7 @@ import numpy as np
 CLASSES = ('disc', 'ring', 'triangle', 'cross')
 
 # An object: the index of its class, its box [x, y, width, height] in pixels, the area of that box,
-# which decides the size range that COCO's evaluation counts it in, and its mask as a polygon
-# [x1, y1, x2, y2, ...].
+# by which COCO's evaluation counts its size, and its mask as a polygon [x1, y1, x2, y2, ...].
 Drawn = tuple[int, list[int], int, list[float]]
 
 # Longest side of a shape in pixels, for each of COCO's area ranges (small is below 32 * 32,
@@ -43,16 +42,10 @@ def generate_shapes(
 ) -> None:
     """Draw a data set: ``root/<split>/*.png`` and ``root/annotations/instances_<split>.json``.
 
-    The same arguments draw the same pixels, and no two splits share an image.
-
-    Args:
-        root (str | Path): Folder of the data set; made if it is not there.
-        splits (dict[str, int]): Images of each split, such as ``{'train': 600, 'val': 100}``.
-        image_size (int): Width and height of the images in pixels, at least 128 for shapes and
-            64 for details.
-        seed (int): Seed of the drawing.
-        progress (Callable): Called after each image.
-        style (Style, optional): What is drawn, of :data:`mmlite.datasets.STYLES`: shapes.
+    ``splits`` gives each its number of images, as in ``{'train': 600, 'val': 100}``; ``image_size``
+    is their width and height in pixels, at least 128 for shapes. The same arguments draw the same
+    pixels, and no two splits share an image. ``progress`` is called after each, and ``style`` is
+    one of :data:`mmlite.datasets.STYLES`, shapes by default.
 
     Raises:
         ValueError: ``image_size`` is too small for the largest objects.
@@ -61,75 +54,30 @@ def generate_shapes(
     style = style or SHAPES
     if image_size < style.smallest_image:
         raise ValueError(
-            f'image_size must be at least {style.smallest_image} for the largest objects to fit: '
-            f'{image_size}'
+            f'images of {image_size} pixels: at least {style.smallest_image} are needed'
         )
-    root = Path(root)
+    categories = [{'id': i, 'name': name} for i, name in enumerate(style.classes, start=1)]
     for number, (split, num_images) in enumerate(splits.items()):
-        folder = root / split
-        folder.mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
         for index in range(num_images):
             rng = np.random.default_rng((seed, number, index))
             pixels, objects = style.draw(rng, image_size)
-            file_name = f'{index:05d}.png'
-            _write_png(folder / file_name, pixels)
+            name = f'{index:05d}.png'
+            path = Path(root, split, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # imencode, as imwrite only returns False where it cannot write
+            path.write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
             size = {'width': image_size, 'height': image_size}
-            images.append({'id': index, 'file_name': file_name, **size})
+            images.append({'id': index, 'file_name': name, **size})
             for label, box, area, polygon in objects:
-                ids = {'id': len(annotations) + 1, 'image_id': index}
+                ids = {'id': len(annotations) + 1, 'image_id': index, 'category_id': label + 1}
                 shape = {'bbox': box, 'area': area, 'segmentation': [polygon], 'iscrowd': 0}
-                annotations.append({**ids, 'category_id': label + 1, **shape})
+                annotations.append({**ids, **shape})
             progress()
-        content = {
-            'images': images,
-            'annotations': annotations,
-            'categories': [{'id': i + 1, 'name': name} for i, name in enumerate(style.classes)],
-        }
-        target = root / 'annotations' / f'instances_{split}.json'
-        target.parent.mkdir(exist_ok=True)
+        content = {'images': images, 'annotations': annotations, 'categories': categories}
+        target = Path(root, 'annotations', f'instances_{split}.json')
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(content))
-
-
-def generate_panoptic(root: str | Path, split: str) -> None:
-    """Write the panoptic annotations of a split that :func:`generate_shapes` has drawn.
-
-    They are ``root/annotations/panoptic_<split>.json`` and a PNG for each image in
-    ``root/annotations/panoptic_<split>/``, whose pixels hold segment ids as COCO's do. What no
-    shape covers is of one more category, ``background``, which is stuff.
-
-    Raises:
-        OSError: There is no such split, or ``root`` cannot be written.
-    """
-    annotations = Path(root) / 'annotations'
-    content = json.loads((annotations / f'instances_{split}.json').read_text())
-    folder = annotations / f'panoptic_{split}'
-    folder.mkdir(exist_ok=True)
-    things = [{**category, 'isthing': 1} for category in content['categories']]
-    background = {'id': len(things) + 1, 'name': 'background', 'isthing': 0}
-    panoptic = []
-    for image in content['images']:
-        ids = np.ones((image['height'], image['width']), np.uint8)  # 0 would be unlabelled
-        own = [a for a in content['annotations'] if a['image_id'] == image['id']]
-        for segment, annotation in enumerate(own, start=2):
-            # Corners count from the middle of a pixel here, from its edge in COCO's polygons.
-            corners = np.array(annotation['segmentation'][0]).reshape(-1, 2) - 0.5
-            cv2.fillPoly(ids, [np.round(corners * 16).astype(np.int32)], segment, shift=4)
-        segments = []
-        categories = (background['id'], *(a['category_id'] for a in own))
-        for segment, category in enumerate(categories, start=1):
-            mask = (ids == segment).astype(np.uint8)
-            area = int(mask.sum())
-            if area:  # or it is covered by others
-                entry = {'id': segment, 'category_id': category, 'iscrowd': 0}
-                segments.append({**entry, 'bbox': [*cv2.boundingRect(mask)], 'area': area})
-        # An id is red + 256 green + 65536 blue, and OpenCV's channels are blue, green, red.
-        pixels = np.stack([np.zeros_like(ids), np.zeros_like(ids), ids], axis=-1)
-        _write_png(folder / image['file_name'], pixels)
-        entry = {'image_id': image['id'], 'file_name': image['file_name']}
-        panoptic.append({**entry, 'segments_info': segments})
-    content = {**content, 'annotations': panoptic, 'categories': [*things, background]}
-    (annotations / f'panoptic_{split}.json').write_text(json.dumps(content))
 
 
 def draw_image(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, list[Drawn]]:
@@ -150,12 +98,14 @@ def draw_image(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, l
             continue  # no second try: crowded images hold fewer shapes
         boxes.append(box)
         parts = [part + shift for part in parts]
-        _paint(rng, pixels, parts)
-        x1, y1 = np.floor(box[:2]).astype(int)
-        x2, y2 = np.ceil(box[2:]).astype(int) + 1
-        width, height = int(x2 - x1), int(y2 - y1)
-        box_in_pixels = [int(x1), int(y1), width, height]
-        shapes.append((label, box_in_pixels, width * height, _polygon(parts)))
+        # A bright or dark colour, which stands out from the background.
+        color = rng.uniform(0, 45, 3)
+        color[rng.permutation(3)[: rng.integers(0, 3)]] = rng.uniform(210, 255)
+        fixed_point = [np.round(part * 16).astype(np.int32) for part in parts]  # even-odd rule
+        cv2.fillPoly(pixels, fixed_point, color.tolist(), lineType=cv2.LINE_AA, shift=4)
+        x, y, *_ = corner = np.floor(box[:2]).astype(int).tolist()
+        sides = (np.ceil(box[2:]).astype(int) + 1 - corner).tolist()
+        shapes.append((label, [x, y, *sides], sides[0] * sides[1], _polygon(*parts)))
     return pixels, shapes
 
 
@@ -176,45 +126,27 @@ def background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def _outlines(rng: np.random.Generator, name: str, side: int) -> list[np.ndarray]:
     """The corners (N, 2) of a shape around the origin, then those of the hole in it."""
+    angles = np.linspace(0, 2 * np.pi, 3 if name == 'triangle' else 48, endpoint=False)
+    outline = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     if name in ('disc', 'ring'):
-        angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
         stretch = rng.uniform(0.75, 1, 2)
-        stretch /= stretch.max()
-        outline = side / 2 * stretch * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        outline = side / 2 * (stretch / stretch.max()) * outline
         return [outline, 0.55 * outline] if name == 'ring' else [outline]
-    if name == 'triangle':
-        angles = np.linspace(0, 2 * np.pi, 3, endpoint=False)
-        outline = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    else:
+    if name == 'cross':
         # An arm's half width is 0.28 of its length: three corners an arm, four arms.
         arm = np.array([[0.28, -0.28], [1, -0.28], [1, 0.28]])
         quarter_turn = np.array([[0, 1], [-1, 0]])
         outline = np.concatenate([arm @ np.linalg.matrix_power(quarter_turn, k) for k in range(4)])
     turn = rng.uniform(0, 2 * np.pi)
-    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    outline = outline @ rotation
+    outline = outline @ [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
     return [outline * side / np.ptp(outline, axis=0).max()]
 
 
-def _polygon(parts: list[np.ndarray]) -> list[float]:
+def _polygon(outline: np.ndarray, *holes: np.ndarray) -> list[float]:
     """COCO's polygon of a shape, in its coordinates: the centre of the first pixel is 0.5."""
-    outline, *holes = parts
     for hole in holes:  # one line in, around the hole the other way, and out again
         outline = np.concatenate([outline, outline[:1], hole[:1], hole[:0:-1], hole[:1]])
     return (outline + 0.5).round(2).flatten().tolist()
-
-
-def _paint(rng: np.random.Generator, pixels: np.ndarray, parts: list[np.ndarray]) -> None:
-    """Fill a shape with a bright or dark colour that stands out from the background."""
-    color = rng.uniform(0, 45, 3)
-    color[rng.permutation(3)[: rng.integers(0, 3)]] = rng.uniform(210, 255)
-    fixed_point = [np.round(part * 16).astype(np.int32) for part in parts]  # even-odd rule
-    cv2.fillPoly(pixels, fixed_point, color.tolist(), lineType=cv2.LINE_AA, shift=4)
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    # imencode, as imwrite only returns False where it cannot write
-    path.write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
 
 
 def overlap(box: np.ndarray, other: np.ndarray) -> float:
@@ -225,3 +157,5 @@ def overlap(box: np.ndarray, other: np.ndarray) -> float:
 
 
 SHAPES = Style(CLASSES, draw_image, smallest_image=128)
+# What can be drawn, by name.
+STYLES = {'shapes': SHAPES}

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import timeit
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +13,9 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from torch import nn
 
+from ..models import Change
 from .detector import Detections, Detector, Segmentations, detections_of
 from .pipeline import prepare
-from .runtimes import RUNTIMES
 
 REPORT = 'report.json'
 
@@ -46,15 +42,15 @@ def compare(
 
     Returns:
         dict: ``boxes``, ``scores`` and ``masks`` of the largest :class:`Difference`; ``latency_ms``
-        of both, the median of ``repeats`` runs of the model alone on the first image; and versions.
+        of both, the median of ``repeats`` runs of the model alone on the first image.
     """
     text = detector.description.get('text', {}).get('names')
     if 'canvas' in (detector.description['preprocessing']['resize'] or {}):
         config = None
     differences = []
-    for image in images:
-        canvas, *sizes = detector.arguments_of(image)
+    for image in images[::-1]:
         content = detector.preprocess(image)
+        canvas, *sizes = detector.arguments_of(image)
         size = content.shape[1:]
         found = detections_of(detector.session(canvas, *sizes), 0, size)
         if config is not None:
@@ -67,8 +63,6 @@ def compare(
             canvas[0, :, : size[0], : size[1]] = wanted
         (expected,) = predict(model, canvas, [size], text)
         differences.append(difference(expected, found, canvas.shape[-2:]))
-    canvas, *sizes = detector.arguments_of(images[0])
-    size = detector.preprocess(images[0]).shape[1:]
     kind = detector.description['format']
 
     def milliseconds(function: Callable[[], Any]) -> float:
@@ -84,28 +78,15 @@ def compare(
         },
         'batch': len(canvas),
         'threads': torch.get_num_threads(),
-        'versions': {
-            'python': platform.python_version(),
-            'torch': torch.__version__,
-            RUNTIMES[kind]: import_module(RUNTIMES[kind]).__version__,
-        },
     }
 
 
 def predict(
-    model: nn.Module,
-    images: np.ndarray,
-    sizes: Sequence[tuple[int, int]],
-    text: Sequence[str] | None = None,
+    model: nn.Module, images: np.ndarray, sizes: Sequence, text: Sequence[str] | None = None
 ) -> list[Detections | Segmentations]:
     """MMDetection's own predictions, in pixels of ``images``.
 
-    Args:
-        model (nn.Module): The detector.
-        images (np.ndarray): As the exported model takes them: padded, float32, BGR, shape
-            (bs, 3, h, w).
-        sizes (Sequence[tuple[int, int]]): (h, w) of each without padding.
-        text (Sequence[str], optional): What Grounding DINO looks for.
+    ``images`` are as the exported model takes them, ``sizes`` (h, w) of each without padding.
     """
     batch = torch.zeros(len(sizes), *images.shape[1:])
     shape = images.shape[-2:]
@@ -119,8 +100,16 @@ def predict(
         if text is not None:
             meta |= {'text': tuple(text), 'custom_entities': True}
         samples.append(DetDataSample(metainfo=meta))
-    with torch.inference_mode(), _with_instances(model):
-        return [_found(sample) for sample in model.predict(batch, samples, rescale=False)]
+    change = Change('predict')
+    fusion = getattr(model, 'panoptic_fusion_head', None)
+    if fusion is not None:  # it may return panoptic maps alone
+        test_cfg = {**(fusion.test_cfg or {}), 'instance_on': True}
+        change.set(model, 'panoptic_fusion_head', 'test_cfg', test_cfg)
+    try:
+        with torch.inference_mode():
+            return [_found(sample) for sample in model.predict(batch, samples, rescale=False)]
+    finally:
+        change.undo(model)
 
 
 def _found(sample: DetDataSample) -> Detections | Segmentations:
@@ -133,22 +122,8 @@ def _found(sample: DetDataSample) -> Detections | Segmentations:
     return Segmentations(found.bboxes, found.scores, found.labels, *maps)
 
 
-@contextmanager
-def _with_instances(model: nn.Module) -> Iterator[None]:
-    """A Mask2Former that returns panoptic maps alone also returns its instances."""
-    head = getattr(model, 'panoptic_fusion_head', SimpleNamespace(test_cfg=None))
-    config = head.test_cfg
-    head.test_cfg = {**(config or {}), 'instance_on': True}
-    try:
-        yield
-    finally:
-        head.test_cfg = config
-
-
 def difference(
-    expected: Detections | Segmentations,
-    actual: Detections | Segmentations,
-    size: tuple[int, int],
+    expected: Detections | Segmentations, actual: Detections | Segmentations, size: Sequence[int]
 ) -> Difference:
     """Compare what was found in an image of ``size`` (h, w).
 
@@ -156,6 +131,7 @@ def difference(
     box is compared with the nearest of its label, or the one with the nearest mask. Rounding
     decides which come along with the lowest score that is kept, so these are left out.
     """
+    has_masks = isinstance(expected, Segmentations)
     if len(expected.scores) != len(actual.scores):
         return Difference(1.0, 1.0, 1.0)
     scores = float(np.abs(expected.scores - actual.scores).max(initial=0.0))
@@ -167,9 +143,9 @@ def difference(
             continue
         same = actual.labels == label
         if not same.any():
-            return Difference(1.0, scores, 1.0 if isinstance(expected, Segmentations) else 0.0)
+            return Difference(1.0, scores, float(has_masks))
         moved = differs = (np.abs(actual.boxes[same] - box) / sides).max(1)
-        if isinstance(expected, Segmentations):
+        if has_masks:
             mask = expected.masks[rank]
             differs = (actual.masks[same] != mask).sum((1, 2)) / max(int(mask.sum()), 1)
             masks = max(masks, float(differs.min()))

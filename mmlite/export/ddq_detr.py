@@ -9,25 +9,23 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
 
 from .graph import DetectorGraph, Pyramid, classify, decode, encode, make_pyramid, propose
-from .nms import distinct_boxes
+from .operators import distinct_boxes
 
 
 class DDQGraph(DetectorGraph):
     """DDQ-DETR: queries are the tokens whose boxes are distinct, and stay so in every layer.
 
-    MMDetection takes what suppression leaves, a number of queries that changes from image to image,
-    and fills up with zeros where there are too few. Here the number is the same for every image,
-    and a mask says who is left.
+    MMDetection takes what suppression leaves, a number of queries that changes from image to image.
+    Here the number is the same for every image, and a mask says who is left.
     """
-
-    family = 'ddq'
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.least_tokens = 0  # what is missing is filled up
 
-    def refusals(self, model: nn.Module) -> Iterator[str]:
-        yield from super().refusals(model)
+    @staticmethod
+    def refusals(model: nn.Module) -> Iterator[str]:
+        yield from DetectorGraph.refusals(model)
         suppression = dict(model.dqs_cfg)
         if suppression != {'type': 'nms', 'iou_threshold': suppression.get('iou_threshold')}:
             yield f"dqs_cfg must be dict(type='nms', iou_threshold=...); it is {suppression}"
@@ -40,6 +38,7 @@ class DDQGraph(DetectorGraph):
         pyramid = make_pyramid(model, images, image_sizes)
         memory = encode(model.encoder, pyramid)
         query, reference = self.select_queries(memory, pyramid)
+        start = query, None, reference
         candidates = torch.ones_like(reference.select(-1, 0), dtype=torch.bool)
 
         def block(index: int, query: Tensor, boxes: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ class DDQGraph(DetectorGraph):
             candidates = alive | alive.narrow(1, 0, 1)
             return ~(alive.unsqueeze(1) | alive.unsqueeze(2))
 
-        logits, boxes = decode(model, query, None, reference, memory, pyramid, block=block)
+        logits, boxes = decode(model, start, memory, pyramid, block=block)
         return logits.sigmoid().masked_fill(~candidates.unsqueeze(-1), 0.0), boxes
 
     def select_queries(self, memory: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
@@ -65,9 +64,8 @@ class DDQGraph(DetectorGraph):
         coordinates = model.bbox_head.reg_branches[branch](features) + proposals
         kept = self.suppress(coordinates.sigmoid(), scores, torch.ones_like(scores).bool())
         # Fewer may be left than there are queries: what is missing stands behind all tokens.
-        ranked = torch.cat(
-            [scores.masked_fill(~kept, -1.0), scores.new_full((batch, model.num_queries), -1.0)], 1
-        )
+        nothing = scores.new_full((batch, model.num_queries), -1.0)
+        ranked = torch.cat([scores.masked_fill(~kept, -1.0), nothing], 1)
         best, index = ranked.topk(model.num_queries, 1)
         missing = (best < 0).unsqueeze(-1)
         index = index.clamp(max=num_tokens - 1).unsqueeze(-1)
@@ -78,12 +76,8 @@ class DDQGraph(DetectorGraph):
     def suppress(self, boxes: Tensor, scores: Tensor, candidates: Tensor) -> Tensor:
         """Which of the candidates are distinct, bool, (bs, n); ``boxes`` are cxcywh."""
         corners = bbox_cxcywh_to_xyxy(boxes)
-        # mmcv moves the boxes of each class apart, also where all have one; so do we, to round
-        # alike.
+        # mmcv moves the boxes of each class apart, also where all have one; we do, to round alike.
         farthest = corners.masked_fill(~candidates.unsqueeze(-1), -1.0).amax((1, 2), keepdim=True)
-        return distinct_boxes(
-            corners + (farthest + 1.0),
-            scores.masked_fill(~candidates, -1.0),
-            float(self.model.dqs_cfg['iou_threshold']),
-            self.model.num_queries,
-        )
+        scores = scores.masked_fill(~candidates, -1.0)
+        threshold = float(self.model.dqs_cfg['iou_threshold'])
+        return distinct_boxes(corners + (farthest + 1.0), scores, threshold, self.model.num_queries)

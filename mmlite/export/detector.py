@@ -58,28 +58,27 @@ def load(
     Args:
         folder (str | PathLike): The folder of the export.
         threads (int, optional): Threads of the runtime; by default its own choice.
-        precision (str): ``'float32'``, or ``'bfloat16'`` (OpenVINO alone, and fast only on
-            processors that have it).
+        precision (str): ``'float32'``, or ``'bfloat16'`` (OpenVINO alone, fast where it is native).
 
     Returns:
-        Detector: Ready to detect; several threads may share it.
+        Detector: Several threads may share it.
 
     Raises:
         FileNotFoundError: The folder holds no export, or the operators' library was not built.
         ImportError: The runtime is not installed.
         ValueError: The export is of another version, or the runtime does not take it.
     """
-    path = Path(folder) / DESCRIPTION
-    if not path.is_file():
+    if not (Path(folder) / DESCRIPTION).is_file():
         raise FileNotFoundError(
             f'{folder} holds no exported detector ({DESCRIPTION} is missing); '
             'write one with `mmlite export`'
         )
     description = read_description(folder)
-    if description.get('version') != FORMAT_VERSION:
+    found = description.get('version')
+    if found != FORMAT_VERSION:
         raise ValueError(
-            f'{path} was written by another version of mmlite (format '
-            f'{description.get("version")}, this one reads {FORMAT_VERSION}); export again'
+            f'{folder} was written by another version of mmlite (format {found}, this one reads '
+            f'{FORMAT_VERSION}); export again'
         )
     kind = description['format']
     if precision != 'float32' and (precision, kind) != ('bfloat16', 'openvino'):
@@ -91,10 +90,7 @@ def load(
 
 
 def open_session(
-    folder: str | os.PathLike,
-    threads: int | None = None,
-    precision: str = 'float32',
-    profile: bool = False,
+    folder: str | os.PathLike, threads: int | None = None, precision='float32', profile=False
 ) -> Session:
     """Open the model of a folder alone; with ``profile`` OpenVINO times every node."""
     description = read_description(folder)
@@ -104,13 +100,12 @@ def open_session(
 
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:
     """What ``detector.json`` of an export says."""
-    return json.loads((Path(folder) / DESCRIPTION).read_text(encoding='utf-8'))
+    return json.loads((Path(folder) / DESCRIPTION).read_text('utf-8'))
 
 
 def write_description(folder: str | os.PathLike, description: dict[str, Any]) -> None:
     """Write ``detector.json``."""
-    text = json.dumps(description, indent=2) + '\n'
-    (Path(folder) / DESCRIPTION).write_text(text, encoding='utf-8')
+    (Path(folder) / DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n', 'utf-8')
 
 
 class Detector:
@@ -119,10 +114,9 @@ class Detector:
     Attributes:
         description (dict): What ``detector.json`` says.
         classes (list[str]): Names of the labels.
-        session: Runs the model itself: takes float32 images (bs, 3, h, w), in the channel order
-            of OpenCV and with values 0 to 255, and where the model takes padded images their
-            sizes (h, w), int64 (bs, 2); returns boxes in pixels of these images, scores, labels,
-            and what else ``outputs`` of the description names.
+        session: Runs the model itself: takes float32 images (bs, 3, h, w), BGR of 0 to 255, and
+            where they may be padded their sizes (h, w), int64 (bs, 2); returns boxes in pixels of
+            these images, scores, labels, and what else ``outputs`` of the description names.
     """
 
     def __init__(self, session: Session, description: dict[str, Any]) -> None:
@@ -138,8 +132,7 @@ class Detector:
             score_threshold (float): Leave out what scores less.
 
         Returns:
-            Detections | Segmentations: In pixels of ``image``; the second where the model makes
-            masks.
+            Detections | Segmentations: In pixels of ``image``; the second where there are masks.
 
         Raises:
             ValueError: This is no image, or one too small for the model.
@@ -151,25 +144,22 @@ class Detector:
     ) -> list[Detections | Segmentations]:
         """:meth:`detect` for images of any sizes, in one run where the model takes several."""
         count = self.description['input']['batch'] or max(len(images), 1)
-        found: list[Detections | Segmentations] = []
+        found = []
         for start in range(0, len(images), count):
             batch = images[start : start + count]
             outputs = self.session(*self.arguments(list(map(self.preprocess, batch)), count))
             for number, image in enumerate(batch):
                 size = self.resized_size(image)
-                found_here = detections_of(outputs, number, size, score_threshold)
-                found.append(in_another_size(found_here, size, image.shape[:2]))
+                resized = detections_of(outputs, number, size, score_threshold)
+                found.append(in_another_size(resized, size, image.shape[:2]))
         return found
 
     def arguments(self, contents: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
         """What :attr:`session` takes for preprocessed images; black ones make up the ``count``."""
         inputs = self.description['input']
         sizes = [content.shape[1:] for content in contents]
-        divisor = inputs['divisor']
-        height, width = (
-            fixed or -(-max(sides) // divisor) * divisor
-            for fixed, sides in zip((inputs['height'], inputs['width']), zip(*sizes))
-        )
+        height, width = -(-np.max(sizes, 0) // inputs['divisor']) * inputs['divisor']
+        height, width = inputs['height'] or height, inputs['width'] or width
         check_size(inputs, height, width)
         canvas = np.zeros((count, 3, height, width), np.float32)
         for number, content in enumerate(contents):
@@ -189,12 +179,8 @@ class Detector:
 
     def preprocess(self, image: np.ndarray) -> np.ndarray:
         """Resize and pad an image as the test pipeline does: float32, shape (3, h, w)."""
-        if (
-            not isinstance(image, np.ndarray)
-            or (image.ndim, image.shape[2:], image.dtype) != (3, (3,), np.uint8)
-            or 0 in image.shape
-        ):
-            is_array = isinstance(image, np.ndarray)
+        is_array = isinstance(image, np.ndarray)
+        if not is_array or (image.shape[2:], image.dtype) != ((3,), np.uint8) or 0 in image.shape:
             got = f'{image.dtype} of shape {image.shape}' if is_array else type(image).__name__
             raise ValueError(
                 'an image must be BGR, uint8, of shape (h, w, 3), as cv2.imread gives it '
@@ -212,22 +198,18 @@ class Detector:
 def check_size(inputs: dict[str, Any], height: int, width: int) -> None:
     """Refuse images whose pyramid has fewer tokens than the detector chooses.
 
-    ``levels`` of the description's ``input`` has a stride and a rest of every level: an image's
-    side gives ``(side + rest) // stride`` rows or columns.
+    ``levels`` are a stride and a rest each: a side gives ``(side + rest) // stride`` rows.
     """
-    reason, least = None, inputs.get('least_side', 1)
     tokens = sum((height + rest) // s * ((width + rest) // s) for s, rest in inputs['levels'])
-    if tokens < inputs['least_tokens']:
-        reason = (
-            f'it gives {tokens} tokens, and {inputs["least_tokens"]} queries are chosen among them'
-        )
+    queries, least = inputs['least_tokens'], inputs.get('least_side', 1)
+    reason = None
+    if tokens < queries:
+        reason = f'it gives {tokens} tokens, and {queries} queries are chosen among them'
     elif min(height, width) < least:
         reason = f'a program of torch takes no side below {least}; export it for ONNX Runtime'
     if reason:
-        raise ValueError(
-            f'an image of {height} x {width} pixels, as the model gets it, is too small for the '
-            f'model: {reason}'
-        )
+        size = f'{height} x {width} pixels, as the model gets it'
+        raise ValueError(f'an image of {size}, is too small for the model: {reason}')
 
 
 def detections_of(
@@ -252,8 +234,7 @@ def in_another_size(
     if isinstance(found, Detections):
         return found
     masks = np.zeros((len(found.masks), *wanted), bool)
-    for number, mask in enumerate(found.masks):
-        # The border stays between pixels where it was.
+    for number, mask in enumerate(found.masks):  # whose border stays where it was
         masks[number] = resized_image(mask.astype(np.uint8) * 255, wanted) > 127
     panoptic = found.panoptic
     if panoptic is not None:  # by the nearest pixel
@@ -265,21 +246,19 @@ def in_another_size(
 def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[int, int]:
     """The size (h, w) that an image of ``size`` (h, w) is resized to.
 
-    ``resize`` has ``scale`` (w, h) and ``keep_ratio`` of MMDetection's ``Resize``, and
-    ``rounds_down`` for ``FixScaleResize``; or the ``canvas`` (h, w) that the image has to fit into.
+    ``resize`` has ``scale`` (w, h) and ``keep_ratio`` of MMDetection's ``Resize``, ``rounds_down``
+    for ``FixScaleResize``; or the ``canvas`` (h, w) to fit into.
     """
     if resize is None:
         return size
     if 'canvas' in resize:
         factor = min(most / side for most, side in zip(resize['canvas'], size))
     elif resize['keep_ratio']:
-        long_side, short_side = max(resize['scale']), min(resize['scale'])
-        factor = min(long_side / max(size), short_side / min(size))
+        factor = min(max(resize['scale']) / max(size), min(resize['scale']) / min(size))
     else:
         return resize['scale'][1], resize['scale'][0]
     half = 0.0 if resize.get('rounds_down') else 0.5
-    height, width = (max(int(side * factor + half), 1) for side in size)
-    return height, width
+    return max(int(size[0] * factor + half), 1), max(int(size[1] * factor + half), 1)
 
 
 def resized_image(image: np.ndarray, size: tuple[int, int], backend: str = 'cv2') -> np.ndarray:
@@ -293,17 +272,10 @@ def resized_image(image: np.ndarray, size: tuple[int, int], backend: str = 'cv2'
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def padded_image(
-    image: np.ndarray,
-    value: int | Sequence[int],
-    size: Sequence[int] = (0, 0),
-    size_divisor: int = 1,
-) -> np.ndarray:
+def padded_image(image: np.ndarray, value, size=(0, 0), size_divisor: int = 1) -> np.ndarray:
     """Pad an image (h, w, 3) at the right and bottom, as MMCV's ``impad``."""
-    height, width = (
-        -(-max(side, least) // size_divisor) * size_divisor
-        for side, least in zip(image.shape, size)
-    )
+    least = np.maximum(image.shape[:2], size)
+    height, width = -(-least // size_divisor) * size_divisor
     padded = np.full((height, width, 3), value, np.uint8)
     padded[: image.shape[0], : image.shape[1]] = image
     return padded

@@ -1,9 +1,8 @@
 """A detector of MMDetection as one plain function of its images: what is traced and exported.
 
-MMDetection's own forward reads level sizes out of tensors and goes through lists of data samples.
-Here the same modules are called with level sizes that are ints (symbolic ones while a graph is
-traced), and one tensor of image sizes describes the padding. Only what predictions need is
-computed: boxes of the first stage for the chosen tokens, classes and boxes of the last layer.
+The same modules are called with level sizes that are ints (symbolic ones while a graph is traced),
+and one tensor of image sizes describes the padding. Only what predictions need is computed: boxes
+of the first stage for the chosen tokens, classes and boxes of the last layer.
 """
 
 from __future__ import annotations
@@ -14,11 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from mmdet.models.layers import (
-    DeformableDetrTransformerEncoder,
-    coordinate_to_encoding,
-    inverse_sigmoid,
-)
+from mmdet.models import layers
+from mmdet.models.layers import coordinate_to_encoding, inverse_sigmoid
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
@@ -32,10 +28,8 @@ EXPORTABLE = (
     'stock and Lite'
 )
 # Methods of MMDetection's detectors that the functions here stand in for.
-_REPLACED = (
-    *('predict', 'forward_transformer', 'pre_transformer'),
-    *('forward_encoder', 'pre_decoder', 'forward_decoder'),
-)
+_REPLACED = ['predict', *(f'forward_{part}' for part in ('transformer', 'encoder', 'decoder'))]
+_REPLACED += ['pre_transformer', 'pre_decoder']
 
 
 class Pyramid(NamedTuple):
@@ -52,8 +46,7 @@ class Pyramid(NamedTuple):
         """Valid part (w, h) of every level, shape (bs, num_levels, 2)."""
         if self.valid is None:
             return None
-        sizes = self.valid.new_tensor(1.0).expand(1)  # its device and dtype
-        sides = [sizes * side for size in self.level_sizes for side in size]
+        sides = [self.valid.new_ones(1) * side for size in self.level_sizes for side in size]
         return (self.valid / torch.cat(sides).unflatten(0, (-1, 2))).flip(-1)
 
 
@@ -73,35 +66,17 @@ class Graph(nn.Module):
             raise ValueError(f'{type(model).__name__} cannot be exported: {reason}')
         self.model = model
 
-    def refusals(self, model: nn.Module) -> Iterator[str]:
-        """Why the graph would compute a model wrongly."""
-        raise NotImplementedError
-
-    def find(
-        self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """:meth:`forward` of preprocessed images; ``inside`` is True on the image, (bs, h, w)."""
-        raise NotImplementedError
+    # Each family has these two: why the graph would compute a model wrongly, and :meth:`forward` of
+    # preprocessed images, where ``inside`` is True on the image, (bs, h, w).
+    refusals: Callable[[nn.Module], Iterator[str]]
+    find: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, ...]]
 
     def forward(self, images: Tensor, image_sizes: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Detect objects.
-
-        Args:
-            images (Tensor): float32, shape (bs, 3, h, w), images at the top left of the padding,
-                pixel values 0 to 255, channels in OpenCV's order (BGR).
-            image_sizes (Tensor, optional): (h, w) of each image without its padding, int64, shape
-                (bs, 2). None where there is no padding.
-
-        Returns:
-            tuple[Tensor, ...]: Boxes (x1, y1, x2, y2) in pixels of ``images``; scores, best first;
-            labels, int64, all (bs, num_predictions, ...); and what else :attr:`outputs` names.
-        """
+        """Inputs and outputs are those of docs/deploy.md; without padding there are no sizes."""
         inside = None
         if image_sizes is not None:
-            height, width = images.shape[-2:]
-            rows = valid_sides(image_sizes[:, 0], height, height)
-            columns = valid_sides(image_sizes[:, 1], width, width)
-            inside = rows.unsqueeze(2) & columns.unsqueeze(1)  # (bs, h, w)
+            rows, columns = valid_sides(image_sizes, images, images)
+            inside = rows.unsqueeze(2) & columns.unsqueeze(1)
         preprocessor = self.model.data_preprocessor
         if getattr(preprocessor, '_channel_conversion', False):
             images = images.flip(1)
@@ -112,60 +87,10 @@ class Graph(nn.Module):
         return self.find(images, image_sizes, inside)
 
 
-class DetectorGraph(Graph):
-    """Deformable DETR, DINO and H-Deformable-DETR; DDQ-DETR and Grounding DINO build on it."""
-
-    family = 'detector'
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.num_classes = model.bbox_head.cls_out_channels
-        self.least_tokens = model.num_queries if model.as_two_stage else 0
-
-    @property
-    def num_predictions(self) -> int:
-        most = self.model.num_queries * self.num_classes
-        return min((self.model.bbox_head.test_cfg or {}).get('max_per_img', most), most)
-
-    def refusals(self, model: nn.Module) -> Iterator[str]:
-        return refusals(model, self.family)
-
-    def score(self, images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scores (bs, num_queries, num_classes) and boxes, cxcywh in [0, 1], of every query."""
-        logits, boxes = last_layer(self.model, images, image_sizes)
-        return logits.sigmoid(), boxes
-
-    def find(
-        self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        scores, boxes = self.score(images, image_sizes)
-        scores, index = scores.flatten(1).topk(self.num_predictions, 1)
-        labels = index % self.num_classes
-        chosen = (index // self.num_classes).unsqueeze(-1)
-        # A query may be chosen for several classes; so all boxes, which are few, are computed.
-        boxes = bbox_cxcywh_to_xyxy(boxes.gather(1, chosen.expand(-1, -1, 4))).clamp(0, 1)
-        if image_sizes is None:
-            height, width = images.shape[-2:]
-            sides = [boxes.new_full((1,), 1.0 * side) for side in (width, height)]
-            sizes = torch.cat(sides).unsqueeze(0)
-        else:
-            sizes = image_sizes.to(boxes.dtype).flip(-1)
-        return boxes * torch.cat([sizes, sizes], -1).unsqueeze(1), scores, labels
-
-
-def last_layer(
-    model: nn.Module, images: Tensor, image_sizes: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What :func:`decode` gives for preprocessed images; arguments as of :meth:`Graph.forward`."""
-    pyramid = make_pyramid(model, images, image_sizes)
-    memory = encode(model.encoder, pyramid)
-    return decode(model, *select_queries(model, memory, pyramid), memory, pyramid)
-
-
-def refusals(model: nn.Module, graph: str = 'detector') -> Iterator[str]:
-    """Why the graph of this name would compute a detector wrongly."""
+def refusals(model: nn.Module, graph: str | None = None) -> Iterator[str]:
+    """Why the functions here would compute a detector wrongly, or why it has not this graph."""
     family = family_of(model)
-    if family is None or family.graph != graph:
+    if family is None or graph not in (None, family.graph):
         yield f'that works for {EXPORTABLE}'
         return
     known = {cls for kind in (family.stock, family.lite) for cls in MODELS.get(kind).__mro__}
@@ -180,25 +105,62 @@ def refusals(model: nn.Module, graph: str = 'detector') -> Iterator[str]:
 
 def encoder_refusals(encoder: nn.Module) -> Iterator[str]:
     """Why an encoder cannot be run: it is neither Lite nor stock."""
-    if not isinstance(encoder, (LiteEncoder, DeformableDetrTransformerEncoder)):
+    if not isinstance(encoder, (LiteEncoder, layers.DeformableDetrTransformerEncoder)):
         yield f'its encoder is {type(encoder).__name__}; that works for {EXPORTABLE}'
+
+
+class DetectorGraph(Graph):
+    """Deformable DETR, DINO and H-Deformable-DETR; DDQ-DETR and Grounding DINO build on it."""
+
+    refusals = staticmethod(refusals)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.num_classes = model.bbox_head.cls_out_channels
+        self.least_tokens = model.num_queries if model.as_two_stage else 0
+
+    @property
+    def num_predictions(self) -> int:
+        most = self.model.num_queries * self.num_classes
+        return min((self.model.bbox_head.test_cfg or {}).get('max_per_img', most), most)
+
+    def score(self, images: Tensor, image_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Scores (bs, num_queries, num_classes) and boxes, cxcywh in [0, 1], of every query."""
+        logits, boxes = last_layer(self.model, images, image_sizes)
+        return logits.sigmoid(), boxes
+
+    def find(self, images: Tensor, image_sizes: Tensor | None, inside: Any) -> tuple[Tensor, ...]:
+        scores, boxes = self.score(images, image_sizes)
+        scores, index = scores.flatten(1).topk(self.num_predictions, 1)
+        labels = index % self.num_classes
+        chosen = (index // self.num_classes).unsqueeze(-1)
+        # A query may be chosen for several classes; so all boxes, which are few, are computed.
+        boxes = bbox_cxcywh_to_xyxy(boxes.gather(1, chosen.expand(-1, -1, 4))).clamp(0, 1)
+        sides = [boxes.new_full((1, 1), 1.0 * images.shape[axis]) for axis in (2, 3)]
+        sizes = torch.cat(sides, 1) if image_sizes is None else image_sizes.to(boxes.dtype)
+        return boxes * sizes.flip(-1).repeat(1, 2).unsqueeze(1), scores, labels
+
+
+def last_layer(model: nn.Module, images: Tensor, image_sizes: Tensor | None) -> tuple:
+    """What :func:`decode` gives for preprocessed images; arguments as of :meth:`Graph.forward`."""
+    pyramid = make_pyramid(model, images, image_sizes)
+    memory = encode(model.encoder, pyramid)
+    return decode(model, select_queries(model, memory, pyramid), memory, pyramid)
 
 
 def make_pyramid(model: nn.Module, images: Tensor, image_sizes: Tensor | None) -> Pyramid:
     """Backbone, neck and positional embedding of preprocessed images."""
     maps = model.extract_feat(images)
     level_sizes = [(feat.shape[-2], feat.shape[-1]) for feat in maps]
-    height, width = images.shape[-2:]
     positions, masks, valid = [], [], []
-    for level, (h, w) in enumerate(level_sizes):
+    for feat, embedding in zip(maps, model.level_embed):
         rows = columns = None
         if image_sizes is not None:
-            rows = valid_sides(image_sizes[:, 0], height, h)
-            columns = valid_sides(image_sizes[:, 1], width, w)
+            rows, columns = valid_sides(image_sizes, images, feat)
             valid.append(torch.stack([rows.sum(1), columns.sum(1)], -1))
             masks.append(~(rows.unsqueeze(2) & columns.unsqueeze(1)).flatten(1))
-        pos = sine_encoding(model.positional_encoding, maps[level], rows, columns)
-        positions.append(pos + model.level_embed[level])
+        pos = sine_encoding(model.positional_encoding, feat, rows, columns)
+        positions.append(pos + embedding)
     return Pyramid(
         torch.cat([feat.flatten(2).transpose(1, 2) for feat in maps], 1),
         torch.cat(positions, 1),
@@ -208,15 +170,19 @@ def make_pyramid(model: nn.Module, images: Tensor, image_sizes: Tensor | None) -
     )
 
 
-def valid_sides(image_side: Tensor, padded_side: int, side: int) -> Tensor:
-    """Which rows (or columns) of a map lie in each image, bool, (bs, side).
+def valid_sides(image_sizes: Tensor, images: Tensor, feat: Tensor) -> list[Tensor]:
+    """Which rows and which columns of a map lie in each image, bool, (bs, h) and (bs, w).
 
     A row of the map is the row of the padded image that nearest-neighbour interpolation takes.
     """
-    rows = torch.arange(side, device=image_side.device)
-    if side is not padded_side:
-        rows = (rows * padded_side).div(side, rounding_mode='floor')
-    return rows.unsqueeze(0) < image_side.unsqueeze(1)
+    valid = []
+    for axis in (0, 1):
+        padded, side = images.shape[axis + 2], feat.shape[axis + 2]
+        places = torch.arange(side, device=images.device)
+        if feat is not images:
+            places = (places * padded).div(side, rounding_mode='floor')
+        valid.append(places.unsqueeze(0) < image_sizes.narrow(1, axis, 1))
+    return valid
 
 
 def sine_encoding(
@@ -247,15 +213,12 @@ def sine_encoding(
 
 
 def encode(
-    encoder: nn.Module,
-    pyramid: Pyramid,
-    fuse: Callable[[int, Tensor], Tensor] | None = None,
-    **text: Tensor | None,
+    encoder: nn.Module, pyramid: Pyramid, fuse: Callable | None = None, **text: Tensor | None
 ) -> Any:
-    """The encoder, Lite or stock: the memory, shape (bs, num_tokens, embed_dims).
+    """The memory, (bs, num_tokens, embed_dims), by an encoder, Lite or stock.
 
-    A Lite encoder takes a ``text``, too, and returns its memory behind that of the image. A stock
-    one is given as ``fuse`` what happens to the tokens before each layer.
+    A Lite one takes a ``text``, too, and returns its memory behind that of the image. For a stock
+    one ``fuse`` is what happens to the tokens before each layer.
     """
     tokens, pos, level_sizes, mask, _ = pyramid
     valid_ratios = pyramid.valid_ratios
@@ -277,32 +240,29 @@ def encode(
 def select_queries(
     model: nn.Module, memory: Tensor, pyramid: Pyramid, text: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """What the decoder starts with; a ``text``, (bs, num_words, embed_dims), ranks the tokens.
+    """Queries, their positions (None where the decoder makes them) and points in [0, 1].
 
-    Queries and their positional embedding (None where the decoder makes it), both
-    (bs, num_queries, embed_dims), and reference points in [0, 1], (bs, num_queries, 2 or 4).
+    A ``text``, (bs, num_words, embed_dims), ranks the tokens.
     """
     batch, channels = memory.shape[0], memory.shape[2]
     if not model.as_two_stage:
         query_pos, query = model.query_embedding.weight.expand(batch, -1, -1).split(channels, -1)
         return query, query_pos, model.reference_points_fc(query_pos).sigmoid()
 
-    is_dino = family_of(model).is_dino
+    is_dino, branch = family_of(model).is_dino, model.decoder.num_layers
     features, proposals = propose(model, memory, pyramid)
-    logits = classify(model, model.decoder.num_layers, features, text)
+    logits = classify(model, branch, features, text)
     # DINO ranks tokens by their best class, the others by the first one alone.
     ranked_by = logits.amax(-1) if is_dino else logits.select(-1, 0)
     chosen = ranked_by.topk(model.num_queries, 1).indices.unsqueeze(-1)
     # The box branch sees the chosen tokens alone.
     features = features.gather(1, chosen.expand(-1, -1, channels))
     proposals = proposals.expand(batch, -1, -1).gather(1, chosen.expand(-1, -1, 4))
-    branch = model.bbox_head.reg_branches[model.decoder.num_layers]
-    boxes = branch(features) + proposals
+    boxes = model.bbox_head.reg_branches[branch](features) + proposals
     reference = boxes.sigmoid()
     if is_dino:
         return model.query_embedding.weight.expand(batch, -1, -1), None, reference
-    position = model.pos_trans_fc(model.get_proposal_pos_embed(boxes))
-    position = model.pos_trans_norm(position)
+    position = model.pos_trans_norm(model.pos_trans_fc(model.get_proposal_pos_embed(boxes)))
     query_pos, query = position.split(channels, -1)
     if hasattr(model, 'query_embedding'):  # H-DETR learns the contents
         learned = model.query_embedding.weight.narrow(0, 0, model.num_queries)
@@ -311,20 +271,20 @@ def select_queries(
 
 
 def propose(model: nn.Module, memory: Tensor, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
-    """Features of every token and the logits of the box that it proposes (appendix A.4).
+    """Features of every token and logits of the box that it proposes (appendix A.4).
 
-    (bs, num_tokens, embed_dims), and cxcywh, infinite where the token is of no use,
-    (bs or 1, num_tokens, 4).
+    Boxes are (bs or 1, num_tokens, 4), cxcywh, and infinite where the token is of no use.
     """
     proposals = []
     for level, (height, width) in enumerate(pyramid.level_sizes):
-        y = torch.arange(height, dtype=torch.float32, device=memory.device) + 0.5
-        x = torch.arange(width, dtype=torch.float32, device=memory.device) + 0.5
-        if pyramid.valid is None:
-            y, x = (y / height).unsqueeze(0), (x / width).unsqueeze(0)
-        else:
-            sides = pyramid.valid.select(1, level)
-            y, x = y / sides.narrow(1, 0, 1), x / sides.narrow(1, 1, 1)
+        sides = [height, width]
+        if pyramid.valid is not None:
+            sides = pyramid.valid.select(1, level).split(1, 1)
+        y, x = (
+            (torch.arange(count, dtype=torch.float32, device=memory.device) + 0.5).unsqueeze(0)
+            / side
+            for count, side in zip((height, width), sides)
+        )
         y = y.unsqueeze(2).expand(-1, -1, width)
         x = x.unsqueeze(1).expand(-1, height, -1)
         side = torch.full_like(x, 0.05 * 2.0**level)
@@ -352,26 +312,14 @@ def classify(model: nn.Module, branch: int, features: Tensor, text: Tensor | Non
     return logits if head.bias is None else logits + head.bias
 
 
-def decode(
-    model: nn.Module,
-    query: Tensor,
-    query_pos: Tensor | None,
-    reference: Tensor,
-    memory: Tensor,
-    pyramid: Pyramid,
-    text: Tensor | None = None,
-    block: Callable[[int, Tensor, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The decoder, from what :func:`select_queries` returned, and the heads of its last layer.
+def decode(model: nn.Module, start, memory: Tensor, pyramid: Pyramid, text=None, block=None):
+    """The decoder, from what :func:`select_queries` returned: logits, and boxes as cxcywh.
 
     Layers of Grounding DINO attend to the ``text`` (bs, num_words, embed_dims), too. ``block``
     tells from the number of a layer, its queries and their new boxes which queries must not see
     which in the next one, bool, (bs, num_queries, num_queries).
-
-    Returns:
-        tuple[Tensor, Tensor]: Logits of classes, or of words, (bs, num_queries, ...), and boxes,
-        cxcywh in [0, 1], (bs, num_queries, 4).
     """
+    query, query_pos, reference = start
     decoder = model.decoder
     is_dino = hasattr(decoder, 'ref_point_head')
     ratios = pyramid.valid_ratios
@@ -386,8 +334,7 @@ def decode(
         query = attend(layer.self_attn, query, query_pos, query, query_pos, blocked)
         query = layer.norms[0](query)
         if text is not None:
-            query = attend(layer.cross_attn_text, query, query_pos, text)
-            query = layer.norms[1](query)
+            query = layer.norms[1](attend(layer.cross_attn_text, query, query_pos, text))
         query = layer.cross_attn(
             query,
             value=memory,
@@ -408,14 +355,7 @@ def decode(
     return classify(model, index, query, text), boxes
 
 
-def attend(
-    attention: nn.Module,
-    query: Tensor,
-    query_pos: Tensor,
-    value: Tensor,
-    key_pos: Tensor | None = None,
-    blocked: Tensor | None = None,
-) -> Tensor:
+def attend(attention: nn.Module, query, query_pos, value, key_pos=None, blocked=None) -> Tensor:
     """mmcv's ``MultiheadAttention`` to ``value`` (bs, m, embed_dims): (bs, n, embed_dims).
 
     ``blocked`` is True where a query must not see a value, bool, (bs, n, m).

@@ -1,7 +1,7 @@
 """Grounding DINO as one function of its images, for one text.
 
-The language model reads the text once, while the graph is built: its output is a constant. The
-fusion of image and text depends on the image and is part of the graph.
+The language model reads the text while the graph is built, and its output is a constant. The fusion
+of image and text is part of the graph.
 """
 
 from __future__ import annotations
@@ -20,15 +20,11 @@ from .graph import DetectorGraph, Pyramid, attend, decode, encode, make_pyramid,
 class GroundingGraph(DetectorGraph):
     """Grounding DINO and MM-Grounding DINO for one ``text``, one name a class."""
 
-    family = 'grounding'
-
     def __init__(self, model: nn.Module, text: Sequence[str] | None) -> None:
         super().__init__(model)
         if not text or isinstance(text, str):
-            raise ValueError(
-                f'{type(model).__name__} needs a text, which is fixed in what is exported: one '
-                'name a class (--text "cat . dog" on the command line)'
-            )
+            how = 'one name a class (--text "cat . dog" on the command line)'
+            raise ValueError(f'{type(model).__name__} needs a text, which the export fixes: {how}')
         self.classes = list(text)
         self.num_classes = len(self.classes)
         adapt_bert(model.language_model)
@@ -37,24 +33,21 @@ class GroundingGraph(DetectorGraph):
             check_text_length(model, model.language_model.tokenizer([prompt]))
             words = model.language_model([prompt])
             embedded = model.text_feat_map(words['embedded'])
-        # Another text needs another export.
         self.described = {'text': {'prompt': prompt, 'names': self.classes}}
         # The score of a class is the mean of those of its words.
-        means = torch.zeros(model.bbox_head.max_text_len, self.num_classes)
+        means = torch.zeros(embedded.shape[1], self.num_classes)
         for label, places in tokens.items():
             if not places:
                 raise ValueError(f'{self.classes[label - 1]!r} of the text has no words')
             means[places, label - 1] = 1 / len(places)
-        for name, tensor in (
-            ('means', means[: embedded.shape[1]].contiguous()),
-            ('words', embedded),
-            ('places', words['position_ids']),
-            ('sees', words['masks']),
-        ):
-            self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer('means', means, persistent=False)
+        self.register_buffer('words', embedded, persistent=False)
+        self.register_buffer('places', words['position_ids'], persistent=False)
+        self.register_buffer('sees', words['masks'], persistent=False)
 
-    def refusals(self, model: nn.Module) -> Iterator[str]:
-        yield from super().refusals(model)
+    @staticmethod
+    def refusals(model: nn.Module) -> Iterator[str]:
+        yield from DetectorGraph.refusals(model)
         if model.test_cfg.get('chunked_size', -1) > 0:
             yield 'it reads its text in parts; set test_cfg.chunked_size=-1 and give a shorter text'
         if model.language_model.pad_to_max or not model.language_model.use_sub_sentence_represent:
@@ -65,16 +58,14 @@ class GroundingGraph(DetectorGraph):
         pyramid = make_pyramid(self.model, images, image_sizes)
         memory, text = self.encode(pyramid)
         start = select_queries(self.model, memory, pyramid, text)
-        logits, boxes = decode(self.model, *start, memory, pyramid, text)
+        logits, boxes = decode(self.model, start, memory, pyramid, text)
         return logits.sigmoid() @ self.means, boxes
 
     def encode(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """The memory of the image, (bs, num_tokens, embed_dims), and that of the text."""
         encoder, batch = self.model.encoder, pyramid.tokens.shape[0]
-        text, sees, places = (
-            tensor.expand(batch, *tensor.shape[1:])
-            for tensor in (self.words, self.sees, self.places)
-        )
+        constants = self.words, self.sees, self.places
+        text, sees, places = (one.expand(batch, *one.shape[1:]) for one in constants)
         if is_lite(self.model):
             return encode(
                 encoder,
@@ -92,8 +83,7 @@ class GroundingGraph(DetectorGraph):
             nonlocal text
             tokens, text = encoder.fusion_layers[index](tokens, text, pyramid.mask, None)
             layer = encoder.text_layers[index]
-            text = attend(layer.self_attn, text, text_pos, text, text_pos, ~sees)
-            text = layer.norms[0](text)
+            text = layer.norms[0](attend(layer.self_attn, text, text_pos, text, text_pos, ~sees))
             text = layer.norms[1](layer.ffn(text))
             return tokens
 

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import numpy as np
 from .detector import Detector, load, write_description
 from .runtimes import import_runtime, openvino_core
 
-# Left in float, by the module that a layer belongs to: heads, whose numbers are boxes and scores,
-# and the first stage, whose scores rank tens of thousands of tokens; where attention samples, as an
-# offset's error of a few pixels is another place; positions, made of sines of all frequencies. All
-# are a small part of the work.
+# Names, module/node, of what is left in float, a small part of the work: heads, whose numbers are
+# boxes and scores, and the first stage, whose scores rank tens of thousands of tokens; where
+# attention samples, as a few pixels beside is another place; positions, sines of all frequencies.
 KEPT_IN_FLOAT = (
     r'bbox_head\..*',
     r'panoptic_head\.(cls_embed|mask_embed)[./].*',
@@ -37,7 +35,6 @@ def quantize(
     source: str | os.PathLike,
     folder: str | os.PathLike,
     images: Sequence[np.ndarray],
-    kept_in_float: Sequence[str] = KEPT_IN_FLOAT,
 ) -> Detector:
     """Write an exported detector once more, its convolutions and matrix products in 8 bits.
 
@@ -49,8 +46,6 @@ def quantize(
         folder (str | PathLike): Where the new one goes.
         images (Sequence[np.ndarray]): Calibration images, as ``cv2.imread`` gives them: some tens
             to hundreds like those that the detector is for.
-        kept_in_float (Sequence[str]): Regular expressions of names ``module/node``; layers that
-            one of them matches in full stay in float32.
 
     Returns:
         Detector: The new detector, loaded.
@@ -64,10 +59,8 @@ def quantize(
     detector = load(source)
     description = detector.description
     if description['format'] != 'openvino':
-        raise ValueError(
-            f'{source} was exported for {description["format"]}; 8 bits are for OpenVINO alone: '
-            'export with --format openvino'
-        )
+        hint = '8 bits are for OpenVINO alone: export with --format openvino'
+        raise ValueError(f'{source} was exported for {description["format"]}; {hint}')
     if description.get('int8'):
         raise ValueError(f'{source} is quantised already')
     if source.resolve() == folder.resolve():
@@ -78,14 +71,13 @@ def quantize(
     core = openvino_core(with_operators=not description['portable'])
     model = core.read_model(str(source / description['model']))
     if all(port.get_partial_shape().is_static for port in model.inputs):
-        as_convolutions(model, kept_in_float)
-    calibration = nncf.Dataset(images, detector.arguments_of)
+        as_convolutions(model)
     quantized = nncf.quantize(
         model,
-        calibration,
+        nncf.Dataset(images, detector.arguments_of),
         subset_size=len(images),
         model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=nncf.IgnoredScope(patterns=list(kept_in_float), validate=False),
+        ignored_scope=nncf.IgnoredScope(patterns=list(KEPT_IN_FLOAT), validate=False),
     )
     folder.mkdir(parents=True, exist_ok=True)
     openvino.save_model(quantized, str(folder / description['model']), compress_to_fp16=False)
@@ -93,27 +85,23 @@ def quantize(
     return load(folder)
 
 
-def as_convolutions(model: Any, kept_in_float: Sequence[str]) -> None:
+def as_convolutions(model: Any) -> None:
     """Make the products of tokens with weights convolutions of one pixel, in place.
 
     Without VNNI, OpenVINO multiplies matrices in 8 bits no faster than in float, but convolves
-    twice as fast. Where shapes are fixed, tokens lie in memory as the channels-last picture that a
-    convolution wants, and nothing is transposed. Layers of ``kept_in_float`` stay.
+    twice as fast. Tokens of fixed shapes lie as the channels-last picture that a convolution wants.
     """
     import openvino
     from openvino import opset13
 
-    kept = re.compile('|'.join(f'(?:{pattern})' for pattern in kept_in_float) or r'(?!)')
     for node in model.get_ordered_ops():
-        if node.get_type_name() != 'MatMul' or kept.fullmatch(node.get_friendly_name()):
+        name = node.get_friendly_name()
+        if node.get_type_name() != 'MatMul' or any(re.fullmatch(k, name) for k in KEPT_IN_FLOAT):
             continue
         tokens, weights = (port.get_source_output() for port in node.inputs())
         constant, transposed = weights.get_node(), node.get_attributes()
-        if (
-            constant.get_type_name() != 'Constant'
-            or (len(tokens.get_shape()), len(weights.get_shape())) != (3, 2)
-            or transposed['transpose_a']
-        ):
+        ranks = len(tokens.get_shape()), len(weights.get_shape())
+        if (constant.get_type_name(), ranks) != ('Constant', (3, 2)) or transposed['transpose_a']:
             continue
         kernel = np.asarray(constant.data)
         kernel = kernel if transposed['transpose_b'] else kernel.T  # (out, in)
@@ -123,7 +111,7 @@ def as_convolutions(model: Any, kept_in_float: Sequence[str]) -> None:
             openvino.op.Constant(np.ascontiguousarray(kernel[:, :, None, None])),
             *([1, 1], [0, 0], [0, 0], [1, 1]),  # strides, both paddings, dilations
         )
-        product.set_friendly_name(node.get_friendly_name())
+        product.set_friendly_name(name)
         outcome = opset13.squeeze(opset13.transpose(product, [0, 2, 3, 1]), 2)
         for port in node.output(0).get_target_inputs():
             port.replace_source_output(outcome.output(0))
@@ -132,21 +120,13 @@ def as_convolutions(model: Any, kept_in_float: Sequence[str]) -> None:
 
 def import_nncf() -> Any:
     """Import NNCF, quietly, or say how to get it."""
-    try:
-        nncf = import_module('nncf')
-    except ImportError as error:
-        raise ImportError(
-            f"8 bits need NNCF ({error}); install it: pip install 'mmlite-detr[quantize]'"
-        ) from error
+    nncf = import_runtime('nncf', "'mmlite-detr[quantize]'")
     nncf.set_log_level(logging.WARNING)
     return nncf
 
 
 def coco_ap(detector: Detector, annotations: str | os.PathLike, images: str | os.PathLike) -> float:
-    """Box AP in percent on a data set in COCO's format, whose categories have the classes' names.
-
-    ``annotations`` is the JSON file, ``images`` the folder of the images.
-    """
+    """Box AP in percent on images in a folder with COCO annotations of the classes' names."""
     import cv2
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -154,9 +134,9 @@ def coco_ap(detector: Detector, annotations: str | os.PathLike, images: str | os
     with contextlib.redirect_stdout(io.StringIO()):  # both print
         truth = COCO(str(annotations))
         category = {entry['name']: entry['id'] for entry in truth.dataset['categories']}
-        missing = [name for name in detector.classes if name not in category]
-        if missing:
-            raise ValueError(f'{annotations} has no category {missing[0]!r}, a class of the model')
+        for name in detector.classes:
+            if name not in category:
+                raise ValueError(f'{annotations} has no category {name!r}, a class of the model')
         numbers = np.array([category[name] for name in detector.classes])
         rows = []
         for entry in truth.imgs.values():

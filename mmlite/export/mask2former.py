@@ -19,9 +19,8 @@ from .graph import Graph, Pyramid, attend, encode, encoder_refusals, sine_encodi
 class SegmenterGraph(Graph):
     """From images to boxes around masks, scores, labels and masks.
 
-    Masks are bool, (bs, num_predictions, h, w). A query that found nothing scores -1. A model
-    that makes panoptic maps returns the map, too, int64, (bs, h, w): of each pixel label + 1000 *
-    instance, and the number of classes where there is nothing.
+    Masks are bool, (bs, num_predictions, h, w). A query that found nothing scores -1. Panoptic
+    maps, where the model has them, are as in :class:`.detector.Segmentations`, (bs, h, w).
     """
 
     outputs = ('boxes', 'scores', 'labels', 'masks')
@@ -33,59 +32,44 @@ class SegmenterGraph(Graph):
         self.num_predictions = self.config.get('max_per_image', 100)
         if self.config.get('panoptic_on', True):
             self.outputs += ('panoptic',)
-        self.described = {'num_things': model.num_things_classes}
 
-    def refusals(self, model: nn.Module) -> Iterator[str]:
-        head = model.panoptic_head
-        decoder = head.pixel_decoder
-        for part, module, kind in (
-            ('it', model, 'Mask2Former'),
-            ('its panoptic_head', head, 'Mask2FormerHead'),
-            ('its panoptic_fusion_head', model.panoptic_fusion_head, 'MaskFormerFusionHead'),
-            ('its pixel_decoder', decoder, 'LiteMSDeformAttnPixelDecoder'),
+    @staticmethod
+    def refusals(model: nn.Module) -> Iterator[str]:
+        decoder = model.panoptic_head.pixel_decoder
+        for module, kind in (
+            (model, 'Mask2Former'),
+            (model.panoptic_head, 'Mask2FormerHead'),
+            (model.panoptic_fusion_head, 'MaskFormerFusionHead'),
+            (decoder, 'LiteMSDeformAttnPixelDecoder'),
         ):
             family = family_of(type(module), subclasses=False)
             if family is None and type(module) is not MODELS.get(kind):
-                yield f'{part} is {type(module).__name__}; that works for {kind}'
+                yield f'its {type(module).__name__} is no {kind}, which that works for'
         yield from encoder_refusals(decoder.encoder)
         outside = decoder.num_input_levels - decoder.num_encoder_levels
         if outside > 1 and not is_lite(decoder):
             yield f'{outside} maps lie outside its stock encoder; that works for one'
 
-    def find(
-        self, images: Tensor, image_sizes: Tensor | None, inside: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        logits, masks = self.segment(images)
-        size = images.shape[-2:]
-        found = self.instances(logits, masks, size, inside)
-        if 'panoptic' not in self.outputs:
-            return found
-        return *found, self.panoptic(logits, masks, size, inside)
+    def find(self, images: Tensor, image_sizes: Any, inside: Tensor | None) -> tuple[Tensor, ...]:
+        arguments = *self.segment(images), images.shape[-2:], inside
+        found = self.instances(*arguments)
+        return (*found, self.panoptic(*arguments)) if 'panoptic' in self.outputs else found
 
     def segment(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of every query, (bs, num_queries, num_classes + 1), the last for no object.
-
-        And those of its mask at a quarter of the size, (bs, num_queries, h / 4, w / 4).
-        """
+        """Logits of every query (the last: no object) and of its mask at a quarter of the size."""
         head = self.model.panoptic_head
         decoder, feats = head.pixel_decoder, self.model.extract_feat(images)
-
-        def encode_tokens(*tokens_and_sizes: Any) -> Tensor:
-            return encode(decoder.encoder, Pyramid(*tokens_and_sizes))
-
-        features, maps = decode_pixels(decoder, feats, sine_encoding, encode_tokens)
+        features, maps = decode_pixels(
+            decoder, feats, sine_encoding, lambda *tokens: encode(decoder.encoder, Pyramid(*tokens))
+        )
         maps = maps[: head.num_transformer_feat_level]
         positions = [sine_encoding(head.decoder_positional_encoding, feat) for feat in maps]
+        levels = zip(head.decoder_input_projs, maps, head.level_embed.weight)
         tokens = [
-            project(feat).flatten(2).transpose(1, 2) + embedding
-            for project, feat, embedding in zip(
-                head.decoder_input_projs, maps, head.level_embed.weight
-            )
+            project(feat).flatten(2).transpose(1, 2) + level for project, feat, level in levels
         ]
-        query, query_pos = (
-            embedding.weight.expand(images.shape[0], -1, -1)
-            for embedding in (head.query_feat, head.query_embed)
-        )
+        query = head.query_feat.weight.expand(images.shape[0], -1, -1)
+        query_pos = head.query_embed.weight.expand(images.shape[0], -1, -1)
 
         def masks_of(query: Tensor) -> Tensor:
             embedded = head.mask_embed(head.transformer_decoder.post_norm(query))
@@ -93,23 +77,17 @@ class SegmenterGraph(Graph):
 
         for index, layer in enumerate(head.transformer_decoder.layers):
             level = index % len(maps)
-            mask = resize(masks_of(query), maps[level].shape[-2:]).flatten(2)
-            blocked = mask < 0
+            blocked = resize(masks_of(query), maps[level].shape[-2:]).flatten(2) < 0
             # A query without a pixel sees them all.
             blocked = blocked & ~blocked.all(-1, keepdim=True)
-            query = attend(
-                layer.cross_attn, query, query_pos, tokens[level], positions[level], blocked
-            )
+            value, pos = tokens[level], positions[level]
+            query = attend(layer.cross_attn, query, query_pos, value, pos, blocked)
             query = layer.norms[0](query)
-            query = attend(layer.self_attn, query, query_pos, query, query_pos)
-            query = layer.norms[1](query)
+            query = layer.norms[1](attend(layer.self_attn, query, query_pos, query, query_pos))
             query = layer.norms[2](layer.ffn(query))
-        logits = head.cls_embed(head.transformer_decoder.post_norm(query))
-        return logits, masks_of(query)
+        return head.cls_embed(head.transformer_decoder.post_norm(query)), masks_of(query)
 
-    def instances(
-        self, logits: Tensor, masks: Tensor, size: Sequence[int], inside: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def instances(self, logits: Tensor, masks: Tensor, size, inside) -> tuple[Tensor, ...]:
         """Boxes, scores, labels and masks."""
         scores, index = logits.softmax(-1)[..., :-1].flatten(1).topk(self.num_predictions, 1)
         labels = index % self.num_classes
@@ -119,27 +97,21 @@ class SegmenterGraph(Graph):
             is_set = is_set & inside.unsqueeze(1)
         number = is_set.float()
         rows, columns = number.sum(3), number.sum(2)
-        area = rows.sum(2)
-        scores = scores * (upsampled.sigmoid() * number).sum((2, 3)) / (area + 1e-6)
-        top, bottom = first_and_last(rows > 0)
-        left, right = first_and_last(columns > 0)
+        scores = scores * (upsampled.sigmoid() * number).sum((2, 3)) / (rows.sum(2) + 1e-6)
+        (top, bottom), (left, right) = first_and_last(rows > 0), first_and_last(columns > 0)
         boxes = torch.stack([left, top, right, bottom], -1)
         if self.model.num_stuff_classes:
             scores = scores.masked_fill(labels >= self.model.num_things_classes, -1.0)
         scores, order = scores.topk(self.num_predictions, 1)
         return take(boxes, order), scores, labels.gather(1, order), take(is_set, order)
 
-    def panoptic(
-        self, logits: Tensor, masks: Tensor, size: Sequence[int], inside: Tensor | None
-    ) -> Tensor:
+    def panoptic(self, logits: Tensor, masks: Tensor, size, inside) -> Tensor:
         """The map. MMDetection draws segment after segment; here each pixel looks up its own."""
-        things = self.model.num_things_classes
         scores, labels = logits.softmax(-1).max(-1)
         kept = (labels != self.num_classes) & (scores > self.config.get('object_mask_thr', 0.8))
         probabilities = resize(masks, size).sigmoid()
-        weights = scores.masked_fill(~kept, 0.0).unsqueeze(-1).unsqueeze(-1)
-        nothing = (~kept).float().unsqueeze(-1).unsqueeze(-1)
-        owner = (probabilities * weights - nothing).argmax(1)  # (bs, h, w)
+        weighed = probabilities * scores.unsqueeze(-1).unsqueeze(-1)
+        owner = weighed.masked_fill(~kept.unsqueeze(-1).unsqueeze(-1), -1.0).argmax(1)  # (bs, h, w)
 
         high = probabilities >= 0.5
         numbers = torch.arange(masks.shape[1], device=masks.device).view(-1, 1, 1)
@@ -150,7 +122,7 @@ class SegmenterGraph(Graph):
         drawn = kept & (high_area > 0) & (own_area > 0)
         drawn = drawn & (own_area / high_area.clamp(min=1) >= self.config.get('iou_thr', 0.8))
 
-        is_thing = labels < things
+        is_thing = labels < self.model.num_things_classes
         instance = (drawn & is_thing).long().cumsum(1)
         segments = labels + is_thing.long() * instance * INSTANCE_OFFSET
         segments = segments.masked_fill(~drawn, self.num_classes)
@@ -169,10 +141,8 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
-    """Rows of each image: (bs, n, ...) and (bs, m) -> (bs, m, ...).
-
-    ``gather`` would want an index as large as its output.
-    """
+    """Rows of each image: (bs, n, ...) and (bs, m) -> (bs, m, ...)."""
+    # `gather` would want an index as large as its output.
     batch, count = tensor.shape[:2]
     first = torch.arange(batch, device=index.device).unsqueeze(1) * count
     rows = tensor.flatten(0, 1).index_select(0, (index + first).flatten())
@@ -180,10 +150,7 @@ def take(tensor: Tensor, index: Tensor) -> Tensor:
 
 
 def first_and_last(is_set: Tensor) -> tuple[Tensor, Tensor]:
-    """Start and end (exclusive) of the run of set pixels; both 0 without any.
-
-    bool (bs, n, side) to float32 (bs, n), twice.
-    """
+    """First and last + 1 of the set pixels, float32 (bs, n) each; both 0 without any."""
     side = is_set.shape[-1]
     number = torch.arange(side, dtype=torch.float32, device=is_set.device).expand_as(is_set)
     last = (number + 1).masked_fill(~is_set, 0.0).amax(-1)

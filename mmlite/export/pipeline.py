@@ -11,16 +11,14 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from torch import nn
 
+from ..openmmlab.families import type_name
+
 
 def preprocessing(config: Config | None) -> dict[str, Any]:
     """What the test pipeline of a config does to an image, as ``detector.json`` says it.
 
-    Returns:
-        dict: ``resize`` and ``pad``, what :func:`.detector.resized_size` and
-        :func:`.detector.padded_image` take, or None.
-
-    Raises:
-        ValueError: Exported detectors do not have one of the transforms; the message names it.
+    ``resize`` and ``pad`` are what :func:`.detector.resized_size` and
+    :func:`.detector.padded_image` take, or None. Other transforms are refused.
     """
     resize = pad = None
     for name, step in _transforms(config):
@@ -35,11 +33,9 @@ def preprocessing(config: Config | None) -> dict[str, Any]:
                 'rounds_down': isinstance(transform, FixScaleResize),
                 'backend': transform.backend,
             }
-        elif isinstance(transform, Pad) and (
-            pad,
-            transform.pad_to_square,
-            transform.padding_mode,
-        ) == (None, False, 'constant'):
+        elif isinstance(transform, Pad) and not (
+            pad or transform.pad_to_square or transform.padding_mode != 'constant'
+        ):
             pad = {'value': transform.pad_val['img'], 'size_divisor': transform.size_divisor or 1}
             pad['size'] = (transform.size or (0, 0))[::-1]  # (h, w)
         else:
@@ -52,10 +48,7 @@ def preprocessing(config: Config | None) -> dict[str, Any]:
 
 
 def prepare(config: Config, image: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
-    """What the test pipeline itself gives the model, float32, shape (3, h, w).
-
-    And the factors (width, height) by which it resizes the image.
-    """
+    """What the test pipeline gives the model, float32 (3, h, w), and its factors (w, h)."""
     steps = [step for name, step in _transforms(config) if not name.startswith('Load')]
     size = image.shape[:2]
     found = Compose(steps)({'img': image, 'img_shape': size, 'ori_shape': size})
@@ -66,10 +59,7 @@ def prepare(config: Config, image: np.ndarray) -> tuple[np.ndarray, tuple[float,
 def class_names(
     config: Config | None, model: nn.Module | None = None, count: int | None = None
 ) -> list[str]:
-    """Names of the classes: the first of a model's, a config's, a data set's that are ``count``.
-
-    Else numbers, or none without ``count``.
-    """
+    """The first names, ``count`` of them, of a model, its config and its data set; else numbers."""
     dataset = _datasets(config)[0]
     kind = dataset.get('type')
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
@@ -99,6 +89,4 @@ def _transforms(config: Config | None) -> list[tuple[str, dict]]:
             'the test data sets of the config have different pipelines; leave one data set in '
             'test_dataloader'
         )
-    kinds = [step['type'] for step in first]
-    classes = [TRANSFORMS.get(kind) if isinstance(kind, str) else kind for kind in kinds]
-    return [(getattr(cls, '__name__', step['type']), step) for cls, step in zip(classes, first)]
+    return [(type_name(step['type']), step) for step in first]

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..models import Change
-from ..openmmlab.families import encoder_name, family_of, find_holder, reads_text
-from ..openmmlab.layers import LiteEncoder, fuse_into
-from . import portable as in_torch
+from ..openmmlab.families import encoder_name, family_of, find_holder, reads_text, type_name
+from ..openmmlab.layers import fuse_into
 from .detector import FORMAT_VERSION, check_size
 from .graph import EXPORTABLE, Graph
-from .operators import attention_as
+from .operators import AT_LOCATIONS, PORTABLE, replacing
 from .pipeline import class_names, preprocessing
 
 # ``Family.graph`` -> where the graph is.
@@ -31,11 +30,6 @@ GRAPHS = {
     'grounding': 'grounding_dino:GroundingGraph',
     'mask2former': 'mask2former:SegmenterGraph',
 }
-# Where the models that can be exported keep their encoder's holder.
-_HOLDERS = ((), ('panoptic_head', 'pixel_decoder'))
-# Sizes that a graph of free sizes is traced with: no level of the pyramid is one pixel wide, which
-# would make its size a constant.
-_EXAMPLE_SIZE = (256, 320)
 
 
 class Traced(NamedTuple):
@@ -48,23 +42,19 @@ class Traced(NamedTuple):
 def check_config(model_config: dict) -> None:
     """Refuse a model that cannot be exported, by ``model`` of its config, before it is built."""
     path, _, _ = find_holder(model_config)
-    if path not in _HOLDERS:
-        kind = model_config.get('type')
+    if path not in ((), ('panoptic_head', 'pixel_decoder')):
         raise ValueError(
-            f'{getattr(kind, "__name__", kind)} cannot be exported; export the detector inside: '
+            f'{type_name(model_config["type"])} cannot be exported; export the detector inside: '
             f'write a config whose model is model.{".".join(path)} of this one'
         )
 
 
 def make_graph(model: nn.Module, text: Sequence[str] | None = None) -> Graph:
-    """The model as one function of its images, in eval mode; it shares the model's modules.
-
-    A model that reads text looks for ``text``, one name a class. The others take none.
-    """
+    """The model, whose modules it shares, as one function of its images."""
     family = family_of(_holder_of(model))
     if text is not None and not family.reads_text:
         raise ValueError(f'{type(model).__name__} takes no text; only Grounding DINO does')
-    module, _, name = GRAPHS[family.graph].partition(':')
+    module, name = GRAPHS[family.graph].split(':')
     cls = getattr(import_module(f'.{module}', __package__), name)
     return (cls(model, text) if family.reads_text else cls(model)).eval()
 
@@ -79,9 +69,7 @@ def _holder_of(model: nn.Module) -> nn.Module:
 @contextmanager
 def exportable(model: nn.Module) -> Iterator[nn.Module]:
     """The model with its attention on our operators inside the ``with`` block."""
-    holder = _holder_of(model)
-    encoder = holder.encoder
-    change = Change('export')
+    holder, change = _holder_of(model), Change('export')
     try:
         for name, module in list(model.named_modules()):
             change.set(model, name, 'training', False)
@@ -89,11 +77,11 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
             if 'cache_dict' in vars(module):
                 change.set(model, name, 'cache_dict', module.cache_dict)
         fuse_into(change, model)
-        if isinstance(encoder, LiteEncoder) and encoder.low_levels is None:
+        if getattr(holder.encoder, 'low_levels', ()) is None:
             # Comparing the maps' sizes would bind a graph to them.
-            levels = encoder.schedule.num_levels, encoder.schedule.num_low_levels
-            low_levels = family_of(holder).low_levels(*levels)
-            change.set(model, encoder_name(model), 'low_levels', low_levels)
+            schedule = holder.encoder.schedule
+            levels = family_of(holder).low_levels(schedule.num_levels, schedule.num_low_levels)
+            change.set(model, encoder_name(model), 'low_levels', levels)
         yield model
     finally:
         change.undo(model)
@@ -106,22 +94,24 @@ def trace(
     batch: int | None = 1,
     portable: bool = False,
     text: Sequence[str] | None = None,
+    from_offsets: bool = False,
 ) -> Traced:
-    """Trace a detector from images to what it finds; see :func:`mmlite.export.export_detector`."""
+    """Trace a detector from images to what it finds; see :func:`mmlite.export.export_detector`.
+
+    With ``from_offsets`` attention takes offsets, as only torch knows it, instead of locations.
+    """
     if text is None and reads_text(model):
         text = class_names(config, model)
     name = type(model).__name__
-    height, width = size or _EXAMPLE_SIZE
+    # Where sizes are free, no level of the pyramid is one pixel wide: its size would be a constant.
+    height, width = size or (256, 320)
     with exportable(model):
         graph = make_graph(model, text)
         description = _describe(graph, config, size, batch, portable)
         inputs = description['input']
         divisor = inputs['divisor']
         if height % divisor or width % divisor:
-            raise ValueError(
-                f'{name} pads images to multiples of {divisor}; choose such a size, '
-                f'not {height} x {width}'
-            )
+            raise ValueError(f'{name} pads images to multiples of {divisor}; choose such a size')
         check_size(inputs, height, width)
         count = batch or 2
         arguments = [torch.zeros(count, 3, height, width)]
@@ -131,7 +121,7 @@ def trace(
             arguments.append(torch.tensor([[height, width]] * count))
             dynamic.append(any_batch)
         try:
-            program = _export(graph, arguments, portable, tuple(dynamic))
+            program = _export(graph, arguments, portable, from_offsets, tuple(dynamic))
         except ValueError:
             raise
         except Exception as error:  # what cannot be traced fails in any way
@@ -140,63 +130,40 @@ def trace(
             raise ValueError(f'{name} cannot be traced: {reason}{hint}') from error
     values = [node.meta['val'] for node in program.graph.nodes if node.op == 'placeholder']
     for value, free in zip(values[-len(arguments) :], dynamic):
-        if any(_is_fixed(value.shape[axis]) for axis in free):
-            raise ValueError(
-                f'{name} cannot be exported for images of any size or number; '
-                'give a fixed size and batch'
-            )
+        if any(str(value.shape[axis]).isdecimal() for axis in free):
+            how = 'images of any size or number; give a fixed size and batch'
+            raise ValueError(f'{name} cannot be exported for {how}')
     return Traced(program, description)
-
-
-def _is_fixed(side: int | torch.SymInt) -> bool:
-    return isinstance(side, int) or side.node.maybe_as_int() is not None
 
 
 def trace_encoder(
     model: nn.Module, graph: nn.Module, tokens: Tensor, pos: Tensor, portable: bool = False
 ) -> torch.export.ExportedProgram:
-    """Trace the encoder of a detector alone, for fixed sizes.
-
-    ``graph`` calls it with tokens and their positions, both (bs, num_tokens, embed_dims), and
-    returns the memory.
-    """
+    """Trace for fixed sizes a ``graph`` of tokens and positions that calls a detector's encoder."""
     with exportable(model):
         return _export(graph.eval(), [tokens, pos], portable)
 
 
-def _export(
-    graph: nn.Module, arguments: Sequence[Tensor], portable: bool, dynamic: tuple | None = None
-) -> torch.export.ExportedProgram:
+def _export(graph: nn.Module, arguments, portable, from_offsets=False, dynamic=None):
+    table = PORTABLE if portable else ({} if from_offsets else AT_LOCATIONS)
     # Our operators, where they are built, are what a portable graph is made from, too.
     built = any(backend.name == 'cpu' and backend.available for backend in ops.backends())
     backend = 'cpu' if built or not portable else 'reference'
-    with ops.use_backend(backend), torch.no_grad(), warnings.catch_warnings():
+    with ops.use_backend(backend), torch.no_grad(), replacing(table), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        program = torch.export.export(graph, tuple(arguments), dynamic_shapes=dynamic, strict=False)
-        if portable:
-            attention = in_torch.ms_deform_attn, in_torch.key_aware_deform_attn
-            program = program.run_decompositions(attention_as(*attention))
-        return program
+        return torch.export.export(graph, tuple(arguments), dynamic_shapes=dynamic, strict=False)
 
 
-def _describe(
-    graph: Graph,
-    config: Config | None,
-    size: tuple[int, int] | None,
-    batch: int | None,
-    portable: bool,
-) -> dict[str, Any]:
+def _describe(graph: Graph, config, size, batch, portable) -> dict[str, Any]:
     model = graph.model
     schedule = getattr(_holder_of(model).encoder, 'schedule', None)
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     prepared = preprocessing(config)
-    if size is not None:
-        prepared = {'resize': {'canvas': list(size)}, 'pad': None}
     return {
         'version': FORMAT_VERSION,
         'mmlite': version('mmlite-detr'),
         'detector': type(model).__name__,
-        'schedule': None if schedule is None else str(schedule),
+        'schedule': schedule and str(schedule),
         'classes': graph.classes or class_names(config, model, graph.num_classes),
         'num_predictions': graph.num_predictions,
         'outputs': list(graph.outputs),
@@ -211,16 +178,13 @@ def _describe(
             'levels': _levels(model) if graph.least_tokens else [],
             'least_tokens': graph.least_tokens,
         },
-        'preprocessing': prepared,
+        'preprocessing': {'resize': {'canvas': list(size)}, 'pad': None} if size else prepared,
         **graph.described,
     }
 
 
 def _levels(model: nn.Module) -> list[tuple[int, int]]:
-    """Stride and rest of every level, see :func:`.detector.check_size`.
-
-    A layer rounds up or down; all of them together give ``(side + rest) // stride`` again.
-    """
+    """Stride and rest of every level, as :func:`.detector.check_size` takes them."""
 
     @cache
     def rows(side: int) -> list[int]:
@@ -230,9 +194,6 @@ def _levels(model: nn.Module) -> list[tuple[int, int]]:
     levels = []
     for level, most in enumerate(rows(512)):
         stride = 256 // (most - rows(256)[level])
-        too_few, enough = 512 - stride, 512
-        while enough - too_few > 1:
-            side = (too_few + enough) // 2
-            too_few, enough = (side, enough) if rows(side)[level] < most else (too_few, side)
-        levels.append((stride, most * stride - enough))
+        first = next(side for side in range(513 - stride, 513) if rows(side)[level] == most)
+        levels.append((stride, most * stride - first))
     return levels

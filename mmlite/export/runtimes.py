@@ -1,7 +1,4 @@
-"""Inference runtimes: the compiled libraries with our operators (see csrc/), and loaded models.
-
-Importing this imports neither torch nor a runtime.
-"""
+"""Inference runtimes, imported when used: libraries with our operators (csrc/), loaded models."""
 
 from __future__ import annotations
 
@@ -21,10 +18,8 @@ _PREFIX, _SUFFIX = {'darwin': ('lib', 'dylib'), 'win32': ('', 'dll')}.get(
 )
 _HOW = {
     'onnxruntime': 'install a C++ compiler (GCC or Clang) and reinstall mmlite',
-    'openvino': (
-        'build it for the installed OpenVINO, as docs/deploy.md shows '
-        '(cmake with OpenVINO_DIR; it needs a C++ compiler)'
-    ),
+    'openvino': 'build it for the installed OpenVINO, as docs/deploy.md shows '
+    '(cmake with OpenVINO_DIR; it needs a C++ compiler)',
 }
 
 
@@ -52,29 +47,21 @@ def library(runtime: str) -> Path:
     return path
 
 
-def import_runtime(name: str) -> Any:
+def import_runtime(name: str, package: str | None = None) -> Any:
     """Import a runtime, or say how to install it."""
     try:
         return import_module(name)
     except ImportError as error:
-        raise ImportError(
-            f'{name} cannot be imported ({error}); install it: pip install {name}'
-        ) from error
+        how = f'install it: pip install {package or name}'
+        raise ImportError(f'{name} cannot be imported ({error}); {how}') from error
 
 
 def openvino_core(with_operators: bool = False) -> Any:
-    """The one ``openvino.Core`` of this process.
+    """The one ``openvino.Core`` of this process, with our operators once anyone asked for them.
 
-    Several are not safe: each changes the stack of signal handlers and, when it is freed, brings
-    back the one that it had found. Freed in the order in which they were made, the last brings back
-    one that is gone, and the next signal, such as the end of a child process, ends the process
-    (seen with OpenVINO 2026.4).
-
-    Args:
-        with_operators (bool): Load our operators, which models need that are not portable.
-
-    Returns:
-        openvino.Core: With the operators, if anyone has asked for them yet.
+    Several are not safe: each, when it is freed, brings back the stack of signal handlers that it
+    had found. Freed in the order in which they were made, the last brings back one that is gone,
+    and the next signal, such as the end of a child, ends the process (seen with OpenVINO 2026.4).
 
     Raises:
         ImportError: openvino is missing.
@@ -85,10 +72,9 @@ def openvino_core(with_operators: bool = False) -> Any:
     core = _make_once(openvino.Core)
     if with_operators:
         operators = library('openvino')
-        with _refusal(
-            f'OpenVINO {openvino.__version__} does not load the operators in '
-            f'{operators} (they are built for one version of it; build them again)'
-        ):
+        name = f'OpenVINO {openvino.__version__}'
+        hint = '(they are built for one version of it; build them again)'
+        with _refusal(f'{name} does not load the operators in {operators} {hint}'):
             _make_once(core.add_extension, str(operators))
     return core
 
@@ -123,12 +109,10 @@ def _open_onnx(model: Path, portable: bool, threads: int | None, *_: Any) -> Ses
         with _refusal(f'{name} does not load the operators in {operators}'):
             options.register_custom_ops_library(str(operators))
     with _refusal(f'{name} does not take {model}'):
+        # This fusion makes of an addition and a norm a node that is three times slower than both.
+        slow, providers = ['SkipLayerNormFusion'], ['CPUExecutionProvider']
         session = onnxruntime.InferenceSession(
-            str(model),
-            options,
-            providers=['CPUExecutionProvider'],
-            # It fuses an addition and a norm into one node that is three times slower than both.
-            disabled_optimizers=['SkipLayerNormFusion'],
+            str(model), options, providers, disabled_optimizers=slow
         )
     names = [argument.name for argument in session.get_inputs()]
     return lambda *inputs: session.run(None, dict(zip(names, inputs)))
@@ -140,13 +124,13 @@ class OpenVINOSession:
     def __init__(
         self, model: Path, portable: bool, threads: int | None, precision: str, profile: bool
     ) -> None:
-        hints = {
-            'PERFORMANCE_HINT': 'LATENCY',
-            # Its own choice would be bfloat16 wherever the processor is fast at it.
-            'INFERENCE_PRECISION_HINT': {'float32': 'f32', 'bfloat16': 'bf16'}[precision],
-            **({'INFERENCE_NUM_THREADS': str(threads)} if threads else {}),
-            **({'PERF_COUNT': 'YES'} if profile else {}),
-        }
+        # Its own choice would be bfloat16 wherever the processor is fast at it.
+        kind = {'float32': 'f32', 'bfloat16': 'bf16'}[precision]
+        hints = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': kind}
+        if threads:
+            hints['INFERENCE_NUM_THREADS'] = str(threads)
+        if profile:
+            hints['PERF_COUNT'] = 'YES'
         core = openvino_core(with_operators=not portable)
         with _refusal(f'OpenVINO {import_runtime("openvino").__version__} does not take {model}'):
             self._compiled = core.compile_model(str(model), 'CPU', hints)
@@ -168,15 +152,15 @@ class OpenVINOSession:
 
 def _open_torch(model: Path, portable: bool, threads: int | None, *_: Any) -> Session:
     torch = import_runtime('torch')
-    import_module('mmlite.ops')  # the operators register on import
-    import_module('mmlite.export.nms')  # so does this one, which is in portable models, too
+    for operators in ('mmlite.ops', 'mmlite.export.operators'):  # they register on import
+        import_module(operators)
     program = torch.export.load(model).module()
     if threads:
         torch.set_num_threads(threads)
 
+    @torch.inference_mode()
     def run(*inputs: np.ndarray) -> list[np.ndarray]:
-        with torch.inference_mode():
-            return [output.numpy() for output in program(*map(torch.from_numpy, inputs))]
+        return [output.numpy() for output in program(*map(torch.from_numpy, inputs))]
 
     return run
 

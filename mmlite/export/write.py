@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -17,13 +16,12 @@ from mmengine.config import Config
 from torch import nn
 
 from .detector import Detector, load, write_description
-from .operators import decompositions, translation_table
+from .operators import translation_table
 from .program import Traced, trace
 from .runtimes import import_runtime, openvino_core
 
 # Format -> what the model is called in its folder.
 FILES = {'onnx': 'model.onnx', 'openvino': 'model.xml', 'torch': 'model.pt2'}
-_OPSETS = range(18, 22)
 
 
 def export_detector(
@@ -40,13 +38,12 @@ def export_detector(
     """Write a detector, from image to boxes, scores and labels, and load it.
 
     Args:
-        model (nn.Module): A detector of MMDetection or mmlite: Deformable DETR, DINO,
-            H-Deformable-DETR, DDQ-DETR, Grounding DINO or Mask2Former, stock or Lite.
+        model (nn.Module): Deformable DETR, DINO, H-Deformable-DETR, DDQ-DETR, Grounding DINO or
+            Mask2Former, stock or Lite.
         folder (str | PathLike): Where ``model.*`` and ``detector.json`` go.
         format (str): ``'onnx'``, ``'openvino'`` or ``'torch'`` (torch.export).
         config (Config, optional): Where the names of the classes and the test pipeline are read.
-        size (tuple[int, int], optional): (h, w) of the canvas that images are fitted into; None
-            for images of any size.
+        size (tuple[int, int], optional): (h, w) of the canvas that images are fitted into.
         batch (int, optional): Images at a time; None for any number.
         portable (bool): Use no operators of ours: slower, for runtimes that take none.
         opset (int): Version of ONNX's operators.
@@ -63,95 +60,78 @@ def export_detector(
     """
     if format not in FILES:
         raise ValueError(f'format must be one of {", ".join(FILES)}; got {format!r}')
-    if opset not in _OPSETS:
-        raise ValueError(
-            f'opset {opset} is not supported; choose {_OPSETS.start} to {_OPSETS.stop - 1}'
-        )
-    return write(trace(model, config, size, batch, portable, text), folder, format, opset)
+    if opset not in range(18, 22):
+        raise ValueError(f'opset {opset} is not supported; choose 18 to 21')
+    traced = trace(model, config, size, batch, portable, text, from_offsets=format == 'torch')
+    return write(traced, folder, format, opset)
 
 
 def write(traced: Traced, folder: str | os.PathLike, format: str, opset: int = 18) -> Detector:
     """Write a traced detector and its description; see :func:`export_detector`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILES[format]
+    path, program = folder / FILES[format], traced.program
     description = {**traced.description, 'format': format, 'model': path.name}
     if format == 'torch':
-        torch.export.save(traced.program, path)
-        description['input'] = {**description['input'], 'least_side': _least_side(traced.program)}
+        torch.export.save(program, path)
+        # Images of fewer rows or columns are outside what torch.export has traced.
+        sides = (int(found.lower) for found in program.range_constraints.values())
+        description['input'] = {**description['input'], 'least_side': max(sides, default=1)}
     elif format == 'onnx':
-        to_onnx(traced.program, path, opset)
-    else:
-        to_openvino(traced.program, path, traced.description['portable'], opset)
+        to_onnx(program, path, opset)
+    else:  # by way of ONNX
+        openvino = import_runtime('openvino')
+        core = openvino_core(with_operators=not description['portable'])
+        onnx_path = folder / FILES['onnx']
+        to_onnx(program, onnx_path, opset)
+        openvino.save_model(core.read_model(str(onnx_path)), str(path), compress_to_fp16=False)
+        for left_over in folder.glob(f'{onnx_path.name}*'):
+            left_over.unlink()
     write_description(folder, description)
     return load(folder)
-
-
-def to_openvino(
-    program: torch.export.ExportedProgram, path: Path, portable: bool = False, opset: int = 18
-) -> None:
-    """Write a traced program as OpenVINO's ``.xml`` and ``.bin``, by way of ONNX."""
-    openvino = import_runtime('openvino')
-    core = openvino_core(with_operators=not portable)
-    onnx_path = path.with_name(FILES['onnx'])
-    to_onnx(program, onnx_path, opset)
-    openvino.save_model(core.read_model(str(onnx_path)), str(path), compress_to_fp16=False)
-    for left_over in path.parent.glob(f'{onnx_path.name}*'):
-        left_over.unlink()
 
 
 def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) -> None:
     """Write a traced program as ONNX."""
     for package in ('onnx', 'onnxscript'):
         import_runtime(package)
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+    from onnxscript import optimizer
+
     outputs = ('boxes', 'scores', 'labels', 'masks', 'panoptic')
-    with _quiet():
-        try:
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the exporter warns of what a detector does not use
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter('ignore')
             written = torch.onnx.export(
-                program.run_decompositions(decompositions()),
+                program,
                 dynamo=True,
+                optimize=False,
                 opset_version=opset,
                 custom_translation_table=translation_table(),
                 input_names=['images', 'image_sizes'][: len(program.graph_signature.user_inputs)],
                 output_names=outputs[: len(program.graph_signature.user_outputs)],
             )
-        except Exception as error:
-            reason = str(error).strip().rpartition('\n')[2]
-            raise ValueError(f'the model cannot be written as ONNX: {reason}') from error
-    _name_nodes(written.model.graph)
-    for value in written.model.graph.inputs:
+            model = written.model
+            # What is folded before need not be rewritten, which takes longest.
+            optimizer.fold_constants(model)
+            optimizer.remove_unused_nodes(model)
+            CommonSubexpressionEliminationPass()(model)
+            optimizer.optimize(model)
+    except Exception as error:
+        reason = str(error).strip().rpartition('\n')[2]
+        raise ValueError(f'the model cannot be written as ONNX: {reason}') from error
+    finally:
+        logging.disable(disabled)
+    # encoder.layers.0.norms.0/node_layer_norm: profilers and quantisation see names alone.
+    for node in model.graph:
+        scopes = ast.literal_eval(node.metadata_props.get('pkg.torch.onnx.name_scopes', '[]'))
+        if len(scopes) > 1:  # the last is the node itself
+            node.name = f'{scopes[-2].removeprefix("model.")}/{node.name}'.lstrip('/')
+    for value in model.graph.inputs:
         names = ('batch', 'channels', 'height', 'width') if value.name == 'images' else ('batch',)
         for axis, name in enumerate(names[: len(value.shape)]):
             if not isinstance(value.shape[axis], int):
                 value.shape[axis] = name
     written.save(str(path))
-
-
-def _least_side(program: torch.export.ExportedProgram) -> int:
-    """Images of fewer rows or columns are outside what torch.export has traced."""
-    ranges = program.range_constraints.values()
-    return max((int(found.lower) for found in ranges), default=1)
-
-
-def _name_nodes(graph) -> None:
-    """Name nodes by their module, ``encoder.layers.0.norms.0/node_layer_norm``.
-
-    Profilers and quantisation see names alone.
-    """
-    for node in graph:
-        scopes = ast.literal_eval(node.metadata_props.get('pkg.torch.onnx.name_scopes', '[]'))
-        if len(scopes) > 1:  # the last is the node itself
-            node.name = f'{scopes[-2].removeprefix("model.")}/{node.name}'.lstrip('/')
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints its progress and warns of what a detector does not use."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter('ignore')
-        disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)

@@ -1,12 +1,8 @@
 """Hugging Face transformers: models on our operators, and with the Lite encoder.
 
-A built model is changed in place, and :func:`mmlite.restore` undoes the changes::
-
-    import mmlite
-
-    model = DeformableDetrForObjectDetection.from_pretrained('SenseTime/deformable-detr')
-    mmlite.fuse(model)                     # the same numbers, faster
-    mmlite.to_lite(model, 'H3L1-(2+1)x3')  # another encoder, to be trained
+model = DeformableDetrForObjectDetection.from_pretrained('SenseTime/deformable-detr')
+mmlite.fuse(model)                     # the same numbers, faster
+mmlite.to_lite(model, 'H3L1-(2+1)x3')  # another encoder, to be trained
 """
 
 from .attention import fuse

@@ -1,8 +1,4 @@
-"""The Lite encoder in models of transformers.
-
-A stock encoder is read, layer by layer, for what the Lite encoder needs to know (channels, heads,
-points, activation, dropout), so that no config has to be understood, and for its weights.
-"""
+"""The Lite encoder in models of transformers, made from the layers of their stock encoder."""
 
 from __future__ import annotations
 
@@ -16,79 +12,51 @@ from torch import Tensor, nn
 
 from ..models import EncoderLayerParts, changing, stock_layers
 from ..nn import EncoderSchedule, InterleavedEncoder, StepTokens
-from .attention import LevelSizes, check_version
+from ..nn.geometry import LevelSizes
+from .attention import check_version
 
-# Where `save_pretrained` writes down how the encoder was made.
-CONFIG_NAME = 'lite_encoder'
-_LOG = logging.getLogger('mmlite')
+CONFIG_NAME = 'lite_encoder'  # where `save_pretrained` writes down how it was made
 
 
-def to_lite(
-    model: nn.Module,
-    schedule: str | EncoderSchedule,
-    *,
-    key_aware: bool = True,
-    small_ffn: bool = True,
-    update: str = 'joint',
-    proj_key: bool = False,
-    same_loc: bool = False,
-    num_cp: int = -1,
-) -> nn.Module:
-    """Give a built model the Lite encoder in place of its own.
+def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -> nn.Module:
+    """Give a built model the Lite encoder in place of its own; see :func:`mmlite.to_lite`.
 
-    Whatever has a counterpart in the stock encoder starts with its weights; the query projections
-    of key-aware attention and the small FFNs start at random and need training. With a schedule
-    that updates every level in every layer, such as ``'H3L1-(1+1)x6'``, and ``key_aware`` and
-    ``small_ffn`` off, the model computes exactly what it did.
+    With a schedule that updates every level in every layer, such as ``'H3L1-(1+1)x6'``, and
+    ``key_aware`` and ``small_ffn`` off, the model computes exactly what it did.
 
     Args:
-        model (nn.Module): A model of transformers: Deformable DETR, Grounding DINO,
-            MM-Grounding DINO, Mask2Former or OneFormer. Changed in place.
-        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``; A * B is the number of
-            layers of the stock encoder.
-        key_aware (bool): This and what follows is as for :class:`mmlite.nn.LiteEncoder`.
-        small_ffn (bool): A small FFN for low-level tokens.
-        update (str): ``'joint'`` or ``'sequential'``.
-        proj_key (bool): Keys have a projection of their own.
-        same_loc (bool): All levels share the offsets.
-        num_cp (int): Layers whose activations are recomputed in the backward pass.
+        model (nn.Module): Deformable DETR, Grounding DINO, MM-Grounding DINO, Mask2Former or
+            OneFormer of transformers. Changed in place.
+        schedule (str | EncoderSchedule): A * B is the number of layers of the stock encoder.
+        **options: ``key_aware``, ``small_ffn``, ``update``, ``num_cp``, ``proj_key`` and
+            ``same_loc`` of :class:`mmlite.nn.LiteEncoder`.
 
     Returns:
         nn.Module: ``model``.
 
     Raises:
-        ValueError: The model has no encoder to replace or has a Lite one, or the schedule does
-            not fit it; the message says what would. Nothing is changed then.
+        ValueError: The model has no such encoder or a Lite one, or the schedule does not fit;
+            the message says what would. Nothing is changed then.
         ImportError: The installed transformers is too old.
     """
     check_version()
-    if (proj_key or same_loc) and not key_aware:
-        raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
-    settings = dict(
-        schedule=str(EncoderSchedule.parse(schedule)),
-        key_aware=key_aware,
-        small_ffn=small_ffn,
-        update=update,
-        proj_key=proj_key,
-        same_loc=same_loc,
-        num_cp=num_cp,
-    )
-    name_of = type(model).__name__
-    stock = {name: part for name, part in model.named_modules() if type(part).__name__ in _LITE}
-    if not stock or '' in stock:
-        if any(isinstance(part, InterleavedEncoder) for part in model.modules()):
-            raise ValueError(f'{name_of} has a Lite encoder already')
+    schedule, kind = EncoderSchedule.parse(schedule), type(model).__name__
+    stock = {name: part for name, part in model.named_modules() if name and _lite_class(part)}
+    if not stock and any(isinstance(part, InterleavedEncoder) for part in model.modules()):
+        raise ValueError(f'{kind} has a Lite encoder already')
+    if not stock:
         raise ValueError(
-            f'{name_of} holds no encoder that the Lite encoder can replace; '
+            f'{kind} holds no encoder that the Lite encoder can replace; '
             'Deformable DETR, Grounding DINO, MM-Grounding DINO, Mask2Former and OneFormer do'
         )
     with changing(model, 'to_lite') as change:
         for name, part in stock.items():
             parent, _, attribute = name.rpartition('.')
-            change.set(model, parent, attribute, _LITE[type(part).__name__](part, **settings))
+            change.set(model, parent, attribute, _lite_class(part)(part, schedule, **options))
         if hasattr(model, 'config'):
-            change.set(model, 'config', CONFIG_NAME, settings)
-    _LOG.info('to_lite: %s with schedule %s; train what is new', name_of, settings['schedule'])
+            change.set(model, 'config', CONFIG_NAME, {'schedule': str(schedule), **options})
+    log = logging.getLogger('mmlite')
+    log.info('to_lite: %s with schedule %s; train what is new', kind, schedule)
     return model
 
 
@@ -96,8 +64,7 @@ def load_lite(model_class: type[nn.Module], folder: str, **kwargs: Any) -> nn.Mo
     """Load what ``save_pretrained`` wrote of a model that :func:`to_lite` changed.
 
     Args:
-        model_class (type[nn.Module]): The model's class, for example
-            ``transformers.DeformableDetrForObjectDetection``.
+        model_class (type[nn.Module]): For example ``DeformableDetrForObjectDetection``.
         folder (str): Whatever the class's ``from_pretrained`` takes.
         **kwargs: The other arguments of ``from_pretrained``.
 
@@ -111,10 +78,8 @@ def load_lite(model_class: type[nn.Module], folder: str, **kwargs: Any) -> nn.Mo
     check_version()
     settings = getattr(model_class.config_class.from_pretrained(folder), CONFIG_NAME, None)
     if settings is None:
-        raise ValueError(
-            f'{folder} was saved without a Lite encoder: load it by '
-            f'{model_class.__name__}.from_pretrained, then call to_lite'
-        )
+        how = f'load it by {model_class.__name__}.from_pretrained, then call to_lite'
+        raise ValueError(f'{folder} was saved without a Lite encoder: {how}')
 
     def build(self, config, *args, **kwargs):
         model_class.__init__(self, config, *args, **kwargs)
@@ -137,72 +102,39 @@ class _Encoder(InterleavedEncoder):
     def __init__(
         self,
         stock: nn.Module,
-        schedule: str | EncoderSchedule,
-        update: str,
-        num_cp: int,
-        **layer: bool,
+        schedule: EncoderSchedule,
+        *,
+        key_aware: bool = True,
+        small_ffn: bool = True,
+        update: str = 'joint',
+        num_cp: int = -1,
+        proj_key: bool = False,
+        same_loc: bool = False,
     ) -> None:
-        schedule = EncoderSchedule.parse(schedule)
+        if (proj_key or same_loc) and not key_aware:
+            raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
         parts = [_parts(stock_layer) for stock_layer in stock.layers]
         schedule.check_fit(len(parts), parts[0].shape[2], update)
+        layer = key_aware, small_ffn, proj_key, same_loc
         steps = schedule.steps(update)
-        indices = stock_layers(steps)
-        layers = [parts[index].lite(step, **layer) for step, index in zip(steps, indices)]
+        sources = stock_layers(steps)
+        layers = [parts[index].lite(step, *layer) for step, index in zip(steps, sources)]
         levels, count = range(schedule.num_levels), schedule.num_low_levels
         low_levels = levels[-count:] if self.smallest_first else levels[:count]
         super().__init__(schedule, layers, update, num_cp, low_levels)
-        self.stock_layers = indices
+        self.stock_layers = sources
+        self.dropout = nn.Dropout(stock.dropout)  # of the tokens, in Deformable DETR
         self.to(parts[0].attention.value_proj.weight)
-        self.schedule_code = self.schedule_code.long()  # .to() casts it, too
         self.train(stock.training)
         if getattr(stock.layers[0], 'gradient_checkpointing', False):
             self.gradient_checkpointing = True
             self._gradient_checkpointing_func = stock.layers[0]._gradient_checkpointing_func
-
-    def encode(
-        self,
-        tokens: Tensor,
-        pos: Tensor | None,
-        sizes: LevelSizes,
-        padding: Tensor | None,
-        valid_ratios: Tensor | None,
-    ):
-        """The memory as transformers' models return it."""
-        from transformers.modeling_outputs import BaseModelOutput
-
-        memory = InterleavedEncoder.forward(
-            self, tokens, pos, sizes, padding_mask=padding, valid_ratios=valid_ratios
-        )
-        return BaseModelOutput(last_hidden_state=memory)
 
     def run(self, index: int, module: Callable, *arguments: Any) -> Any:
         """As ``num_cp`` says, and all layers after ``gradient_checkpointing_enable``."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(module, *arguments)
         return super().run(index, module, *arguments)
-
-
-class DeformableDetrLiteEncoder(_Encoder):
-    """In the place of ``DeformableDetrEncoder``."""
-
-    def __init__(self, stock: nn.Module, *args, **kwargs) -> None:
-        super().__init__(stock, *args, **kwargs)
-        self.dropout = nn.Dropout(stock.dropout)
-
-    def forward(  # type: ignore[override]
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        spatial_position_embeddings: Tensor | None = None,
-        *,
-        spatial_shapes_list: LevelSizes,
-        valid_ratios: Tensor | None = None,
-        **kwargs,
-    ):
-        """Encode the pyramid, largest map first; the attention mask is True on what is real."""
-        padding = None if attention_mask is None else ~attention_mask
-        tokens, pos = self.dropout(inputs_embeds), spatial_position_embeddings
-        return self.encode(tokens, pos, spatial_shapes_list, padding, valid_ratios)
 
 
 class PixelDecoderLiteEncoder(_Encoder):
@@ -213,24 +145,37 @@ class PixelDecoderLiteEncoder(_Encoder):
     def forward(  # type: ignore[override]
         self,
         inputs_embeds: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: Tensor | None = None,
-        *,
+        attention_mask: Tensor | None,
+        position_embeddings: Tensor | None,
         spatial_shapes_list: LevelSizes,
-        valid_ratios: Tensor | None = None,
+        valid_ratios: Tensor | None,
         **kwargs,
     ):
-        """Encode the pyramid, smallest map first; the attention mask is True on padding."""
-        sizes = spatial_shapes_list
-        return self.encode(inputs_embeds, position_embeddings, sizes, attention_mask, valid_ratios)
+        """Encode the pyramid; the attention mask is True on padding."""
+        from transformers.modeling_outputs import BaseModelOutput
+
+        masks = dict(padding_mask=attention_mask, valid_ratios=valid_ratios)
+        memory = super().forward(inputs_embeds, position_embeddings, spatial_shapes_list, **masks)
+        return BaseModelOutput(last_hidden_state=memory)
+
+
+class DeformableDetrLiteEncoder(PixelDecoderLiteEncoder):
+    """In the place of ``DeformableDetrEncoder``."""
+
+    smallest_first = False
+
+    def forward(self, inputs_embeds, attention_mask=None, **kwargs):
+        """Encode the pyramid; the attention mask is True on what is real."""
+        padding = None if attention_mask is None else ~attention_mask
+        pos = kwargs.pop('spatial_position_embeddings')
+        return super().forward(self.dropout(inputs_embeds), padding, pos, **kwargs)
 
 
 class GroundingDinoLiteEncoder(_Encoder):
     """In the place of Grounding DINO's and MM-Grounding DINO's encoder.
 
-    The stock encoder fuses all image tokens with the text before each of its layers. Here the
-    queries of a layer are fused with the text before it, and the other tokens wait: a low-level
-    token meets the text as often as it is updated, and the text reads the tokens of the step.
+    The stock encoder fuses all image tokens with the text before each of its layers. Here only the
+    queries of a layer are: a low-level token meets the text as often as it is updated.
     """
 
     def __init__(self, stock: nn.Module, *args, **kwargs) -> None:
@@ -245,58 +190,43 @@ class GroundingDinoLiteEncoder(_Encoder):
     def forward(  # type: ignore[override]
         self,
         vision_features: Tensor,
-        vision_attention_mask: Tensor | None = None,
-        vision_position_embedding: Tensor | None = None,
-        *,
+        vision_attention_mask: Tensor,
+        vision_position_embedding: Tensor,
         spatial_shapes_list: LevelSizes,
-        valid_ratios: Tensor | None = None,
-        text_features: Tensor | None = None,
-        text_attention_mask: Tensor | None = None,
+        valid_ratios: Tensor,
+        text_features: Tensor,
+        text_attention_mask: Tensor,
+        text_self_attention_masks: Tensor,
         text_position_embedding: Tensor | None = None,
-        text_self_attention_masks: Tensor | None = None,
         text_position_ids: Tensor | None = None,
         return_dict: bool | None = True,
         **kwargs,
     ):
-        """Encode the pyramid, largest map first, and the text; masks are True on padding."""
+        """Encode the pyramid and the text; masks are True on padding."""
         text = text_features
         text_pos = self.text_positions(self, text, text_position_embedding, text_position_ids)
 
         def fuse(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
             nonlocal text
-            mask = vision_attention_mask
-            (tokens, _), (text, _) = self.fusion_layers[index](
-                vision_features=step_tokens.pick(memory),
-                text_features=text,
-                attention_mask_vision=None if mask is None else step_tokens.pick(mask),
-                attention_mask_text=text_attention_mask,
-            )
-            text, _ = self.text_enhancer_layers[index](
-                hidden_states=text,
-                attention_masks=~text_self_attention_masks,
-                position_embeddings=text_pos,
-            )
+            tokens, mask = step_tokens.pick(memory), step_tokens.pick(vision_attention_mask)
+            arguments = tokens, text, mask, text_attention_mask
+            (tokens, _), (text, _) = self.run(index, self.fusion_layers[index], *arguments)
+            text, _ = self.text_enhancer_layers[index](text, ~text_self_attention_masks, text_pos)
             return step_tokens.put_back(memory, [run for _, run in step_tokens.split(tokens)])
 
-        memory = super().forward(
-            vision_features,
-            vision_position_embedding,
-            spatial_shapes_list,
-            padding_mask=vision_attention_mask,
-            valid_ratios=valid_ratios,
-            before_layer=fuse,
-        )
+        inputs = vision_features, vision_position_embedding, spatial_shapes_list
+        masks = dict(padding_mask=vision_attention_mask, valid_ratios=valid_ratios)
+        memory = super().forward(*inputs, **masks, before_layer=fuse)
         if return_dict is False:
             return memory, text
-        from transformers.models.grounding_dino.modeling_grounding_dino import (
-            GroundingDinoEncoderOutput,
-        )
+        from transformers.models.grounding_dino import modeling_grounding_dino
 
-        return GroundingDinoEncoderOutput(
+        return modeling_grounding_dino.GroundingDinoEncoderOutput(
             last_hidden_state_vision=memory, last_hidden_state_text=text
         )
 
 
+# Encoders of transformers by the name of their class.
 _LITE = {
     'DeformableDetrEncoder': DeformableDetrLiteEncoder,
     'GroundingDinoEncoder': GroundingDinoLiteEncoder,
@@ -304,6 +234,12 @@ _LITE = {
     'Mask2FormerPixelDecoderEncoderOnly': PixelDecoderLiteEncoder,
     'OneFormerPixelDecoderEncoderOnly': PixelDecoderLiteEncoder,
 }
+
+
+def _lite_class(stock: nn.Module) -> type[_Encoder] | None:
+    """What replaces an encoder, by its very class: others may have one of the same name."""
+    is_theirs = type(stock).__module__.startswith('transformers.models.')
+    return _LITE.get(type(stock).__qualname__) if is_theirs else None
 
 
 def _parts(layer: nn.Module) -> EncoderLayerParts:

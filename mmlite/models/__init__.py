@@ -1,12 +1,7 @@
 """Models of any framework: parts found by their structure, changes that can be undone."""
 
 from .changes import Change, changing, restore
-from .encoder import (
-    EncoderLayerParts,
-    copy_counterparts,
-    is_deformable_attention,
-    stock_layers,
-)
+from .encoder import EncoderLayerParts, copy_counterparts, is_deformable_attention, stock_layers
 
 __all__ = [
     'Change',

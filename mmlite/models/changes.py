@@ -10,23 +10,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _RECORD = '_mmlite_changes'
-_MISSING = '<no such attribute>'
 _LOG = logging.getLogger('mmlite')
-
-
-@dataclass
-class _Entry:
-    """One attribute of one module, as it was. A child is an attribute, too."""
-
-    path: str
-    name: str
-    old: Any
 
 
 @dataclass
@@ -35,18 +26,14 @@ class Change:
 
     Attributes:
         verb (str): Which one.
-        entries (list): What was there before, in the order of the changes.
+        entries (list): Path, attribute and what it was, in the order of the changes.
     """
 
     verb: str
-    entries: list[_Entry] = field(default_factory=list)
-
-    def set_class(self, model: nn.Module, path: str, cls: type[nn.Module]) -> None:
-        """Give a submodule another class."""
-        self.set(model, path, '__class__', cls)
+    entries: list[tuple[str, str, list]] = field(default_factory=list)
 
     def set(self, model: nn.Module, path: str, name: str, new: Any) -> None:
-        """Set an attribute, parameter or child of a submodule.
+        """Set an attribute, parameter, buffer or child of a submodule, or its ``__class__``.
 
         Args:
             model (nn.Module): The model.
@@ -55,19 +42,20 @@ class Change:
             new (Any): Its new value.
         """
         owner = _find(model, path)
-        self.entries.append(_Entry(path, name, _get(owner, name)))
+        self.entries.append((path, name, _get(owner, name)))
         setattr(owner, name, new)
 
     def undo(self, model: nn.Module) -> None:
         """Set everything back, the last change first."""
         while self.entries:
-            entry = self.entries.pop()
-            owner = _find(model, entry.path)
-            if isinstance(entry.old, str) and entry.old == _MISSING:
-                delattr(owner, entry.name)
-            else:
-                _follow(entry.old, _get(owner, entry.name), model)
-                setattr(owner, entry.name, entry.old)
+            path, name, old = self.entries.pop()
+            owner = _find(model, path)
+            if not old:
+                delattr(owner, name)
+                continue
+            (now,) = _get(owner, name) or [None]
+            _follow(old[0], now, model)
+            setattr(owner, name, old[0])
 
 
 @contextmanager
@@ -116,33 +104,30 @@ def restore(model: nn.Module, last: bool = False) -> nn.Module:
 
 
 def _find(model: nn.Module, path: str) -> Any:
-    owner: Any = model
-    for name in filter(None, path.split('.')):
-        owner = getattr(owner, name)
-    return owner
+    return attrgetter(path)(model) if path else model
 
 
-def _get(owner: Any, name: str) -> Any:
+def _get(owner: Any, name: str) -> list:
+    """The object's own attribute in a list, which is empty where it has none."""
     if name == '__class__' or not isinstance(owner, nn.Module):
-        return getattr(owner, name, _MISSING)
-    for members in (owner._parameters, owner._buffers, owner._modules, owner.__dict__):
-        if name in members:
-            return members[name]
-    return _MISSING  # what only the class has is no attribute of this module
+        return [getattr(owner, name)] if hasattr(owner, name) else []
+    members = {**owner._parameters, **owner._buffers, **owner._modules, **owner.__dict__}
+    return [members[name]] if name in members else []
 
 
 @torch.no_grad()
 def _follow(old: Any, now: Any, model: nn.Module) -> None:
     """Move what was kept to where the model is now, and into its mode."""
-    if not isinstance(old, (nn.Module, Tensor)):
+    like = next(now.parameters(), None) if isinstance(now, nn.Module) else now
+    if not isinstance(like, Tensor):
+        like = next(model.parameters(), None)
+    if like is None:
         return
-    like = next(iter(now.parameters()), None) if isinstance(now, nn.Module) else now
-    like = next(model.parameters(), None) if like is None else like
     if isinstance(old, nn.Module):
         mine = next(old.parameters(), like)
-        if like is not None and (like.device, like.dtype) != (mine.device, mine.dtype):
+        if (like.device, like.dtype) != (mine.device, mine.dtype):
             old.to(like.device, like.dtype)
         if isinstance(now, nn.Module) and old.training != now.training:
             old.train(now.training)
-    elif isinstance(like, Tensor) and old.is_floating_point():
+    elif isinstance(old, Tensor) and old.is_floating_point():
         old.data = old.data.to(like.device, like.dtype)

@@ -56,35 +56,26 @@ class EncoderLayerParts:
 
         Query projections and small FFNs start at random.
         """
-        arguments = (*self.shape, self.dropout)
-        attention: nn.Module = (
-            KeyAwareDeformableAttention(*arguments, proj_key, same_loc)
-            if key_aware
-            else DeformableAttention(*arguments)
-        )
+        attention: nn.Module
+        if key_aware:
+            attention = KeyAwareDeformableAttention(*self.shape, self.dropout, proj_key, same_loc)
+        else:
+            attention = DeformableAttention(*self.shape, self.dropout)
         for name in _PROJECTIONS:
             _copy(getattr(attention, name, None), getattr(self.attention, name))
-        ffn = small = None
-        has_ffn, has_small = step.ffns(small_ffn)
-        if has_ffn:
-            ffn = self._ffn(self.linears[0].out_features)
-            _copy(ffn.layers[0][0], self.linears[0])  # type: ignore[index]
-            _copy(ffn.layers[1], self.linears[1])
-        if has_small:
-            small = self._ffn(self.shape[0])
         norm, ffn_norm = self.norms
-        return LiteEncoderLayer(
-            step,
-            attention,
-            copy.deepcopy(norm),
-            ffn and (ffn, copy.deepcopy(ffn_norm)),
-            small and (small, copy.deepcopy(ffn_norm)),
-            chunk_size=1024,
-        )
 
-    def _ffn(self, channels: int) -> FFN:
-        activation = copy.deepcopy(self.activation)
-        return FFN(self.shape[0], channels, self.dropout, activation, self.activation_dropout)
+        def with_norm(channels: int) -> tuple[FFN, nn.Module]:
+            rest = (self.dropout, copy.deepcopy(self.activation), self.activation_dropout)
+            return FFN(self.shape[0], channels, *rest), copy.deepcopy(ffn_norm)
+
+        has_ffn, has_small = step.ffns(small_ffn)
+        ffn = with_norm(self.linears[0].out_features) if has_ffn else None
+        if ffn:
+            _copy(ffn[0].layers[0][0], self.linears[0])  # type: ignore[index]
+            _copy(ffn[0].layers[1], self.linears[1])
+        small = with_norm(self.shape[0]) if has_small else None
+        return LiteEncoderLayer(step, attention, copy.deepcopy(norm), ffn, small, chunk_size=1024)
 
 
 def stock_layers(steps: Iterable[EncoderStep]) -> list[int]:

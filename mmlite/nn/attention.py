@@ -73,8 +73,7 @@ class SamplingAttention(nn.Module):
         levels = 1 if self.same_loc else self.num_levels
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(grid[:, None].expand(-1, levels, -1, -1).flatten())
-        _init_projection(self.value_proj)
-        _init_projection(self.output_proj)
+        _init_projections(self.value_proj, self.output_proj)
 
     def forward(
         self,
@@ -212,15 +211,7 @@ class DeformableAttention(SamplingAttention):
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
 
-    def attend(
-        self,
-        query: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        points: Tensor,
-        sizes: LevelSizes,
-        levels: Sequence[int] | None = None,
-    ) -> Tensor:
+    def attend(self, query, value, mask, points, sizes, levels=None):
         weights = self.logits(query, value, mask, points, sizes, levels).softmax(-1)
         return ops.ms_deform_attn_from_offsets(
             self.project(self.value_proj, value, mask),
@@ -230,15 +221,7 @@ class DeformableAttention(SamplingAttention):
             weights.unflatten(-1, (-1, self.num_points)),
         )
 
-    def logits(
-        self,
-        query: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        points: Tensor,
-        sizes: LevelSizes,
-        levels: Sequence[int] | None = None,
-    ) -> Tensor:
+    def logits(self, query, value, mask, points, sizes, levels=None):
         logits = self.attention_weights(query).unflatten(-1, (self.num_heads, -1))
         if levels is not None:
             logits = logits.unflatten(-1, (-1, self.num_points))[..., list(levels), :].flatten(-2)
@@ -284,43 +267,23 @@ class KeyAwareDeformableAttention(SamplingAttention):
         a fresh attention prefers points at random, and short training ends lower (docs/results.md).
         """
         super().init_weights()
-        _init_projection(self.query_proj)
+        _init_projections(self.query_proj, self.key_proj)
         with torch.no_grad():
             self.query_proj.weight.mul_(0.1)
-        if self.key_proj is not None:
-            _init_projection(self.key_proj)
 
-    def attend(
-        self,
-        query: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        points: Tensor,
-        sizes: LevelSizes,
-        levels: Sequence[int] | None = None,
-    ) -> Tensor:
-        projected_value = self.project(self.value_proj, value, mask)
-        key = projected_value
-        if self.key_proj is not None:
-            key = self.project(self.key_proj, value, mask)
+    def attend(self, query, value, mask, points, sizes, levels=None):
+        projected = self.project(self.value_proj, value, mask)
+        key = projected if self.key_proj is None else self.project(self.key_proj, value, mask)
         return ops.key_aware_deform_attn_from_offsets(
             self.query_proj(query).unflatten(-1, (self.num_heads, -1)),
             key,
-            projected_value,
+            projected,
             sizes,
             points,
             self.offsets(query, points, sizes, levels),
         )
 
-    def logits(
-        self,
-        query: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        points: Tensor,
-        sizes: LevelSizes,
-        levels: Sequence[int] | None = None,
-    ) -> Tensor:
+    def logits(self, query, value, mask, points, sizes, levels=None):
         projection = self.value_proj if self.key_proj is None else self.key_proj
         key = self.project(projection, value, mask)
         sampled = sample(key, sizes, self.locate(query, points, sizes, levels))
@@ -342,6 +305,7 @@ def directional_grid(num_heads: int, num_points: int) -> Tensor:
     return directions[:, None] * distances[:, None]
 
 
-def _init_projection(projection: nn.Linear) -> None:
-    nn.init.xavier_uniform_(projection.weight)
-    nn.init.zeros_(projection.bias)
+def _init_projections(*projections: nn.Linear | None) -> None:
+    for projection in filter(None, projections):
+        nn.init.xavier_uniform_(projection.weight)
+        nn.init.zeros_(projection.bias)

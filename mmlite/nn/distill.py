@@ -28,9 +28,9 @@ def distill(
 ) -> None:
     """Train the encoder of a student to follow its teacher, in place.
 
-    :class:`EncoderOptimizer`, with a rate that rises for a twentieth of the iterations and falls to zero as a
-    cosine. All other parameters of the student stay as they are. An elastic encoder learns its
-    schedules in turn.
+    By :class:`EncoderOptimizer`, at a rate that rises for a twentieth of the iterations and then
+    falls to zero as a cosine. All other parameters of the student stay as they are. An elastic
+    encoder learns its schedules in turn.
 
     Args:
         student (nn.Module): An :class:`InterleavedEncoder`, or a model that holds one.

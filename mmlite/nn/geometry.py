@@ -77,19 +77,13 @@ def sampling_locations(
         (bs, num_queries, num_heads, num_levels, num_points, 2).
 
     Raises:
-        ValueError: The reference points are for another number of levels, or neither of the two
-            kinds.
+        ValueError: The reference points do not fit.
     """
-    num_levels = len(level_sizes)
-    if reference_points.shape[-2] != num_levels:
+    levels, numbers = reference_points.shape[-2:]
+    if levels != len(level_sizes) or numbers not in (2, 4):
         raise ValueError(
-            f'reference_points is for {reference_points.shape[-2]} feature levels, '
-            f'but there are {num_levels}'
-        )
-    if reference_points.shape[-1] not in (2, 4):
-        raise ValueError(
-            'the last dimension of reference_points must be 2 (x, y) or 4 (cx, cy, w, h); '
-            f'got {reference_points.shape[-1]}'
+            f'reference_points must hold 2 (x, y) or 4 (cx, cy, w, h) numbers for each of '
+            f'{len(level_sizes)} feature levels; got shape {tuple(reference_points.shape)}'
         )
     offsets = offsets.unflatten(-1, (num_heads, -1, num_points, 2))
     return reference.sampling_locations(reference_points, offsets, level_sizes)

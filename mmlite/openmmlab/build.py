@@ -6,11 +6,10 @@ import copy
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmdet.datasets import CocoDataset
@@ -25,20 +24,16 @@ from .checkpoints.loading import load_checkpoint
 from .detectors.grounding_dino import adapt_bert
 from .families import reads_text, type_name
 
-_PACKAGE = Path(__file__).parents[1]
 # mmengine's initialisation from a checkpoint: its registered name and its class.
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 
 def load_config(reference: str, changes: dict | None = None) -> Config:
-    """Read a config.
+    """Read a config, and do its custom imports.
 
     Args:
         reference (str): A path, ``mmdet::folder/config.py`` or ``mmlite::folder/config.py``.
         changes (dict, optional): Key -> value, such as ``{'model.num_queries': 300}``.
-
-    Returns:
-        Config: The config, its custom imports done.
 
     Raises:
         FileNotFoundError: There is no such config.
@@ -50,7 +45,7 @@ def load_config(reference: str, changes: dict | None = None) -> Config:
             config = get_config(reference)
         else:
             # mmengine finds packaged configs of pip's packages alone; a source tree has its own.
-            path = _PACKAGE / '.mim' / 'configs' / name if found else Path(reference)
+            path = Path(__file__).parents[1] / '.mim/configs' / name if found else Path(reference)
             if not path.is_file():
                 raise FileNotFoundError(f'config {reference} does not exist')
             config = Config.fromfile(path)
@@ -69,31 +64,27 @@ def build_detector(
 ) -> nn.Module:
     """Build the detector of a config, with random weights or those of a checkpoint.
 
-    Args:
-        config (Config): As read by :func:`load_config`; it is not changed.
-        checkpoint (str, optional): Weights, loaded strictly.
-        device (torch.device | str): Where the detector goes.
-
-    Returns:
-        nn.Module: The detector in eval mode, with the ``cfg`` and ``dataset_meta`` that
-        MMDetection's ``inference_detector`` wants.
+    The config is not changed, the weights are loaded strictly. The detector is in eval mode, with
+    the ``cfg`` and ``dataset_meta`` that MMDetection's ``inference_detector`` wants.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         ValueError: The detector cannot be built or the checkpoint does not fit it.
     """
+    name = Path(config.filename).name if config.filename else 'this config'
     init_default_scope(config.get('default_scope') or 'mmdet')
     try:
-        with _text_without_weights(config.model, checkpoint) as model_config:
+        with tempfile.TemporaryDirectory() as folder:
+            model_config = copy.deepcopy(config.model)
+            if 'language_model' in model_config:
+                _need_no_text_weights(model_config, checkpoint, Path(folder))
             model = build_initialised(model_config)
     except Exception as error:
-        raise ValueError(
-            f'the model of {_name(config)} cannot be built: {_one_line(error)}'
-        ) from error
+        raise ValueError(f'the model of {name} cannot be built: {_one_line(error)}') from error
     if reads_text(model):
         adapt_bert(model.language_model)
     if checkpoint is not None:
-        _load(model, checkpoint, _name(config))
+        _load(model, checkpoint, name)
     dataset = config.get('test_dataloader', {}).get('dataset', {})
     classes = (dataset.get('metainfo') or {}).get('classes', CocoDataset.METAINFO['classes'])
     model.cfg, model.dataset_meta = config, {'classes': classes}
@@ -101,19 +92,17 @@ def build_detector(
 
 
 def build_initialised(model_config: ConfigDict) -> nn.Module:
-    """Build a model with random weights, without mmengine's line for each parameter.
+    """Build a model in training mode with random weights, without a log line a parameter.
 
-    Args:
-        model_config (ConfigDict): It is not changed. Nothing that it would download is.
-
-    Returns:
-        nn.Module: The model in training mode.
+    The config is not changed, and what it would download is not downloaded.
     """
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(logging.WARNING)
+    model_config = copy.deepcopy(model_config)
+    _forget_pretraining(model_config)
     try:
-        model = MODELS.build(_without_pretraining(model_config))
+        model = MODELS.build(model_config)
         model.init_weights()
     finally:
         logger.setLevel(level)
@@ -126,48 +115,31 @@ def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:
     # DDQ in training writes these of its head a second time.
     state = {k: v for k, v in state.items() if not k.startswith('decoder.aux_reg_branches.')}
     wanted = model.state_dict()
-    missing = wanted.keys() - state.keys()
-    unknown = state.keys() - wanted.keys()
-    reshaped = {k for k in wanted.keys() & state.keys() if wanted[k].shape != state[k].shape}
-    found = {'missing': missing, 'unknown to the model': unknown, 'of another shape': reshaped}
-    problems = [
-        f'{len(names)} {problem} (such as {min(names)})'
-        for problem, names in found.items()
-        if names
-    ]
-    if problems:
+    common = wanted.keys() & state.keys()
+    problems = {
+        'missing': wanted.keys() - common,
+        'unknown to the model': state.keys() - common,
+        'of another shape': {k for k in common if wanted[k].shape != state[k].shape},
+    }
+    found = [f'{len(k)} {problem} (such as {min(k)})' for problem, k in problems.items() if k]
+    if found:
         raise ValueError(
-            f'checkpoint {checkpoint} does not fit {config_name}: parameters are '
-            f'{", ".join(problems)}'
+            f'checkpoint {checkpoint} does not fit {config_name}: parameters are {", ".join(found)}'
         )
     model.load_state_dict(state)
 
 
-@contextmanager
-def _text_without_weights(model_config: ConfigDict, checkpoint: str | None) -> Iterator[ConfigDict]:
-    """A model's config in which Grounding DINO needs no weights of other packages.
+def _need_no_text_weights(model_config: ConfigDict, checkpoint: str | None, folder: Path) -> None:
+    """Change Grounding DINO's config, in place, so that it needs nothing of other packages.
 
     Without a checkpoint a BERT of the same size is made, with the words of COCO's classes. Where
     fairscale is missing the stock encoder cannot recompute activations; the Lite one then does not
     either, to compare equals.
     """
-    if 'language_model' not in model_config:
-        yield model_config
-        return
-    model_config = copy.deepcopy(model_config)
     if find_spec('fairscale') is None:
         model_config.encoder.num_cp = 0
     if checkpoint is not None or Path(model_config.language_model.name).is_dir():
-        yield model_config
         return
-    with tempfile.TemporaryDirectory() as folder:
-        _write_untrained_bert(Path(folder))
-        model_config.language_model.name = folder
-        yield model_config
-
-
-def _write_untrained_bert(folder: Path) -> None:
-    """Write a folder for transformers to read: a tokenizer, and a BERT without weights."""
     from safetensors.torch import save_file
     from transformers import BertConfig
     from transformers.utils.logging import set_verbosity_error
@@ -179,24 +151,21 @@ def _write_untrained_bert(folder: Path) -> None:
     (folder / 'tokenizer_config.json').write_text('{"tokenizer_class": "BertTokenizer"}')
     BertConfig().save_pretrained(folder)
     save_file({}, folder / 'model.safetensors', {'format': 'pt'})
+    model_config.language_model.name = str(folder)
 
 
-def _without_pretraining(config):
-    """The config with everything gone that would fetch weights from somewhere."""
-    if isinstance(config, dict):
-        return ConfigDict(
-            (name, _without_pretraining(value))
-            for name, value in config.items()
-            if name != 'pretrained'
-            and not (isinstance(value, dict) and type_name(value.get('type')) in _PRETRAINED)
-        )
+def _forget_pretraining(config: Any) -> None:
+    """Remove from a config, in place, all that would fetch weights from somewhere."""
     if isinstance(config, (list, tuple)):
-        return type(config)(_without_pretraining(value) for value in config)
-    return config
-
-
-def _name(config: Config) -> str:
-    return Path(config.filename).name if config.filename else 'this config'
+        for value in config:
+            _forget_pretraining(value)
+    elif isinstance(config, dict):
+        for name, value in list(config.items()):
+            kind = type_name(value.get('type')) if isinstance(value, dict) else None
+            if name == 'pretrained' or kind in _PRETRAINED:
+                del config[name]
+            else:
+                _forget_pretraining(value)
 
 
 def _one_line(error: Exception) -> str:

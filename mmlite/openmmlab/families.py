@@ -1,15 +1,14 @@
 """The table of the families that mmlite knows.
 
 A family is a kind of model with a deformable multi-scale encoder. Its *holder* is the module that
-keeps the encoder as ``holder.encoder``: the detector itself, or Mask2Former's pixel decoder. All
-code that has to know a family asks here; ``isinstance(model, DINO)`` stands nowhere else.
-
-A new family is a row here and one file a room: its Lite class in ``detectors/``, its graph in
+keeps the encoder as ``holder.encoder``: the detector itself, or Mask2Former's pixel decoder. A new
+family is a row here and one file a room: its Lite class in ``detectors/``, its graph in
 ``mmlite/export/``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,30 +18,19 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Family:
-    """What the rooms have to know about a kind of model.
+    """What the rooms have to know about a kind of model."""
 
-    Attributes:
-        stock (str): Type of the holder in MMDetection's ``MODELS``.
-        lite (str): Type of its Lite variant.
-        graph (str): How it is exported: a name in :data:`mmlite.export.program.GRAPHS`.
-        smallest_first (bool): The smallest map is the first of the pyramid.
-        reads_text (bool): It takes a text beside the image.
-        is_dino (bool): Its proposals are ranked by their best class, and its queries' contents are
-            learned, as in DINO.
-    """
-
-    stock: str
-    lite: str
-    graph: str = 'detector'
-    smallest_first: bool = False
-    reads_text: bool = False
-    is_dino: bool = False
+    stock: str  # type of the holder in MMDetection's ``MODELS``
+    lite: str  # type of its Lite variant
+    graph: str = 'detector'  # how it is exported: a name in ``mmlite.export.program.GRAPHS``
+    smallest_first: bool = False  # the smallest map is the first of the pyramid
+    reads_text: bool = False  # it takes a text beside the image
+    is_dino: bool = False  # ranks proposals by their best class; contents of queries are learned
 
     def low_levels(self, num_levels: int, num_low_levels: int) -> tuple[int, ...]:
         """Indices of the largest maps, known from the family alone."""
-        if self.smallest_first:
-            return tuple(range(num_levels - num_low_levels, num_levels))
-        return tuple(range(num_low_levels))
+        first = num_levels - num_low_levels if self.smallest_first else 0
+        return tuple(range(first, first + num_low_levels))
 
 
 FAMILIES = [
@@ -54,19 +42,21 @@ FAMILIES = [
     Family(
         'MSDeformAttnPixelDecoder',
         'LiteMSDeformAttnPixelDecoder',
-        graph='mask2former',
+        'mask2former',
         smallest_first=True,
     ),
 ]
 
 
-def resolve(kind: str | type) -> type | None:
-    """The class that a config's ``type`` means; None for a name that is not registered.
+def resolve(kind: str | type | nn.Module) -> type | None:
+    """The class of a model, or that a config's ``type`` means; None for an unregistered name.
 
     A type is a registered name, with or without scope (``'DINO'``, ``'mmdet.DINO'``), a full name
     (``'mmdet.models.detectors.DINO'``), or a class, as in configs in Python's own style.
     """
-    return kind if isinstance(kind, type) else MODELS.get(kind)
+    if isinstance(kind, str):
+        return MODELS.get(kind)
+    return type(kind) if isinstance(kind, nn.Module) else kind
 
 
 def type_name(kind: str | type) -> str:
@@ -79,20 +69,15 @@ def family_of(kind: str | type | nn.Module, subclasses: bool = True) -> Family |
 
     With ``subclasses`` a class that inherits a holder's counts as one.
     """
-    cls = type(kind) if isinstance(kind, nn.Module) else resolve(kind)
-    for base in (cls.__mro__ if subclasses else (cls,)) if isinstance(cls, type) else ():
-        for family in FAMILIES:
-            if base in (MODELS.get(family.stock), MODELS.get(family.lite)):
-                return family
-    return None
+    known = {MODELS.get(name): each for each in FAMILIES for name in (each.stock, each.lite)}
+    bases = getattr(resolve(kind), '__mro__', ())[: None if subclasses else 1]
+    return next((known[base] for base in bases if base in known), None)
 
 
 def is_lite(kind: str | type | nn.Module) -> bool:
     """Whether a holder, its class or a config's ``type`` is a Lite one."""
-    cls = type(kind) if isinstance(kind, nn.Module) else resolve(kind)
-    return isinstance(cls, type) and any(
-        issubclass(cls, MODELS.get(family.lite)) for family in FAMILIES
-    )
+    bases = getattr(resolve(kind), '__mro__', ())
+    return any(MODELS.get(family.lite) in bases for family in FAMILIES)
 
 
 def reads_text(model: nn.Module) -> bool:
@@ -101,17 +86,24 @@ def reads_text(model: nn.Module) -> bool:
     return family is not None and family.reads_text
 
 
+def num_levels_of(encoder: dict) -> int:
+    """Number of feature levels that an encoder's config says."""
+    return (encoder['layer_cfg'].get('self_attn_cfg') or {}).get('num_levels', 4)
+
+
 def encoder_name(model: nn.Module) -> str:
     """Name of a model's multi-scale encoder, such as ``panoptic_head.pixel_decoder.encoder``.
 
     Raises:
         ValueError: It has none.
     """
-    # A compiled encoder has layers, too; a detector of one's own keeps its encoder there as well.
-    if hasattr(getattr(model, 'encoder', None), 'layers'):
-        return 'encoder'
     for name, part in model.named_modules():
-        if _keeps_encoder(part):
+        # A compiled encoder has layers, too. A detector of one's own keeps it as the known do.
+        if not hasattr(getattr(part, 'encoder', None), 'layers'):
+            continue
+        if not name:
+            return 'encoder'
+        if family_of(part) is not None:
             inside = name.partition('.')[0]
             if hasattr(model.get_submodule(inside), 'test_cfg') and hasattr(part, 'bbox_head'):
                 raise ValueError(
@@ -122,17 +114,8 @@ def encoder_name(model: nn.Module) -> str:
     raise ValueError(f'{type(model).__name__} has no multi-scale encoder')
 
 
-def _keeps_encoder(module: nn.Module) -> bool:
-    # A compiled encoder has layers, too; a family's encoder may have been taken out or replaced.
-    encoder = getattr(module, 'encoder', None)
-    return hasattr(encoder, 'layers') and family_of(module) is not None
-
-
 def find_holder(model_config: dict) -> tuple[tuple[str, ...], dict, Family]:
-    """The part of a model's config that keeps a deformable encoder, stock or Lite.
-
-    Args:
-        model_config (dict): ``model`` of a config.
+    """The part of a config's ``model`` that keeps a deformable encoder, stock or Lite.
 
     Returns:
         tuple: The keys that lead to the part, none for the model itself; the part; its family.
@@ -140,7 +123,7 @@ def find_holder(model_config: dict) -> tuple[tuple[str, ...], dict, Family]:
     Raises:
         ValueError: There is no such part.
     """
-    found = _search(model_config, ())
+    found = next(_holders(model_config, ()), None)
     if found is None:
         kind = type_name(model_config.get('type', 'the model'))
         raise ValueError(
@@ -150,13 +133,12 @@ def find_holder(model_config: dict) -> tuple[tuple[str, ...], dict, Family]:
     return found
 
 
-def _search(config: Any, path: tuple[str, ...]) -> tuple[tuple[str, ...], dict, Family] | None:
-    if not isinstance(config, dict):
-        return None
-    # Only what has an encoder is looked up: types of other registries would be sought in vain.
-    if 'encoder' in config and 'type' in config:
-        family = family_of(config['type'], subclasses=False)
-        if family is not None:
-            return path, config, family
-    parts = (_search(value, (*path, name)) for name, value in config.items())
-    return next((part for part in parts if part is not None), None)
+def _holders(config: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict, Family]]:
+    if isinstance(config, dict):
+        # Only what has an encoder is looked up: types of other registries would be sought in vain.
+        if 'encoder' in config and 'type' in config:
+            family = family_of(config['type'], subclasses=False)
+            if family is not None:
+                yield path, config, family
+        for name, value in config.items():
+            yield from _holders(value, (*path, name))

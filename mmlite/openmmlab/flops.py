@@ -1,4 +1,9 @@
-"""What our operators cost, for MMDetection's ``get_flops`` and for :mod:`mmlite.analysis`."""
+"""What our operators cost, for MMDetection's ``get_flops`` and for :mod:`mmlite.analysis`.
+
+Importing this adds the rule of our operator to a table of mmengine: ``get_flops`` counts by it,
+and skips operators that are not there. The table is private; the analyser is made inside, so there
+is no public way to it. What mmengine counts of other operators stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +44,5 @@ def operator_rules(shape_of: Callable) -> dict[str, Callable]:
     return {'deform_attn': deform_attn}
 
 
-# mmengine's ``get_model_complexity_info``, which counts for mmdet's ``get_flops``, skips operators
-# that it does not know. There is no public way to tell it.
-complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.update(
-    {f'mmlite::{name}': rule for name, rule in operator_rules(get_shape).items()}
-)
+for _name, _rule in operator_rules(get_shape).items():
+    complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS.setdefault(f'mmlite::{_name}', _rule)

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import nn
 from ..models import Change, changing
 from ..nn import EncoderSchedule, EncoderStep
-from ..nn.encoder import BeforeLayer
+from .families import num_levels_of
 
 __all__ = [
     'EncoderSchedule',
@@ -45,24 +45,19 @@ def level_sizes(spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> tuple[tup
     Reading a tensor on a GPU waits for the device. So it happens once for a tensor, and not at all
     where the detector has called :func:`remember_level_sizes`.
     """
-    if not isinstance(spatial_shapes, Tensor):
-        return _as_ints(spatial_shapes)
-    known = getattr(spatial_shapes, '_level_sizes', None)
-    if known is None:
-        known = tuple((height, width) for height, width in spatial_shapes.tolist())
-        remember_level_sizes(spatial_shapes, known)
-    return known
+    if isinstance(spatial_shapes, Tensor):
+        if getattr(spatial_shapes, '_level_sizes', None) is None:
+            remember_level_sizes(spatial_shapes, spatial_shapes.tolist())
+        return spatial_shapes._level_sizes
+    sizes = [(height, width) for height, width in spatial_shapes]
+    if torch.jit.is_tracing():  # where sizes are tensors, which no operator takes
+        sizes = [(int(height), int(width)) for height, width in sizes]
+    return tuple(sizes)
 
 
 def remember_level_sizes(spatial_shapes: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
     """Tell :func:`level_sizes` what a tensor (num_levels, 2) holds, so that it need not be read."""
-    spatial_shapes._level_sizes = _as_ints(sizes)
-
-
-def _as_ints(sizes: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    if torch.jit.is_tracing():  # where sizes are tensors, which no operator takes
-        return tuple((int(height), int(width)) for height, width in sizes)
-    return tuple(sizes)
+    spatial_shapes._level_sizes = level_sizes(sizes)
 
 
 class _MmcvCall:
@@ -82,27 +77,11 @@ class _MmcvCall:
         levels: Sequence[int] | None = None,
         **kwargs,
     ) -> Tensor:
-        """Attend to sampled points.
+        """Attend to sampled points, as :meth:`mmlite.nn.DeformableAttention.forward`.
 
-        Args:
-            query (Tensor): shape (bs, num_queries, embed_dims), or (num_queries, bs, embed_dims)
-                where ``batch_first`` is False; so for ``value``, ``identity``, ``query_pos``. This
-                and what follows is as for :meth:`mmlite.nn.DeformableAttention.forward`.
-            key (Tensor, optional): Not used: keys, where there are any, come from ``value``.
-            value (Tensor, optional): Defaults to ``query``.
-            identity (Tensor, optional): Defaults to ``query``.
-            query_pos (Tensor, optional): Added to ``query``.
-            key_padding_mask (Tensor, optional): bool, True on padding.
-            reference_points (Tensor): Normalised (x, y) or (cx, cy, w, h).
-            spatial_shapes (Tensor | Sequence[tuple[int, int]]): int, shape (num_levels, 2).
-            level_start_index (Tensor, optional): Not used: it follows from ``spatial_shapes``.
-            levels (Sequence[int], optional): Which of the attention's levels these are; all.
-
-        Returns:
-            Tensor: The shape of ``query``.
-
-        Raises:
-            ValueError: Shapes do not fit each other.
+        Without ``batch_first`` query, value, identity, query_pos and the output have their first
+        two axes swapped. ``spatial_shapes`` may be an int tensor (num_levels, 2). ``key``,
+        ``level_start_index`` and what else mmcv's attention takes are not used.
         """
         tensors = [query, value, identity, query_pos]
         if not self.batch_first:
@@ -139,15 +118,10 @@ class _MmcvClass(MultiScaleDeformableAttention):
 class KeyAwareDeformableAttention(_MmcvCall, nn.KeyAwareDeformableAttention, _MmcvClass):
     """:class:`mmlite.nn.KeyAwareDeformableAttention` (KDA; Lite DETR, section 4.3) for MMDetection.
 
-    It is a ``MultiScaleDeformableAttention``, which matters: MMDetection's detectors re-initialise
-    every matrix of the encoder and restore the offsets' directional grid only in instances of
-    that class.
-
-    Arguments are those of mmcv's, of which ``im2col_step`` and ``norm_cfg`` are not used, and
-
-    Args:
-        proj_key (bool): See :class:`mmlite.nn.KeyAwareDeformableAttention`.
-        same_loc (bool): The same.
+    Arguments are those of mmcv's attention, and ``proj_key`` and ``same_loc`` of the one above;
+    ``im2col_step`` and ``norm_cfg`` are not used. It is a ``MultiScaleDeformableAttention``:
+    MMDetection re-initialises every matrix of the encoder and restores the offsets' directional
+    grid in instances of that class alone.
     """
 
     def __init__(
@@ -202,10 +176,10 @@ def fuse_attention(model: torch.nn.Module) -> int:
 
 def fuse_into(change: Change, model: torch.nn.Module) -> int:
     """:func:`fuse_attention` as a part of another change."""
-    kinds = {name: type(part) for name, part in model.named_modules()}
-    stock = [name for name, kind in kinds.items() if kind is MultiScaleDeformableAttention]
+    parts = model.named_modules()
+    stock = [name for name, part in parts if type(part) is MultiScaleDeformableAttention]
     for name in stock:
-        change.set_class(model, name, _Fused)
+        change.set(model, name, '__class__', _Fused)
     return len(stock)
 
 
@@ -232,15 +206,8 @@ class FusedAttentionHook(Hook):
 class LiteEncoderLayer(nn.LiteEncoderLayer, BaseModule):
     """:class:`mmlite.nn.LiteEncoderLayer` made of what MMDetection's configs describe.
 
-    Args:
-        step (EncoderStep): Which tokens the layer updates.
-        self_attn_cfg (dict): Arguments of the attention.
-        ffn_cfg (dict): Arguments of mmcv's ``FFN``.
-        norm_cfg (dict): Config of the norms.
-        key_aware (bool): Key-aware deformable attention, or standard.
-        small_ffn (bool): Whether low-level tokens have the small FFN.
-        init_cfg (dict, optional): Initialisation config of mmengine.
-        chunk_size (int, optional): See :class:`mmlite.nn.LiteEncoder`.
+    ``self_attn_cfg`` are arguments of the attention, ``ffn_cfg`` of mmcv's ``FFN``, ``norm_cfg`` is
+    a config of norms; ``key_aware`` and what follows is as for :class:`LiteEncoder`.
     """
 
     def __init__(
@@ -261,14 +228,16 @@ class LiteEncoderLayer(nn.LiteEncoderLayer, BaseModule):
         def norm() -> torch.nn.Module:
             return build_norm_layer(norm_cfg or {'type': 'LN'}, dims)[1]
 
+        def ffn(**changes) -> tuple[torch.nn.Module, torch.nn.Module]:
+            return FFN(**{**(ffn_cfg or {}), **changes}), norm()
+
         has_ffn, has_small_ffn = step.ffns(small_ffn)
-        small_cfg = {**(ffn_cfg or {}), 'feedforward_channels': dims}
         super().__init__(
             step,
             self_attn,
             norm(),
-            (FFN(**(ffn_cfg or {})), norm()) if has_ffn else None,
-            (FFN(**small_cfg), norm()) if has_small_ffn else None,
+            ffn() if has_ffn else None,
+            ffn(feedforward_channels=dims) if has_small_ffn else None,
             chunk_size,
         )
         self.init_cfg = copy.deepcopy(init_cfg)
@@ -279,7 +248,8 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
     """Interleaved multi-scale encoder (Lite DETR, section 4) for MMDetection's detectors.
 
     Takes the place of MMDetection's ``DeformableDetrTransformerEncoder``: same call, same output.
-    Its parameters have the names of :class:`mmlite.nn.LiteEncoder`.
+    Its parameters have the names of :class:`mmlite.nn.LiteEncoder`, of which are all arguments
+    that are not named here.
 
     Args:
         schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
@@ -287,14 +257,7 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
             A * B of the schedule. It is there because stock configs have it.
         layer_cfg (dict): ``self_attn_cfg``, ``ffn_cfg`` and ``norm_cfg`` of the stock layer;
             ``self_attn_cfg`` may hold ``proj_key`` and ``same_loc`` where ``key_aware`` is on.
-        key_aware (bool): This and what follows is as for :class:`mmlite.nn.LiteEncoder`.
-        small_ffn (bool): Give low-level tokens an FFN of ``embed_dims`` hidden channels.
-        update (str): ``'joint'`` or ``'sequential'``.
-        num_cp (int): Layers whose activations are recomputed in the backward pass.
         init_cfg (dict, optional): Initialisation config of mmengine.
-        low_levels (Sequence[int], optional): Indices of the low-level maps.
-        chunk_size (int, optional): Tokens at a time in the FFNs on a CPU.
-        elastic (Sequence[str]): Further schedules that the weights serve.
 
     Raises:
         ValueError: The schedule is malformed, or does not fit ``num_layers`` or the number of
@@ -316,9 +279,8 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
         elastic: Sequence[str | EncoderSchedule] = (),
     ) -> None:
         schedule, *further = map(EncoderSchedule.parse, (schedule, *elastic))
-        layer_cfg = dict(layer_cfg or {})
-        num_levels = (layer_cfg.get('self_attn_cfg') or {}).get('num_levels', 4)
-        schedule.check_fit(num_layers, num_levels, update)
+        layer_cfg = layer_cfg or {}
+        schedule.check_fit(num_layers, num_levels_of({'layer_cfg': layer_cfg}), update)
         options = dict(key_aware=key_aware, small_ffn=small_ffn, chunk_size=chunk_size)
         steps = nn.schedule.layer_steps([schedule, *further], update)
         layers = [LiteEncoderLayer(step, **options, **layer_cfg) for step in steps]
@@ -333,26 +295,17 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
         query: Tensor,
         query_pos: Tensor,
         key_padding_mask: Tensor | None,
-        spatial_shapes: Tensor | tuple[tuple[int, int], ...],
-        level_start_index: Tensor | None,
-        valid_ratios: Tensor | None,
-        before_layer: BeforeLayer | None = None,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        level_start_index: Tensor | None = None,
+        valid_ratios: Tensor | None = None,
+        before_layer: nn.encoder.BeforeLayer | None = None,
         **kwargs,
     ) -> Tensor:
         """Encode the flattened pyramid; see :meth:`mmlite.nn.LiteEncoder.forward`.
 
-        Args:
-            query (Tensor): Tokens of all levels, shape (bs, num_tokens, embed_dims).
-            query_pos (Tensor): Their positional embedding.
-            key_padding_mask (Tensor, optional): bool, True on padding, shape (bs, num_tokens).
-            spatial_shapes (Tensor | tuple[tuple[int, int], ...]): int, shape (num_levels, 2).
-            level_start_index (Tensor, optional): Not used: it follows from ``spatial_shapes``.
-            valid_ratios (Tensor, optional): Valid part (w, h) of each level of each image.
-            before_layer (Callable, optional): Called before each layer.
-            **kwargs: Not used.
-
-        Returns:
-            Tensor: The memory, shape (bs, num_tokens, embed_dims).
+        Arguments have MMDetection's names: ``query`` and ``query_pos`` are the tokens and their
+        positional embedding, (bs, num_tokens, embed_dims), ``spatial_shapes`` the level sizes,
+        which may be an int tensor (num_levels, 2). Those that are not named there are not used.
         """
         return super().forward(
             query,

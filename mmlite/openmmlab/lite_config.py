@@ -9,17 +9,15 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from ..nn import EncoderSchedule
-from .families import find_holder, is_lite
+from .families import find_holder, is_lite, num_levels_of
 
 # Arguments of the stock encoder, which a Lite one has beside its own.
-_STOCK_ENCODER = ('num_layers', 'layer_cfg', 'init_cfg', 'text_layer_cfg', 'fusion_layer_cfg')
+STOCK_ENCODER = ('num_layers', 'layer_cfg', 'init_cfg', 'text_layer_cfg', 'fusion_layer_cfg')
 
 
-def encoder_shape(model_config: dict) -> tuple[int, int]:
-    """Number of levels and of layers of a stock model's encoder."""
+def _levels_and_layers(model_config: dict) -> tuple[int, int]:
     encoder = find_holder(model_config)[1]['encoder']
-    attention = encoder['layer_cfg'].get('self_attn_cfg') or {}
-    return attention.get('num_levels', 4), encoder['num_layers']
+    return num_levels_of(encoder), encoder['num_layers']
 
 
 def fitting_schedules(model_config: dict) -> list[str]:
@@ -30,7 +28,7 @@ def fitting_schedules(model_config: dict) -> list[str]:
     Raises:
         ValueError: The model has no encoder to replace, or one of a single level.
     """
-    levels, layers = encoder_shape(model_config)
+    levels, layers = _levels_and_layers(model_config)
     if levels < 2:
         raise ValueError(
             'the encoder sees a single map; an interleaved encoder needs two or more '
@@ -59,12 +57,7 @@ def main_schedule(model_config: dict) -> str:
 def lite_change(model_config: dict, schedule: str | EncoderSchedule) -> dict:
     """What makes a stock model Lite: to be merged into ``model`` of its config.
 
-    Args:
-        model_config (dict): ``model`` of the stock config.
-        schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
-
-    Returns:
-        dict: For example ``{'type': 'LiteDINO', 'encoder': {'schedule': 'H3L1-(2+1)x3'}}``.
+    For example ``{'type': 'LiteDINO', 'encoder': {'schedule': 'H3L1-(2+1)x3'}}``.
 
     Raises:
         ValueError: The model has no encoder to replace, is Lite already, or the schedule does not
@@ -77,7 +70,7 @@ def lite_change(model_config: dict, schedule: str | EncoderSchedule) -> dict:
             'give the stock config'
         )
     schedule = EncoderSchedule.parse(schedule)
-    levels, layers = encoder_shape(model_config)
+    levels, layers = _levels_and_layers(model_config)
     schedule.check_fit(layers, levels)
     change: dict = {'type': family.lite, 'encoder': {'schedule': str(schedule)}}
     for name in reversed(path):
@@ -101,9 +94,6 @@ def lite_config(
         changes (dict, optional): What else the text changes, by keys such as
             ``'model.num_queries'``.
 
-    Returns:
-        str: A config of three entries, and those of ``changes``.
-
     Raises:
         ValueError: See :func:`lite_change`; a change is of one entry of a list, which a config
             cannot inherit; or the stock config is in Python style and cannot be imported by its
@@ -117,25 +107,23 @@ def lite_config(
     entries = Config({'model': lite_change(config.model, schedule)})
     entries.merge_from_dict(changes or {})
     # A list of a config takes the place of its base's, so the base's imports are kept.
-    imports = list((config.get('custom_imports') or {}).get('imports', ()))
-    imports = [*imports, *(() if 'mmlite' in imports else ('mmlite',))]
-    imports_line = f'custom_imports = dict(imports={imports!r})\n'
-    lines = {name: _as_code(entry) for name, entry in entries.items()}
-    if not (config.filename and Config._is_lazy_import(str(config.filename))):
-        text = ''.join(f'{name} = {code}\n' for name, code in lines.items())
-        return f'_base_ = {str(base)!r}\n{imports_line}{text}'
-    # In Python style a change is merged by hand, and a type is a class.
+    imports = (config.get('custom_imports') or {}).get('imports', ())
+    imports = list(dict.fromkeys([*imports, 'mmlite']))
+    is_python = bool(config.filename) and Config._is_lazy_import(str(config.filename))
+    lines = [f'custom_imports = dict(imports={imports!r})\n']
+    for name, entry in entries.items():
+        # In Python style a change is merged by hand, and a type is a class.
+        merged = is_python and isinstance(config.get(name), dict)
+        lines.append(f'{name}.merge({_code(entry)})\n' if merged else f'{name} = {_code(entry)}\n')
+    text = ''.join(lines)
+    if not is_python:
+        return f'_base_ = {str(base)!r}\n{text}'
     lite = find_holder(config.model)[2].lite
-    lines['model'] = lines['model'].replace(f'type={lite!r}', f'type={lite}')
-    inherited = [name for name in lines if isinstance(config.get(name), dict)]
-    text = ''.join(
-        f'{name}.merge({code})\n' if name in inherited else f'{name} = {code}\n'
-        for name, code in lines.items()
-    )
     return (
         'from mmengine.config import read_base\n\n'
         f'from mmlite.openmmlab.detectors import {lite}\n\n'
-        f'with read_base():\n    from {_module(str(base))} import *\n\n{imports_line}{text}'
+        f'with read_base():\n    from {_module(str(base))} import *\n\n'
+        + text.replace(f'type={lite!r}', f'type={lite}')
     )
 
 
@@ -152,23 +140,17 @@ def _module(base: str) -> str:
     return '.' * (up + 1) + '.'.join(names)
 
 
-def _as_code(value: Any) -> str:
+def _code(value: Any) -> str:
     if not isinstance(value, dict):
         return repr(value)
-    return f'dict({", ".join(f"{name}={_as_code(entry)}" for name, entry in value.items())})'
+    return f'dict({", ".join(f"{name}={_code(entry)}" for name, entry in value.items())})'
 
 
 def stock_config(model_config: ConfigDict) -> ConfigDict:
-    """The stock model's config behind a Lite model's.
-
-    Args:
-        model_config (ConfigDict): ``model`` of the Lite config.
-
-    Returns:
-        ConfigDict: A config of its own.
+    """A new config of the stock model behind a Lite model's ``model``.
 
     Raises:
-        ValueError: If the config is not of a Lite model.
+        ValueError: The config is not of a Lite model.
     """
     config = copy.deepcopy(model_config)
     _, holder, family = find_holder(config)
@@ -178,14 +160,14 @@ def stock_config(model_config: ConfigDict) -> ConfigDict:
             'that is to be trained'
         )
     holder['type'] = family.stock
-    holder['encoder'] = {k: v for k, v in holder['encoder'].items() if k in _STOCK_ENCODER}
-    attentions = [(holder['encoder']['layer_cfg'], 'self_attn_cfg')]
+    holder['encoder'] = {k: v for k, v in holder['encoder'].items() if k in STOCK_ENCODER}
+    attentions = [holder['encoder']['layer_cfg'].get('self_attn_cfg')]
     if 'decoder' in holder:
         holder['decoder'].pop('key_aware', None)
-        attentions.append((holder['decoder']['layer_cfg'], 'cross_attn_cfg'))
-    for layer_cfg, attention in attentions:
+        attentions.append(holder['decoder']['layer_cfg'].get('cross_attn_cfg'))
+    for attention in filter(None, attentions):
         for name in ('proj_key', 'same_loc'):
-            (layer_cfg.get(attention) or {}).pop(name, None)
+            attention.pop(name, None)
     forget_building(config)
     return config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
@@ -46,23 +46,16 @@ _HOOKS = {
     'OptimizeHook': 'mmlite.export.inference',
 }
 
-# What a config asks mmlite for by name, and is refused where the stack does not fit.
-_DETECTORS = (
-    *('LiteDINO', 'LiteDeformableDETR', 'LiteHDeformableDETR', 'LiteDDQDETR'),
-    *('LiteGroundingDINO', 'LiteMSDeformAttnPixelDecoder'),
-)
-
 
 def register() -> None:
     """Add mmlite to MMDetection and mmengine, to each of their modules when it is imported.
 
-    - Layers, detectors and data sets are registered when MMDetection's own have been.
-    - Hooks are registered by name, and imported when a config builds one.
-    - mmengine's loader of local checkpoints becomes the one that runs no code from them.
+    Hooks are registered by name, and imported when a config builds one. mmengine's loader of local
+    checkpoints becomes the one that runs no code from them.
 
-    Where a package of the stack is missing, nothing is added. Where one does not fit, nothing is
-    added either, a warning says what to install, and a config that asks for one of our detectors
-    ends with that sentence. The operators work in any case.
+    Where a package of the stack is missing or does not fit, nothing is added. In the second case a
+    warning says what to install, and a config that asks for one of our detectors ends with that
+    sentence. The operators work in any case.
     """
     missing, unfit = _check_stack()
     if unfit:
@@ -93,14 +86,11 @@ def _import_followers(module: ModuleType) -> None:
 
 
 def _add_hooks(registry: ModuleType) -> None:
-    def builder(name: str, module: str) -> Callable:
-        def build(*args: Any, **kwargs: Any) -> Any:
-            return getattr(importlib.import_module(module), name)(*args, **kwargs)
+    def build(name: str, /, *args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(_HOOKS[name]), name)(*args, **kwargs)
 
-        return build
-
-    for name, module in _HOOKS.items():
-        registry.HOOKS.register_module(name=name, module=builder(name, module))
+    for name in _HOOKS:
+        registry.HOOKS.register_module(name=name, module=partial(build, name))
 
 
 def _add_loader(checkpoint: ModuleType) -> None:
@@ -114,22 +104,19 @@ def _add_loader(checkpoint: ModuleType) -> None:
 
 
 def _refuse_detectors(registry: ModuleType) -> None:
+    from .families import FAMILIES
+
     def refuse(*args: Any, **kwargs: Any) -> None:
         require()
 
-    registry.MODELS.register_module(name=list(_DETECTORS), module=refuse)
+    registry.MODELS.register_module(name=[family.lite for family in FAMILIES], module=refuse)
 
 
 def _check_stack() -> tuple[list[str], list[str]]:
     """The packages that are missing, and those whose version does not fit, in words."""
     missing, unfit = [], []
     for package, distributions in _STACK.items():
-        installed = {}
-        for distribution in distributions:
-            try:
-                installed[distribution] = version(distribution)
-            except PackageNotFoundError:
-                continue
+        installed = {name: found for name in distributions if (found := _version(name))}
         if not installed:
             missing.append(f'{package} is not installed')
         elif not any(_fits(found, distributions[name]) for name, found in installed.items()):
@@ -137,6 +124,13 @@ def _check_stack() -> tuple[list[str], list[str]]:
         if 'onedl-mmengine' in installed and not _fits(version('torch'), _CONTINUATION_TORCH):
             unfit.append(f'torch is {version("torch")}')
     return missing, unfit
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _fits(found: str, bounds: str) -> bool:
@@ -147,9 +141,7 @@ def _fits(found: str, bounds: str) -> bool:
 
 def _advice(problems: list[str]) -> str:
     openmmlab, continuation = (
-        ' '.join(
-            f"'{name}{bounds}'" for name, bounds in (list(d.items())[i] for d in _STACK.values())
-        )
+        ' '.join("'{}{}'".format(*list(known.items())[i]) for known in _STACK.values())
         for i in (0, -1)
     )
     return (

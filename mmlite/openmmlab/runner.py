@@ -15,19 +15,17 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import distributed, nn
 
 
-def _open_group(launcher: str | None) -> None:
-    is_started = launcher == 'pytorch' and not distributed.is_initialized()
-    if is_started and not torch.cuda.is_available():
-        distributed.init_process_group('gloo')
+class _OpensGroup:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        is_started = kwargs.get('launcher') == 'pytorch' and not distributed.is_initialized()
+        if is_started and not torch.cuda.is_available():
+            distributed.init_process_group('gloo')
+        super().__init__(*args, **kwargs)
 
 
 @RUNNERS.register_module()
-class CPURunner(Runner):
+class CPURunner(_OpensGroup, Runner):
     """``Runner``, chosen by ``--launcher pytorch --cfg-options runner_type=CPURunner``."""
-
-    def __init__(self, *args: Any, launcher: str = 'none', **kwargs: Any) -> None:
-        _open_group(launcher)
-        super().__init__(*args, launcher=launcher, **kwargs)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """As MMEngine's; the wrapper takes the device that the model is on."""
@@ -37,9 +35,5 @@ class CPURunner(Runner):
 
 
 @RUNNERS.register_module()
-class CPUFlexibleRunner(FlexibleRunner):
+class CPUFlexibleRunner(_OpensGroup, FlexibleRunner):
     """``FlexibleRunner``, whose strategies share out more than the images."""
-
-    def __init__(self, *args: Any, launcher: str | None = None, **kwargs: Any) -> None:
-        _open_group(launcher)
-        super().__init__(*args, launcher=launcher, **kwargs)

@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 def at_startup() -> None:
     """What has to be in place before anybody imports mmlite; nothing is imported for it.
 
-    - MMDetection's tools import ``mmcv.ops`` before they read a config, hence before any
-      ``custom_imports``. Where mmcv has no compiled operators, the last finder in line answers for
-      them: it is asked only when there is no ``mmcv._ext``.
-    - mmengine resolves ``_base_ = 'mmlite::folder/config.py'`` before ``custom_imports``, too.
+    Before any ``custom_imports`` MMDetection's tools import ``mmcv.ops``, and mmengine resolves
+    ``_base_ = 'mmlite::folder/config.py'``. The last finder in line answers for mmcv's compiled
+    operators: it is asked only when there is no ``mmcv._ext``.
     """
     when_imported('mmengine.config.utils', add_configs)
     sys.meta_path.append(_StandIn)  # type: ignore[arg-type]
@@ -79,8 +78,7 @@ class _Waiting:
         if name not in self.actions:
             return None
         after = sys.meta_path[sys.meta_path.index(self) + 1 :]
-        specs = (finder.find_spec(name, path, target) for finder in after)
-        spec = next(filter(None, specs), None)
+        spec = next(filter(None, (each.find_spec(name, path, target) for each in after)), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

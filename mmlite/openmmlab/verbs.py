@@ -13,7 +13,7 @@ from ..models import changing, copy_counterparts
 from ..nn import EncoderSchedule
 from .families import FAMILIES, encoder_name, family_of, find_holder, is_lite
 from .layers import fuse
-from .lite_config import forget_building, lite_change
+from .lite_config import STOCK_ENCODER, forget_building, lite_change
 
 __all__ = ['fuse', 'to_lite']
 
@@ -35,20 +35,17 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
             f'{already}; to_lite takes a stock {", ".join(family.stock for family in FAMILIES)}'
         )
 
-    arguments = {'num_layers': stock.num_layers, 'layer_cfg': stock.layer_cfg}
+    arguments = {name: getattr(stock, name) for name in STOCK_ENCODER if hasattr(stock, name)}
     if stock.num_cp > 0:
         arguments['num_cp'] = stock.num_cp
-    for further in ('text_layer_cfg', 'fusion_layer_cfg'):
-        if hasattr(stock, further):
-            arguments[further] = getattr(stock, further)
     lite_class = MODELS.get(family.lite)
     encoder = lite_class.encoder_class(schedule=schedule, **{**arguments, **options})
     copy_counterparts(encoder, stock)
     like = next(stock.parameters())
-    encoder.to(like.device).train(stock.training)
+    encoder.to(like.device, like.dtype).train(stock.training)
     with changing(model, 'to_lite') as change:
         change.set(model, holder_name, 'encoder', encoder)
-        change.set_class(model, holder_name, lite_class)
+        change.set(model, holder_name, '__class__', lite_class)
         if 'model' in (getattr(model, 'cfg', None) or {}):
             cfg = copy.deepcopy(model.cfg)
             changed = lite_change(cfg.model, schedule)

@@ -137,8 +137,7 @@ def ms_deform_attn(
     Args:
         value (Tensor): Projected values, shape (B, S, M, D).
         spatial_shapes (Sequence[tuple[int, int]] | Tensor): (h, w) of every level, L pairs of
-            ints; S is the sum of their products. A tensor of shape (L, 2) is read out, which on
-            a GPU waits for the device and ends a compiled graph.
+            ints, as in :func:`key_aware_deform_attn`.
         sampling_locations (Tensor): Normalised (x, y), shape (B, Q, M, L, P, 2), float32 or the
             dtype of ``value``. A location that is not finite counts as outside the map.
         attention_weights (Tensor): shape (B, Q, M, L, P), float32 or the dtype of ``value``.
@@ -166,24 +165,15 @@ def key_aware_deform_attn_from_offsets(
     and backward, with the locations worked out inside the kernels. They are formed in float32
     (float64 for float64) whatever the dtypes.
 
+    ``query``, ``key``, ``value``, ``spatial_shapes``, the result and the errors are as there.
+
     Args:
-        query (Tensor): Projected queries, shape (B, Q, M, D).
-        key (Tensor): Projected keys, shape (B, S, M, D), or the very tensor given as ``value``.
-        value (Tensor): Projected values, shape (B, S, M, D), dtype of ``query``.
-        spatial_shapes (Sequence[tuple[int, int]] | Tensor): (h, w) of every level, L pairs of
-            ints, as in :func:`key_aware_deform_attn`.
         reference_points (Tensor): Normalised (x, y), or (cx, cy, w, h) of boxes, shape
             (B or 1, Q, L, 2 or 4), float32 or the dtype of ``query``.
         sampling_offsets (Tensor): Offsets (x, y) from the reference points, in pixels of each
             level, or from a box in halves of its size over P; shape (B, Q, M, L, P, 2), or
             (B, Q, M, 1, P, 2) for one set that serves every level. float32 or the dtype of
             ``query``.
-
-    Returns:
-        Tensor: shape (B, Q, M*D), dtype of ``query``.
-
-    Raises:
-        ValueError: Shapes, dtypes or devices do not fit each other.
     """
     return _attend(query, key, value, spatial_shapes, reference_points, sampling_offsets, None)
 
@@ -197,27 +187,12 @@ def ms_deform_attn_from_offsets(
 ) -> Tensor:
     """Multi-scale deformable attention around reference points (Deformable DETR, appendix A.4).
 
-    What :func:`ms_deform_attn` computes at :func:`mmlite.nn.sampling_locations`, forward and
-    backward, with the locations worked out inside the kernels. They are formed in float32
-    (float64 for float64) whatever the dtypes.
-
-    Args:
-        value (Tensor): Projected values, shape (B, S, M, D).
-        spatial_shapes (Sequence[tuple[int, int]] | Tensor): (h, w) of every level, L pairs of
-            ints, as in :func:`ms_deform_attn`.
-        reference_points (Tensor): Normalised (x, y), or (cx, cy, w, h) of boxes, shape
-            (B or 1, Q, L, 2 or 4), float32 or the dtype of ``value``.
-        sampling_offsets (Tensor): Offsets (x, y) from the reference points, in pixels of each
-            level, or from a box in halves of its size over P; shape (B, Q, M, L, P, 2), or
-            (B, Q, M, 1, P, 2) for one set that serves every level. float32 or the dtype of
-            ``value``.
-        attention_weights (Tensor): shape (B, Q, M, L, P), float32 or the dtype of ``value``.
+    What :func:`ms_deform_attn` computes at :func:`mmlite.nn.sampling_locations`. ``value``,
+    ``attention_weights`` and the errors are as there; level sizes, reference points and offsets
+    are as in :func:`key_aware_deform_attn_from_offsets`.
 
     Returns:
         Tensor: shape (B, Q, M*D), dtype of ``value``.
-
-    Raises:
-        ValueError: Shapes, dtypes or devices do not fit each other.
     """
     return _attend(
         None, None, value, spatial_shapes, reference_points, sampling_offsets, attention_weights

@@ -44,35 +44,34 @@ def test_explains_the_output(name, dims):
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     x = encoder_inputs(SIZES, embed_dims=32, batch_size=2)
-    mask = torch.rand(2, TOKENS) < 0.2
-    call = {
+    mask, chosen = torch.rand(2, TOKENS) < 0.2, torch.tensor([3, 58, 0])
+    tensors = {
+        'query': x['query'],
         'value': torch.randn(2, TOKENS, 32),
         'query_pos': x['query_pos'],
+    }
+
+    def turned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if module.batch_first else tensor.transpose(0, 1)
+
+    call = {
+        **{name: turned(tensor) for name, tensor in tensors.items()},
         'key_padding_mask': mask,
         'reference_points': torch.rand(2, TOKENS, 4, dims),
         'spatial_shapes': x['spatial_shapes'],
         'level_start_index': x['level_start_index'],
     }
-    query = x['query']
-    if not module.batch_first:
-        query = query.transpose(0, 1)
-        call['value'] = call['value'].transpose(0, 1)
-        call['query_pos'] = call['query_pos'].transpose(0, 1)
-    chosen = torch.tensor([3, 58, 0])
+    query = call.pop('query')
     seen = attention_map(module, (query,), call, lambda count: chosen)
     with torch.no_grad():
-        output = module(query, **call)
-        value = call['value'] if module.batch_first else call['value'].transpose(0, 1)
-        value = module.value_proj(value[:1]).masked_fill(mask[:1, :, None], 0)
+        output = turned(module(query, **call))
+        value = module.value_proj(tensors['value'][:1]).masked_fill(mask[:1, :, None], 0)
         sampled = sample(
             value.unflatten(-1, (4, 8)), x['spatial_shapes'].tolist(), seen.locations[None]
         )
         attended = (seen.weights.flatten(-2)[None, ..., None] * sampled).sum(-2).flatten(2)
-        explained = module.output_proj(attended)
-    if not module.batch_first:
-        output = output.transpose(0, 1)
-        query = query.transpose(0, 1)
-    torch.testing.assert_close(explained + query[:1, chosen], output[:1, chosen])
+        explained = module.output_proj(attended) + x['query'][:1, chosen]
+    torch.testing.assert_close(explained, output[:1, chosen])
     assert seen.num_queries == TOKENS
     torch.testing.assert_close(seen.level_mass().sum(-1), torch.ones(3))
 
@@ -117,17 +116,11 @@ def test_unknown_module():
 def test_level_masses(update):
     encoder = LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg(), update=update)
     model = Detector(encoder).eval()
-    inputs = encoder_inputs(SIZES, embed_dims=32)
     with torch.no_grad():
-        masses = level_masses(model, lambda: encoder(**inputs))
+        masses = level_masses(model, lambda: encoder(**encoder_inputs(SIZES, embed_dims=32)))
     updated = {'joint': ['.HHH', 'LHHH'], 'sequential': ['.HHH', '.HHH', 'L...']}[update]
-    assert masses.shape == (len(updated), 4, 4)
-    for layer, pattern in zip(masses, updated):
-        for level, mark in enumerate(pattern):
-            if mark == '.':
-                assert layer[level].isnan().all()
-            else:
-                assert layer[level].sum() == pytest.approx(1, abs=1e-5)
+    expected = torch.tensor([[float('nan') if m == '.' else 1.0 for m in p] for p in updated])
+    torch.testing.assert_close(masses.sum(-1), expected, equal_nan=True)
 
 
 def test_level_masses_of_attention_that_is_known():
@@ -138,8 +131,7 @@ def test_level_masses_of_attention_that_is_known():
     nn.init.zeros_(attention.attention_weights.weight)
     bias = wanted.log()[None, :, None].expand(4, 4, 4)  # heads, levels, points
     attention.attention_weights.bias.data = bias.flatten().clone()
+    inputs = encoder_inputs(SIZES, embed_dims=32)
     with torch.no_grad():
-        masses = level_masses(
-            Detector(encoder), lambda: encoder(**encoder_inputs(SIZES, embed_dims=32))
-        )
+        masses = level_masses(Detector(encoder), lambda: encoder(**inputs))
     torch.testing.assert_close(masses[0], wanted.expand(4, 4))

@@ -19,6 +19,7 @@ from mmlite.analysis.complexity import (
     count_parameters,
     deform_attn_flops,
     encoder_flops,
+    stage_of,
     strides,
 )
 from mmlite.analysis.inputs import encoder_inputs, image_batch, pyramid_sizes
@@ -29,6 +30,12 @@ from mmlite.openmmlab.lite_config import lite_change, main_schedule
 DIMS, HEADS, LEVELS, POINTS = 256, 8, 4, 4
 PUBLISHED_SIZE = (850, 1040)
 TINY = [(6, 8), (3, 4), (2, 2), (1, 1)]
+DEFORMABLE = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
+
+needs_kernels = pytest.mark.skipif(
+    not {b.name: b.available for b in ops.backends()}['cpu'],
+    reason='the CPU kernels are not built, so no traced graph holds the fused operator',
+)
 
 
 def layer_cfg(ffn: int = 2048) -> dict:
@@ -38,17 +45,12 @@ def layer_cfg(ffn: int = 2048) -> dict:
     }
 
 
-def stock(ffn: int = 2048) -> nn.Module:
-    return DeformableDetrTransformerEncoder(num_layers=6, layer_cfg=layer_cfg(ffn))
+def stock() -> nn.Module:
+    return DeformableDetrTransformerEncoder(num_layers=6, layer_cfg=layer_cfg()).eval()
 
 
 def lite(schedule: str = 'H3L1-(2+1)x3', ffn: int = 2048, **kwargs) -> nn.Module:
-    return LiteEncoder(schedule, num_layers=6, layer_cfg=layer_cfg(ffn), **kwargs)
-
-
-def gflops(encoder: nn.Module, sizes=None) -> float:
-    sizes = sizes or pyramid_sizes(PUBLISHED_SIZE)
-    return count_flops(encoder.eval(), **encoder_inputs(sizes)).total / 1e9
+    return LiteEncoder(schedule, num_layers=6, layer_cfg=layer_cfg(ffn), **kwargs).eval()
 
 
 @pytest.mark.parametrize(
@@ -56,14 +58,15 @@ def gflops(encoder: nn.Module, sizes=None) -> float:
     [
         (stock, 144.34),
         (lite, 58.65),
-        (lambda: lite(key_aware=False), 54.66),
-        (lambda: lite(small_ffn=False), 96.94),
+        (partial(lite, key_aware=False), 54.66),
+        (partial(lite, small_ffn=False), 96.94),
     ],
     ids=['stock', 'lite', 'lite without KDA', 'lite without small FFN'],
 )
 def test_measured_encoder_gflops(encoder, published):
     """What the released implementation was measured at, to the last digit given."""
-    assert gflops(encoder()) == pytest.approx(published, abs=0.006)
+    counted = count_flops(encoder(), **encoder_inputs(pyramid_sizes(PUBLISHED_SIZE))).total
+    assert counted / 1e9 == pytest.approx(published, abs=0.006)
 
 
 def formula(schedule: tuple[int, int, int, int], sizes, key_aware: bool, ffn: int) -> int:
@@ -88,43 +91,22 @@ def formula(schedule: tuple[int, int, int, int], sizes, key_aware: bool, ffn: in
     'schedule', [(3, 1, 2, 3), (2, 2, 2, 3), (3, 1, 6, 1), (3, 1, 3, 2), (1, 3, 1, 6)]
 )
 def test_lite_encoder_matches_formula(schedule, key_aware):
-    name = 'H{}L{}-({}+1)x{}'.format(*schedule)
-    count = count_flops(
-        lite(name, ffn=1024, key_aware=key_aware).eval(), **encoder_inputs(TINY, batch_size=1)
-    )
-    assert count.total == formula(schedule, TINY, key_aware, ffn=1024)
-
-
-def test_batch_scales_the_count():
-    encoder = lite().eval()
-    one = count_flops(encoder, **encoder_inputs(TINY)).total
-    assert count_flops(encoder, **encoder_inputs(TINY, batch_size=3)).total == 3 * one
-
-
-def test_layers_add_up():
-    count = count_flops(lite().eval(), **encoder_inputs(TINY))
-    layers = [count.of(f'layers.{i}') for i in range(6)]
-    assert sum(layers) == count.total == count.of('layers')
-    assert layers[0] == layers[2] < layers[1] == layers[3]
+    encoder = lite('H{}L{}-({}+1)x{}'.format(*schedule), ffn=1024, key_aware=key_aware)
+    expected = formula(schedule, TINY, key_aware, ffn=1024)
+    assert count_flops(encoder, **encoder_inputs(TINY)).total == expected
+    assert count_flops(encoder, **encoder_inputs(TINY, batch_size=3)).total == 3 * expected
 
 
 @pytest.mark.parametrize('key_aware', [True, False])
-def test_backend_does_not_change_the_count(key_aware):
-    encoder = lite(key_aware=key_aware).eval()
-    counts = set()
+def test_neither_backend_nor_arithmetic_changes_the_count(key_aware):
+    encoder, inputs = lite(key_aware=key_aware), encoder_inputs(TINY)
+    counts = [count_flops(encoder, compute=True, **inputs)]
     for backend in ops.backends():
         if backend.available and backend.name != 'triton':
             with ops.use_backend(backend.name):
-                counts.add(count_flops(encoder, **encoder_inputs(TINY)).total)
-    assert counts == {formula((3, 1, 2, 3), TINY, key_aware, ffn=2048)}
-
-
-def test_skipping_the_arithmetic_does_not_change_the_count():
-    encoder = lite().eval()
-    inputs = encoder_inputs(TINY)
-    assert count_flops(encoder, **inputs).by_module == (
-        count_flops(encoder, compute=True, **inputs).by_module
-    )
+                counts.append(count_flops(encoder, **inputs))
+    assert all(count.by_module == counts[0].by_module for count in counts)
+    assert counts[0].total == formula((3, 1, 2, 3), TINY, key_aware, ffn=2048)
 
 
 class Zoo(nn.Module):
@@ -153,28 +135,42 @@ class Zoo(nn.Module):
         return self.linear(torch.matmul(attention, pooled)), self.linear(pooled[0])
 
 
-def test_agrees_with_mmengine():
-    model, image = Zoo().eval(), torch.randn(2, 3, 17, 20)
+class StockEncoder(nn.Module):
+    """The stock encoder, with the tensors of :func:`encoder_inputs` by their position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = stock()
+
+    def forward(self, *tensors):
+        return self.encoder(**dict(zip(encoder_inputs(TINY), tensors)))
+
+
+class OneOp(nn.Module):
+    def forward(self, query, value, locations):
+        sizes = [(3, 4), (2, 2)]
+        return ops.key_aware_deform_attn(query, value, value, sizes, locations)
+
+
+@pytest.mark.parametrize(
+    ('module', 'inputs'),
+    [
+        (Zoo, (torch.ones(2, 3, 17, 20),)),
+        (StockEncoder, tuple(encoder_inputs(TINY).values())),
+        pytest.param(
+            OneOp,
+            (torch.ones(2, 5, 4, 8), torch.ones(2, 16, 4, 8), torch.rand(2, 5, 4, 2, 3, 2)),
+            marks=needs_kernels,
+        ),
+    ],
+)
+def test_agrees_with_mmengine(module, inputs):
+    model = module().eval()
     with torch.no_grad():
-        expected = FlopAnalyzer(model, (image,)).total()
-    assert count_flops(model, image).total == expected
-
-
-def test_agrees_with_mmengine_on_the_stock_encoder():
-    inputs = encoder_inputs(TINY)
-    names = list(inputs)
-
-    class Positional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = stock()
-
-        def forward(self, *tensors):
-            return self.encoder(**dict(zip(names, tensors)))
-
-    model = Positional().eval()
-    expected = FlopAnalyzer(model, tuple(inputs.values())).total()
-    assert count_flops(model.encoder, **inputs).total == expected
+        expected = FlopAnalyzer(model, inputs).total()
+    assert count_flops(model, *inputs).total == expected
+    if module is OneOp:
+        assert expected == deform_attn_flops(2 * 5, 4, 2 * 3, 8, key_aware=True)
 
 
 class Attend(nn.Module):
@@ -187,67 +183,36 @@ def test_fused_softmax_attention():
     assert count_flops(Attend(), query, key, key).total == 2 * 3 * 7 * 5 * (8 + 8)
 
 
-class OneOp(nn.Module):
-    def forward(self, query, value, locations):
-        sizes = [(3, 4), (2, 2)]
-        return ops.key_aware_deform_attn(query, value, value, sizes, locations)
-
-
-def test_fused_op_in_a_traced_graph():
-    """What mmdet's get_flops sees of the fused operator."""
-    if not {b.name: b.available for b in ops.backends()}['cpu']:
-        pytest.skip('the CPU kernels are not built, so no traced graph holds the fused operator')
-    inputs = (torch.randn(2, 5, 4, 8), torch.randn(2, 16, 4, 8), torch.rand(2, 5, 4, 2, 3, 2))
-    expected = deform_attn_flops(2 * 5, 4, 2 * 3, 8, key_aware=True)
-    assert count_flops(OneOp(), *inputs).total == expected
-    assert FlopAnalyzer(OneOp(), inputs).total() == expected
-
-
 def test_shared_and_frozen_parameters():
     layer = nn.Linear(3, 4)
     layer.bias.requires_grad_(False)
     assert count_parameters(nn.ModuleList([layer, layer])) == 16
 
 
-DEFORMABLE = 'mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py'
-
-
-@pytest.fixture(scope='module')
-def detector():
-    return build_detector(load_config(DEFORMABLE)).train()
-
-
-def test_detector(detector):
+def test_detector():
+    detector = build_detector(load_config(DEFORMABLE)).train()
     report = count_detector(detector, (128, 160))
+    assert detector.training
     assert report.flops == sum(report.stage_flops.values())
     assert report.params == sum(report.stage_params.values())
+    assert report.params == pytest.approx(40e6, rel=0.01)  # in the paper's table
     assert report.level_tokens == [320, 80, 20, 6]
     assert sum(report.encoder_layer_flops) == report.stage_flops['encoder']
-    assert (
-        report.stage_flops['encoder']
-        == count_flops(
-            detector.encoder.eval(), **encoder_inputs([(16, 20), (8, 10), (4, 5), (2, 3)])
-        ).total
-    )
-    # 40 M in the paper's table.
-    assert report.params == pytest.approx(40e6, rel=0.01)
-    assert detector.training
+    inputs = encoder_inputs([(16, 20), (8, 10), (4, 5), (2, 3)])
+    assert report.stage_flops['encoder'] == count_flops(detector.encoder.eval(), **inputs).total
 
 
+@needs_kernels
 def test_lite_config_in_get_flops():
     """mmdet's tool builds the model from the config and traces it; ours gives the same figure."""
-    if not {b.name: b.available for b in ops.backends()}['cpu']:
-        pytest.skip('the CPU kernels are not built, so no traced graph holds the fused operator')
     config = load_config(DEFORMABLE)
     config.merge_from_dict(dict(model=lite_change(config.model, 'H3L1-(2+1)x3')))
     model = build_detector(config)
     images, samples = image_batch(1, (96, 128))
     expected = count_detector(model, (96, 128)).flops
     model.forward = partial(model.forward, data_samples=samples)
-    report = get_model_complexity_info(
-        model, None, inputs=images, show_table=False, show_arch=False
-    )
-    assert report['flops'] == expected
+    options = {'inputs': images, 'show_table': False, 'show_arch': False}
+    assert get_model_complexity_info(model, None, **options)['flops'] == expected
 
 
 @pytest.mark.parametrize(
@@ -275,13 +240,22 @@ def test_text_costs_less_where_fewer_tokens_are_fused():
     assert encoder_flops(config.model, (192, 256)) < 0.6 * stock
 
 
+def test_strides_of_more_levels_than_usual():
+    config = get_config('mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py')
+    assert strides(config.model, 5) == [4, 8, 16, 32, 64]
+
+
 @pytest.mark.parametrize(
-    ('name', 'expected'),
+    ('name', 'encoder', 'stage'),
     [
-        ('dino/dino-4scale_r50_8xb2-12e_coco.py', [8, 16, 32, 64]),
-        ('dino/dino-5scale_swin-l_8xb2-12e_coco.py', [4, 8, 16, 32, 64]),
-        ('mask2former/mask2former_r50_8xb2-lsj-50e_coco.py', [8, 16, 32]),
+        ('encoder_of_another', 'encoder', 'other'),
+        ('panoptic_head.pixel_decoder.mask_feature', 'panoptic_head.pixel_decoder.encoder', 'neck'),
+        ('panoptic_head.transformer_decoder', None, 'decoder'),
+        ('panoptic_head.cls_embed', None, 'head'),
+        ('model.input_proj_vision.0', 'model.encoder', 'neck'),
+        ('model.pixel_level_module.encoder', 'model.pixel_level_module.decoder', 'backbone'),
+        ('layers.0', '', 'encoder'),
     ],
 )
-def test_strides(name, expected):
-    assert strides(get_config(f'mmdet::{name}').model, len(expected)) == expected
+def test_stage(name, encoder, stage):
+    assert stage_of(name, encoder) == stage

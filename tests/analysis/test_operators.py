@@ -10,48 +10,43 @@ from mmlite.analysis.inputs import OperatorShape
 from mmlite.analysis.operators import (
     KEY_AWARE,
     OTHERS,
+    PASSES,
     STANDARD,
     benchmark_operators,
     contestants,
-    scaled,
 )
+from mmlite.analysis.timing import Setting
+
+SMALL = {'num_heads': 2, 'head_dim': 8}
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_contestants_compute_the_same(dtype):
-    inputs = OperatorShape((64, 96), num_heads=4, head_dim=8, dtype=dtype).inputs()
-    calls, _ = contestants(inputs, 'cpu')
+    inputs = OperatorShape((64, 96), **SMALL, dtype=dtype).inputs()
+    found, _ = contestants([inputs], 'cpu')
+    outputs = {(each.operator, each.backend): each.run(inputs) for each in found}
+    assert {(STANDARD, 'mmcv'), (KEY_AWARE, 'reference')} <= outputs.keys()
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
-    for (operator, _), call in calls.items():
-        expected = calls[operator, 'reference'](inputs)
-        torch.testing.assert_close(call(inputs), expected, atol=tolerance, rtol=tolerance)
-    assert (STANDARD, 'mmcv') in calls
-    assert (KEY_AWARE, 'reference') in calls
+    for (operator, _), output in outputs.items():
+        expected = outputs[operator, 'reference']
+        torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_reports_every_backend_once():
     steps = []
-    results, left_out = benchmark_operators(
-        OperatorShape((32, 32), num_queries=5, num_heads=2, head_dim=8),
-        rounds=2,
-        start=lambda text, total: lambda: steps.append(total),
-    )
-    names = [(r.operator, r.backend, r.direction) for r in results]
+    setting = Setting((32, 32), rounds=2, warmup=1, parts=PASSES)
+    start = lambda text, total: lambda: steps.append(total)  # noqa: E731
+    report = benchmark_operators(setting, start, num_queries=5, **SMALL)
+    names = [(each.operator, each.backend) for each in report.results]
     assert len(set(names)) == len(names)
-    assert steps.count(steps[0]) == 2 * steps[0]  # the bar of each direction runs to its end
-    for result in results:
-        if result.backend == 'reference':
-            assert result.over_reference.median == 1
-    reasons = {name.partition(' ')[0] for name in left_out}
-    assert reasons <= {STANDARD, KEY_AWARE}
-
-
-def test_scaling_by_threads_restores_them():
-    before, shape = torch.get_num_threads(), OperatorShape((32, 32), num_heads=2, head_dim=8)
-    seconds = scaled(shape, 'threads', 1, rounds=2)
-    assert f'{KEY_AWARE} (reference)' in seconds
-    assert min(seconds.values()) > 0
-    assert torch.get_num_threads() == before
+    assert steps.count(steps[0]) == 2 * steps[0]  # the bar of each pass runs to its end
+    for each in report.results:
+        for part in PASSES:
+            ratio = each.timings[part][1].faster['over PyTorch'].median
+            assert ratio > 0 and (ratio == 1) == (each.backend == 'reference')
+    # 5 queries, 22 tokens of 16 channels, 5 x 2 x 16 points, each read or written once as float32.
+    moved = next(e for e in report.results if e.operator == KEY_AWARE).work('forward', 1)['GB/s']
+    assert moved * 1e9 == pytest.approx(4 * (22 * 16 + 5 * 2 * 16 * 2 + 2 * 5 * 16))
 
 
 def test_what_is_not_there_is_left_out_with_the_reason(monkeypatch):
@@ -59,8 +54,9 @@ def test_what_is_not_there_is_left_out_with_the_reason(monkeypatch):
         raise OSError(f'no kernel for {device}\nand much more')
 
     monkeypatch.setitem(OTHERS, 'broken', broken)
-    _, left_out = contestants(OperatorShape((32, 32)).inputs(), 'cpu')
+    found, left_out = contestants([OperatorShape((32, 32)).inputs()], 'cpu')
     assert left_out[f'{STANDARD} (broken)'] == 'no kernel for cpu'
+    assert 'broken' not in {each.backend for each in found}
 
 
 WITHOUT_MMDETECTION = """
@@ -78,10 +74,10 @@ metadata.version = version
 for name in ('mmcv', 'mmengine', 'mmdet'):
     sys.modules[name] = None
 from mmlite.analysis.operators import benchmark_operators
-from mmlite.analysis.inputs import OperatorShape
-results, left_out = benchmark_operators(OperatorShape((32, 32)), rounds=2, passes=('forward',))
-assert 'ms_deform_attn (mmcv)' in left_out
-assert all(result.over_mmcv is None for result in results)
+from mmlite.analysis.timing import Setting
+report = benchmark_operators(Setting((32, 32), rounds=2, parts=('forward',)))
+assert any('ms_deform_attn (mmcv)' in note for note in report.notes)
+assert all(list(each.timings['forward'][1].faster) == ['over PyTorch'] for each in report.results)
 """
 
 

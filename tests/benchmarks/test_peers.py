@@ -5,17 +5,30 @@ from __future__ import annotations
 import sys
 from types import ModuleType, SimpleNamespace
 
-import pytest
 import torch
 
 from benchmarks import peers
 from mmlite import ops
 from mmlite.analysis.inputs import OperatorShape
-from mmlite.analysis.operators import OTHERS, STANDARD, _forward_backward, contestants
+from mmlite.analysis.operators import OTHERS, STANDARD, OperatorOnBackend, contestants
 
 
-def shape(**own) -> OperatorShape:
-    return OperatorShape((64, 96), num_heads=4, head_dim=8, **own)
+def inputs(batch_size: int = 1):
+    return OperatorShape((64, 96), batch_size, num_heads=4, head_dim=8).inputs()
+
+
+def compare(run, x) -> None:
+    """Outputs and gradients are those of our reference."""
+    found, _ = contestants([x], 'cpu')
+    reference = next(e.run for e in found if (e.operator, e.backend) == (STANDARD, 'reference'))
+    torch.testing.assert_close(run(x), reference(x))
+    grads = [
+        OperatorOnBackend(STANDARD, '', each, [x]).call('forward+backward')(0)
+        for each in (run, reference)
+    ]
+    for actual, wanted in zip(*grads):
+        if wanted is not None:
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
 def ours(value, shapes, starts, locations, weights):
@@ -25,26 +38,16 @@ def ours(value, shapes, starts, locations, weights):
     return ops.ms_deform_attn(value, shapes, locations, weights)
 
 
-@pytest.fixture
-def deformops(monkeypatch):
-    registry = SimpleNamespace(msda=ours)
+def test_deformops_is_measured_where_it_is_installed(monkeypatch):
     package = ModuleType('deformops')
-    package.registry = registry
+    package.registry = SimpleNamespace(msda=ours)
     monkeypatch.setitem(sys.modules, 'deformops', package)
-    monkeypatch.setitem(sys.modules, 'deformops.registry', registry)
+    monkeypatch.setitem(sys.modules, 'deformops.registry', package.registry)
     monkeypatch.setitem(OTHERS, 'deformops', peers.deformops)
-
-
-def test_deformops_is_measured_where_it_is_installed(deformops):
-    inputs = shape().inputs()
-    calls, left_out = contestants(inputs, 'cpu')
+    x = inputs()
+    found, left_out = contestants([x], 'cpu')
     assert not any('deformops' in name for name in left_out)
-    expected = calls[STANDARD, 'reference']
-    torch.testing.assert_close(calls[STANDARD, 'deformops'](inputs), expected(inputs))
-    grads = [_forward_backward(calls[STANDARD, n], [inputs])(0) for n in ('deformops', 'reference')]
-    for actual, wanted in zip(*grads):
-        if wanted is not None:
-            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+    compare(next(each.run for each in found if each.backend == 'deformops'), x)
 
 
 def test_hugging_faces_kernel(monkeypatch):
@@ -75,13 +78,5 @@ def test_hugging_faces_kernel(monkeypatch):
         get_local_kernel=lambda path: Kernel if path == 'path' else None,
     )
     monkeypatch.setitem(sys.modules, 'kernels', kernels)
-    inputs = shape(batch_size=2).inputs()
-    operator = peers.hugging_face('cuda')
-    calls, _ = contestants(inputs, 'cpu')
-    grads = [
-        _forward_backward(call, [inputs])(0) for call in (operator, calls[STANDARD, 'reference'])
-    ]
-    for actual, wanted in zip(*grads):
-        if wanted is not None:
-            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+    compare(peers.hugging_face('cuda'), inputs(batch_size=2))
     assert installed == [(peers.HUB_KERNEL, True)]  # nothing is fetched

@@ -17,58 +17,43 @@ def run(*arguments):
     return CliRunner().invoke(main, ['demo', *map(str, arguments)])
 
 
-def test_trains_evaluates_and_draws(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ('task', 'what', 'encoder'),
+    [
+        ('detection', 'boxes', 'encoder.'),
+        pytest.param('segmentation', 'masks', 'pixel_decoder.encoder.', marks=pytest.mark.slow),
+    ],
+)
+def test_trains_evaluates_and_draws(tmp_path, monkeypatch, task, what, encoder):
     # Two epochs teach it nothing, and there has to be something to draw.
     monkeypatch.setattr(importlib.import_module('mmlite.cli.demo'), 'SHOWN_SCORE', 0.0)
     out = tmp_path / 'demo'
     sizes = ('--epochs', 2, '--train-images', 8, '--val-images', 2)
-    result = run('--out', out, *sizes)
+    result = run('--task', task, '--out', out, *sizes)
     assert result.exit_code == 0, result.output
     results = json.loads((out / 'results.json').read_text())
     assert all(0 <= results[name] <= 1 for name in ('AP', 'AP50'))
     assert 0 < results['encoder_gflops'] < results['stock_encoder_gflops']
-    for text in (
-        'Epoch 1 of 2: loss ',
-        'Epoch 2 of 2: loss ',
-        ' s left',
-        'APs',
-        'GFLOPs',
-        'predictions.png',
-    ):
+    for text in ('Epoch 1 of 2: loss ', 'Epoch 2 of 2: loss ', ' s left', 'APs', 'GFLOPs'):
         assert text in result.output
+    assert f'COCO metrics of {what} after 2 epochs' in result.output
     assert (out / 'predictions.png').read_bytes().startswith(b'\x89PNG')
-    assert load_checkpoint(out / 'epoch_2.pth')['meta']['epoch'] == 2
-
-
-@pytest.mark.slow
-def test_segmentation(tmp_path):
-    out = tmp_path / 'demo'
-    sizes = ('--epochs', 1, '--train-images', 8, '--val-images', 2)
-    result = run('--task', 'segmentation', '--out', out, *sizes)
-    assert result.exit_code == 0, result.output
-    assert 'COCO metrics of masks after 1 epochs' in result.output
-    results = json.loads((out / 'results.json').read_text())
-    assert all(0 <= results[name] <= 1 for name in ('AP', 'AP50'))
-    assert 0 < results['encoder_gflops'] < results['stock_encoder_gflops']
-    assert (out / 'predictions.png').read_bytes().startswith(b'\x89PNG')
-    weights = load_checkpoint(out / 'epoch_1.pth')['state_dict']
-    assert any('pixel_decoder.encoder.schedule_code' in name for name in weights)
+    content = load_checkpoint(out / 'epoch_2.pth')
+    assert content['meta']['epoch'] == 2
+    assert f'{encoder}schedule_code' in ' '.join(content['state_dict'])
 
 
 @pytest.mark.parametrize('place', ['file', 'file/below'])
 def test_folder_that_cannot_be_written(tmp_path, place):
     (tmp_path / 'file').write_text('in the way')
     result = run('--out', tmp_path / place)
-    assert result.exit_code != 0
+    assert result.exit_code != 0 and 'Traceback' not in result.output
     assert 'choose another folder with --out' in result.output or 'is a file' in result.output
-    assert 'Traceback' not in result.output
 
 
 def test_chooses_how_threads_wait_before_torch_is_imported():
     code = (
-        'import os, sys\n'
-        'from mmlite.cli.demo import _sleep_while_waiting\n'
-        '_sleep_while_waiting()\n'
+        'import os, sys; from mmlite.cli.demo import _sleep_while_waiting as f; f()\n'
         'print(os.environ.get("OMP_WAIT_POLICY"), "torch" in sys.modules)'
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(('OMP_', 'GOMP_'))}
@@ -77,7 +62,6 @@ def test_chooses_how_threads_wait_before_torch_is_imported():
         ({'OMP_WAIT_POLICY': 'ACTIVE'}, 'ACTIVE'),
         ({'GOMP_SPINCOUNT': '7'}, 'None'),
     ):
-        printed = subprocess.check_output(
-            [sys.executable, '-c', code], env={**environment, **chosen}, text=True
-        )
+        command, environ = [sys.executable, '-c', code], {**environment, **chosen}
+        printed = subprocess.check_output(command, env=environ, text=True)
         assert printed.split() == [policy, 'False']

@@ -24,6 +24,7 @@ def test_writes_a_config_that_inherits_a_file(tmp_path):
     model = Config.fromfile(lite).model
     assert (model.type, model.num_queries) == ('LiteDINO', 300)
     assert model.encoder.schedule == 'H3L1-(3+1)x2'
+    assert 'is the stock config itself' in run(stock, '-o', stock).output
 
 
 def test_takes_the_main_schedule_and_changes(tmp_path):
@@ -40,10 +41,11 @@ def test_takes_the_main_schedule_and_changes(tmp_path):
 def test_shows_schedules_with_cost_and_what_is_published():
     done = run(DINO, '--image-size', 128, 160)
     assert done.exit_code == 0, done.output
-    (row,) = (line for line in done.output.splitlines() if 'H3L1-(2+1)x3' in line)
-    assert '50.4' in row and '151' in row and '%' in row
-    (stock,) = (line for line in done.output.splitlines() if 'stock' in line)
-    assert '50.7' in stock
+    rows = [row for row in done.output.splitlines() if 'stock' in row or 'H3L1-(2+1)x3' in row]
+    assert '50.7 (235, encoder 137)' in rows[0] and '%' not in rows[0]
+    assert '50.4 (151, encoder 53)' in rows[1] and '59%' in rows[1]
+    other = run(DINO, '--image-size', 64, 64, '--cfg-options', 'model.backbone.depth=101')
+    assert 'H3L1-(2+1)x3' in other.output and 'Published' not in other.output
 
 
 def test_wrong_use_is_one_sentence(tmp_path):

@@ -44,20 +44,14 @@ def check_pictures(out: Path) -> None:
     assert '://' not in page
 
 
-@pytest.mark.parametrize('query', [(), ('--point', '30,90'), ('--object', '0')])
+# In the first layer of a block the point falls on level 2: no low-level token is a query.
+@pytest.mark.parametrize('query', [('--layer', '0'), ('--point', '30,90'), ('--object', '0')])
 def test_attention(folder, image, tmp_path, query):
     out = tmp_path / 'attention.png'
     stock = ('--against', str(folder / 'stock.py'))
     result = run('attention', str(folder / 'lite.py'), image, *stock, *query, '--out', str(out))
     assert result.exit_code == 0, result.output
     check_pictures(out)
-
-
-def test_layer_over_high_levels(folder, image, tmp_path):
-    """The first layer of a block has no low-level queries: the point falls on level 2."""
-    out = tmp_path / 'attention.png'
-    result = run('attention', str(folder / 'lite.py'), image, '--layer', '0', '--out', str(out))
-    assert result.exit_code == 0, result.output
 
 
 def test_detections(folder, image, tmp_path):
@@ -89,44 +83,35 @@ def test_levels(folder, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['attention', 'lite.py', 'IMAGE', '--point', '1,2', '--object', '0'], 'not both'),
-        (['attention', 'lite.py', 'IMAGE', '--point', '500,2'], 'is outside the image of 128x128'),
-        (['attention', 'lite.py', 'IMAGE', '--point', 'left'], 'write x,y in pixels'),
-        (['attention', 'lite.py', 'IMAGE', '--layer', '7'], 'layer must be between 0 and 1'),
+        ('attention lite.py IMAGE --point 1,2 --object 0', 'not both'),
+        ('attention lite.py IMAGE --point 500,2', 'is outside the image of 128x128'),
+        ('attention lite.py IMAGE --point left', 'write x,y in pixels'),
+        ('attention lite.py IMAGE --layer 7', 'layer must be between 0 and 1'),
+        ('attention lite.py IMAGE --layer 0 --level 0', 'does not update level'),
+        ('attention lite.py IMAGE --level 9', 'level must be between 0 and 3'),
+        ('attention lite.py IMAGE --level=-1', 'level must be between 0 and 3'),
+        ('attention lite.py IMAGE --object 99', 'object must be between 0 and 9'),
         (
-            ['attention', 'lite.py', 'IMAGE', '--layer', '0', '--level', '0'],
-            'does not update level',
-        ),
-        (['attention', 'lite.py', 'IMAGE', '--level', '9'], 'level must be between 0 and 3'),
-        (['attention', 'lite.py', 'IMAGE', '--object', '99'], 'object must be between 0 and 9'),
-        (['attention', 'lite.py', 'nothing.png'], "File 'nothing.png' does not exist"),
-        (['attention', 'lite.py', 'lite.py'], 'cannot be read as an image'),
-        (['detections', 'lite.py,no.pth', 'IMAGE'], 'no.pth does not exist'),
-        (['detections', 'lite.py', 'IMAGE', '--annotations', 'no.json'], 'no.json does not exist'),
-        (['levels', 'lite.py', 'annotations'], 'there are no images'),
-        (['levels', 'lite.py', 'nowhere'], "Directory 'nowhere' does not exist"),
-        (
-            ['attention', 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py', 'IMAGE'],
-            'has no encoder with deformable attention',
-        ),
-        (['attention', 'lite.py', 'no.pth', 'IMAGE'], 'no.pth does not exist'),
-        (['attention', 'lite.py', 'a.pth', 'b.pth', 'IMAGE'], 'at most one CHECKPOINT'),
-        (
-            [
-                'attention',
-                'lite.py',
-                'IMAGE',
-                '--cfg-options',
-                'model.test_cfg.max_per_img=5',
-                '--object=9',
-            ],
+            'attention lite.py IMAGE --cfg-options model.test_cfg.max_per_img=5 --object=9',
             'object must be between 0 and 4',
         ),
+        ('attention lite.py nothing.png', "File 'nothing.png' does not exist"),
+        ('attention lite.py lite.py', 'cannot be read as an image'),
+        ('attention lite.py no.pth IMAGE', 'no.pth does not exist'),
+        ('attention lite.py a.pth b.pth IMAGE', 'at most one CHECKPOINT'),
+        (
+            'attention mmdet::retinanet/retinanet_r18_fpn_1x_coco.py IMAGE',
+            'has no encoder with deformable attention',
+        ),
+        ('detections lite.py,no.pth IMAGE', 'no.pth does not exist'),
+        ('detections lite.py IMAGE --annotations no.json', 'no.json does not exist'),
+        ('levels lite.py annotations', 'there are no images'),
+        ('levels lite.py nowhere', "Directory 'nowhere' does not exist"),
     ],
 )
 def test_bad_input(folder, image, monkeypatch, arguments, message):
     monkeypatch.chdir(folder)
-    result = run(*(image if word == 'IMAGE' else word for word in arguments))
+    result = run(*arguments.replace('IMAGE', image).split())
     assert result.exit_code != 0
     assert message in ' '.join(result.output.split())
     assert 'Traceback' not in result.output

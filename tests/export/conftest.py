@@ -93,7 +93,5 @@ def speak_masks(model: torch.nn.Module, lower: float) -> torch.nn.Module:
 def images():
     """Two images of different sizes, and one without anything in it."""
     random = np.random.default_rng(0)
-    sizes = [(200, 260, 3), (261, 210, 3)]
-    return [random.integers(0, 256, size, np.uint8) for size in sizes] + [
-        np.zeros((220, 220, 3), np.uint8)
-    ]
+    drawn = [random.integers(0, 256, size, np.uint8) for size in ((200, 260, 3), (261, 210, 3))]
+    return [*drawn, np.zeros((220, 220, 3), np.uint8)]

@@ -6,24 +6,27 @@ import numpy as np
 import pytest
 
 from mmlite.export import Detector, load
-from mmlite.export.detector import in_another_size, resized_size
+from mmlite.export.detector import in_another_size
 
 INPUT = {'batch': 1, 'height': None, 'width': None, 'padded': False, 'divisor': 1}
 RATIO = {'scale': [200, 90], 'keep_ratio': True}
+PAD = {'value': 7, 'size_divisor': 32}
 
 
-def detector(box, maps=(), resize=None, pad=None, levels=((8, 7), (16, 15))) -> Detector:
+def detector(box=(0, 0, 1, 1), maps=(), resize=None, pad=None, **inputs) -> Detector:
     """One that finds a box, in pixels of what the model gets, and writes down what that is."""
     seen = []
 
     def session(images, sizes=None):
-        seen.append(images)
-        arrays = [np.array([[box, box]], np.float32), np.float32([[0.9, -1.0]]), np.zeros((1, 2))]
-        return [*arrays, *(one[None] for one in maps)]
+        seen.append((images, None if sizes is None else sizes.tolist()))
+        count = len(images)
+        boxes = np.tile(np.float32(box), (count, 2, 1)) + images[:, :1, :1, :1].mean(3)
+        scores = np.tile(np.float32([0.9, -1.0]), (count, 1))
+        return [boxes, scores, np.zeros((count, 2), np.int64), *(one[None] for one in maps)]
 
     description = {
         'classes': ['thing'],
-        'input': {**INPUT, 'levels': levels, 'least_tokens': 5},
+        'input': {**INPUT, 'levels': [(8, 7), (16, 15)], 'least_tokens': 5, **inputs},
         'preprocessing': {'resize': resize, 'pad': pad},
     }
     made = Detector(session, description)
@@ -38,17 +41,17 @@ def detector(box, maps=(), resize=None, pad=None, levels=((8, 7), (16, 15))) -> 
         (RATIO, None, (90, 150), (1.5, 1.5)),
         ({**RATIO, 'keep_ratio': False}, None, (90, 200), (2, 1.5)),
         ({'canvas': [120, 80]}, None, (48, 80), (0.8, 0.8)),
-        (RATIO, {'value': 7, 'size_divisor': 32}, (96, 160), 1.5),
+        (RATIO, PAD, (96, 160), 1.5),
         (None, {'value': 7, 'size': [64, 128]}, (64, 128), 1),
     ],
 )
 def test_boxes_are_in_pixels_of_the_image(resize, pad, shape, factors):
     x, y = np.broadcast_to(factors, 2)
-    found = detector([20 * x, 10 * y, 40 * x, 50 * y], resize=resize, pad=pad)
+    found = detector(np.array([20 * x, 10 * y, 40 * x, 50 * y]) - 50, resize=resize, pad=pad)
     boxes, scores, labels = found.detect(np.full((60, 100, 3), 50, np.uint8))
     np.testing.assert_allclose(boxes, [[20, 10, 40, 50]], rtol=1e-6)
     assert scores.tolist() == [np.float32(0.9)] and len(labels) == 1
-    (images,) = found.seen
+    ((images, _),) = found.seen
     assert images.shape == (1, 3, *shape)
     assert images[0, :, 0, 0].tolist() == [50] * 3
     assert images[0, :, -1, -1].tolist() == ([50] * 3 if pad is None else [7] * 3)
@@ -57,34 +60,23 @@ def test_boxes_are_in_pixels_of_the_image(resize, pad, shape, factors):
 def test_masks_are_in_pixels_of_the_image():
     mask = np.zeros((2, 96, 160), bool)  # padded below 90 and right of 150
     mask[:, 45:, 75:] = True
-    maps = [mask, np.where(mask[0], 1000, 3)]
-    made = detector([75, 45, 150, 90], maps, RATIO, {'value': 0, 'size_divisor': 32})
+    made = detector([75, 45, 150, 90], [mask, np.where(mask[0], 1000, 3)], RATIO, PAD)
     found = made.detect(np.zeros((60, 100, 3), np.uint8))
     expected = np.zeros((60, 100), bool)
     expected[30:, 50:] = True
     np.testing.assert_allclose(found.boxes, [[50, 30, 100, 60]], rtol=1e-6)
     np.testing.assert_array_equal(found.masks, [expected])
     np.testing.assert_array_equal(found.panoptic == 1000, expected)
-    # Of three pixels of which the last is in the mask, the second of two is; the first holds none.
-    found = in_another_size(found._replace(masks=np.bool_([[[0, 0, 1]]])), (1, 3), (1, 2))
-    assert found.masks.tolist() == [[[False, True]]]
-    # Half of what is enlarged twice, a quarter of the next pixel beyond it is below one half.
-    found = in_another_size(found._replace(masks=np.bool_([[[0, 1]]])), (1, 2), (1, 4))
-    assert found.masks.tolist() == [[[False, False, True, True]]]
-
-
-def test_sizes_are_those_of_mmdetection():
-    mmcv = pytest.importorskip('mmcv')
-    from mmdet.datasets.transforms import FixScaleResize
-
-    resize = {'scale': [1333, 800], 'keep_ratio': True}
-    floor = FixScaleResize((1333, 800), keep_ratio=True)
-    assert resized_size((1, 4000), resize) == (1, 1333)  # where MMCV rounds to no row
-    for size in [(480, 640), (356, 500), (333, 500), (1080, 1920), (2000, 37), (801, 1333)]:
-        image = np.zeros((*size, 3), np.uint8)
-        assert resized_size(size, resize) == mmcv.imrescale(image, (1333, 800)).shape[:2]
-        down = resized_size(size, {**resize, 'rounds_down': True})
-        assert down == floor({'img': image})['img'].shape[:2]
+    for row, resized in (
+        # Of three pixels of which the last is in the mask, the second of two is; the first is not.
+        ([0, 0, 1], [False, True]),
+        # Half of what is enlarged twice, a quarter of the next pixel beyond it is below one half.
+        ([0, 1], [False, False, True, True]),
+    ):
+        found = found._replace(masks=np.bool_([[row]]))
+        assert in_another_size(found, (1, len(row)), (1, len(resized))).masks.tolist() == [
+            [resized]
+        ]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +92,7 @@ def test_sizes_are_those_of_mmdetection():
 )
 def test_what_is_no_image_is_told(image, got):
     with pytest.raises(ValueError) as refused:
-        detector([0, 0, 1, 1]).detect(image)
+        detector().detect(image)
     assert str(refused.value).endswith(f'got {got}')
 
 
@@ -112,39 +104,29 @@ def test_what_is_no_image_is_told(image, got):
     ],
 )
 def test_the_smallest_image(levels, enough, too_few, tokens):
-    found = detector([0, 0, 1, 1], levels=levels)
-    found.detect(np.zeros((*enough, 3), np.uint8))
+    image = np.zeros((*enough, 3), np.uint8)
+    found = detector(levels=levels)
+    found.detect(image)
     with pytest.raises(ValueError, match=f'it gives {tokens} tokens, and 5 queries'):
-        found.detect(np.zeros((*too_few, 3), np.uint8))
-    found.description['input']['least_side'] = min(enough)
-    found.detect(np.zeros((*enough, 3), np.uint8))
-    found.description['input']['least_side'] += 1
+        found.detect(image[: too_few[0], : too_few[1]])
+    detector(levels=levels, least_side=min(enough)).detect(image)
     with pytest.raises(ValueError, match=f'takes no side below {min(enough) + 1}'):
-        found.detect(np.zeros((*enough, 3), np.uint8))
+        detector(levels=levels, least_side=min(enough) + 1).detect(image)
 
 
 @pytest.mark.parametrize('threshold, count', [(-2, 1), (np.float32(0.9), 1), (0.91, 0)])
 def test_scores_from_the_threshold_on(threshold, count):
     """What the graph leaves out, with a score of -1, is no detection in any case."""
-    found = detector([0, 0, 1, 1]).detect(np.zeros((30, 30, 3), np.uint8), threshold)
+    found = detector().detect(np.zeros((30, 30, 3), np.uint8), threshold)
     assert [len(part) for part in found] == [count] * 3
 
 
 def test_batches_are_in_order_and_filled_up():
-    seen = []
-
-    def session(images, sizes):
-        seen.append((images.shape, sizes.tolist()))
-        boxes = np.tile(images[:, :1, :1, 0], (1, 1, 4))  # of an image's value
-        return boxes, np.full((2, 1), 0.5, np.float32), np.zeros((2, 1), np.int64)
-
-    inputs = {**INPUT, 'batch': 2, 'padded': True, 'levels': [(8, 7)], 'least_tokens': 5}
-    preprocessing = {'resize': None, 'pad': None}
-    made = Detector(session, {'classes': [], 'input': inputs, 'preprocessing': preprocessing})
+    made = detector([0] * 4, batch=2, padded=True)
     found = made.detect_batch([np.full((20 + n, 30, 3), n, np.uint8) for n in (1, 2, 3)])
     assert [one.boxes.tolist() for one in found] == [[[n] * 4] for n in (1, 2, 3)]
-    first, last = [[21, 30], [22, 30]], [[23, 30], [23, 30]]
-    assert seen == [((2, 3, 22, 30), first), ((2, 3, 23, 30), last)]
+    assert [images.shape for images, _ in made.seen] == [(2, 3, 22, 30), (2, 3, 23, 30)]
+    assert [sizes for _, sizes in made.seen] == [[[21, 30], [22, 30]], [[23, 30], [23, 30]]]
 
 
 @pytest.mark.parametrize(

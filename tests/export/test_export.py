@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from shutil import which
 
 import cv2
 import numpy as np
@@ -13,14 +17,19 @@ from exported import DINO, SCHEDULE, TEXT, assert_runs_alone, batch_of, export_f
 from small_detectors import SMALL
 
 from mmlite.cli import main
-from mmlite.export import export_detector, load
+from mmlite.export import export_detector, library, load
 from mmlite.export.compare import compare, difference, predict
 from mmlite.export.program import check_config
 
 pytest.importorskip('onnxscript')
 # Tracing takes half a minute on a quiet machine, and several on a busy one.
 pytestmark = pytest.mark.timeout(900)
-FORMATS = pytest.mark.parametrize('format_', ['onnx', 'openvino', 'torch'])
+
+
+@pytest.fixture(params=['onnx', 'openvino', 'torch'])
+def format_(request):
+    needs(request.param)
+    return request.param
 
 
 def assert_agrees(model, detector, images) -> None:
@@ -28,51 +37,73 @@ def assert_agrees(model, detector, images) -> None:
     assert max(report['boxes'], report['scores'], report['masks']) < 1e-4, report
 
 
-@FORMATS
 def test_any_size(format_, exported_lite_dino, images, tmp_path):
-    needs(format_)
     model, folder = exported_lite_dino
     exported = load(folder / format_)
     assert_agrees(model, exported, images[:2])
     assert exported.description['schedule'] == 'H3L1-(2+1)x1'
     assert_runs_alone(exported, folder / format_, images[0], tmp_path)
-    scores = exported.detect(images[0]).scores
-    confident = exported.detect(images[0], float(scores[3])).scores
-    assert confident.tolist() == scores[scores >= scores[3]].tolist() != scores.tolist()
 
 
-@FORMATS
 def test_threads_share_a_detector(format_, exported_lite_dino, images):
-    needs(format_)
     exported = load(exported_lite_dino[1] / format_, threads=1)
     images = [image[:140, :150] for image in images]
     expected = [exported.detect(image) for image in images]
 
     def run(number: int) -> bool:
         which = number % 3
-        if number % 2:
-            found = exported.detect(images[which])
-        else:
-            found = exported.detect_batch(images)[which]
+        alone = number % 2
+        found = exported.detect(images[which]) if alone else exported.detect_batch(images)[which]
         return np.allclose(found.scores, expected[which].scores, atol=1e-6)
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(run, range(24)))
 
 
-@FORMATS
 def test_thin_images(format_, exported_lite_dino):
     """The smallest that gives 30 tokens is detected in; what is smaller is a sentence."""
-    needs(format_)
     exported = load(exported_lite_dino[1] / format_)
     assert exported.description['input']['levels'] == [[8, 7], [16, 15], [32, 31], [64, 63]]
     # 16 + 8 + 4 + 2 tokens. torch.export traces maps of two pixels a side or more.
-    enough = [(65, 65)] if format_ == 'torch' else [(8, 121), (121, 8)]
-    for size in enough:
+    is_torch = format_ == 'torch'
+    for size in [(65, 65)] if is_torch else [(8, 121), (121, 8)]:
         assert len(exported.detect(np.zeros((*size, 3), np.uint8)).scores) == 30
-    for size in ((8, 120), (120, 8), (1, 1), *[(64, 65)] * (format_ == 'torch')):
+    for size in ((8, 120), (120, 8), (1, 1), *[(64, 65)] * is_torch):
         with pytest.raises(ValueError, match='too small for the model'):
             exported.detect(np.zeros((*size, 3), np.uint8))
+
+
+@pytest.mark.skipif(not which('cmake') or not which('c++'), reason='needs CMake and a C++ compiler')
+def test_cpp(exported_lite_dino, images, tmp_path):
+    """The program of the documentation, compiled as it stands there: Python's detections."""
+    needs('openvino')
+    from openvino.utils import get_cmake_path
+
+    page = Path(__file__).parents[2] / 'docs/deploy-cpp.md'
+    for language, name in (('cpp', 'detect.cpp'), ('cmake', 'CMakeLists.txt')):
+        block = re.search(rf'^```{language}\n(.*?)^```', page.read_text(), re.M | re.S)
+        (tmp_path / name).write_text(block[1])
+    configure = ['cmake', '-S', tmp_path, '-B', tmp_path, f'-DOpenVINO_DIR={get_cmake_path()}']
+    for command in (configure, ['cmake', '--build', tmp_path]):
+        subprocess.run(command, check=True, capture_output=True)
+    image = images[0]
+    header = f'P6 {image.shape[1]} {image.shape[0]} 255\n'.encode()
+    (tmp_path / 'image.ppm').write_bytes(header + image[:, :, ::-1].tobytes())
+
+    def run(*arguments: Path) -> subprocess.CompletedProcess:
+        return subprocess.run([tmp_path / 'detect', *arguments], capture_output=True, text=True)
+
+    folder = exported_lite_dino[1] / 'openvino'
+    arguments = folder / 'model.xml', library('openvino')
+    result = run(*arguments, tmp_path / 'image.ppm')
+    assert result.returncode == 0, result.stderr
+    printed = np.array([line.split() for line in result.stdout.splitlines()], np.float32)
+    found = load(folder).detect(image, 0.3)
+    assert len(found.scores) > 2
+    columns = [found.labels, found.scores, *found.boxes.T]
+    np.testing.assert_allclose(printed, np.stack(columns, 1), rtol=1e-4, atol=1e-2)
+    assert run(*arguments, page).stderr == 'no PPM of 8 bits\n'
+    assert run(arguments[0]).stderr.startswith('usage: detect MODEL.xml')
 
 
 @pytest.fixture(
@@ -92,9 +123,7 @@ def family(request, detector, tmp_path_factory):
     return model, folder, text
 
 
-@FORMATS
 def test_padded_batches(family, format_, images):
-    needs(format_)
     model, folder, text = family
     exported = load(folder / format_)
     assert_agrees(model, exported, images[:1])
@@ -183,6 +212,6 @@ def test_command(images, tmp_path, monkeypatch):
 def test_what_cannot_be_exported_is_refused_before_it_is_built(tmp_path):
     with pytest.raises(ValueError, match='format must be one of onnx, openvino, torch'):
         export_detector(None, tmp_path, 'tflite')
-    detector = dict(type='DINO', encoder=dict(num_layers=6))
+    inside = dict(type='DINO', encoder=dict(num_layers=6))
     with pytest.raises(ValueError, match=r'SoftTeacher .*export the detector inside'):
-        check_config(dict(type='SoftTeacher', detector=detector))
+        check_config(dict(type='SoftTeacher', detector=inside))

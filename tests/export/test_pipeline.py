@@ -8,6 +8,7 @@ from mmdet.datasets.transforms import Resize
 from mmengine.config import Config
 
 from mmlite.export import Detector
+from mmlite.export.detector import resized_size
 from mmlite.export.pipeline import class_names, prepare, preprocessing
 
 ENDS = [dict(type='LoadImageFromFile'), dict(type='PackDetInputs')]
@@ -19,6 +20,7 @@ def config(*steps: dict, **dataset) -> Config:
     return Config(dict(test_dataloader=dict(dataset=dataset)))
 
 
+@pytest.mark.parametrize('shape', [(97, 211), (211, 97), (89, 125), (64, 9), (151, 240)])
 @pytest.mark.parametrize(
     'steps',
     [
@@ -31,14 +33,19 @@ def config(*steps: dict, **dataset) -> Config:
         [dict(type='mmdet.Resize', scale=(90, 90)), dict(type='Pad', size=(200, 100))],
     ],
 )
-def test_images_are_prepared_as_by_mmdetection(steps):
-    image = np.random.default_rng(0).integers(0, 256, (97, 211, 3), np.uint8)
+def test_images_are_prepared_as_by_mmdetection(steps, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     for cfg in (config(*steps), wrapped(config(*steps), 'ConcatDataset', 'RepeatDataset')):
         detector = Detector(None, {'classes': [], 'preprocessing': preprocessing(cfg)})
         expected, factors = prepare(cfg, image)
         height, width = detector.resized_size(image)
-        assert factors == (width / 211, height / 97)
+        assert factors == (width / shape[1], height / shape[0])
         np.testing.assert_array_equal(detector.preprocess(image), expected)
+
+
+def test_a_line_keeps_a_row():
+    """Where MMCV rounds to none."""
+    assert resized_size((1, 4000), {'scale': [1333, 800], 'keep_ratio': True}) == (1, 1333)
 
 
 def wrapped(cfg: Config, *kinds: str) -> Config:
@@ -68,9 +75,8 @@ def test_other_transforms_are_refused_by_name(steps, sentence):
 
 
 def test_data_sets_that_differ_are_refused():
-    datasets = [config(*steps).test_dataloader.dataset for steps in ([FLOOR], [])]
-    dataset = dict(type='ConcatDataset', datasets=datasets)
-    cfg = Config(dict(test_dataloader=dict(dataset=dataset)))
+    cfg = wrapped(config(FLOOR), 'ConcatDataset')
+    cfg.test_dataloader.dataset.datasets[1] = config().test_dataloader.dataset
     with pytest.raises(ValueError, match='have different pipelines'):
         preprocessing(cfg)
 

@@ -13,6 +13,8 @@ from unittest import mock
 import cv2
 import numpy as np
 import pytest
+import small_detectors
+from small_detectors import SMALL_TEXT
 from torch import nn
 
 from mmlite.export import Detector, library
@@ -29,20 +31,9 @@ DDQ = 'mmdet::ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py'
 GROUNDING = 'mmdet::grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py'
 MASK2FORMER = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco{}.py'
 
-FFN = dict(ffn_cfg=dict(feedforward_channels=64))
-FUSION = dict(dropout=0.0, embed_dim=64, init_values=0.5)
-TEXT_LAYERS = dict(num_cp=-1, fusion_layer_cfg=FUSION, text_layer_cfg=FFN)
-SMALL_MASK2FORMER = dict(
-    backbone=dict(depth=18, init_cfg=None, frozen_stages=-1),
-    panoptic_head=dict(
-        in_channels=[64, 128, 256, 512],
-        num_queries=20,
-        pixel_decoder=dict(encoder=dict(num_layers=2, layer_cfg=FFN)),
-        transformer_decoder=dict(num_layers=2, layer_cfg=FFN),
-    ),
-    # Less sure than a trained model, so that random weights draw something.
-    test_cfg=dict(max_per_image=10, object_mask_thr=0.02, iou_thr=0.1),
-)
+# Less sure than a trained model, so that random weights draw something.
+UNSURE = dict(max_per_image=10, object_mask_thr=0.02, iou_thr=0.1)
+SMALL_MASK2FORMER = small_detectors.SMALL_MASK2FORMER | dict(test_cfg=UNSURE)
 # So low that some of the queries are suppressed in every layer.
 SUPPRESSED = dict(dqs_cfg=dict(type='nms', iou_threshold=0.3))
 SCHEDULE = dict(schedule='H3L1-(2+1)x1')
@@ -73,10 +64,10 @@ DETECTORS = {
         DDQ,
         dict(type='LiteDDQDETR', encoder=SCHEDULE, decoder=dict(key_aware=True), **SUPPRESSED),
     ),
-    'GroundingDINO': (GROUNDING, dict(encoder=TEXT_LAYERS)),
+    'GroundingDINO': (GROUNDING, dict(encoder=SMALL_TEXT)),
     'LiteGroundingDINO': (
         GROUNDING,
-        dict(type='LiteGroundingDINO', encoder=dict(**TEXT_LAYERS, **SCHEDULE)),
+        dict(type='LiteGroundingDINO', encoder=dict(**SMALL_TEXT, **SCHEDULE)),
     ),
     'Mask2Former': (MASK2FORMER.format(''), {}),
     'LiteMask2Former': (MASK2FORMER.format(''), LITE_PIXELS),

@@ -38,15 +38,9 @@ def run_python(*arguments: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def run_tools(runs: Sequence[Sequence[str | Path]], cwd: Path, **environment: str) -> str:
-    """Run the scripts one after the other in a process.
+    """What MMDetection's scripts print, run one after the other in a process.
 
-    Args:
-        runs (Sequence): Each ``'train'`` or ``'test'`` and the script's arguments.
-        cwd (Path): Working directory.
-        **environment (str): More variables of the environment.
-
-    Returns:
-        str: What they printed.
+    Each run is ``'train'`` or ``'test'`` and the script's arguments.
     """
     lines = [[str(TOOLS / f'{tool}.py'), *map(str, arguments)] for tool, *arguments in runs]
     return run_python('-c', RUNS, json.dumps(lines), cwd=cwd, **environment)

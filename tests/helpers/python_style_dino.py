@@ -2,8 +2,7 @@
 
 from mmdet.datasets import CocoDataset
 from mmdet.models import DINO, ChannelMapper, DetDataPreprocessor, DINOHead, ResNet
-from mmdet.models.losses import FocalLoss, GIoULoss, L1Loss
-from mmdet.models.task_modules import BBoxL1Cost, FocalLossCost, HungarianAssigner, IoUCost
+from mmdet.models.losses import FocalLoss
 from mmengine.model import PretrainedInit
 from torch import nn
 
@@ -44,16 +43,8 @@ model = dict(
         type=DINOHead,
         num_classes=5,
         loss_cls=dict(type=FocalLoss, use_sigmoid=True),
-        loss_bbox=dict(type=L1Loss),
-        loss_iou=dict(type=GIoULoss),
     ),
     dn_cfg=dict(label_noise_scale=0.5, box_noise_scale=1.0, group_cfg=dict(num_groups=2)),
-    train_cfg=dict(
-        assigner=dict(
-            type=HungarianAssigner,
-            match_costs=[dict(type=FocalLossCost), dict(type=BBoxL1Cost), dict(type=IoUCost)],
-        )
-    ),
     test_cfg=dict(max_per_img=20),
 )
 test_dataloader = dict(dataset=dict(type=CocoDataset))

@@ -53,13 +53,13 @@ SMALL = dict(
     test_cfg=dict(max_per_img=30),
 )
 _SWIN = dict(depths=[1, 1, 1, 1], with_cp=False, init_cfg=None)
-_SMALL_TEXT = dict(
+SMALL_TEXT = dict(
     num_cp=-1,  # recomputing activations takes fairscale in the stock encoder
     fusion_layer_cfg=dict(dropout=0.0, embed_dim=64, init_values=0.5),
     text_layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)),
 )
 _FFN = dict(num_layers=2, layer_cfg=dict(ffn_cfg=dict(feedforward_channels=64)))
-_SMALL_MASK2FORMER = dict(
+SMALL_MASK2FORMER = dict(
     data_preprocessor=dict(batch_augments=None),  # they pad to 1024x1024
     backbone=SMALL['backbone'],
     panoptic_head=dict(
@@ -93,24 +93,20 @@ def small_config(name: str, bert: str = '') -> Config:
     register_all_modules()
     config = get_config(f'mmdet::{STOCK[name]}')
     is_mask2former = 'panoptic_head' in config.model
-    small = copy.deepcopy(_SMALL_MASK2FORMER if is_mask2former else SMALL)
+    small = copy.deepcopy(SMALL_MASK2FORMER if is_mask2former else SMALL)
     if config.model.backbone.type == 'SwinTransformer':
         small['backbone'] = _SWIN
         where = small['panoptic_head'] if is_mask2former else small['neck']
         where['in_channels'] = [96, 192, 384, 768][-3 - is_mask2former :]
     if bert:
-        small['encoder'].update(_SMALL_TEXT, layer_cfg=small['encoder']['layer_cfg'])
+        small['encoder'].update(SMALL_TEXT, layer_cfg=small['encoder']['layer_cfg'])
         small['language_model'] = dict(name=bert)
     config.merge_from_dict(dict(model=small))
     return config
 
 
 def write_pair(folder: Path, name: str, bert: str = '', **changes) -> tuple[str, str]:
-    """Write ``stock.py`` and ``lite.py``, a small detector without and with the Lite encoder.
-
-    Returns:
-        tuple[str, str]: Their paths.
-    """
+    """Write a small detector without and with the Lite encoder; the paths of both configs."""
     config = small_config(name, bert)
     config.merge_from_dict(changes)
     paths = folder / 'stock.py', folder / 'lite.py'
@@ -125,18 +121,11 @@ def write_pair(folder: Path, name: str, bert: str = '', **changes) -> tuple[str,
 def small_model(
     name: str, encoder: dict | None = None, bert: str = '', std: float = 0.0, **changes
 ) -> nn.Module:
-    """Build a detector of :data:`STOCK`.
+    """Build a detector of :data:`STOCK`, with the same weights every time.
 
-    Args:
-        name (str): Which one.
-        encoder (dict, optional): Arguments of the Lite encoder, which it then has. A schedule
-            such as ``'-(2+1)x1'`` gets the levels that fit, one of them low.
-        bert (str): Folder of Grounding DINO's BERT.
-        std (float): Draw the transformer's parameters, those that start at zero too, this wide.
-        **changes: To ``model`` of the config.
-
-    Returns:
-        nn.Module: The same weights every time.
+    With ``encoder`` it has a Lite encoder of these arguments; a schedule such as ``'-(2+1)x1'``
+    gets the levels that fit, one of them low. ``bert`` is the folder of Grounding DINO's BERT.
+    With ``std`` the transformer's parameters, those that start at zero too, are drawn that wide.
     """
     config = small_config(name, bert)
     if encoder is not None:
@@ -189,10 +178,7 @@ def losses(model: nn.Module, data: dict) -> dict[str, torch.Tensor]:
 
 
 def without_gradient(model: nn.Module, data: dict) -> list[str]:
-    """Names of the parameters that a training step gives no gradient, or one that is not finite.
-
-    None of them should be there: DDP waits for every gradient.
-    """
+    """Names of the parameters that a training step gives no finite gradient: DDP waits for all."""
     losses(model, data)['loss'].backward()
     return [
         name

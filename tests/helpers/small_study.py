@@ -8,27 +8,16 @@ import yaml
 
 from benchmarks.study.plan import SHIPPED
 
+THIN = {'embed_dims': 32}
+LAYER = {'self_attn_cfg': THIN, 'ffn_cfg': {**THIN, 'feedforward_channels': 32}}
 MODEL = {
     'num_queries': 20,
     'backbone': {'base_channels': 8},
     'neck': {'in_channels': [16, 32, 64], 'out_channels': 32},
     'positional_encoding': {'num_feats': 16},
-    'encoder': {
-        'num_layers': 2,
-        'layer_cfg': {
-            'self_attn_cfg': {'embed_dims': 32},
-            'ffn_cfg': {'embed_dims': 32, 'feedforward_channels': 32},
-        },
-    },
-    'decoder': {
-        'num_layers': 1,
-        'layer_cfg': {
-            'self_attn_cfg': {'embed_dims': 32},
-            'cross_attn_cfg': {'embed_dims': 32},
-            'ffn_cfg': {'embed_dims': 32, 'feedforward_channels': 32},
-        },
-    },
-    'bbox_head': {'embed_dims': 32},
+    'encoder': {'num_layers': 2, 'layer_cfg': LAYER},
+    'decoder': {'num_layers': 1, 'layer_cfg': {**LAYER, 'cross_attn_cfg': THIN}},
+    'bbox_head': THIN,
     'dn_cfg': {'group_cfg': {'num_dn_queries': 4}},
     'test_cfg': {'max_per_img': 20},
 }

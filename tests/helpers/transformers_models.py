@@ -164,3 +164,18 @@ def outputs(model: nn.Module, **options) -> list[torch.Tensor]:
     result = model(**inputs(model), **options)
     names = ('logits', 'pred_boxes', 'class_queries_logits', 'masks_queries_logits')
     return [result[name] for name in names if name in result]
+
+
+def gradients(model: nn.Module) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """What a model predicts, and the gradients of its parameters."""
+    found = outputs(model)
+    # Behind the padded text the logits are infinite.
+    sum(output[output.isfinite()].square().mean() for output in found).backward()
+    return found, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual, expected, tolerance: float = 1e-5) -> None:
+    """Sums of many terms: what is lost to rounding grows with the largest of a tensor."""
+    for ours, theirs in zip(actual, expected):
+        scale = max(1.0, theirs[theirs.isfinite()].detach().abs().max().item())
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * scale)

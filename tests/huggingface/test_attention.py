@@ -6,6 +6,8 @@ import copy
 import importlib
 import inspect
 import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +18,7 @@ pytest.importorskip('transformers')
 
 import transformers
 import transformers_models as models
+from transformers_models import assert_same, gradients
 
 import mmlite
 from mmlite import ops
@@ -24,21 +27,9 @@ from mmlite.huggingface import fuse
 
 # Every model folder of transformers that has deformable attention, with the class it calls it.
 ATTENTIONS = {
-    'd_fine': 'DFineMultiscaleDeformableAttention',
-    'deformable_detr': 'DeformableDetrMultiscaleDeformableAttention',
-    'deimv2': 'Deimv2MultiscaleDeformableAttention',
-    'grounding_dino': 'GroundingDinoMultiscaleDeformableAttention',
-    'lw_detr': 'LwDetrMultiscaleDeformableAttention',
-    'mask2former': 'Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention',
-    'mm_grounding_dino': 'MMGroundingDinoMultiscaleDeformableAttention',
-    'omdet_turbo': 'OmDetTurboMultiscaleDeformableAttention',
-    'oneformer': 'OneFormerPixelDecoderEncoderMultiscaleDeformableAttention',
-    'pp_doclayout_v2': 'PPDocLayoutV2MultiscaleDeformableAttention',
-    'pp_doclayout_v3': 'PPDocLayoutV3MultiscaleDeformableAttention',
-    'pp_doclayout_v4': 'PPDocLayoutV4MultiscaleDeformableAttention',
-    'rf_detr': 'RfDetrMultiscaleDeformableAttention',
-    'rt_detr': 'RTDetrMultiscaleDeformableAttention',
-    'rt_detr_v2': 'RTDetrV2MultiscaleDeformableAttention',
+    path.parent.name: found[1]
+    for path in sorted(Path(transformers.__file__).parent.glob('models/*/modeling_*.py'))
+    if (found := re.search(r'class (\w+ultiscaleDeformableAttention)\(', path.read_text('utf-8')))
 }
 SHAPES = [(6, 9), (3, 5), (2, 3)]
 WIDTH, HEADS, POINTS = 32, 4, 2
@@ -46,22 +37,12 @@ WIDTH, HEADS, POINTS = 32, 4, 2
 
 def build_attention(family: str, **changes) -> nn.Module:
     """One attention module of a model folder, its weights such that every point moves."""
-    try:
-        folder = importlib.import_module(f'transformers.models.{family}.modeling_{family}')
-    except ImportError:
-        pytest.skip(f'this transformers has no {family}')
+    folder = importlib.import_module(f'transformers.models.{family}.modeling_{family}')
     arguments = dict(embed_dim=WIDTH, num_heads=HEADS, n_levels=len(SHAPES), n_points=POINTS)
-    config = dict(
-        d_model=WIDTH,
-        num_feature_levels=len(SHAPES),
-        decoder_n_levels=len(SHAPES),
-        decoder_attention_heads=HEADS,
-        decoder_cross_attention_heads=HEADS,
-        decoder_n_points=POINTS,
-        decoder_offset_scale=0.5,
-        decoder_method='default',
-        disable_custom_kernels=False,
-    )
+    config = dict(d_model=WIDTH, decoder_n_points=POINTS, decoder_offset_scale=0.5)
+    config |= dict.fromkeys(['num_feature_levels', 'decoder_n_levels'], len(SHAPES))
+    config |= dict.fromkeys([f'decoder_{kind}attention_heads' for kind in ('', 'cross_')], HEADS)
+    config |= dict(decoder_method='default', disable_custom_kernels=False)
     arguments['config'] = SimpleNamespace(**{**config, **changes})
     attention = getattr(folder, ATTENTIONS[family])
     accepted = inspect.signature(attention.__init__).parameters
@@ -103,35 +84,13 @@ def count_fused(model: nn.Module) -> int:
     return sum(isinstance(part, adapter._Fused) for part in model.modules())
 
 
-def assert_same(actual, expected):
-    # Sums of many terms: what is lost to rounding grows with the largest of a tensor.
-    for ours, theirs in zip(actual, expected):
-        scale = max(1.0, theirs.detach().abs().max().item())
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * scale)
-
-
 @pytest.fixture
 def no_grid_sample(monkeypatch):
-    """The reference has one too: our kernels must be there, else nothing can be told apart."""
+    """Takes PyTorch's sampling away, which transformers has and so has our reference."""
     if not next(backend for backend in ops.backends() if backend.name == 'cpu').available:
         pytest.skip('the CPU kernels are not compiled')
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("transformers' own sampling was taken")
-
-    return lambda: monkeypatch.setattr(nn.functional, 'grid_sample', refuse)
-
-
-def test_every_family_is_known():
-    """A model folder that samples in the same way and is not served has to be seen."""
-    from pathlib import Path
-
-    found = [
-        path.parent.name
-        for path in Path(transformers.__file__).parent.glob('models/*/modeling_*.py')
-        if 'ultiscaleDeformableAttention(nn.Module)' in path.read_text(encoding='utf-8')
-    ]
-    assert set(found) <= set(ATTENTIONS)
+    return lambda: monkeypatch.setattr(nn.functional, 'grid_sample', None)
 
 
 CASES = [
@@ -156,7 +115,7 @@ def test_outputs_and_gradients_are_the_same(family, coordinates, changes, no_gri
 
 
 @pytest.mark.parametrize('family', WAYS)
-def test_the_change_is_undone(family):
+def test_the_change_is_undone(family, monkeypatch):
     module, other = build_attention(family), build_attention(family)
     before = {name: type(part) for name, part in module.named_modules()}
     fuse(fuse(module))
@@ -164,115 +123,64 @@ def test_the_change_is_undone(family):
     fused = run_attention(module)
     loaded = pickle.loads(pickle.dumps(module))
     assert_same(run_attention(loaded), fused)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, 'ms_deform_attn', None)
-        with pytest.raises(TypeError):
-            run_attention(module)
-        run_attention(other)
-        for restored in (module, loaded, copy.deepcopy(module)):
-            mmlite.restore(restored)
-            assert {name: type(part) for name, part in restored.named_modules()} == before
-            assert_same(run_attention(restored), fused)
+    monkeypatch.setattr(ops, 'ms_deform_attn', None)
+    with pytest.raises(TypeError):
+        run_attention(module)
+    run_attention(other)
+    for restored in (module, loaded, copy.deepcopy(module)):
+        mmlite.restore(restored)
+        assert {name: type(part) for name, part in restored.named_modules()} == before
+        assert_same(run_attention(restored), fused)
 
 
 @pytest.mark.parametrize('family', WAYS)
 def test_compiled(family):
-    module = build_attention(family)
-    fuse(module)
+    module = fuse(build_attention(family))
     expected = run_attention(module)
     torch._dynamo.reset()
     graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    compiled = torch.compile(module, backend=backend)
+    compiled = torch.compile(module, backend=lambda graph, _: graphs.append(graph) or graph)
     assert_same(run_attention(module, call=compiled), expected)
     called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     assert any('mmlite.deform_attn' in target for target in called)
     assert not any('grid_sample' in target for target in called)
 
 
-def test_a_model_without_deformable_attention():
-    with pytest.raises(ValueError, match='Linear has no deformable attention'):
-        fuse(nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize('family', ['rt_detr_v2', 'd_fine'])
-def test_the_nearest_pixel_is_another_function(family):
-    module = build_attention(family, decoder_method='discrete')
-    with pytest.raises(ValueError, match="decoder_method='default'"):
-        fuse(module)
+@pytest.mark.parametrize(
+    'build, sentence',
+    [
+        (lambda: nn.Linear(2, 2), 'Linear has no deformable attention'),
+        *(
+            (lambda f=f: build_attention(f, decoder_method='discrete'), "decoder_method='default'")
+            for f in ('rt_detr_v2', 'd_fine')
+        ),
+    ],
+)
+def test_other_models_are_refused(build, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        fuse(build())
 
 
 def test_a_version_that_is_too_old(monkeypatch):
     monkeypatch.setattr('transformers.__version__', '4.20.1')
-    with pytest.raises(ImportError, match=r'transformers 4\.20\.1 is too old .* pip install'):
-        fuse(build_attention('deformable_detr'))
+    for change in (mmlite.huggingface.to_lite, lambda model, _: fuse(model)):
+        with pytest.raises(ImportError, match=r'transformers 4\.20\.1 is too old.* pip install'):
+            change(build_attention('deformable_detr'), 'H3L1-(2+1)x2')
     monkeypatch.setattr('transformers.__version__', str(adapter.OLDEST))
     assert count_fused(fuse(build_attention('deformable_detr'))) == 1
 
 
 @pytest.mark.parametrize('name', models.MODELS)
 def test_whole_models(name, no_grid_sample):
-    model = models.MODELS[name]()
-    with torch.no_grad():
-        expected = models.outputs(model)
-        names = list(model.state_dict())
-        assert count_fused(fuse(model)) > 0
-        assert list(model.state_dict()) == names
-        if name not in ('mask2former', 'oneformer'):  # whose masks are sampled in other places
-            no_grid_sample()
-        assert_same(models.outputs(model), expected)
-
-
-def test_training_step(no_grid_sample):
-    labels = [
-        dict(class_labels=torch.tensor([0, 1]), boxes=torch.rand(2, 4) * 0.3 + 0.2),
-        dict(class_labels=torch.tensor([1]), boxes=torch.rand(1, 4) * 0.3 + 0.2),
-    ]
-    model = models.deformable_detr(
-        two_stage=True, two_stage_num_proposals=12, with_box_refine=True
-    ).train()
-
-    def step():
-        model.zero_grad()
-        loss = model(**models.inputs(model), labels=labels).loss
-        loss.backward()
-        return [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
-
-    expected = step()
-    fuse(model)
-    no_grid_sample()
-    for ours, theirs in zip(step(), expected):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-def test_attentions_are_returned():
-    model = models.mask2former()
-    fuse(model)
-    result = model(**models.inputs(model), output_attentions=True, output_hidden_states=True)
-    assert len(result.attentions) > 0
-    model = models.rt_detr_v2()
-    fuse(model)
-    assert len(model(**models.inputs(model), output_attentions=True).cross_attentions) == 2
-
-
-@pytest.mark.parametrize('name', models.MODELS)
-def test_gradients_of_whole_models(name):
-    """Of every parameter, within 1e-5 of the largest one, beside what float32 loses in both."""
-
-    def gradients(model):
-        outputs = models.outputs(model)
-        # Behind the padded text the logits are infinite.
-        sum(output[output.isfinite()].square().mean() for output in outputs).backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
+    """The gradients within 1e-5 of the largest one, beside what float32 loses in both."""
     stock = models.MODELS[name]()
-    fused, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
-    fuse(fused)
-    expected, actual, exact = gradients(stock), gradients(fused), gradients(exact)
+    fused = fuse(copy.deepcopy(stock))
+    assert count_fused(fused) > 0 and list(fused.state_dict()) == list(stock.state_dict())
+    (outputs, expected), (_, exact) = gradients(stock), gradients(copy.deepcopy(stock).double())
+    if name not in ('mask2former', 'oneformer'):  # whose masks are sampled in other places
+        no_grid_sample()
+    fused_outputs, actual = gradients(fused)
+    assert_same(fused_outputs, outputs)
     assert actual.keys() == expected.keys()
     scale = max(gradient.abs().max().item() for gradient in exact.values())
     lost = max((expected[name] - exact[name]).abs().max().item() for name in exact)
@@ -281,14 +189,18 @@ def test_gradients_of_whole_models(name):
         torch.testing.assert_close(actual[parameter], gradient, rtol=1e-5, atol=tolerance)
 
 
+def test_attentions_are_returned():
+    for name, kind in (('mask2former', 'attentions'), ('rt_detr_v2', 'cross_attentions')):
+        model = fuse(models.MODELS[name]())
+        assert len(model(**models.inputs(model), output_attentions=True)[kind]) > 0
+
+
 @pytest.mark.parametrize('name', WAYS)
 def test_saving_and_loading(name, tmp_path):
     model = models.MODELS[name]()
     expected = models.outputs(model)
-    fuse(model)
-    model.save_pretrained(tmp_path)
+    fuse(model).save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert count_fused(loaded) == 0
     assert_same(models.outputs(loaded), expected)
-    fuse(loaded)
-    assert_same(models.outputs(loaded), expected)
+    assert_same(models.outputs(fuse(loaded)), expected)

@@ -26,7 +26,7 @@ def model():
 
 def change(model: nn.Module) -> None:
     with changing(model, 'test') as record:
-        record.set_class(model, '0', Doubled)
+        record.set(model, '0', '__class__', Doubled)
         record.set(model, '1', '0', nn.Linear(3, 3, bias=False).eval())
         record.set(model, '1.0', 'bias', nn.Parameter(torch.ones(3)))
         record.set(model, '', 'note', 'changed')
@@ -53,7 +53,7 @@ def test_the_last_change_is_undone_first(model):
     change(model)
     first = type(model[0])
     with changing(model, 'again') as record:
-        record.set_class(model, '0', nn.Linear)
+        record.set(model, '0', '__class__', nn.Linear)
         record.set(model, '', 'note', 'again')
     restore(model, last=True)
     assert type(model[0]) is first and model.note == 'changed'
@@ -65,20 +65,28 @@ def test_all_or_nothing(model):
     x = torch.randn(2, 3)
     before = model(x)
     with pytest.raises(RuntimeError), changing(model, 'test') as record:
-        record.set_class(model, '0', Doubled)
+        record.set(model, '0', '__class__', Doubled)
         record.set(model, '1', '0', nn.Identity())
         raise RuntimeError('in the middle')
     assert torch.equal(model(x), before)
-    assert restore(model) is model
+    with changing(model, 'nothing'):
+        pass
+    assert vars(model).keys() == vars(nn.Sequential()).keys()
 
 
 def test_what_was_kept_follows_dtype_and_mode(model):
+    model.append(nn.BatchNorm1d(3).eval())
+    mean, count = model[2].running_mean, model[2].num_batches_tracked
     change(model)
-    with changing(model, 'parameter') as record:
+    with changing(model, 'tensors') as record:
         record.set(model, '0', 'weight', nn.Parameter(torch.ones(3, 3)))
+        record.set(model, '2', 'running_mean', torch.ones(3))
+        record.set(model, '2', 'num_batches_tracked', None)
     model.double().train()
     restore(model)
     assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model[2].running_mean is mean and mean.dtype == torch.float64 and not mean.any()
+    assert model[2].num_batches_tracked is count and count.dtype == torch.int64
     assert all(part.training for part in model.modules())
 
 

@@ -6,36 +6,13 @@ import copy
 
 import pytest
 import torch
+from thin_encoder import SIZES, THIN, inputs, randomised
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mmlite import layers
-from mmlite.nn import LiteEncoder, StepTokens
+from mmlite.nn import LiteEncoder, StepTokens, encoder_reference_points
 from mmlite.openmmlab.checkpoints import convert_encoder_state
-
-SIZES = [(8, 11), (4, 6), (2, 3), (1, 2)]
-THIN = dict(embed_dims=32, num_heads=4, feedforward_channels=64)
-
-
-def randomised(encoder: nn.Module) -> nn.Module:
-    """Every parameter gets an influence on the output, zero-initialised ones too."""
-    torch.manual_seed(0)
-    for parameter in encoder.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return encoder
-
-
-def inputs(sizes=SIZES, batch=2) -> dict:
-    torch.manual_seed(1)
-    num_tokens = sum(h * w for h, w in sizes)
-    return dict(
-        tokens=torch.randn(batch, num_tokens, 32),
-        pos=torch.randn(batch, num_tokens, 32),
-        level_sizes=sizes,
-        padding_mask=torch.rand(batch, num_tokens) < 0.2,
-        valid_ratios=torch.rand(batch, len(sizes), 2) * 0.5 + 0.5,
-    )
-
 
 OPTIONS = [
     dict(),
@@ -43,6 +20,10 @@ OPTIONS = [
     dict(update='sequential', proj_key=True),
     dict(same_loc=True, schedule='H2L2-(3+1)x1'),
 ]
+
+
+def build(options: dict) -> LiteEncoder:
+    return LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **options}, **THIN)
 
 
 @pytest.mark.parametrize('options', OPTIONS)
@@ -126,27 +107,20 @@ def test_a_step_of_ones_own_before_each_layer():
 
     memory = encoder(**arguments, before_layer=add)
     assert counts == [(0, 32), (1, 120)]
-    tokens = arguments['tokens'].clone()
-    tokens[:, 88:] += 1
-    expected = encoder.layers[0](
-        tokens, *_layer_arguments(encoder, arguments, encoder.layers[0].step)
-    )
-    expected = encoder.layers[1](
-        expected + 1, *_layer_arguments(encoder, arguments, encoder.layers[1].step)
-    )
+    expected = arguments['tokens'].clone()
+    expected[:, 88:] += 1
+    points = encoder_reference_points(SIZES, arguments['valid_ratios'])
+    for index, layer in enumerate(encoder.layers):
+        step_tokens = StepTokens(layer.step, SIZES, encoder.schedule.low_levels(SIZES))
+        expected = layer(
+            expected + index,
+            arguments['pos'],
+            step_tokens,
+            arguments['padding_mask'],
+            points,
+            SIZES,
+        )
     torch.testing.assert_close(memory, expected)
-
-
-def _layer_arguments(encoder, arguments, step):
-    from mmlite.nn import encoder_reference_points
-
-    return (
-        arguments['pos'],
-        StepTokens(step, SIZES, encoder.schedule.low_levels(SIZES)),
-        arguments['padding_mask'],
-        encoder_reference_points(SIZES, arguments['valid_ratios']),
-        SIZES,
-    )
 
 
 def test_no_padding_is_all_valid():
@@ -258,7 +232,7 @@ def feature_maps(batch=2, height=2, width=3, **kwargs):
 
 @pytest.mark.parametrize('options', OPTIONS)
 def test_compiles_into_one_graph_for_all_sizes(options):
-    model = FromMaps(randomised(LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **options}, **THIN)))
+    model = FromMaps(randomised(build(options)))
     graphs = []
 
     def backend(graph, example):
@@ -282,10 +256,9 @@ def test_compiled_gradients():
         torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.skipif(not hasattr(torch, 'export'), reason='torch.export came with torch 2.1')
 @pytest.mark.parametrize('options', OPTIONS)
 def test_exports(options):
-    model = FromMaps(randomised(LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **options}, **THIN)))
+    model = FromMaps(randomised(build(options)))
     model.eval()
     maps = feature_maps()
     if not hasattr(torch.export.Dim, 'AUTO'):  # dynamic sizes of one origin came with torch 2.6
@@ -308,7 +281,7 @@ def fake_cuda(mode: FakeTensorMode, tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize('options', OPTIONS)
 def test_inference_on_a_gpu_reads_nothing_back(options):
-    encoder = LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **options}, **THIN).requires_grad_(False)
+    encoder = build(options).requires_grad_(False)
     torch._C._ensureCUDADeviceGuardSet()  # views ask for one, also where torch has no CUDA
     mode = FakeTensorMode()
     for module in encoder.modules():
@@ -329,7 +302,7 @@ def test_inference_on_a_gpu_reads_nothing_back(options):
 @pytest.mark.parametrize('options', OPTIONS)
 def test_a_training_step_reads_nothing_back(options):
     """Meta tensors have no values at all, and autograd runs on them."""
-    encoder = LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **options}, **THIN).to('meta')
+    encoder = build(options).to('meta')
     arguments = {
         name: value.to('meta') if isinstance(value, torch.Tensor) else value
         for name, value in inputs().items()
@@ -356,8 +329,6 @@ def test_unfitting_arguments(arguments, message):
 
 @pytest.mark.parametrize('assign', [{}, {'assign': True}])
 def test_a_code_that_was_averaged_is_saved_right(assign):
-    if assign and torch.__version__ < (2, 1):
-        pytest.skip('assign came with torch 2.1')
     schedule = 'H2L2-(3+1)x1'
     encoder = LiteEncoder(schedule, **THIN)
     state = {name: value.float() - 0.01 for name, value in encoder.state_dict().items()}
@@ -384,15 +355,9 @@ def test_unfitting_features():
 @pytest.mark.parametrize('name', ['h2l2_2p1x3', 'h3l1_2p1x3', 'h3l1_6p1x1_nokda'])
 def test_golden(golden, name):
     arrays, meta = golden(f'encoder_{name}.npz')
-    encoder = LiteEncoder(
-        meta['schedule'],
-        meta['embed_dims'],
-        meta['num_heads'],
-        meta['num_points'],
-        meta['feedforward_channels'],
-        meta['key_aware'],
-        meta['small_ffn'],
-    )
+    names = ('embed_dims', 'num_heads', 'num_points', 'feedforward_channels')
+    names += ('schedule', 'key_aware', 'small_ffn')
+    encoder = LiteEncoder(**{name: meta[name] for name in names})
     official = {k[len('state.') :]: v for k, v in arrays.items() if k.startswith('state.')}
     encoder.load_state_dict(convert_encoder_state(official))
     memory = encoder(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import python_style_dino
+from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -19,13 +20,15 @@ from mmlite.openmmlab.lite_config import main_schedule
 
 register_all_modules()
 SCHEDULE = 'H3L1-(2+1)x3'
+DINO = 'dino/dino-4scale_r50_8xb2-12e_coco.py'
+MASK2FORMER = 'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
 STOCK = {
     'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py': SCHEDULE,
     'dino/dino-5scale_swin-l_8xb2-12e_coco.py': 'H4L1-(2+1)x3',
     'ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py': SCHEDULE,
     'grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py': SCHEDULE,
     'mm_grounding_dino/grounding_dino_swin-t_pretrain_obj365.py': SCHEDULE,
-    'mask2former/mask2former_r50_8xb2-lsj-50e_coco.py': 'H2L1-(2+1)x3',
+    MASK2FORMER: 'H2L1-(2+1)x3',
     'mask2former_vis/mask2former_r50_8xb2-8e_youtubevis2019.py': 'H2L1-(2+1)x3',
 }
 
@@ -38,8 +41,9 @@ def test_lite_and_back(tmp_path, name):
     path.write_text(lite_config(stock, f'mmdet::{name}', schedule))
     assert len(path.read_text().splitlines()) == 3
     lite = Config.fromfile(path)
-    _, part, _ = families.find_holder(lite.model)
+    _, part, family = families.find_holder(lite.model)
     assert families.is_lite(part.type) and part.encoder.schedule == schedule
+    assert issubclass(MODELS.get(family.lite), MODELS.get(family.stock))
     expected = copy.deepcopy(stock.model)
     # Recomputed activations are asked for in the stock encoder's own way.
     families.find_holder(expected)[1].encoder.pop('num_cp', None)
@@ -48,21 +52,19 @@ def test_lite_and_back(tmp_path, name):
     assert found == expected
 
 
-def test_imports_of_the_base_are_kept():
-    stock = Config(dict(model=dict(type='DINO', encoder=dict(num_layers=6, layer_cfg=dict()))))
-    stock.custom_imports = dict(imports=['mine'])
-    assert "imports=['mine', 'mmlite']" in lite_config(stock, 'mine.py', SCHEDULE)
-
-
-def test_every_type_is_registered():
-    from mmdet.registry import MODELS
-
-    for stock, lite in ((f.stock, f.lite) for f in families.FAMILIES):
-        assert issubclass(MODELS.get(lite), MODELS.get(stock))
+def test_what_is_lite_alone_is_left_out():
+    model = get_config(f'mmdet::{DINO}').model
+    expected = copy.deepcopy(model)
+    model.merge(lite_change(model, SCHEDULE))
+    model.decoder.key_aware = True
+    model.encoder.layer_cfg.self_attn_cfg.update(proj_key=True, same_loc=True)
+    model.decoder.layer_cfg.cross_attn_cfg.update(proj_key=True, same_loc=True)
+    model.bbox_head.num_pred_layer = model.dn_cfg.embed_dims = 7  # as building leaves it
+    assert stock_config(model) == expected
 
 
 def test_fitting_schedules():
-    model = get_config('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py').model
+    model = get_config(f'mmdet::{DINO}').model
     schedules = fitting_schedules(model)
     assert schedules == [
         *('H3L1-(2+1)x3', 'H3L1-(3+1)x2', 'H3L1-(6+1)x1'),
@@ -84,12 +86,11 @@ def test_fitting_schedules():
 @pytest.mark.parametrize(
     ('name', 'schedule', 'message'),
     [
-        ('yolox/yolox_s_8xb8-300e_coco.py', SCHEDULE, 'YOLOX has no deformable encoder'),
         ('detr/detr_r50_8xb2-150e_coco.py', SCHEDULE, 'DETR has no deformable encoder'),
-        ('dino/dino-4scale_r50_8xb2-12e_coco.py', 'H2L1-(2+1)x3', 'is for 3 feature levels'),
-        ('dino/dino-4scale_r50_8xb2-12e_coco.py', 'H3L1-(2+1)x2', 'makes 4 layers'),
-        ('dino/dino-4scale_r50_8xb2-12e_coco.py', 'H3L1', 'is not of the form'),
-        ('mask2former/mask2former_r50_8xb2-lsj-50e_coco.py', SCHEDULE, 'use H2L1'),
+        (DINO, 'H2L1-(2+1)x3', r'3 feature levels, .*=4; use H3L1-\(2\+1\)x3, H2L2-\(2\+1\)x3$'),
+        (DINO, 'H3L1-(2+1)x2', r'4 layers, .* is 6; use one of H3L1-\(1\+1\)x6, H3L1-\(2\+1\)x3,'),
+        (DINO, 'H3L1', 'is not of the form'),
+        (MASK2FORMER, SCHEDULE, 'use H2L1'),
     ],
 )
 def test_why_there_is_none(name, schedule, message):
@@ -98,7 +99,7 @@ def test_why_there_is_none(name, schedule, message):
 
 
 def test_lite_is_no_stock_and_stock_no_lite():
-    model = get_config('mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py').model
+    model = get_config(f'mmdet::{DINO}').model
     with pytest.raises(ValueError, match='DINO is no Lite detector'):
         stock_config(model)
     model.type, model.encoder.schedule = 'LiteDINO', SCHEDULE
@@ -106,19 +107,15 @@ def test_lite_is_no_stock_and_stock_no_lite():
         lite_change(model, SCHEDULE)
 
 
-@pytest.fixture(params=['classes', 'full names'])
-def python_style(request, tmp_path):
+@pytest.mark.parametrize('style', ['classes', 'full names'])
+def test_python_style(tmp_path, style):
     """A stock DINO in Python style, as somebody writes it and as MMEngine dumps it."""
     path = tmp_path / 'configs/stock.py'
     path.parent.mkdir()
     path.write_text(Path(python_style_dino.__file__).read_text())
-    if request.param == 'full names':
+    if style == 'full names':
         Config.fromfile(path).dump(path)
-    return path
-
-
-def test_types_are_classes_or_full_names(python_style, tmp_path):
-    stock = load_config(str(python_style))
+    stock = load_config(str(path))
     assert main_schedule(stock.model) == 'H3L1-(2+1)x1'
     path = tmp_path / 'lite.py'
     changes = {'model.num_queries': 30, 'train_cfg': dict(max_epochs=2)}
@@ -134,9 +131,13 @@ def test_types_are_classes_or_full_names(python_style, tmp_path):
     assert families.is_lite(built.cfg.model.type)
 
 
-def test_a_file_that_python_cannot_import():
+def test_imports_and_what_cannot_be_inherited():
     stock = Config.fromfile(python_style_dino.__file__)
+    stock.custom_imports = dict(imports=['mine'])  # which are kept
+    assert "imports=['mine', 'mmlite']" in lite_config(stock, 'stock.py', 'H3L1-(2+1)x1')
     for base, start in (('../../a/stock.py', '...a.stock'), ('stock.py', '.stock')):
         assert f'from {start} import *' in lite_config(stock, base, 'H3L1-(2+1)x1')
+    with pytest.raises(ValueError, match='give the whole list'):
+        lite_config(stock, 'stock.py', 'H3L1-(2+1)x1', {'model.neck.in_channels.0': 8})
     with pytest.raises(ValueError, match='rename its file and folders'):
         lite_config(stock, '../dino-4scale/stock.py', 'H3L1-(2+1)x1')

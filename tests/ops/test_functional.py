@@ -5,10 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from operator_cases import VARIANTS, Case
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmlite import ops
@@ -16,138 +20,110 @@ from mmlite.ops import cpu, functional
 
 SHAPES = [(3, 4), (1, 2)]
 B, Q, S, M, D, L, P = 2, 5, 14, 2, 8, 2, 3
+BACKENDS = [
+    pytest.param('cpu', marks=pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])),
+    'reference',
+]
+each_backend = pytest.mark.parametrize('backend', BACKENDS)
 
 
-def kda_arguments() -> dict:
-    return dict(
-        query=torch.randn(B, Q, M, D),
-        key=torch.randn(B, S, M, D),
-        value=torch.randn(B, S, M, D),
-        spatial_shapes=torch.tensor(SHAPES),
-        sampling_locations=torch.rand(B, Q, M, L, P, 2),
-    )
+def arguments_of(name: str) -> dict:
+    """Fitting arguments of one of the four functions."""
+    arguments = dict(value=torch.randn(B, S, M, D), spatial_shapes=torch.tensor(SHAPES))
+    if name.startswith('ms_'):
+        arguments['attention_weights'] = torch.rand(B, Q, M, L, P)
+    else:
+        arguments |= dict(query=torch.randn(B, Q, M, D), key=torch.randn(B, S, M, D))
+    if name.endswith('_from_offsets'):
+        offsets = torch.randn(B, Q, M, L, P, 2)
+        return dict(arguments, reference_points=torch.rand(B, Q, L, 2), sampling_offsets=offsets)
+    return dict(arguments, sampling_locations=torch.rand(B, Q, M, L, P, 2))
 
 
-def offsets_in(arguments: dict) -> dict:
-    """Offsets and reference points in place of the locations."""
-    offsets = torch.randn(arguments.pop('sampling_locations').shape)
-    return {**arguments, 'reference_points': torch.rand(B, Q, L, 2), 'sampling_offsets': offsets}
+def meta(tensor: Tensor) -> Tensor:
+    return tensor.to('meta')
 
 
-def msda_arguments() -> dict:
-    arguments = kda_arguments()
-    del arguments['query'], arguments['key']
-    return {**arguments, 'attention_weights': torch.rand(B, Q, M, L, P)}
+def three(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor[..., :1]], -1)
 
 
-# Name of the argument that the message must begin with -> what is wrong with it.
-BAD = {
-    'value with three dimensions': ('value', lambda value: value[0]),
-    'value of integers': ('value', lambda value: value.long()),
-    'value of another batch': ('sampling_locations', lambda value: value[:1], 'value'),
-    'locations with three numbers': (
-        'sampling_locations',
-        lambda locations: torch.cat([locations, locations[..., :1]], -1),
-    ),
-    'locations without heads': ('sampling_locations', lambda locations: locations[:, :, 0]),
-    'locations of other heads': ('sampling_locations', lambda locations: locations[:, :, :1]),
-    'locations of another dtype': ('sampling_locations', lambda locations: locations.double()),
-    'locations of less than float64': ('sampling_locations', torch.Tensor.double, 'value'),
-    'locations on another device': ('sampling_locations', lambda locations: locations.to('meta')),
-    'no points': ('sampling_locations', lambda locations: locations[:, :, :, :, :0]),
-    'shapes of floats': ('spatial_shapes', lambda shapes: shapes.float()),
-    'shapes without pairs': ('spatial_shapes', lambda shapes: shapes[0]),
-    'shapes of four sides': ('spatial_shapes', lambda shapes: [(3, 4, 1, 2)]),
-    'shapes without values': ('spatial_shapes', lambda shapes: shapes.to('meta')),
-    'shapes of one level': ('spatial_shapes', lambda shapes: shapes[:1]),
-    'shapes of other sizes': ('spatial_shapes', lambda shapes: shapes + 1),
-    'shapes of nothing': ('spatial_shapes', lambda shapes: [(0, 5), (2, 7)]),
-    'shapes that are negative': ('spatial_shapes', lambda shapes: -shapes),
-}
-BAD_OFFSETS = {
-    'value of another batch': ('sampling_offsets', lambda value: value[:1], 'value'),
-    'offsets without points': ('sampling_offsets', lambda offsets: offsets[:, :, :, :, 0]),
-    'offsets of other levels': (
-        'sampling_offsets',
-        lambda offsets: torch.cat([offsets, offsets], 3),
-    ),
-    'offsets of another dtype': ('sampling_offsets', lambda offsets: offsets.double()),
-    'offsets on another device': ('sampling_offsets', lambda offsets: offsets.to('meta')),
-    'reference points without levels': ('reference_points', lambda points: points[:, :, 0]),
-    'reference points with three numbers': (
-        'reference_points',
-        lambda points: torch.cat([points, points[..., :1]], -1),
-    ),
-    'reference points of other queries': ('reference_points', lambda points: points[:, 1:]),
-    'reference points of other images': (
-        'reference_points',
-        lambda points: torch.cat([points, points]),
-    ),
-    'reference points of other levels': (
-        'spatial_shapes',
-        lambda points: points[:, :, :1],
-        'reference_points',
-    ),
-    'reference points of another dtype': ('reference_points', lambda points: points.half()),
-    'reference points on another device': ('reference_points', lambda points: points.to('meta')),
-    'shapes of other sizes': ('spatial_shapes', lambda shapes: shapes + 1),
-}
-BAD_KDA = {
-    'query of other heads': ('query', lambda query: query[:, :, :1]),
-    'query of another width': ('query', lambda query: query[..., :4]),
-    'query of another dtype': ('query', lambda query: query.bfloat16()),
-    'query on another device': ('query', lambda query: query.to('meta')),
-    'key of other tokens': ('key', lambda key: key[:, 1:]),
-    'key of another dtype': ('key', lambda key: key.half()),
-}
-BAD_MSDA = {
-    'tokens missing': ('spatial_shapes', lambda value: value[:, 1:], 'value'),
-    'weights of other points': ('attention_weights', lambda weights: weights[..., :1]),
-    'weights of another dtype': ('attention_weights', lambda weights: weights.half()),
-    'weights on another device': ('attention_weights', lambda weights: weights.to('meta')),
-}
+# An argument, what is wrong with it, and which argument the message begins with, if another one.
+BAD = [
+    ('value', lambda value: value[0]),
+    ('value', Tensor.long),
+    ('value', lambda value: value[:1], 'sampling_locations'),
+    ('value', Tensor.double, 'sampling_locations'),
+    ('sampling_locations', three),
+    ('sampling_locations', lambda locations: locations[:, :, 0]),
+    ('sampling_locations', lambda locations: locations[:, :, :1]),
+    ('sampling_locations', lambda locations: locations[:, :, :, :, :0]),
+    ('sampling_locations', Tensor.double),
+    ('sampling_locations', meta),
+    ('spatial_shapes', Tensor.float),
+    ('spatial_shapes', meta),
+    ('spatial_shapes', lambda shapes: shapes[0]),
+    ('spatial_shapes', lambda shapes: [(3, 4, 1, 2)]),
+    ('spatial_shapes', lambda shapes: shapes[:1]),
+    ('spatial_shapes', lambda shapes: shapes + 1),
+    ('spatial_shapes', lambda shapes: [(0, 5), (2, 7)]),
+    ('spatial_shapes', lambda shapes: -shapes),
+]
+BAD_OFFSETS = [
+    ('value', lambda value: value[:1], 'sampling_offsets'),
+    ('sampling_offsets', lambda offsets: offsets[:, :, :, :, 0]),
+    ('sampling_offsets', lambda offsets: torch.cat([offsets, offsets], 3)),
+    ('sampling_offsets', Tensor.double),
+    ('sampling_offsets', meta),
+    ('reference_points', lambda points: points[:, :, 0]),
+    ('reference_points', three),
+    ('reference_points', lambda points: points[:, 1:]),
+    ('reference_points', lambda points: torch.cat([points, points])),
+    ('reference_points', lambda points: points[:, :, :1], 'spatial_shapes'),
+    ('reference_points', Tensor.half),
+    ('reference_points', meta),
+    ('spatial_shapes', lambda shapes: shapes + 1),
+]
+BAD_KEY_AWARE = [
+    ('query', lambda query: query[:, :, :1]),
+    ('query', lambda query: query[..., :4]),
+    ('query', Tensor.bfloat16),
+    ('query', meta),
+    ('key', lambda key: key[:, 1:]),
+    ('key', Tensor.half),
+]
+BAD_STANDARD = [
+    ('value', lambda value: value[:, 1:], 'spatial_shapes'),
+    ('attention_weights', lambda weights: weights[..., :1]),
+    ('attention_weights', Tensor.half),
+    ('attention_weights', meta),
+]
 
 
-def check_refused(function, arguments, blamed, change, changed=None):
-    changed = changed or blamed
+@pytest.mark.parametrize('choose', [nullcontext, partial(ops.use_backend, 'reference')])
+@pytest.mark.parametrize(
+    ('name', 'bad'),
+    [
+        *(('key_aware_deform_attn', bad) for bad in BAD + BAD_KEY_AWARE),
+        *(('ms_deform_attn', bad) for bad in BAD + BAD_STANDARD),
+        *(('key_aware_deform_attn_from_offsets', bad) for bad in BAD_OFFSETS + BAD_KEY_AWARE),
+        *(('ms_deform_attn_from_offsets', bad) for bad in BAD_STANDARD),
+    ],
+)
+def test_refuses(name, bad, choose):
+    arguments, (changed, change, *blamed) = arguments_of(name), bad
     arguments[changed] = change(arguments[changed])
-    with pytest.raises(ValueError) as raised:
-        function(**arguments)
+    with choose(), pytest.raises(ValueError) as raised:
+        getattr(ops, name)(**arguments)
     message = str(raised.value)
-    assert message.startswith(blamed), message
-    assert '\n' not in message
-
-
-@pytest.mark.parametrize('what', [*BAD, *BAD_KDA])
-def test_key_aware_refuses(what):
-    check_refused(ops.key_aware_deform_attn, kda_arguments(), *{**BAD, **BAD_KDA}[what])
-
-
-@pytest.mark.parametrize('what', [*BAD, *BAD_MSDA])
-def test_standard_refuses(what):
-    check_refused(ops.ms_deform_attn, msda_arguments(), *{**BAD, **BAD_MSDA}[what])
-
-
-@pytest.mark.parametrize('backend', ['cpu', 'reference'])
-@pytest.mark.parametrize('what', [*BAD_OFFSETS, *BAD_KDA, *BAD_MSDA])
-def test_from_offsets_refuses(what, backend):
-    if backend == 'cpu' and not cpu.status()[0]:
-        pytest.skip(cpu.status()[1])
-    arguments, function = kda_arguments(), ops.key_aware_deform_attn_from_offsets
-    if what in BAD_MSDA:
-        arguments, function = msda_arguments(), ops.ms_deform_attn_from_offsets
-    bad = {**BAD_OFFSETS, **BAD_KDA, **BAD_MSDA}[what]
-    with ops.use_backend(backend):
-        check_refused(function, offsets_in(arguments), *bad)
+    assert message.startswith((*blamed, changed)[0]) and '\n' not in message, message
 
 
 def test_shapes_may_be_a_list_of_pairs():
-    arguments = msda_arguments()
+    arguments = arguments_of('ms_deform_attn')
     expected = ops.ms_deform_attn(**arguments)
-    arguments['spatial_shapes'] = SHAPES
-    assert torch.equal(ops.ms_deform_attn(**arguments), expected)
-    arguments['spatial_shapes'] = torch.tensor(SHAPES, dtype=torch.int32)
-    assert torch.equal(ops.ms_deform_attn(**arguments), expected)
+    for shapes in (SHAPES, torch.tensor(SHAPES, dtype=torch.int32)):
+        assert torch.equal(ops.ms_deform_attn(**{**arguments, 'spatial_shapes': shapes}), expected)
 
 
 class Pyramid(torch.nn.Module):
@@ -204,7 +180,8 @@ def test_export_with_dynamic_batch_and_sizes():
 
 
 def test_key_given_as_value_is_sampled_once(monkeypatch):
-    arguments, sampled, sample = kda_arguments(), [], functional.reference.sample
+    arguments, sampled = arguments_of('key_aware_deform_attn'), []
+    sample = functional.reference.sample
     monkeypatch.setattr(
         functional.reference, 'sample', lambda *args: sampled.append(args) or sample(*args)
     )
@@ -216,11 +193,9 @@ def test_key_given_as_value_is_sampled_once(monkeypatch):
     torch.testing.assert_close(shared, apart)
 
 
-@pytest.mark.parametrize('backend', ['reference', 'cpu'])
+@each_backend
 def test_autocast_rounds_features_but_not_locations(backend):
-    if backend == 'cpu' and not cpu.status()[0]:
-        pytest.skip(cpu.status()[1])
-    arguments = kda_arguments()
+    arguments = arguments_of('key_aware_deform_attn')
     rounded = {
         name: tensor.bfloat16() if name in ('query', 'key', 'value') else tensor
         for name, tensor in arguments.items()
@@ -244,22 +219,19 @@ def test_backends_are_listed_with_their_reasons():
     assert all(backend.detail for backend in backends.values())
 
 
-def test_unknown_backend():
-    expected = pytest.raises(ValueError, match=r'backend must be one of .*reference.*numpy')
-    with expected, ops.use_backend('numpy'):
+def test_backends_that_cannot_be_forced(monkeypatch):
+    unknown = pytest.raises(ValueError, match=r'backend must be one of .*reference.*numpy')
+    with unknown, ops.use_backend('numpy'):
         pass
-
-
-def test_backend_that_cannot_run(monkeypatch):
     monkeypatch.setattr(cpu, 'status', lambda: (False, 'no compiler'))
-    expected = pytest.raises(RuntimeError, match='cpu backend cannot run here: no compiler')
-    with expected, ops.use_backend('cpu'):
+    missing = pytest.raises(RuntimeError, match='cpu backend cannot run here: no compiler')
+    with missing, ops.use_backend('cpu'):
         pass
 
 
 def test_without_kernels_the_reference_runs(monkeypatch):
     """What happens where the kernels could not be compiled."""
-    arguments = msda_arguments()
+    arguments = arguments_of('ms_deform_attn')
     with ops.use_backend('reference'):
         expected = ops.ms_deform_attn(**arguments)
     monkeypatch.setattr(cpu, '_kernels', None)
@@ -269,28 +241,18 @@ def test_without_kernels_the_reference_runs(monkeypatch):
     assert torch.equal(ops.ms_deform_attn(**arguments), expected)
 
 
-def test_backend_choice_ends_with_its_block(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        functional.reference, 'ms_deform_attn', lambda *args: calls.append(args) or args[0]
-    )
-    arguments = msda_arguments()
+def test_backend_choice_ends_with_its_block():
     with ops.use_backend('reference'):
         with ops.use_backend('reference'):
             pass
         assert functional._choice.backend == 'reference'
-        ops.ms_deform_attn(**arguments)
-    assert len(calls) == 1
-    if cpu.status()[0]:
-        with pytest.raises(KeyError), ops.use_backend('reference'):
-            raise KeyError
-        ops.ms_deform_attn(**arguments)
-        assert len(calls) == 1
+    with pytest.raises(KeyError), ops.use_backend('reference'):
+        raise KeyError
+    assert functional._choice.backend is None
 
 
+@pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])
 def test_forced_backend_refuses_what_it_does_not_serve():
-    if not cpu.status()[0]:
-        pytest.skip(cpu.status()[1])
     value = torch.randn(1, 1, 1, 300)
     locations, weights = torch.rand(1, 1, 1, 1, 1, 2), torch.rand(1, 1, 1, 1, 1)
     with ops.use_backend('cpu'), pytest.raises(ValueError, match=r'cpu backend .* these have 300'):
@@ -322,7 +284,7 @@ def test_backend_is_forced_for_the_thread_alone():
 @pytest.mark.skipif(torch.__version__ < (2, 6), reason='dynamo of torch 2.6 and later')
 def test_compiled_graph_follows_the_forced_backend():
     torch.compiler.reset()
-    arguments = msda_arguments()
+    arguments = arguments_of('ms_deform_attn')
     arguments['spatial_shapes'] = SHAPES
     compiled = torch.compile(ops.ms_deform_attn, fullgraph=True, backend='eager')
     expected = ops.ms_deform_attn(**arguments)
@@ -336,7 +298,7 @@ def test_compiled_graph_follows_the_forced_backend():
 def test_meta_tensors(shared):
     arguments = {
         name: tensor.to('meta')
-        for name, tensor in kda_arguments().items()
+        for name, tensor in arguments_of('key_aware_deform_attn').items()
         if name != 'spatial_shapes'
     }
     if shared:
@@ -344,62 +306,44 @@ def test_meta_tensors(shared):
     arguments = {name: tensor.requires_grad_() for name, tensor in arguments.items()}
     output = ops.key_aware_deform_attn(**arguments, spatial_shapes=SHAPES)
     assert output.is_meta and output.shape == (B, Q, M * D)
+    assert type(output.grad_fn).__name__ == '_AttentionBackward'  # no formulation's steps
     output.sum().backward()
     assert all(tensor.grad.shape == tensor.shape for tensor in arguments.values())
     with pytest.raises(ValueError, match='spatial_shapes'):
         ops.key_aware_deform_attn(**arguments, spatial_shapes=[(3, 4)])
 
 
-@pytest.fixture(
-    params=[
-        f'{variant}{places}'
-        for variant in ('shared', 'apart', 'standard')
-        for places in ('', ', offsets', ', offsets, one reference')
-    ]
-)
-def function(request):
-    """An operator as a function of its tensors, and the tensors."""
-    variant, *places = request.param.split(', ')
-    arguments = msda_arguments() if variant == 'standard' else kda_arguments()
-    del arguments['spatial_shapes']
-    if variant == 'shared':
-        del arguments['key']
-    name = 'ms_deform_attn' if variant == 'standard' else 'key_aware_deform_attn'
-    if places:
-        arguments, name = offsets_in(arguments), f'{name}_from_offsets'
-    if 'one reference' in places:
-        arguments['reference_points'] = arguments['reference_points'][:1]
-    names = list(arguments)
-
-    def call(*tensors):
-        given = dict(zip(names, tensors))
-        if variant != 'standard':
-            given = {'key': given['value'], **given}
-        return getattr(ops, name)(**given, spatial_shapes=SHAPES)
-
-    return call, list(arguments.values())
+@pytest.fixture(params=[None, dict(), dict(boxes=True, shared=True), dict(batch=1)], ids=str)
+def places(request):
+    return request.param
 
 
-@pytest.mark.parametrize('backend', ['cpu', 'reference'])
-def test_every_gradient_reaches_its_own_argument(function, backend):
-    if backend == 'cpu' and not cpu.status()[0]:
-        pytest.skip(cpu.status()[1])
-    call, tensors = function
-    leaves = [tensor.double().requires_grad_() for tensor in tensors]
+@pytest.fixture(params=VARIANTS)
+def case(request, places):
+    # With 9 points, a head has more of them than one chunk of the CPU kernels.
+    case = Case(request.param, ((3, 4), (1, 2)), 2, 2, 2, 3, 9, torch.float64, seed=3)
+    return case if places is None else case.from_offsets(**places)
+
+
+@each_backend
+def test_every_gradient_reaches_its_own_argument(case, backend):
+    leaves = [tensor.requires_grad_() for tensor in case.inputs.values()]
     with ops.use_backend(backend):
-        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+        assert torch.autograd.gradcheck(lambda *t: case.call(dict(zip(case.inputs, t))), leaves)
 
 
-def test_second_derivatives_and_forward_mode_are_refused(function):
-    if not cpu.status()[0]:
-        pytest.skip(cpu.status()[1])
-    call, tensors = function
-    first = tensors[0].requires_grad_()
-    (grad,) = torch.autograd.grad(call(*tensors).square().sum(), first, create_graph=True)
-    with pytest.raises(RuntimeError, match='cannot be differentiated twice'):
-        grad.sum().backward()
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match='jvp'):
-        call(forward_ad.make_dual(first.detach(), first.detach()), *tensors[1:])
+@pytest.mark.skipif(not cpu.status()[0], reason=cpu.status()[1])
+def test_second_derivatives_and_forward_mode_are_refused(case):
+    for name, tensor in case.inputs.items():
+        first = tensor.requires_grad_()
+        (grad,) = torch.autograd.grad(
+            case.call(case.inputs).square().sum(), first, create_graph=True
+        )
+        with pytest.raises(RuntimeError, match='cannot be differentiated twice'):
+            grad.sum().backward()
+        dual = forward_ad.make_dual
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match='jvp'):
+            case.call({**case.inputs, name: dual(first.detach(), first.detach())})
 
 
 def test_ops_load_torch_alone():

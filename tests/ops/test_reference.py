@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from operator_cases import Case
 from torch import Tensor
 
 from mmlite.ops import reference
 
 SHAPES = ((4, 5), (2, 3), (1, 1))
-B, Q, M, D, P = 2, 7, 3, 8, 4
-S, L = sum(h * w for h, w in SHAPES), len(SHAPES)
+SIZES = dict(shapes=SHAPES, queries=7, dim=8, dtype=torch.float64)
 
 
 @pytest.fixture
 def inputs() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    locations = torch.rand(B, Q, M, L, P, 2, generator=generator, dtype=torch.float64) * 1.6 - 0.3
-    return dict(
-        query=normal(B, Q, M, D),
-        key=normal(B, S, M, D),
-        value=normal(B, S, M, D),
-        locations=locations,
-        weights=torch.rand(B, Q, M, L, P, generator=generator, dtype=torch.float64),
-    )
+    return Case('key apart', **SIZES).inputs
 
 
 def sample_one(rows: Tensor, x: float, y: float) -> Tensor:
@@ -47,110 +36,74 @@ def sample_one(rows: Tensor, x: float, y: float) -> Tensor:
 
 
 def sample_all(features: Tensor, locations: Tensor) -> Tensor:
-    samples = torch.zeros(B, Q, M, L * P, D, dtype=features.dtype)
-    for b in range(B):
-        for m in range(M):
-            maps = features[b, :, m].split([h * w for h, w in SHAPES])
-            for q in range(Q):
-                for i in range(L * P):
-                    level, point = divmod(i, P)
-                    rows = maps[level].unflatten(0, SHAPES[level])
-                    x, y = locations[b, q, m, level, point].tolist()
-                    samples[b, q, m, i] = sample_one(rows, x, y)
-    return samples
+    samples = features.new_zeros(*locations.shape[:5], features.shape[3])
+    starts = itertools.accumulate((h * w for h, w in SHAPES), initial=0)
+    for level, ((height, width), start) in enumerate(zip(SHAPES, starts)):
+        maps = features[:, start : start + height * width].unflatten(1, (height, width))
+        for b, q, m, p in itertools.product(
+            *map(range, (*locations.shape[:3], locations.shape[4]))
+        ):
+            x, y = locations[b, q, m, level, p].tolist()
+            samples[b, q, m, level, p] = sample_one(maps[b, :, :, m], x, y)
+    return samples.flatten(3, 4)
 
 
-@pytest.fixture
-def spatial_shapes() -> tuple[tuple[int, int], ...]:
-    return SHAPES
-
-
-def test_samples(inputs, spatial_shapes):
-    actual = reference.sample(inputs['value'], spatial_shapes, inputs['locations'])
-    torch.testing.assert_close(actual, sample_all(inputs['value'], inputs['locations']))
-
-
-@pytest.mark.parametrize('wild', [math.nan, math.inf, -math.inf, 1e300, -1e300])
-def test_wild_locations_are_outside(inputs, spatial_shapes, wild):
-    locations = inputs['locations'].clone()
-    locations[0, :, 0, :, :, 0] = wild
-    locations[1, 0, :, 1] = wild
-    locations.requires_grad_()
-    actual = reference.sample(inputs['value'], spatial_shapes, locations)
-    torch.testing.assert_close(actual, sample_all(inputs['value'], locations.detach()))
+@pytest.mark.parametrize('wild', [None, math.nan, math.inf, -math.inf, 1e300, -1e300])
+def test_samples(inputs, wild):
+    """Locations that are no places in the map are outside."""
+    locations = inputs['locations']
+    if wild is not None:
+        locations[0, :, 0, :, :, 0] = wild
+        locations[1, 0, :, 1] = wild
+    expected = sample_all(inputs['value'], locations)
+    actual = reference.sample(inputs['value'], SHAPES, locations.requires_grad_())
+    torch.testing.assert_close(actual, expected)
     assert torch.autograd.grad(actual.sum(), locations)[0].isfinite().all()
 
 
 @pytest.mark.parametrize('shared', [True, False])
-def test_key_aware_attention_is_softmax_attention_over_the_samples(inputs, spatial_shapes, shared):
-    values = sample_all(inputs['value'], inputs['locations'])
-    keys = values if shared else sample_all(inputs['key'], inputs['locations'])
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        inputs['query'].unsqueeze(-2), keys, values
-    )
-    actual = reference.key_aware_deform_attn(
-        inputs['query'],
-        None if shared else inputs['key'],
-        inputs['value'],
-        spatial_shapes,
-        inputs['locations'],
-    )
+def test_key_aware_attention_is_softmax_attention_over_the_samples(inputs, shared):
+    query, key, value, locations = (inputs[n] for n in ('query', 'key', 'value', 'locations'))
+    values = sample_all(value, locations)
+    keys = values if shared else sample_all(key, locations)
+    expected = torch.nn.functional.scaled_dot_product_attention(query.unsqueeze(-2), keys, values)
+    key = None if shared else key
+    actual = reference.key_aware_deform_attn(query, key, value, SHAPES, locations)
     torch.testing.assert_close(actual, expected.squeeze(-2).flatten(2))
 
 
-def test_points_outside_stay_in_the_softmax(inputs, spatial_shapes):
+def test_points_outside_stay_in_the_softmax(inputs):
     """With one point in the map and all others outside, its weight is not one."""
     locations = torch.full_like(inputs['locations'], -3.0)
     locations[:, :, :, 0, 0] = 0.5
-    zero_query = torch.zeros_like(inputs['query'])
-    actual = reference.key_aware_deform_attn(
-        zero_query, None, inputs['value'], spatial_shapes, locations
-    )
-    sampled = reference.sample(inputs['value'], spatial_shapes, locations)[:, :, :, 0]
-    torch.testing.assert_close(actual, sampled.flatten(2) / (L * P))
+    query, value = torch.zeros_like(inputs['query']), inputs['value']
+    actual = reference.key_aware_deform_attn(query, None, value, SHAPES, locations)
+    sampled = reference.sample(value, SHAPES, locations)[:, :, :, 0]
+    torch.testing.assert_close(actual, sampled.flatten(2) / (3 * 4))
 
 
-def test_standard_attention_is_mmcvs(inputs, spatial_shapes):
+def test_standard_attention_is_mmcvs():
     """Outputs and gradients of mmcv's own PyTorch function."""
     mmcv_ops = pytest.importorskip('mmcv.ops.multi_scale_deform_attn', reason='needs mmcv')
-    tensors = [inputs[name].clone().requires_grad_() for name in ('value', 'locations', 'weights')]
-    value, locations, weights = tensors
-    actual = reference.ms_deform_attn(value, spatial_shapes, locations, weights)
+    case = Case('standard', **SIZES)
+    value, locations, weights = tensors = [t.requires_grad_() for t in case.inputs.values()]
+    actual = reference.ms_deform_attn(value, SHAPES, locations, weights)
     expected = mmcv_ops.multi_scale_deformable_attn_pytorch(
-        value, torch.tensor(spatial_shapes), locations, weights
+        value, torch.tensor(SHAPES), locations, weights
     )
     torch.testing.assert_close(actual, expected)
-    grad_output = torch.randn_like(actual)
     for mine, theirs in zip(
-        torch.autograd.grad(actual, tensors, grad_output),
-        torch.autograd.grad(expected, tensors, grad_output),
+        torch.autograd.grad(actual, tensors, case.grad_output),
+        torch.autograd.grad(expected, tensors, case.grad_output),
     ):
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_half_precision_is_rounded_once(inputs, spatial_shapes, dtype):
-    rounded = {name: tensor.to(dtype) for name, tensor in inputs.items()}
-    wide = {name: tensor.float() for name, tensor in rounded.items()}
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(inputs, half):
+    def call(dtype: torch.dtype) -> Tensor:
+        tensors = {name: tensor.to(half).to(dtype) for name, tensor in inputs.items()}
+        query, key, value, locations = (tensors[n] for n in ('query', 'key', 'value', 'locations'))
+        return reference.key_aware_deform_attn(query, key, value, SHAPES, locations)
 
-    def call(tensors):
-        return reference.key_aware_deform_attn(
-            tensors['query'], tensors['key'], tensors['value'], spatial_shapes, tensors['locations']
-        )
-
-    assert torch.equal(call(rounded), call(wide).to(dtype))
-
-
-def test_gradcheck(spatial_shapes):
-    shapes = [(2, 3), (1, 2)]
-    generator = torch.Generator().manual_seed(1)
-    tensors = [
-        torch.randn(1, 2, 1, 3, generator=generator, dtype=torch.float64),
-        torch.randn(1, 8, 1, 3, generator=generator, dtype=torch.float64),
-        torch.randn(1, 8, 1, 3, generator=generator, dtype=torch.float64),
-        torch.rand(1, 2, 1, 2, 2, 2, generator=generator, dtype=torch.float64),
-    ]
-    assert torch.autograd.gradcheck(
-        lambda q, k, v, loc: reference.key_aware_deform_attn(q, k, v, shapes, loc),
-        [tensor.requires_grad_() for tensor in tensors],
-    )
+    assert torch.equal(call(half), call(torch.float32).to(half))

@@ -72,9 +72,8 @@ class AtomicBackend(LocalBackend):
                 file.flush()
                 os.fsync(file.fileno())  # the name must not reach the disk before the content
             beside.replace(filepath)
-        except BaseException:
+        finally:
             beside.unlink(missing_ok=True)
-            raise
 
 
 class SafeCheckpointHook(CheckpointHook):
@@ -84,10 +83,10 @@ class SafeCheckpointHook(CheckpointHook):
 
         default_hooks = dict(checkpoint=dict(type='SafeCheckpointHook', max_keep_ckpts=1))
 
-    MMEngine deletes the checkpoint that ``max_keep_ckpts`` no longer allows and then writes the
-    new one in place, so that a full disk leaves half a file or nothing. Here a checkpoint is
-    written beside and renamed, and only then is the outdated one deleted: for a moment the disk
-    holds one more than is kept. Takes all arguments of MMEngine's hook.
+    MMEngine deletes the outdated checkpoint and then writes the new one in place, so that a full
+    disk leaves half a file or nothing. Here a checkpoint is written beside and renamed, and only
+    then is the outdated one deleted: for a moment the disk holds one more than
+    ``max_keep_ckpts``. Takes all arguments of MMEngine's hook.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -99,12 +98,12 @@ class SafeCheckpointHook(CheckpointHook):
         outdated = None
         if self.max_keep_ckpts > 0 and step not in list(self.keep_ckpt_ids)[-1:]:
             if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
-                outdated = self.keep_ckpt_ids.popleft()
+                outdated = self.filename_tmpl.format(self.keep_ckpt_ids.popleft())
             self.keep_ckpt_ids.append(step)
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         super()._save_checkpoint_with_step(runner, step, meta)
         if outdated is not None and is_main_process():
-            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated))
+            path = self.file_backend.join_path(self.out_dir, outdated)
             if self.file_backend.isfile(path):
                 self.file_backend.remove(path)
             elif self.file_backend.isdir(path):  # of a sharded training

@@ -34,23 +34,22 @@ except ImportError:  # NumPy < 1.26
 # From this version on, torch's own safe loading can be told about further types by name.
 _TORCH_KNOWS_SAFE_GLOBALS = torch.__version__ >= (2, 6)
 
-# Types that hold data and run nothing when they are made.
-_PLAIN = (
-    *(HistoryBuffer, OneCycleParamScheduler, np.ndarray, np.dtype, Counter, Namespace),
-    *(set, frozenset, slice, complex),
-    *(datetime.date, datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone),
-)
 # Methods that MMEngine pickles as ``getattr(owner, name)``. The real getattr would open any door.
 _METHODS = {
     HistoryBuffer: ('min', 'max', 'mean', 'current'),
     OneCycleParamScheduler: ('_annealing_cos', '_annealing_linear'),
 }
+# Types that hold data and run nothing when they are made.
+_PLAIN = (
+    *(*_METHODS, np.ndarray, np.dtype, Counter, Namespace, set, frozenset, slice, complex),
+    *(datetime.date, datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone),
+    # Reading a dtype checks the class of the dtype object, one for each kind of number.
+    *{type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?'},
+)
 
 
 def load_checkpoint(
-    path: str | os.PathLike,
-    map_location: Any = 'cpu',
-    allow: Iterable[Callable] = (),
+    path: str | os.PathLike, map_location: Any = 'cpu', allow: Iterable[Callable] = ()
 ) -> Any:
     """Read a checkpoint file of tensors, numbers, text and other plain data.
 
@@ -71,33 +70,35 @@ def load_checkpoint(
     if not os.path.isfile(path):
         raise FileNotFoundError(f'checkpoint {path} does not exist')
     trusted = getattr(torch.serialization, 'get_safe_globals', list)()
-    known = {**_known_types(), **dict(map(_named, [*trusted, *allow]))}
-    load = _load if _TORCH_KNOWS_SAFE_GLOBALS else _load_before_torch_2_6
+    known = {**_KNOWN, **dict(map(_named, [*trusted, *allow]))}
     try:
-        return load(path, map_location, known)
+        if not _TORCH_KNOWS_SAFE_GLOBALS:
+            return _load_before_torch_2_6(path, map_location, known)
+        with torch.serialization.safe_globals([(value, name) for name, value in known.items()]):
+            return torch.load(path, map_location=map_location, weights_only=True)
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle make the reader fail in many ways
-        refused = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if refused is None:
-            reason = str(error).partition('\n')[0] or type(error).__name__
-            raise ValueError(f'{path} is not a checkpoint that torch can read: {reason}') from error
-        raise ValueError(
-            f'{path} is refused: it holds {refused[1]}, which could run code when it is loaded; '
-            f'{_way_out(refused[1], "is blocked" in str(error))}'
-        ) from error
+        raise ValueError(f'{path} {_problem(error)}') from error
 
 
-def _way_out(name: str, is_blocked: bool) -> str:
-    if is_blocked:
-        return 'torch never loads this, so do not trust the file'
-    if not hasattr(torch.serialization, 'add_safe_globals'):  # torch < 2.4
-        return f'if you trust the file, read it with load_checkpoint(path, allow=[{name}])'
-    module = name.rpartition('.')[0]
-    return (
-        'if you trust the file, run this before, or put it at the top of the config: '
-        f'import torch, {module}; torch.serialization.add_safe_globals([{name}])'
-    )
+def _problem(error: Exception) -> str:
+    text = str(error)
+    refused = re.search(r'GLOBAL ((?:([\w.]+)\.)?\w+)', text)
+    if refused is None:
+        reason = text.partition('\n')[0] or type(error).__name__
+        return f'is not a checkpoint that torch can read: {reason}'
+    name, module = refused[1], refused[2] or 'builtins'
+    if 'is blocked' in text:
+        way_out = 'torch never loads this, so do not trust the file'
+    elif hasattr(torch.serialization, 'add_safe_globals'):
+        way_out = (
+            'if you trust the file, run this before, or put it at the top of the config: '
+            f'import torch, {module}; torch.serialization.add_safe_globals([{name}])'
+        )
+    else:  # torch < 2.4
+        way_out = f'if you trust the file, read it with load_checkpoint(path, allow=[{name}])'
+    return f'is refused: it holds {name}, which could run code when it is loaded; {way_out}'
 
 
 def _named(entry: Any) -> tuple[str, Callable]:
@@ -106,36 +107,31 @@ def _named(entry: Any) -> tuple[str, Callable]:
     return (*name, f'{value.__module__}.{value.__qualname__}')[0], value
 
 
-def _known_types() -> dict[str, Callable]:
-    """What a checkpoint may name, by the names it is pickled under."""
-    known = dict(map(_named, _PLAIN))
-    known['builtins.getattr'] = _method
-    known['_codecs.encode'] = codecs.encode  # the bytes of an array, in pickle's protocol 2
-    # NumPy 2 moved its core, so a file may come from either side of the move.
-    for core in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        known[f'{core}._reconstruct'] = multiarray._reconstruct
-        known[f'{core}.scalar'] = multiarray.scalar
-    # Reading a dtype checks the class of the dtype object, one for each kind of number.
-    for number in np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?':
-        known.update([_named(type(np.dtype(number)))])
-    # A path of another system cannot be made here, but its text can. Python 3.13 moved the classes.
-    for name in ('PosixPath', 'WindowsPath'):
-        for module in ('pathlib', 'pathlib._local'):
-            known[f'{module}.{name}'] = known[f'{module}.Pure{name}'] = getattr(
-                pathlib, f'Pure{name}'
-            )
-    return known
-
-
 def _method(owner: Any, name: str) -> Callable:
     if name not in _METHODS.get(owner, ()):
         raise pickle.UnpicklingError(f'GLOBAL builtins.getattr of {owner!r} and {name!r}')
     return getattr(owner, name)
 
 
-def _load(path: str, map_location: Any, known: dict[str, Callable]) -> Any:
-    with torch.serialization.safe_globals([(value, name) for name, value in known.items()]):
-        return torch.load(path, map_location=map_location, weights_only=True)
+# What a checkpoint may name, by the names it is pickled under.
+_KNOWN: dict[str, Callable] = {
+    **dict(map(_named, _PLAIN)),
+    'builtins.getattr': _method,
+    '_codecs.encode': codecs.encode,  # the bytes of an array, in pickle's protocol 2
+    # NumPy 2 moved its core, so a file may come from either side of the move.
+    **{
+        f'numpy.{core}.multiarray.{maker.__name__}': maker
+        for core in ('core', '_core')
+        for maker in (multiarray._reconstruct, multiarray.scalar)
+    },
+    # A path of another system cannot be made here, but its text can. Python 3.13 moved the classes.
+    **{
+        f'{module}.{pure}{system}Path': getattr(pathlib, f'Pure{system}Path')
+        for module in ('pathlib', 'pathlib._local')
+        for pure in ('', 'Pure')
+        for system in ('Posix', 'Windows')
+    },
+}
 
 
 def _load_before_torch_2_6(path: str, map_location: Any, known: dict[str, Callable]) -> Any:

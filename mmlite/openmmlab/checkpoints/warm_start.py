@@ -4,7 +4,7 @@ Whatever has a counterpart in the stock detector is copied. What is new is fitte
 and without gradients, to what the stock detector computes on a few images:
 
 - the query projection of key-aware attention, so that its logits come close to those that the stock
-  attention predicts from the query alone (weighted least squares, solved by conjugate gradients);
+  attention predicts from the query alone (weighted least squares, solved by L-BFGS);
 - the small FFN, made of those hidden units of the stock FFN that contribute most, with an output
   layer that least squares solves for. Its target is the stock encoder's token at the same depth, so
   it also makes up for the updates that the schedule leaves out.
@@ -24,7 +24,6 @@ from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ...models import copy_counterparts, stock_layers
 from ...ops.reference import sample
@@ -69,17 +68,14 @@ class WarmStart:
             f'{after.memory:.1%} of the stock detector ({before.memory:.1%} before the fit)'
         )
         if self.fresh:
-            names = ', '.join(self.fresh[:3]) + (' ...' if len(self.fresh) > 3 else '')
-            text += (
-                f'; {len(self.fresh)} entries start at random, as the weights have another number '
-                f'of classes or queries: {names}'
+            return (
+                f'{text}; {len(self.fresh)} entries start at random, as the weights have another '
+                f'number of classes or queries: {", ".join(self.fresh)}'
             )
-        if after.found is not None:
-            text += (
-                f', {after.found:.1%} of its detections found ({before.found:.1%}), scores within '
-                f'{after.score:.3f}'
-            )
-        return text
+        return (
+            f'{text}, {after.found:.1%} of its detections found ({before.found:.1%}), scores '
+            f'within {after.score:.3f}'
+        )
 
 
 @torch.no_grad()
@@ -113,11 +109,13 @@ def warm_start(
     fitted = [name for name in new if name not in fresh]
     training = model.training
     model.eval()
-    targets: dict[int, tuple] = {}  # of each stock layer, the tokens before its last norm
+    # Arguments of modules: of the stock layers' last norms, and of the Lite layers.
+    kept: dict[nn.Module, tuple] = {}
     norms = [layer.norms[1] for layer in _encoder(stock).layers]
-    expected = _outputs(stock, data, [_keep_arguments(n, targets, i) for i, n in enumerate(norms)])
+    keep = [norm.register_forward_pre_hook(kept.__setitem__) for norm in norms]
+    expected = _outputs(stock, data, keep)
     before = _agreement(expected, _outputs(model, data), not fresh)
-    _outputs(model, data, _fits(model, stock, targets))
+    _outputs(model, data, _fits(model, stock, kept))
     after = _agreement(expected, _outputs(model, data), not fresh)
     model.train(training)
     return WarmStart(copied, fitted, unused, before, after, fresh)
@@ -167,94 +165,69 @@ def _teacher_config(model_config: ConfigDict, state: Mapping[str, Tensor]) -> Co
     config = stock_config(model_config)
     path, holder, family = find_holder(config)
     rows = {name: len(value) for name, value in state.items() if value.dim()}
-    if path and 'num_things_classes' in config[path[0]]:
-        _fit_segmenter(config, path[0], rows)
-        return config
-    head, queries = holder.get('bbox_head', {}), holder.get('num_queries', 300)
-    # A class layer that compares with a text has no rows; the denoising queries' labels have.
-    counted = 'dn_query_generator.label_embedding.weight'
-    counted = counted if family.reads_text else 'bbox_head.cls_branches.0.bias'
-    if 'num_classes' in head:
-        head.num_classes = rows.get(counted, head.num_classes)
-    embedded = rows.get('query_embedding.weight')
-    if embedded is not None:
+    if path and 'num_things_classes' in config[path[0]]:  # Mask2Former
+        test_cfg, head = config.get('test_cfg'), config[path[0]]
+        head.num_queries = rows.get(f'{path[0]}.query_embed.weight', head.get('num_queries', 100))
+        classes = head.num_things_classes + head.num_stuff_classes
+        given = rows.get(f'{path[0]}.cls_embed.bias', classes + 1) - 1  # the last is no object
+        if given != classes:
+            for part in (head, config.get('panoptic_fusion_head') or {}):
+                part.update(num_things_classes=given, num_stuff_classes=0)
+        most = given * head.num_queries
+    else:
+        test_cfg, head = holder.get('test_cfg'), holder.get('bbox_head', {})
+        # A class layer that compares with a text has no rows; the denoising queries' labels have.
+        counted = 'dn_query_generator.label_embedding.weight'
+        counted = counted if family.reads_text else 'bbox_head.cls_branches.0.bias'
+        if 'num_classes' in head:
+            head.num_classes = rows.get(counted, head.num_classes)
+        queries = holder.get('num_queries', 300)
+        embedded = rows.get('query_embedding.weight', queries)
         if family.stock == 'HDeformableDETR':
             # Weights do not show how they split; inference runs the first, the one-to-one queries.
-            queries = min(queries, embedded)
-            holder.num_one2many_queries = embedded - queries
-        else:
-            queries = embedded
-        holder.num_queries = queries
-    if 'max_per_img' in (holder.get('test_cfg') or {}):
-        most = queries * (1 if family.reads_text else head.get('num_classes', 80))
-        holder.test_cfg.max_per_img = min(holder.test_cfg.max_per_img, most)
+            holder.num_one2many_queries = embedded - min(queries, embedded)
+            embedded = min(queries, embedded)
+        holder.num_queries = embedded
+        most = embedded * (1 if family.reads_text else head.get('num_classes', 80))
+    for name in {'max_per_img', 'max_per_image'} & set(test_cfg or ()):
+        test_cfg[name] = min(test_cfg[name], most)
     return config
-
-
-def _fit_segmenter(config: ConfigDict, name: str, rows: Mapping[str, int]) -> None:
-    """Give Mask2Former's head the number of classes and queries that the weights have."""
-    head = config[name]
-    head.num_queries = rows.get(f'{name}.query_embed.weight', head.get('num_queries', 100))
-    classes = head.num_things_classes + head.num_stuff_classes
-    given = rows.get(f'{name}.cls_embed.bias', classes + 1) - 1  # the last is no object
-    if given != classes:
-        for part in (head, config.get('panoptic_fusion_head')):
-            if part is not None:
-                part.update(num_things_classes=given, num_stuff_classes=0)
-    if 'max_per_image' in (config.get('test_cfg') or {}):
-        most = min(config.test_cfg.max_per_image, given * head.num_queries)
-        config.test_cfg.max_per_image = most
 
 
 # --- Fits -------------------------------------------------------------------------------------
 
 
-def _fits(model: nn.Module, stock: nn.Module, targets: dict[int, tuple]) -> Iterator:
+def _fits(model: nn.Module, stock: nn.Module, kept: dict[nn.Module, tuple]) -> Iterator:
     """Hooks that fit what is new as it is called, behind what is fitted already."""
     theirs = {}  # name of an attention in the Lite and in the stock detector, where they differ
-    calls: dict[int, tuple] = {}
     for index, stock_index in enumerate(stock_layers(_encoder(model).steps)):
         name = f'{encoder_name(model)}.layers.'
         theirs[f'{name}{index}.self_attn'] = f'{name}{stock_index}.self_attn'
         layer, stock_layer = _encoder(model).layers[index], _encoder(stock).layers[stock_index]
         if layer.has_small_ffn:
-            target = targets[stock_index][0]
-            hook = partial(_fit_small_ffn, layer, stock_layer, target, calls, index)
-            yield _keep_arguments(layer, calls, index)
+            yield layer.register_forward_pre_hook(kept.__setitem__)
+            hook = partial(_fit_small_ffn, layer, stock_layer, kept)
             yield layer.norms[0].register_forward_hook(hook)
     for name, attention in model.named_modules():
         if isinstance(attention, KeyAwareDeformableAttention):
-            hook = partial(_fit_on_call, stock.get_submodule(theirs.get(name, name)))
+            hook = partial(_fit_attention, stock.get_submodule(theirs.get(name, name)))
             yield attention.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _keep_arguments(module: nn.Module, kept: dict[int, tuple], key: int) -> RemovableHandle:
-    return module.register_forward_pre_hook(lambda _, args: kept.__setitem__(key, args))
-
-
-def _fit_on_call(stock: nn.Module, attention: nn.Module, args: tuple, kwargs: dict) -> None:
-    call = {**dict(zip(('query', 'key', 'value', 'identity', 'query_pos'), args)), **kwargs}
-    call['spatial_shapes'] = level_sizes(call['spatial_shapes'])
-    _fit_attention(attention, stock, **call)
-
-
 def _fit_attention(
-    attention: KeyAwareDeformableAttention,
     stock: MultiScaleDeformableAttention,
-    query: Tensor,
-    value: Tensor,
-    reference_points: Tensor,
-    spatial_shapes: tuple[tuple[int, int], ...],
-    query_pos: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    **_: object,
+    attention: KeyAwareDeformableAttention,
+    args: tuple,
+    kwargs: dict,
 ) -> None:
-    """Fit the query projection to the logits of the stock attention.
+    """Fit the query projection to the logits of the stock attention, before the attention's call.
 
     The logits are linear in the projection. A softmax of logits that are off by e differs from the
     wanted weights p by a Kullback-Leibler divergence of half the variance of e under p, to second
-    order; the sum of these variances is minimised. Arguments are those of the attention's call.
+    order; the sum of these variances is minimised.
     """
+    call = {**dict(zip(('query', 'key', 'value', 'identity', 'query_pos'), args)), **kwargs}
+    query, query_pos, shapes = call['query'], call.get('query_pos'), call['spatial_shapes']
     heads, head_dim = attention.num_heads, attention.embed_dims // attention.num_heads
     if attention.proj_key:
         attention.key_proj.load_state_dict(attention.value_proj.state_dict())
@@ -264,81 +237,58 @@ def _fit_attention(
             levels = levels.unflatten(0, (heads, attention.num_levels, -1))
             parameter.copy_(levels.mean(1).flatten(0, 1))
     projection = attention.key_proj if attention.proj_key else attention.value_proj
-    keys = attention.project(projection, value, key_padding_mask)
+    keys = attention.project(projection, call['value'], call.get('key_padding_mask'))
 
     query = query if query_pos is None else query + query_pos
-    chosen = torch.randperm(query.shape[1], generator=torch.Generator().manual_seed(0))[
-        : max(_TOKENS // len(query), 1)
-    ].to(query.device)
-    query, reference_points = query[:, chosen], reference_points[:, chosen]
-    locations = attention.locate(query, reference_points, spatial_shapes)
-    sampled = sample(keys, spatial_shapes, locations) * head_dim**-0.5  # (B, Q, M, L*P, D)
+    chosen = _choose(query.shape[1], max(_TOKENS // len(query), 1)).to(query.device)
+    query, reference_points = query[:, chosen], call['reference_points'][:, chosen]
+    shapes = level_sizes(shapes)
+    locations = attention.locate(query, reference_points, shapes)
+    sampled = sample(keys, shapes, locations) * head_dim**-0.5  # (B, Q, M, L*P, D)
     logits = stock.attention_weights(query).unflatten(-1, (heads, -1))
     weights = logits.softmax(-1)
     query = torch.cat([query, torch.ones_like(query[..., :1])], -1)
+    ridge = 1e-2 * (query**2).sum() * (sampled**2).mean()
+    fitted = query.new_zeros(heads, head_dim, query.shape[-1]).requires_grad_()
 
-    def centred(errors: Tensor) -> Tensor:
-        return weights * (errors - (weights * errors).sum(-1, keepdim=True))
+    def loss() -> Tensor:
+        projected = torch.einsum('bqc,mdc->bqmd', query, fitted)
+        errors = torch.einsum('bqmd,bqmkd->bqmk', projected, sampled) - logits
+        mean = (weights * errors).sum(-1, keepdim=True)
+        value = (weights * (errors - mean) ** 2).sum() + ridge * (fitted**2).sum()
+        (fitted.grad,) = torch.autograd.grad(value, fitted)
+        return value
 
-    def transposed(errors: Tensor) -> Tensor:
-        gradient = torch.einsum('bqmk,bqmkd->bqmd', centred(errors), sampled)
-        return torch.einsum('bqmd,bqc->mdc', gradient, query)
-
-    def normal(projection: Tensor) -> Tensor:
-        projected = torch.einsum('bqc,mdc->bqmd', query, projection)
-        errors = torch.einsum('bqmd,bqmkd->bqmk', projected, sampled)
-        return transposed(errors) + ridge * projection
-
-    ridge = 1e-2 * float((query**2).sum() * (sampled**2).mean())
-    projection = _conjugate_gradients(normal, transposed(logits))
-    attention.query_proj.weight.copy_(projection[..., :-1].flatten(0, 1))
-    attention.query_proj.bias.copy_(projection[..., -1].flatten())
+    torch.optim.LBFGS([fitted], max_iter=60, line_search_fn='strong_wolfe').step(loss)
+    attention.query_proj.weight.copy_(fitted[..., :-1].flatten(0, 1))
+    attention.query_proj.bias.copy_(fitted[..., -1].flatten())
 
 
-def _conjugate_gradients(normal, right: Tensor, steps: int = 60) -> Tensor:
-    """Solve ``normal(x) = right`` for a symmetric positive operator, head by head."""
-    solution = torch.zeros_like(right)
-    residual = right.clone()
-    direction = residual.clone()
-    norm = residual.flatten(1).pow(2).sum(1)
-    start = norm.clone()
-    for _ in range(steps):
-        image = normal(direction)
-        length = norm / (direction * image).flatten(1).sum(1).clamp(min=1e-30)
-        solution += length[:, None, None] * direction
-        residual -= length[:, None, None] * image
-        previous, norm = norm, residual.flatten(1).pow(2).sum(1)
-        if bool((norm <= 1e-10 * start).all()):
-            break
-        direction = residual + (norm / previous.clamp(min=1e-30))[:, None, None] * direction
-    return solution
+def _choose(total: int, most: int) -> Tensor:
+    """Indices of at most so many tokens, the same at every call."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:most]
 
 
 def _fit_small_ffn(
     layer: nn.Module,
     stock: nn.Module,
-    target: Tensor,
-    calls: dict[int, tuple],
-    index: int,
+    kept: dict[nn.Module, tuple],
     _: nn.Module,
     args: tuple,
     attended: Tensor,
 ) -> None:
     """Make the small FFN of the stock FFN's most useful hidden units.
 
-    Called with what the norm behind the attention gives, which is the input of the FFN.
-    ``target`` is what the stock layer gives to its last norm, for all tokens.
+    Called with what the norm behind the attention gives, which is the input of the FFN. Its output
+    is to be what the stock layer gives to its last norm.
     """
-    step_tokens, mask = calls[index][2:4]
-    tokens, target = step_tokens.low(attended), step_tokens.low(step_tokens.pick(target))
-    if mask is None:
-        tokens, target = tokens.flatten(0, 1), target.flatten(0, 1)
-    else:
-        keep = ~step_tokens.low(step_tokens.pick(mask))
-        tokens, target = tokens[keep], target[keep]
+    memory, _, step_tokens, mask = kept[layer][:4]
+    mask = memory.new_zeros(memory.shape[:2], dtype=torch.bool) if mask is None else mask
+    low = ~step_tokens.low(step_tokens.pick(mask))
+    tokens = step_tokens.low(attended)[low]
+    target = step_tokens.low(step_tokens.pick(kept[stock.norms[1]][0]))[low]
     layer.small_norm.load_state_dict(stock.norms[1].state_dict())
-    chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))
-    chosen = chosen[: 4 * _TOKENS].to(tokens.device)
+    chosen = _choose(len(tokens), 4 * _TOKENS).to(tokens.device)
     tokens, target = tokens[chosen], target[chosen]
     hidden = stock.ffn.layers[0](tokens)
     wanted = target - tokens
@@ -401,7 +351,7 @@ def _agreement(expected: tuple, actual: tuple, same_classes: bool) -> Agreement:
     memory = float((actual[0] - expected[0]).norm() / expected[0].norm())
     if not same_classes:
         return Agreement(memory, None, None)
-    found, score, wanted = 0, 0.0, 0
+    wanted, found = 0, []
     for stock, lite in zip(expected[1], actual[1]):
         stock = stock[stock.scores.argsort(descending=True)[:20]]
         overlaps = bbox_overlaps(stock.bboxes, lite.bboxes)
@@ -409,8 +359,6 @@ def _agreement(expected: tuple, actual: tuple, same_classes: bool) -> Agreement:
         differences = (lite.scores[None] - stock.scores[:, None]).abs()
         # Of boxes on top of each other, the one with the closer score is meant.
         best = (overlaps - 1e-3 * differences).argmax(1, keepdim=True)
-        hit = overlaps.gather(1, best) >= 0.5
-        found += int(hit.sum())
-        wanted += len(hit)
-        score += float(differences.gather(1, best)[hit].sum())
-    return Agreement(memory, found / max(wanted, 1), score / max(found, 1))
+        found += differences.gather(1, best)[overlaps.gather(1, best) >= 0.5].tolist()
+        wanted += len(stock)
+    return Agreement(memory, len(found) / max(wanted, 1), sum(found) / max(len(found), 1))

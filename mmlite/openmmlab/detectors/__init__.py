@@ -4,8 +4,7 @@ from .ddq_detr import LiteDDQDETR
 from .deformable_detr import LiteDeformableDETR
 from .dino import LiteDINO
 from .grounding_dino import LiteGroundingDINO
-from .h_deformable_detr import HDeformableDETR, LiteHDeformableDETR
-from .h_deformable_detr_head import HDeformableDETRHead
+from .h_deformable_detr import HDeformableDETR, HDeformableDETRHead, LiteHDeformableDETR
 from .lite import LiteDetectorMixin
 from .mask2former import LiteMSDeformAttnPixelDecoder
 

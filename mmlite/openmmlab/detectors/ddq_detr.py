@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from mmdet.models.detectors import DDQDETR
+from mmdet.models.layers import DDQTransformerDecoder
 from mmdet.registry import MODELS
 from torch import nn
 
-from .decoder import LiteDDQDecoder
 from .lite import LiteDetectorMixin
 
 
 @MODELS.register_module()
 class LiteDDQDETR(LiteDetectorMixin, DDQDETR):
-    """DDQ-DETR (Dense Distinct Query, arXiv 2303.12776) with the interleaved encoder.
+    """DDQ-DETR (Dense Distinct Query, arXiv 2303.12776) with the interleaved encoder."""
 
-    Arguments are those of MMDetection's ``DDQDETR`` and of :class:`LiteDetectorMixin`.
-    """
-
-    decoder_class = LiteDDQDecoder
+    decoder_class = DDQTransformerDecoder
 
     def _init_queries(self) -> None:
         self.query_embedding = None  # queries are tokens of the memory

@@ -11,10 +11,7 @@ from .lite import LiteDetectorMixin
 
 @MODELS.register_module()
 class LiteDeformableDETR(LiteDetectorMixin, DeformableDETR):
-    """Deformable DETR, plain, refining or two-stage, with the interleaved encoder.
-
-    Arguments are those of MMDetection's ``DeformableDETR`` and of :class:`LiteDetectorMixin`.
-    """
+    """Deformable DETR, plain, refining or two-stage, with the interleaved encoder."""
 
     def _init_queries(self) -> None:
         if self.as_two_stage:

@@ -8,7 +8,7 @@ from typing import Any
 from mmdet.models.detectors import GroundingDINO
 from mmdet.models.layers.transformer import (
     DetrTransformerEncoderLayer,
-    GroundingDinoTransformerDecoderLayer,
+    GroundingDinoTransformerDecoder,
 )
 from mmdet.models.layers.transformer.utils import get_text_sine_pos_embed
 from mmdet.models.utils.vlfuse_helper import SingleScaleBiAttentionBlock
@@ -19,24 +19,21 @@ from torch import Tensor, nn
 
 from ...nn import StepTokens
 from ..layers import LiteEncoder
-from .decoder import KeyAwareCrossAttention, LiteDINODecoder
 from .lite import LiteDetectorMixin
 
 
 class LiteGroundingDINOEncoder(LiteEncoder):
     """The interleaved encoder with Grounding DINO's fusion of image and text before each layer.
 
-    The tokens that a layer updates are those that are fused with the text before it: both are
-    updated from each other. The others wait. So where a layer updates the high-level tokens alone,
-    the text reads these alone, and the cost of the fusion falls with that of the layer; in a
-    layer that updates all tokens, the text reads all. The text has its own layer, as before,
-    every time.
+    The tokens that a layer updates and the text are updated from each other before it; the other
+    tokens wait. So the cost of the fusion falls with that of the layer, and the text reads all
+    tokens before a layer that updates all. The text has its own layer, as before, every time.
 
     Args:
-        *args: Those of :class:`LiteEncoder`.
         text_layer_cfg (dict): Config of the text's layers.
         fusion_layer_cfg (dict): Config of the fusion's layers.
-        **kwargs: Those of :class:`LiteEncoder`. ``num_cp`` counts the fusion's layers, too.
+        *args: Those of :class:`LiteEncoder`.
+        **kwargs: The same. ``num_cp`` counts the fusion's layers, too.
     """
 
     def __init__(
@@ -70,15 +67,11 @@ class LiteGroundingDINOEncoder(LiteEncoder):
 
         Args:
             query (Tensor): This and what is not named here is as in :meth:`LiteEncoder.forward`.
-            query_pos (Tensor): Positional embedding of ``query``.
-            key_padding_mask (Tensor, optional): bool, True on padding.
-            *args: Those of :meth:`LiteEncoder.forward`.
             memory_text (Tensor): Tokens of the text, shape (bs, num_words, embed_dims).
             text_attention_mask (Tensor): bool, True on padding, shape (bs, num_words).
             position_ids (Tensor): Place of each word in its phrase, int, shape (bs, num_words).
             text_self_attention_masks (Tensor): bool, True where a word sees another, shape
                 (bs, num_words, num_words).
-            **kwargs: Those of :meth:`LiteEncoder.forward`.
 
         Returns:
             tuple[Tensor, Tensor]: Memory of the image and of the text, shaped as they came.
@@ -100,12 +93,8 @@ class LiteGroundingDINOEncoder(LiteEncoder):
             )
             layer = self.text_layers[index]
             heads = layer.self_attn_cfg['num_heads']
-            memory_text = layer(
-                query=memory_text,
-                query_pos=text_pos,
-                attn_mask=~text_self_attention_masks.repeat(heads, 1, 1),
-                key_padding_mask=None,
-            )
+            blocked = ~text_self_attention_masks.repeat(heads, 1, 1)
+            memory_text = layer(memory_text, text_pos, key_padding_mask=None, attn_mask=blocked)
             return step_tokens.put_back(memory, [run for _, run in step_tokens.split(image)])
 
         memory = super().forward(
@@ -114,30 +103,15 @@ class LiteGroundingDINOEncoder(LiteEncoder):
         return memory, memory_text
 
 
-class KeyAwareDecoderLayer(KeyAwareCrossAttention, GroundingDinoTransformerDecoderLayer):
-    """A decoder layer of Grounding DINO with key-aware attention to the image."""
-
-
-class LiteGroundingDINODecoder(LiteDINODecoder):
-    """Decoder of Grounding DINO: DINO's, of layers that attend to the text, too."""
-
-    layer_class = GroundingDinoTransformerDecoderLayer
-    key_aware_layer_class = KeyAwareDecoderLayer
-
-
 @MODELS.register_module()
 class LiteGroundingDINO(LiteDetectorMixin, GroundingDINO):
-    """Grounding DINO (arXiv 2303.05499) with the interleaved encoder.
-
-    Arguments are those of MMDetection's ``GroundingDINO`` and of :class:`LiteDetectorMixin`.
-    """
+    """Grounding DINO (arXiv 2303.05499) with the interleaved encoder."""
 
     encoder_class = LiteGroundingDINOEncoder
-    decoder_class = LiteGroundingDINODecoder
+    decoder_class = GroundingDinoTransformerDecoder
 
     def _init_queries(self) -> None:
-        self.query_embedding = nn.Embedding(self.num_queries, self.embed_dims)
-        self._init_memory_trans()
+        super()._init_queries()
         self.language_model = adapt_bert(MODELS.build(self.language_model_cfg))
         self.text_feat_map = nn.Linear(
             self.language_model.language_backbone.body.language_dim, self.embed_dims
@@ -152,9 +126,7 @@ class LiteGroundingDINO(LiteDetectorMixin, GroundingDINO):
 def check_text_length(model: nn.Module, tokenized: Mapping) -> None:
     """Refuse a text of more tokens than the language model reads: the scores would be NaN.
 
-    Args:
-        model (nn.Module): A Grounding DINO.
-        tokenized (Mapping): What its tokenizer makes of a list of this one text.
+    ``tokenized`` is what the tokenizer of ``model``, a Grounding DINO, makes of a list of one text.
     """
     count, most = int(sum(tokenized['attention_mask'][0])), model.language_model.max_tokens
     if count > most:

@@ -1,10 +1,13 @@
-"""H-Deformable-DETR (DETRs with Hybrid Matching, arXiv 2207.13080), and its Lite variant."""
+"""H-Deformable-DETR (DETRs with Hybrid Matching, arXiv 2207.13080), its Lite variant and head."""
 
 from __future__ import annotations
 
 import torch
+from mmdet.models.dense_heads import DeformableDETRHead
 from mmdet.models.detectors import DeformableDETR
+from mmdet.models.layers import inverse_sigmoid
 from mmdet.registry import MODELS
+from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from .deformable_detr import LiteDeformableDETR
@@ -16,68 +19,44 @@ class HDeformableDETR(DeformableDETR):
 
     In training ``num_one2many_queries`` further queries run behind the ``num_queries`` one-to-one
     queries, in the same decoder and heads. A mask keeps the two groups from attending to each
-    other, and the head matches the second group with ground truth repeated several times, which
-    gives the encoder and decoder many more positive examples (section 3.2 of the paper). Inference
-    runs the one-to-one queries alone.
-
-    With ``num_one2many_queries=0`` this is the paper's baseline, "Deformable DETR + tricks".
+    other, and the head matches the second group with ground truth repeated several times, for more
+    positive examples (section 3.2 of the paper). Inference runs the one-to-one queries alone. With
+    ``num_one2many_queries=0`` this is the paper's baseline, "Deformable DETR + tricks".
 
     Args:
-        num_one2many_queries (int): Queries of the one-to-many branch. Defaults to 1500.
-        with_box_refine (bool): Must be True.
-        as_two_stage (bool): Must be True.
+        num_one2many_queries (int): Queries of the one-to-many branch.
         *args: Those of :class:`mmdet.models.detectors.DeformableDETR`.
-        **kwargs: The same; ``num_queries`` counts the one-to-one queries, and ``bbox_head`` is a
-            :class:`HDeformableDETRHead`.
+        **kwargs: The same; ``with_box_refine`` and ``as_two_stage`` must be True, ``num_queries``
+            counts the one-to-one queries, and ``bbox_head`` is a :class:`HDeformableDETRHead`.
     """
 
-    def __init__(
-        self,
-        *args,
-        num_one2many_queries: int = 1500,
-        with_box_refine: bool = True,
-        as_two_stage: bool = True,
-        **kwargs,
-    ) -> None:
-        if not (with_box_refine and as_two_stage):
+    def __init__(self, *args, num_one2many_queries: int = 1500, **kwargs) -> None:
+        kwargs = {'with_box_refine': True, 'as_two_stage': True, **kwargs}
+        if not (kwargs['with_box_refine'] and kwargs['as_two_stage']):
             raise ValueError(
                 f'{type(self).__name__} refines boxes and selects its queries from the encoder; '
                 'set with_box_refine=True and as_two_stage=True, or leave both out'
             )
         if num_one2many_queries < 0:
             raise ValueError(
-                f'num_one2many_queries={num_one2many_queries}; give 0, no one-to-many branch, or '
-                'more'
+                f'num_one2many_queries={num_one2many_queries}; give 0, for no such branch, or more'
             )
         self.num_one2many_queries = num_one2many_queries
-        super().__init__(
-            *args, with_box_refine=with_box_refine, as_two_stage=as_two_stage, **kwargs
-        )
+        super().__init__(*args, **kwargs)
 
     def _init_layers(self) -> None:
         super()._init_layers()
         # Mixed query selection: what a query looks for is learned per slot, where it looks comes
         # from the proposal that fills the slot.
-        self.query_embedding = nn.Embedding(
-            self.num_queries + self.num_one2many_queries, self.embed_dims
-        )
+        slots = self.num_queries + self.num_one2many_queries
+        self.query_embedding = nn.Embedding(slots, self.embed_dims)
 
     def pre_decoder(
         self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Tensor
     ) -> tuple[dict, dict]:
-        """Fill the query slots with the encoder's best proposals.
+        """As MMDetection's, with a learned query in each slot; refuses a pyramid of fewer tokens.
 
-        Args:
-            memory (Tensor): Output of the encoder, shape (bs, num_tokens, embed_dims).
-            memory_mask (Tensor, optional): True on padding, shape (bs, num_tokens).
-            spatial_shapes (Tensor): (h, w) of each level, shape (num_levels, 2).
-
-        Returns:
-            tuple[dict, dict]: Arguments of :meth:`forward_decoder` and, in training, of the head's
-            ``loss``.
-
-        Raises:
-            ValueError: The pyramid has fewer tokens than there are queries.
+        In training the head's ``loss`` also gets ``num_one2many_queries``.
         """
         num_one2many = self.num_one2many_queries if self.training else 0
         num_queries = self.num_queries + num_one2many
@@ -100,7 +79,7 @@ class HDeformableDETR(DeformableDETR):
         position = self.get_proposal_pos_embed(coord, num_pos_feats=self.embed_dims // 2)
         position = self.pos_trans_norm(self.pos_trans_fc(position))
 
-        decoder_inputs_dict = dict(
+        decoder_inputs = dict(
             query=self.query_embedding.weight[:num_queries].expand(batch, -1, -1),
             query_pos=position[..., : self.embed_dims],
             memory=memory,
@@ -108,23 +87,18 @@ class HDeformableDETR(DeformableDETR):
             self_attn_mask=self.group_mask(num_one2many, memory.device) if num_one2many else None,
         )
         if not self.training:
-            return decoder_inputs_dict, {}
-        head_inputs_dict = dict(
+            return decoder_inputs, {}
+        return decoder_inputs, dict(
             enc_outputs_class=enc_outputs_class,
             enc_outputs_coord=enc_outputs_coord.sigmoid(),
             num_one2many_queries=num_one2many,
         )
-        return decoder_inputs_dict, head_inputs_dict
 
     def group_mask(self, num_one2many: int, device: torch.device) -> Tensor:
-        """Self-attention mask of the decoder, which keeps the two groups of queries apart.
-
-        Returns:
-            Tensor: bool, True where a query may not look, shape (num_queries + num_one2many, ) * 2.
-        """
-        is_one2many = torch.arange(self.num_queries + num_one2many, device=device)
-        is_one2many = is_one2many >= self.num_queries
-        return is_one2many[:, None] != is_one2many[None]
+        """Self-attention mask of the decoder: True between the two groups of queries."""
+        number = torch.arange(self.num_queries + num_one2many, device=device)
+        is_one2many = number >= self.num_queries
+        return is_one2many[:, None] != is_one2many
 
     def forward_decoder(
         self, memory: Tensor, memory_mask: Tensor | None, reference_points: Tensor, **kwargs
@@ -142,7 +116,84 @@ class HDeformableDETR(DeformableDETR):
 
 @MODELS.register_module()
 class LiteHDeformableDETR(HDeformableDETR, LiteDeformableDETR):
-    """H-Deformable-DETR with the interleaved encoder.
+    """H-Deformable-DETR with the interleaved encoder."""
 
-    Arguments are those of :class:`HDeformableDETR` and of :class:`LiteDetectorMixin`.
+
+@MODELS.register_module()
+class HDeformableDETRHead(DeformableDETRHead):
+    """Head of H-Deformable-DETR (arXiv 2207.13080, section 3.2).
+
+    Each decoder layer, and the encoder, has a class and a box branch of its own. One-to-one
+    queries are matched with the ground truth, one-to-many queries with the ground truth repeated.
+
+    Args:
+        one2many_repeats (int): How often the ground truth is repeated (k in the paper).
+        one2many_weight (float): Weight of the one-to-many losses (lambda in the paper).
+        *args: Those of mmdet's ``DeformableDETRHead``.
+        **kwargs: The same; ``loss_cls`` must work on sigmoids.
+
+    Raises:
+        ValueError: ``loss_cls`` is a softmax, or there are fewer repeats than one.
     """
+
+    def __init__(
+        self, *args, one2many_repeats: int = 6, one2many_weight: float = 1.0, **kwargs
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.loss_cls.use_sigmoid:
+            raise ValueError(
+                f'{type(self).__name__} scores every class by its own sigmoid; set loss_cls to one '
+                'with use_sigmoid=True, such as FocalLoss'
+            )
+        if one2many_repeats < 1:
+            raise ValueError(f'one2many_repeats={one2many_repeats}; it must be 1 or more')
+        self.one2many_repeats = one2many_repeats
+        self.one2many_weight = one2many_weight
+
+    def forward(self, hidden_states: Tensor, references: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Class logits and boxes of every decoder layer, with look-forward-twice.
+
+        Arguments, results and their values are those of mmdet's head.
+        """
+        logits, boxes = [], []
+        previous = references[0]
+        for layer, hidden in enumerate(hidden_states):
+            offset = self.reg_branches[layer](hidden)
+            logits.append(self.cls_branches[layer](hidden))
+            boxes.append((offset + inverse_sigmoid(previous)).sigmoid())
+            # The decoder cuts the gradient at each refinement. The next layer's box stands on this
+            # same refined box with the gradient left in, so its loss also trains this layer's
+            # offset (DINO, arXiv 2203.03605, section 3.5). The values do not change.
+            previous = (offset + inverse_sigmoid(references[layer].detach())).sigmoid()
+        return torch.stack(logits), torch.stack(boxes)
+
+    def loss(
+        self,
+        hidden_states: Tensor,
+        references: list[Tensor],
+        enc_outputs_class: Tensor,
+        enc_outputs_coord: Tensor,
+        batch_data_samples: list,
+        num_one2many_queries: int = 0,
+    ) -> dict[str, Tensor]:
+        """Losses of a batch, as of mmdet's head; the last queries are the one-to-many ones.
+
+        Those of each decoder layer come a second time for them, with ``_one2many`` behind the name.
+        """
+        predictions = self(hidden_states, references)
+        objects = [sample.gt_instances for sample in batch_data_samples]
+        metas = [sample.metainfo for sample in batch_data_samples]
+        first = hidden_states.shape[2] - num_one2many_queries
+        one2one = (each[:, :, :first] for each in predictions)
+        losses = self.loss_by_feat(*one2one, enc_outputs_class, enc_outputs_coord, objects, metas)
+        if num_one2many_queries:
+            one2many = (each[:, :, first:] for each in predictions)
+            k = self.one2many_repeats
+            repeated = [
+                InstanceData(bboxes=each.bboxes.repeat(k, 1), labels=each.labels.repeat(k))
+                for each in objects
+            ]
+            more = self.loss_by_feat(*one2many, None, None, repeated, metas)
+            for name, value in more.items():
+                losses[f'{name}_one2many'] = value * self.one2many_weight
+        return losses

@@ -6,38 +6,33 @@ import copy
 
 import torch
 from mmdet.models.layers import SinePositionalEncoding
+from mmdet.models.layers.transformer import DeformableDetrTransformerDecoder
 from torch import Tensor, nn
 
-from ..layers import LiteEncoder, remember_level_sizes
-from .decoder import LiteDecoder
+from ..families import num_levels_of
+from ..layers import KeyAwareDeformableAttention, LiteEncoder, remember_level_sizes
+
+# What ``cross_attn_cfg`` may have beside the arguments of standard attention.
+_KEY_AWARE = ('proj_key', 'same_loc')
 
 
 class LiteDetectorMixin:
     """Builds a detector of MMDetection around :class:`LiteEncoder`.
 
     Put before a detector with a deformable encoder. A family says which decoder it has, and builds
-    what is left over in the order of MMDetection, which is that of an optimiser's state::
+    what is left over in the order of MMDetection, which is that of an optimiser's state.
 
-        @MODELS.register_module()
-        class LiteDINO(LiteDetectorMixin, DINO):
-            decoder_class = LiteDINODecoder
-
-            def _init_queries(self):
-                self.query_embedding = nn.Embedding(self.num_queries, self.embed_dims)
-                self._init_memory_trans()
-
-    The config's ``encoder`` then takes the arguments of ``LiteEncoder`` beside the stock ones;
-    ``schedule`` is the one that has to be given. ``decoder=dict(key_aware=True)`` makes the
-    decoder's cross-attention key-aware, with ``proj_key`` and ``same_loc`` read from its
-    ``cross_attn_cfg``.
+    Arguments are those of the stock detector. ``encoder`` takes those of ``LiteEncoder``, too;
+    ``schedule`` has to be given. ``decoder=dict(key_aware=True)`` makes the decoder's
+    cross-attention key-aware, with ``proj_key`` and ``same_loc`` read from its ``cross_attn_cfg``.
 
     Raises:
-        ValueError: The schedule is missing or does not fit, or the config asks for more
-            predictions than the queries give.
+        ValueError: The schedule is missing or does not fit, the config asks for more predictions
+            than the queries give, or for an argument of key-aware attention where it is off.
     """
 
     encoder_class: type[LiteEncoder] = LiteEncoder
-    decoder_class: type[LiteDecoder] = LiteDecoder
+    decoder_class: type[nn.Module] = DeformableDetrTransformerDecoder
 
     def __init__(self, *args, **kwargs) -> None:
         # MMDetection's constructors write into their configs, and refuse what is written there
@@ -48,7 +43,7 @@ class LiteDetectorMixin:
         self._check_config()
         self.positional_encoding = SinePositionalEncoding(**self.positional_encoding)
         self.encoder = self.encoder_class(**self.encoder)
-        self.decoder = self.decoder_class(**self.decoder)
+        self.decoder = _build_decoder(self.decoder_class, **self.decoder)
         self.embed_dims = self.encoder.embed_dims
         channels = 2 * self.positional_encoding.num_feats
         if channels != self.embed_dims:
@@ -60,18 +55,17 @@ class LiteDetectorMixin:
         self._init_queries()
 
     def _init_queries(self) -> None:
-        """Build what makes the decoder's queries: what a family has beside the transformer."""
-        raise NotImplementedError
+        """Build what makes the decoder's queries; here learned contents at chosen tokens."""
+        self.query_embedding = nn.Embedding(self.num_queries, self.embed_dims)
+        self._init_memory_trans()
 
     def _init_memory_trans(self) -> None:
-        """What the memory goes through where queries are chosen from it."""
         self.memory_trans_fc = nn.Linear(self.embed_dims, self.embed_dims)
         self.memory_trans_norm = nn.LayerNorm(self.embed_dims)
 
     def _check_config(self) -> None:
-        name, encoder = type(self).__name__, self.encoder
-        check_schedule(name, encoder)
-        num_levels = (encoder['layer_cfg'].get('self_attn_cfg') or {}).get('num_levels', 4)
+        name = type(self).__name__
+        num_levels = checked_levels(name, self.encoder)
         if num_levels != self.num_feature_levels:
             raise ValueError(
                 f'{name} has num_feature_levels={self.num_feature_levels}, but its encoder has '
@@ -104,11 +98,28 @@ class LiteDetectorMixin:
         return super().pre_decoder(memory, *args, **kwargs)
 
 
-def check_schedule(name: str, encoder: dict) -> None:
-    """Refuse a Lite model ``name`` whose encoder's config has no schedule."""
+def _build_decoder(decoder_class: type[nn.Module], key_aware: bool = False, **config) -> nn.Module:
+    cross_attn_cfg = config['layer_cfg']['cross_attn_cfg']
+    asked = {name: cross_attn_cfg.pop(name) for name in _KEY_AWARE if name in cross_attn_cfg}
+    if asked and not key_aware:
+        raise ValueError(
+            f'{" and ".join(asked)} in cross_attn_cfg need key-aware attention; set '
+            'decoder=dict(key_aware=True)'
+        )
+    decoder = decoder_class(**config)
+    decoder.key_aware = key_aware
+    if key_aware:
+        for layer in decoder.layers:
+            layer.cross_attn = KeyAwareDeformableAttention(**layer.cross_attn_cfg, **asked)
+    return decoder
+
+
+def checked_levels(name: str, encoder: dict) -> int:
+    """Number of levels of the encoder of a Lite model ``name``; its config needs a schedule."""
+    num_levels = num_levels_of(encoder)
     if 'schedule' not in encoder:
-        num_levels = (encoder['layer_cfg'].get('self_attn_cfg') or {}).get('num_levels', 4)
         raise ValueError(
             f'{name} needs a schedule in its config: '
             f"encoder=dict(schedule='H{num_levels - 1}L1-(2+1)x3')"
         )
+    return num_levels

@@ -5,42 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from mmcv.cnn import Conv2d, ConvModule
-from mmdet.models.layers import MSDeformAttnPixelDecoder, SinePositionalEncoding
+from mmdet.models.layers import MSDeformAttnPixelDecoder
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
-from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import LiteEncoder, level_sizes
-from .lite import check_schedule
+from .lite import checked_levels
 
 
 @MODELS.register_module()
 class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
     """Pixel decoder of Mask2Former (arXiv 2112.01527) with the interleaved encoder.
 
-    Instance, panoptic and video segmentation share it, so one entry of a config changes all::
-
-        model = dict(panoptic_head=dict(pixel_decoder=dict(
-            type='LiteMSDeformAttnPixelDecoder', encoder=dict(schedule='H2L1-(2+1)x3'))))
-
-    The encoder's maps come smallest first, and stay so; the low-level ones of a schedule are the
-    largest, wherever they are. Parameters have the names of MMDetection's pixel decoder.
+    Instance, panoptic and video segmentation share it. The encoder's maps come smallest first, and
+    stay so; the low-level ones of a schedule are the largest, wherever they are. Parameters have
+    the names of MMDetection's pixel decoder.
 
     Args:
-        in_channels (Sequence[int]): This and what follows is as in MMDetection's pixel decoder.
-        strides (Sequence[int]): Not used.
-        feat_channels (int): Channels of the encoder and the outputs.
-        out_channels (int): Channels of the mask features.
-        num_outs (int): Maps to return.
-        norm_cfg (dict): Config of the convolutions' norm.
-        act_cfg (dict): Config of the output convolutions' activation.
+        in_channels (Sequence[int]): Of the backbone's maps, largest map first.
         encoder (dict): Arguments of :class:`LiteEncoder`; ``num_levels`` of its ``self_attn_cfg``
             says how many maps it takes, the smallest.
-        positional_encoding (dict): Arguments of ``SinePositionalEncoding``.
-        init_cfg (dict, optional): Initialisation config.
+        **kwargs: Further arguments of MMDetection's pixel decoder.
 
     Raises:
         ValueError: The schedule is missing or does not fit, or there are fewer maps than levels.
@@ -51,68 +38,27 @@ class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
     def __init__(
         self,
         in_channels: Sequence[int] = (256, 512, 1024, 2048),
-        strides: Sequence[int] = (4, 8, 16, 32),
-        feat_channels: int = 256,
-        out_channels: int = 256,
-        num_outs: int = 3,
-        norm_cfg: ConfigDict | dict | None = {'type': 'GN', 'num_groups': 32},  # noqa: B006
-        act_cfg: ConfigDict | dict | None = {'type': 'ReLU'},  # noqa: B006
-        encoder: ConfigDict | dict | None = None,
-        positional_encoding: ConfigDict | dict = {'num_feats': 128, 'normalize': True},  # noqa: B006
-        init_cfg: ConfigDict | dict | None = None,
+        *,
+        encoder: ConfigDict | dict,
+        **kwargs,
     ) -> None:
-        # Not MMDetection's constructor, which builds the stock encoder.
-        BaseModule.__init__(self, init_cfg)
         name = type(self).__name__
-        check_schedule(name, encoder)
-        levels = encoder['layer_cfg']['self_attn_cfg']['num_levels']
+        levels = checked_levels(name, encoder)
         if levels > len(in_channels):
             raise ValueError(
                 f'{name} has an encoder of {levels} levels, but only {len(in_channels)} maps; set '
                 'num_levels of its self_attn_cfg to the number of maps, or less'
             )
-        self.num_input_levels = len(in_channels)
-        self.num_encoder_levels = levels
-        self.num_outs = num_outs
-        smallest_first = list(reversed(in_channels))
-
-        def convolution(channels: int, kernel_size: int, bias: bool, act: dict | None):
-            return ConvModule(
-                channels,
-                feat_channels,
-                kernel_size,
-                padding=kernel_size // 2,
-                bias=bias,
-                norm_cfg=norm_cfg,
-                act_cfg=act,
-            )
-
-        self.input_convs = ModuleList(
-            convolution(channels, 1, True, None) for channels in smallest_first[:levels]
-        )
+        # MMDetection's constructor wants an encoder to build: a layer, whose place ours takes.
+        stock = ConfigDict(num_layers=1, layer_cfg=dict(self_attn_cfg=dict(num_levels=levels)))
+        super().__init__(in_channels, encoder=stock, **kwargs)
         self.encoder = self.encoder_class(**encoder)
-        self.postional_encoding = SinePositionalEncoding(**positional_encoding)  # mmdet's name
-        self.level_encoding = nn.Embedding(levels, feat_channels)
-        # The larger maps are added as in a feature pyramid.
-        bias = norm_cfg is None
-        self.lateral_convs = ModuleList(
-            convolution(channels, 1, bias, None) for channels in smallest_first[levels:]
-        )
-        self.output_convs = ModuleList(
-            convolution(feat_channels, 3, bias, act_cfg) for _ in smallest_first[levels:]
-        )
-        self.mask_feature = Conv2d(feat_channels, out_channels, kernel_size=1)
 
     def forward(self, feats: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Features for the masks and for the decoder.
+        """Features for the masks and for the decoder, of the backbone's maps, largest first.
 
-        Args:
-            feats (Sequence[Tensor]): The backbone's maps, largest first, shape
-                (bs, in_channels[i], h, w) each.
-
-        Returns:
-            tuple[Tensor, list[Tensor]]: Mask features, shape (bs, out_channels, h, w) of the
-            largest map, and ``num_outs`` maps, smallest first, shape (bs, feat_channels, h, w).
+        Mask features are (bs, out_channels, h, w) of the largest map; the decoder gets ``num_outs``
+        maps, smallest first, (bs, feat_channels, h, w).
         """
 
         def position(encoding: nn.Module, feat: Tensor) -> Tensor:
@@ -121,14 +67,7 @@ class LiteMSDeformAttnPixelDecoder(MSDeformAttnPixelDecoder):
             return encoding(padding).flatten(2).transpose(1, 2)
 
         def encode(tokens: Tensor, pos: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
-            return self.encoder(
-                query=tokens,
-                query_pos=pos,
-                key_padding_mask=None,
-                spatial_shapes=sizes,
-                level_start_index=None,
-                valid_ratios=None,
-            )
+            return self.encoder(tokens, pos, None, sizes)
 
         return decode_pixels(self, feats, position, encode)
 

@@ -10,10 +10,11 @@ its channels, a few threads a query: sums over points need no communication, sum
 stay within the few.
 
 Where the points lie comes in two forms. ``REF_DIM`` 0: ``sampling`` holds normalised locations.
-``REF_DIM`` 2 or 4: it holds offsets from ``reference_points`` (x, y) or (cx, cy, w, h), in pixels
-of the level or in halves of the box over P; with ``SAME_LOC`` one set of them for all levels.
+``REF_DIM`` 2 or 4: it holds offsets from ``reference`` (x, y) or (cx, cy, w, h), in pixels of the
+level or in halves of the box over P; with ``SAME_LOC`` one set of them for all levels.
 
-Names in capitals are compile-time constants. All tensors are contiguous, arithmetic is float32.
+Names in capitals are compile-time constants, and so is which tensors are None. All tensors are
+contiguous, arithmetic is float32.
 """
 
 import triton
@@ -21,9 +22,9 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Sizes that differ from image to image must not compile the kernels anew.
-_SIZES = ['num_queries', 'num_tokens', 'num_heads', 'num_rows', 'reference_stride']
-_LEVEL_SIZES = [f'{side}{level}' for level in range(8) for side in 'hw']
+# Numbers that differ from image to image must not compile the kernels anew.
+_NUMBERS = ['num_queries', 'num_tokens', 'num_heads', 'num_rows', 'reference_stride']
+_SIZES = [f'size{level}' for level in range(8)]
 
 
 @triton.jit
@@ -46,8 +47,23 @@ def _finite_below(maximum):
 
 
 @triton.jit
-def _of_level(level, L: tl.constexpr, s0, s1, s2, s3, s4, s5, s6, s7):
-    """The size of a level: sizes are arguments of the kernel, so that no tensor holds them."""
+def _weigh(logits, maximum, total, is_point):
+    """One step of the softmax that is built up level by level.
+
+    Returns the new maximum, what all sums so far are to be multiplied by, the weights of the new
+    points relative to the maximum, and their new total.
+    """
+    logits = tl.where(is_point, logits, float('-inf'))
+    new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
+    base = _finite_below(new_maximum)
+    correction = tl.exp2(maximum - base)
+    weights = tl.exp2(logits - base[None, :])
+    return new_maximum, correction, weights, total * correction + tl.sum(weights, axis=0)
+
+
+@triton.jit
+def _size(level, L: tl.constexpr, s0, s1, s2, s3, s4, s5, s6, s7):
+    """Height and width of a level, which are arguments of the kernel: no tensor holds them."""
     size = tl.where(level == 1, s1, s0)
     if L > 2:
         size = tl.where(level == 2, s2, size)
@@ -57,81 +73,56 @@ def _of_level(level, L: tl.constexpr, s0, s1, s2, s3, s4, s5, s6, s7):
         size = tl.where(level == 5, s5, size)
         size = tl.where(level == 6, s6, size)
         size = tl.where(level == 7, s7, size)
-    return size.to(tl.int32)
-
-
-@triton.jit
-def _read(sampling, place, exists, reference_points, centre, is_query, REF_DIM: tl.constexpr):
-    """What says where the points lie, as it is stored: nothing here waits for what it loads.
-
-    x and y of every point, (POINTS, BLOCK_Q); x and y of the reference points, and the sizes w and
-    h of their boxes, (1, BLOCK_Q). Where those do not exist, x and y stand in their place.
-    """
-    x = tl.load(sampling + 2 * place, mask=exists, other=0.0)
-    y = tl.load(sampling + 2 * place + 1, mask=exists, other=0.0)
-    if REF_DIM == 0:
-        return x, y, x, y, x, y
-    else:
-        centre_x = tl.load(reference_points + centre, mask=is_query, other=0.0)
-        centre_y = tl.load(reference_points + centre + 1, mask=is_query, other=0.0)
-        if REF_DIM == 2:
-            return x, y, centre_x, centre_y, x, y
-        else:
-            box_w = tl.load(reference_points + centre + 2, mask=is_query, other=0.0)
-            box_h = tl.load(reference_points + centre + 3, mask=is_query, other=0.0)
-            return x, y, centre_x, centre_y, box_w, box_h
-
-
-@triton.jit
-def _in_pixels(position, centre, box, side, REF_DIM: tl.constexpr, P: tl.constexpr):
-    """Pixel coordinates along one side of a map, whole at pixel centres."""
-    position = position.to(tl.float32)
-    if REF_DIM == 0:
-        return position * side - 0.5
-    elif REF_DIM == 2:
-        return centre.to(tl.float32) * side - 0.5 + position
-    else:
-        return (centre.to(tl.float32) + position * _box_unit(box, P)) * side - 0.5
-
-
-@triton.jit
-def _box_unit(box, P: tl.constexpr):
-    """What an offset of one is, as a part of the map."""
-    return box.to(tl.float32) * (0.5 / P)
+    return (size >> 32).to(tl.int32), size.to(tl.int32)
 
 
 @triton.jit
 def _locate(
-    x,
-    y,
-    centre_x,
-    centre_y,
-    box_w,
-    box_h,
-    exists,
+    sampling,
+    place,
+    valid,
+    reference,
+    centre,
+    is_query,
     height,
     width,
     start,
-    INDEX: tl.constexpr,
     REF_DIM: tl.constexpr,
     P: tl.constexpr,
 ):
     """Where the points fall in their map.
 
     Returns the token of each point's north-west pixel; the fractions of a pixel that the point
-    lies to the east and to the south of it; and whether the north-west, north-east, south-west and
-    south-east pixel is in the map. Comparisons are false for NaN, so that a location that is not
-    finite is outside.
+    lies to the east and to the south of it; whether the north-west, north-east, south-west and
+    south-east pixel is in the map; x and y as ``sampling`` has them, and how many pixels one of
+    them is. Comparisons are false for NaN, so that a location that is not finite is outside.
     """
-    x = _in_pixels(x, centre_x, box_w, width, REF_DIM, P)
-    y = _in_pixels(y, centre_y, box_h, height, REF_DIM, P)
-    inside = exists & (x >= -1) & (x < width) & (y >= -1) & (y < height)
-    x = tl.where(inside, x, 0.0)
-    y = tl.where(inside, y, 0.0)
-    column = tl.floor(x)
-    row = tl.floor(y)
-    east = x - column
-    south = y - row
+    x = tl.load(sampling + 2 * place, mask=valid, other=0.0).to(tl.float32)
+    y = tl.load(sampling + 2 * place + 1, mask=valid, other=0.0).to(tl.float32)
+    unit_x = width.to(tl.float32)
+    unit_y = height.to(tl.float32)
+    east = x * unit_x - 0.5
+    south = y * unit_y - 0.5
+    if REF_DIM > 0:
+        centre_x = tl.load(reference + centre, mask=is_query, other=0.0).to(tl.float32)
+        centre_y = tl.load(reference + centre + 1, mask=is_query, other=0.0).to(tl.float32)
+        if REF_DIM == 4:
+            box_w = tl.load(reference + centre + 2, mask=is_query, other=0.0)
+            box_h = tl.load(reference + centre + 3, mask=is_query, other=0.0)
+            unit_x *= box_w.to(tl.float32) * (0.5 / P)
+            unit_y *= box_h.to(tl.float32) * (0.5 / P)
+        else:
+            unit_x = 1.0
+            unit_y = 1.0
+        east = centre_x * width - 0.5 + x * unit_x
+        south = centre_y * height - 0.5 + y * unit_y
+    inside = valid & (east >= -1) & (east < width) & (south >= -1) & (south < height)
+    east = tl.where(inside, east, 0.0)
+    south = tl.where(inside, south, 0.0)
+    column = tl.floor(east)
+    row = tl.floor(south)
+    east -= column
+    south -= row
     column = column.to(tl.int32)
     row = row.to(tl.int32)
     # A point inside has -1 <= column < width, and -1 <= row < height.
@@ -139,12 +130,12 @@ def _locate(
     south_row = inside & (row < height - 1)
     west_column = column >= 0
     east_column = column < width - 1
-    token = (start + row * width + column).to(INDEX)
+    token = start + row * width + column
     nw = north_row & west_column
     ne = north_row & east_column
     sw = south_row & west_column
     se = south_row & east_column
-    return token, east, south, nw, ne, sw, se
+    return token, east, south, nw, ne, sw, se, x, y, unit_x, unit_y
 
 
 @triton.jit
@@ -192,38 +183,28 @@ def _store_pair(target, x, y, mask):
     tl.store(target + 1, y.to(target.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=_SIZES + _LEVEL_SIZES)
+@triton.jit(do_not_specialize=_NUMBERS + _SIZES)
 def forward(
     query,
     key,
     value,
+    reference,
     sampling,
-    reference_points,
     attention_weights,
     output,
     scale,
-    h0,
-    w0,
-    h1,
-    w1,
-    h2,
-    w2,
-    h3,
-    w3,
-    h4,
-    w4,
-    h5,
-    w5,
-    h6,
-    w6,
-    h7,
-    w7,
+    size0,
+    size1,
+    size2,
+    size3,
+    size4,
+    size5,
+    size6,
+    size7,
     num_queries,
     num_tokens,
     num_heads,
     reference_stride,
-    KEY_AWARE: tl.constexpr,
-    KEY_IS_VALUE: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
@@ -236,130 +217,102 @@ def forward(
 ):
     """Sample, weigh, sum.
 
-    ``KEY_AWARE``: the weights are the softmax of the query-key products, built up level by level
-    with a running maximum; ``attention_weights`` is not read. Otherwise the weights are given, and
-    ``query`` and ``key`` are not read. ``KEY_IS_VALUE``: one sample serves as both. ``INDEX`` is
-    an integer type that can index the features of one image.
+    With a ``query`` the weights are the softmax of its products with the keys, built up level by
+    level with a running maximum. Otherwise ``attention_weights`` are given. Without a ``key`` one
+    sample serves as both. ``INDEX`` is an integer type that can index the features of one image.
     """
     batch, head, first = _block(num_queries, num_heads, BLOCK_Q)
     line = tl.arange(0, BLOCK_Q)
-    is_query = first + line < num_queries
+    is_line = first + line < num_queries
+    is_query = is_line[None, :]
     channel = tl.arange(0, DIM)
     is_channel = channel < D
     point = tl.arange(0, POINTS)[:, None]
-    exists = is_query[None, :] & (point < P)
+    valid = is_query & (point < P)
 
     stride = (num_heads * D).to(INDEX)
     image = batch * num_tokens * num_heads * D + head * D + channel[None, None, :]
     pair = (batch * num_queries + first) * num_heads + head
     vector = pair * D + line[:, None] * num_heads * D + channel[None, :]
-    vector_mask = is_query[:, None] & is_channel[None, :]
+    vector_mask = is_line[:, None] & is_channel[None, :]
     location = pair * (L * P) + line[None, :] * num_heads * (L * P) + point
     place = location
     if SAME_LOC:
         place = pair * P + line[None, :] * num_heads * P + point
     # Of the reference points: by image, query and level.
     centre = batch * reference_stride + (first + line[None, :]) * (L * REF_DIM)
-    has_centre = is_query[None, :]
 
     result = tl.zeros([BLOCK_Q, DIM], dtype=tl.float32)
-    if KEY_AWARE:
+    if query is not None:
         q = tl.load(query + vector, mask=vector_mask, other=0.0).to(tl.float32)
         q = (q * (scale * LOG2_E))[None, :, :]
         maximum = tl.full([BLOCK_Q], float('-inf'), dtype=tl.float32)
         total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     start = 0
     for level in range(L):
-        height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
-        width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
-        x, y, centre_x, centre_y, box_w, box_h = _read(
-            sampling, place, exists, reference_points, centre, has_centre, REF_DIM
-        )
-        token, east, south, nw, ne, sw, se = _locate(
-            x, y, centre_x, centre_y, box_w, box_h, exists, height, width, start, INDEX, REF_DIM, P
+        height, width = _size(level, L, size0, size1, size2, size3, size4, size5, size6, size7)
+        token, east, south, nw, ne, sw, se, _, _, _, _ = _locate(
+            sampling, place, valid, reference, centre, is_query, height, width, start, REF_DIM, P
         )
         sampled = _sample(
             value + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
         )
-        if KEY_AWARE:
-            if KEY_IS_VALUE:
+        if query is not None:
+            if key is None:
                 logits = tl.sum(q * sampled, axis=2)
             else:
                 sampled_key = _sample(
                     key + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
                 )
                 logits = tl.sum(q * sampled_key, axis=2)
-            logits = tl.where(point < P, logits, float('-inf'))
-            new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
-            base = _finite_below(new_maximum)
-            correction = tl.exp2(maximum - base)
-            weights = tl.exp2(logits - base[None, :])
-            total = total * correction + tl.sum(weights, axis=0)
+            maximum, correction, weights, total = _weigh(logits, maximum, total, point < P)
             result *= correction[:, None]
-            maximum = new_maximum
         else:
-            weights = tl.load(attention_weights + location, mask=exists, other=0.0).to(tl.float32)
+            weights = tl.load(attention_weights + location, mask=valid, other=0.0).to(tl.float32)
         result += tl.sum(weights[:, :, None] * sampled, axis=0)
         start += height * width
         location += P
         if not SAME_LOC:
             place += P
         centre += REF_DIM
-    if KEY_AWARE:
+    if query is not None:
         result /= total[:, None]
     tl.store(output + vector, result.to(output.dtype.element_ty), mask=vector_mask)
 
 
-@triton.jit(do_not_specialize=_SIZES + _LEVEL_SIZES)
+@triton.jit(do_not_specialize=_NUMBERS + _SIZES)
 def backward(
     grad_output,
     query,
     key,
     value,
+    reference,
     sampling,
-    reference_points,
     attention_weights,
     grad_query,
     grad_key,
     grad_value,
-    grad_sampling,
     grad_reference,
+    grad_sampling,
     grad_weights,
     value_coefficients,
     query_coefficients,
     pixel_rows,
     pixel_weights,
     scale,
-    h0,
-    w0,
-    h1,
-    w1,
-    h2,
-    w2,
-    h3,
-    w3,
-    h4,
-    w4,
-    h5,
-    w5,
-    h6,
-    w6,
-    h7,
-    w7,
+    size0,
+    size1,
+    size2,
+    size3,
+    size4,
+    size5,
+    size6,
+    size7,
     num_queries,
     num_tokens,
     num_heads,
     num_rows,
     reference_stride,
-    KEY_AWARE: tl.constexpr,
-    KEY_IS_VALUE: tl.constexpr,
-    ORDERED: tl.constexpr,
-    GRAD_QUERY: tl.constexpr,
-    GRAD_KEY: tl.constexpr,
-    GRAD_VALUE: tl.constexpr,
-    GRAD_SAMPLING: tl.constexpr,
-    GRAD_REFERENCE: tl.constexpr,
-    GRAD_WEIGHTS: tl.constexpr,
     L: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
@@ -379,102 +332,77 @@ def backward(
     Samples are linear in their pixels, so the gradients of the locations need only the products of
     g and q with every pixel.
 
-    The gradients of the features are added up in float32 by atomics. With ``ORDERED`` the summands
-    are written down for :func:`ordered_sum` instead: w, c, and the rows and bilinear weights of the
-    four pixels. Rows are numbered (batch, head, token); ``num_rows`` stands for outside the map.
+    The gradients of the features are added up in float32 by atomics. With ``pixel_rows`` the
+    summands are written down for :func:`ordered_sum` instead: w, c, and the rows and bilinear
+    weights of the four pixels. Rows are numbered (batch, head, token); ``num_rows`` stands for
+    outside the map.
     """
     batch, head, first = _block(num_queries, num_heads, BLOCK_Q)
     line = tl.arange(0, BLOCK_Q)
-    is_query = first + line < num_queries
+    is_line = first + line < num_queries
+    is_query = is_line[None, :]
     channel = tl.arange(0, DIM)
     is_channel = channel < D
     point = tl.arange(0, POINTS)[:, None]
-    exists = is_query[None, :] & (point < P)
+    valid = is_query & (point < P)
 
     stride = (num_heads * D).to(INDEX)
     image = batch * num_tokens * num_heads * D + head * D + channel[None, None, :]
     pair = (batch * num_queries + first) * num_heads + head
     vector = pair * D + line[:, None] * num_heads * D + channel[None, :]
-    vector_mask = is_query[:, None] & is_channel[None, :]
+    vector_mask = is_line[:, None] & is_channel[None, :]
     location = pair * (L * P) + line[None, :] * num_heads * (L * P) + point
     place = location
     if SAME_LOC:
         place = pair * P + line[None, :] * num_heads * P + point
     # Of the reference points: by image, query and level.
     centre = batch * reference_stride + (first + line[None, :]) * (L * REF_DIM)
-    has_centre = is_query[None, :]
 
     g = tl.load(grad_output + vector, mask=vector_mask, other=0.0).to(tl.float32)[None, :, :]
-    if KEY_AWARE:
+    if query is not None:
         q = tl.load(query + vector, mask=vector_mask, other=0.0).to(tl.float32)[None, :, :]
         maximum = tl.full([BLOCK_Q], float('-inf'), dtype=tl.float32)
         total = tl.zeros([BLOCK_Q], dtype=tl.float32)
         mean = tl.zeros([BLOCK_Q], dtype=tl.float32)
         start = 0
         for level in range(L):
-            height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
-            width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
-            places = place if SAME_LOC else place + level * P
-            centres = centre + level * REF_DIM
-            x, y, centre_x, centre_y, box_w, box_h = _read(
-                sampling, places, exists, reference_points, centres, has_centre, REF_DIM
-            )
-            token, east, south, nw, ne, sw, se = _locate(
-                x,
-                y,
-                centre_x,
-                centre_y,
-                box_w,
-                box_h,
-                exists,
-                height,
-                width,
-                start,
-                INDEX,
-                REF_DIM,
-                P,
+            height, width = _size(level, L, size0, size1, size2, size3, size4, size5, size6, size7)
+            spot = place if SAME_LOC else place + level * P
+            middle = centre + level * REF_DIM
+            token, east, south, nw, ne, sw, se, _, _, _, _ = _locate(
+                sampling, spot, valid, reference, middle, is_query, height, width, start, REF_DIM, P
             )
             sampled = _sample(
                 value + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
             )
             g_v = tl.sum(g * sampled, axis=2)
-            if not KEY_IS_VALUE:
+            if key is not None:
                 sampled = _sample(
                     key + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
                 )
             logits = tl.sum(q * sampled, axis=2) * (scale * LOG2_E)
-            logits = tl.where(point < P, logits, float('-inf'))
-            new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
-            base = _finite_below(new_maximum)
-            correction = tl.exp2(maximum - base)
-            weights = tl.exp2(logits - base[None, :])
-            total = total * correction + tl.sum(weights, axis=0)
+            maximum, correction, weights, total = _weigh(logits, maximum, total, point < P)
             mean = mean * correction + tl.sum(weights * g_v, axis=0)
-            maximum = new_maximum
             start += height * width
         mean /= total
         base = _finite_below(maximum)
         result = tl.zeros([BLOCK_Q, DIM], dtype=tl.float32)
 
-    if GRAD_SAMPLING and SAME_LOC:
+    if grad_sampling is not None and SAME_LOC:
         sum_x = tl.zeros([POINTS, BLOCK_Q], dtype=tl.float32)
         sum_y = tl.zeros([POINTS, BLOCK_Q], dtype=tl.float32)
     start = 0
     for level in range(L):
-        height = _of_level(level, L, h0, h1, h2, h3, h4, h5, h6, h7)
-        width = _of_level(level, L, w0, w1, w2, w3, w4, w5, w6, w7)
-        x, y, centre_x, centre_y, box_w, box_h = _read(
-            sampling, place, exists, reference_points, centre, has_centre, REF_DIM
-        )
-        token, east, south, nw, ne, sw, se = _locate(
-            x, y, centre_x, centre_y, box_w, box_h, exists, height, width, start, INDEX, REF_DIM, P
+        height, width = _size(level, L, size0, size1, size2, size3, size4, size5, size6, size7)
+        token, east, south, nw, ne, sw, se, x, y, unit_x, unit_y = _locate(
+            sampling, place, valid, reference, centre, is_query, height, width, start, REF_DIM, P
         )
         v, v_x, v_y = _slopes(
             value + image, token, width, stride, east, south, nw, ne, sw, se, is_channel
         )
         g_v = tl.sum(g * v, axis=2)
-        if KEY_AWARE:
-            if KEY_IS_VALUE:
+        if query is not None:
+            if key is None:
                 k = v
             else:
                 k, k_x, k_y = _slopes(
@@ -486,43 +414,35 @@ def backward(
             c = scale * weights * (g_v - mean[None, :])
             result += tl.sum(c[:, :, None] * k, axis=0)
         else:
-            weights = tl.load(attention_weights + location, mask=exists, other=0.0).to(tl.float32)
-            if GRAD_WEIGHTS:
+            weights = tl.load(attention_weights + location, mask=valid, other=0.0).to(tl.float32)
+            if grad_weights is not None:
                 grad_weight = g_v.to(grad_weights.dtype.element_ty)
-                tl.store(grad_weights + location, grad_weight, mask=exists)
+                tl.store(grad_weights + location, grad_weight, mask=valid)
 
         grad_v = weights[:, :, None] * g
-        if KEY_AWARE:
+        if query is not None:
             grad_k = c[:, :, None] * q
-            if KEY_IS_VALUE:
+            if key is None:
                 grad_v += grad_k
-        if GRAD_SAMPLING or GRAD_REFERENCE:
+        if grad_sampling is not None or grad_reference is not None:
             slope_x = grad_v * v_x
             slope_y = grad_v * v_y
-            if KEY_AWARE and not KEY_IS_VALUE:
+            if query is not None and key is not None:
                 slope_x += grad_k * k_x
                 slope_y += grad_k * k_y
             slope_x = tl.sum(slope_x, axis=2)
             slope_y = tl.sum(slope_y, axis=2)
             # A point outside has no slope, whatever else there is of it.
             inside = nw | ne | sw | se
-            if GRAD_SAMPLING:
-                grad_x = slope_x
-                grad_y = slope_y
-                if REF_DIM == 0:
-                    grad_x *= width
-                    grad_y *= height
-                if REF_DIM == 4:
-                    grad_x *= width * _box_unit(box_w, P)
-                    grad_y *= height * _box_unit(box_h, P)
-                grad_x = tl.where(inside, grad_x, 0.0)
-                grad_y = tl.where(inside, grad_y, 0.0)
+            if grad_sampling is not None:
+                grad_x = tl.where(inside, slope_x * unit_x, 0.0)
+                grad_y = tl.where(inside, slope_y * unit_y, 0.0)
                 if SAME_LOC:
                     sum_x += grad_x
                     sum_y += grad_y
                 else:
-                    _store_pair(grad_sampling + 2 * place, grad_x, grad_y, exists)
-            if GRAD_REFERENCE:
+                    _store_pair(grad_sampling + 2 * place, grad_x, grad_y, valid)
+            if grad_reference is not None:
                 # Of this head alone; the heads are added up afterwards, in a fixed order.
                 grad_x = tl.where(inside, slope_x * width, 0.0)
                 grad_y = tl.where(inside, slope_y * height, 0.0)
@@ -531,23 +451,23 @@ def backward(
                     grad_reference + target,
                     tl.sum(grad_x, axis=0),
                     tl.sum(grad_y, axis=0),
-                    is_query,
+                    is_line,
                 )
                 if REF_DIM == 4:
-                    grad_x = tl.where(inside, grad_x * x.to(tl.float32) * (0.5 / P), 0.0)
-                    grad_y = tl.where(inside, grad_y * y.to(tl.float32) * (0.5 / P), 0.0)
+                    grad_x = tl.where(inside, grad_x * x * (0.5 / P), 0.0)
+                    grad_y = tl.where(inside, grad_y * y * (0.5 / P), 0.0)
                     _store_pair(
                         grad_reference + target + 2,
                         tl.sum(grad_x, axis=0),
                         tl.sum(grad_y, axis=0),
-                        is_query,
+                        is_line,
                     )
 
-        if GRAD_VALUE or GRAD_KEY:
-            if ORDERED:
-                tl.store(value_coefficients + location, weights, mask=exists)
-                if KEY_AWARE:
-                    tl.store(query_coefficients + location, c, mask=exists)
+        if grad_value is not None or grad_key is not None:
+            if pixel_rows is not None:
+                tl.store(value_coefficients + location, weights, mask=valid)
+                if query is not None:
+                    tl.store(query_coefficients + location, c, mask=valid)
                 first_row = (batch * num_heads + head) * num_tokens
             west = 1 - east
             north = 1 - south
@@ -557,18 +477,18 @@ def backward(
                 pixel = token + i % 2 + tl.where(is_south, width, 0)
                 in_map = tl.where(is_south, tl.where(is_east, se, sw), tl.where(is_east, ne, nw))
                 bilinear = tl.where(is_east, east, west) * tl.where(is_south, south, north)
-                if ORDERED:
+                if pixel_rows is not None:
                     row = tl.where(in_map, first_row + pixel, num_rows)
                     row = row.to(pixel_rows.dtype.element_ty)
-                    tl.store(pixel_rows + 4 * location + i, row, mask=exists)
-                    tl.store(pixel_weights + 4 * location + i, bilinear, mask=exists)
+                    tl.store(pixel_rows + 4 * location + i, row, mask=valid)
+                    tl.store(pixel_weights + 4 * location + i, bilinear, mask=valid)
                 else:
                     offset = image + (pixel * stride)[:, :, None]
                     mask = in_map[:, :, None] & is_channel[None, None, :]
-                    if GRAD_VALUE:
+                    if grad_value is not None:
                         add = bilinear[:, :, None] * grad_v
                         tl.atomic_add(grad_value + offset, add, mask=mask, sem='relaxed')
-                    if GRAD_KEY:
+                    if grad_key is not None:
                         add = bilinear[:, :, None] * grad_k
                         tl.atomic_add(grad_key + offset, add, mask=mask, sem='relaxed')
         start += height * width
@@ -576,13 +496,13 @@ def backward(
         if not SAME_LOC:
             place += P
         centre += REF_DIM
-    if GRAD_SAMPLING and SAME_LOC:
-        _store_pair(grad_sampling + 2 * place, sum_x, sum_y, exists)
-    if GRAD_QUERY:
+    if grad_sampling is not None and SAME_LOC:
+        _store_pair(grad_sampling + 2 * place, sum_x, sum_y, valid)
+    if grad_query is not None:
         tl.store(grad_query + vector, result.to(grad_query.dtype.element_ty), mask=vector_mask)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_NUMBERS)
 def ordered_sum(
     grad_output,
     query,
@@ -596,8 +516,6 @@ def ordered_sum(
     num_tokens,
     num_heads,
     num_rows,
-    KEY_AWARE: tl.constexpr,
-    KEY_IS_VALUE: tl.constexpr,
     LP: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
@@ -625,7 +543,7 @@ def ordered_sum(
         coefficient = weight * tl.load(value_coefficients + point, mask=present, other=0.0)
         g = tl.load(grad_output + source, mask=readable, other=0.0).to(tl.float32)
         sum_value += coefficient[:, None] * g
-        if KEY_AWARE:
+        if query is not None:
             coefficient = weight * tl.load(query_coefficients + point, mask=present, other=0.0)
             q = tl.load(query + source, mask=readable, other=0.0).to(tl.float32)
             sum_key += coefficient[:, None] * q
@@ -636,8 +554,8 @@ def ordered_sum(
     target = (batch * num_tokens + row % num_tokens) * num_heads + head
     target = target[:, None] * D + channel
     mask = is_row[:, None] & (channel < D)
-    if KEY_AWARE:
-        if KEY_IS_VALUE:
+    if query is not None:
+        if grad_key is None:
             sum_value += sum_key
         else:
             tl.store(grad_key + target, sum_key.to(grad_key.dtype.element_ty), mask=mask)

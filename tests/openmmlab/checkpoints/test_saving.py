@@ -37,15 +37,11 @@ def full_disk():
 
 
 def train(work_dir: Path, epochs: int) -> None:
+    data = {'dataset': [{'inputs': torch.zeros(1)}] * 2, 'sampler': {'type': 'DefaultSampler'}}
     Runner(
         Model(),
         str(work_dir),
-        train_dataloader={
-            'dataset': [{'inputs': torch.zeros(1)}] * 2,
-            'batch_size': 1,
-            'num_workers': 0,
-            'sampler': {'type': 'DefaultSampler'},
-        },
+        train_dataloader={**data, 'batch_size': 1, 'num_workers': 0},
         train_cfg={'by_epoch': True, 'max_epochs': epochs},
         optim_wrapper={'optimizer': {'type': 'SGD', 'lr': 0.1}},
         default_hooks={'checkpoint': SafeCheckpointHook(interval=1, max_keep_ckpts=1)},

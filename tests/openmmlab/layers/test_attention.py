@@ -6,6 +6,7 @@ from mmlite.openmmlab.layers import FusedDeformableAttention, KeyAwareDeformable
 
 SHAPES = torch.tensor([(7, 9), (4, 5), (2, 3)])
 TOKENS = int(SHAPES.prod(1).sum())
+THIN = dict(embed_dims=32, num_heads=4, num_levels=3)
 
 
 def relative_error(actual, expected):
@@ -15,28 +16,21 @@ def relative_error(actual, expected):
 @pytest.mark.parametrize('name', ['kda_ref2', 'kda_ref2_sameloc', 'kda_ref4_projkey'])
 def test_golden(golden, name):
     arrays, meta = golden(f'{name}.npz')
-    attention = KeyAwareDeformableAttention(
-        embed_dims=meta['embed_dims'],
-        num_heads=meta['num_heads'],
-        num_levels=meta['num_levels'],
-        num_points=meta['num_points'],
-        proj_key=meta['proj_key'],
-        same_loc=meta['same_loc'],
-        dropout=0.0,
-        batch_first=True,
-    )
+    options = ('embed_dims', 'num_heads', 'num_levels', 'num_points', 'proj_key', 'same_loc')
+    options = {name: meta[name] for name in options}
+    attention = KeyAwareDeformableAttention(**options, dropout=0.0)  # the batch comes second
     parameters = {k[len('param.') :]: v for k, v in arrays.items() if k.startswith('param.')}
     attention.load_state_dict(parameters)
     query = arrays['query'].requires_grad_()
     value = arrays['value'].requires_grad_()
     output = attention(
-        query,
-        value=value,
-        identity=torch.zeros_like(query),
+        query.transpose(0, 1),
+        value=value.transpose(0, 1),
+        identity=torch.zeros_like(query).transpose(0, 1),
         key_padding_mask=arrays['key_padding_mask'],
         reference_points=arrays['reference_points'],
         spatial_shapes=arrays['spatial_shapes'],
-    )
+    ).transpose(0, 1)
     torch.testing.assert_close(output, arrays['output'], atol=1e-5, rtol=0)
     output.backward(arrays['grad_output'])
     assert relative_error(query.grad, arrays['grad_query']) < 1e-4
@@ -50,9 +44,7 @@ def test_golden(golden, name):
 @pytest.mark.parametrize('padded', [True, False])
 def test_standard_attention_equals_mmcv(batch_first, reference_dim, padded):
     torch.manual_seed(0)
-    arguments = dict(
-        embed_dims=32, num_heads=4, num_levels=3, num_points=2, dropout=0.0, batch_first=batch_first
-    )
+    arguments = dict(THIN, num_points=2, dropout=0.0, batch_first=batch_first)
     stock = MultiScaleDeformableAttention(**arguments)
     torch.nn.init.normal_(stock.sampling_offsets.weight, std=0.3)
     torch.nn.init.normal_(stock.attention_weights.weight, std=0.3)
@@ -84,21 +76,9 @@ def test_standard_attention_equals_mmcv(batch_first, reference_dim, padded):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_query_defaults_to_value_and_identity():
-    torch.manual_seed(0)
-    attention = KeyAwareDeformableAttention(
-        embed_dims=32, num_heads=4, num_levels=3, dropout=0.0, batch_first=True
-    )
-    query = torch.randn(1, TOKENS, 32)
-    arguments = dict(reference_points=torch.rand(1, TOKENS, 3, 2), spatial_shapes=SHAPES)
-    torch.testing.assert_close(
-        attention(query, **arguments), attention(query, value=query, identity=query, **arguments)
-    )
-
-
 def test_initial_offsets_are_the_directional_grid():
-    stock = MultiScaleDeformableAttention(embed_dims=32, num_heads=4, num_levels=3)
-    attention = KeyAwareDeformableAttention(embed_dims=32, num_heads=4, num_levels=3)
+    stock = MultiScaleDeformableAttention(**THIN)
+    attention = KeyAwareDeformableAttention(**THIN)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter)
     attention.init_weights()
@@ -107,16 +87,14 @@ def test_initial_offsets_are_the_directional_grid():
     assert not attention.query_proj.bias.any()
     assert attention.query_proj.weight.any()
 
-    shared = KeyAwareDeformableAttention(embed_dims=32, num_heads=4, num_levels=3, same_loc=True)
+    shared = KeyAwareDeformableAttention(**THIN, same_loc=True)
     grid = stock.sampling_offsets.bias.view(4, 3, 4, 2)[:, 0]
     torch.testing.assert_close(shared.sampling_offsets.bias.view(4, 4, 2), grid)
 
 
 @pytest.mark.parametrize('proj_key', [False, True])
 def test_fresh_points_weigh_nearly_the_same(proj_key):
-    attention = KeyAwareDeformableAttention(
-        embed_dims=256, num_heads=8, num_levels=3, batch_first=True, proj_key=proj_key
-    )
+    attention = KeyAwareDeformableAttention(num_levels=3, batch_first=True, proj_key=proj_key)
     torch.nn.init.normal_(attention.query_proj.weight)
     attention.init_weights()
     tokens = torch.randn(1, TOKENS, 256)
@@ -133,23 +111,13 @@ def test_has_only_the_parameters_it_uses():
     assert isinstance(with_key, MultiScaleDeformableAttention)
 
 
-def test_unfitting_inputs():
-    attention = KeyAwareDeformableAttention(
-        embed_dims=32, num_heads=4, num_levels=3, batch_first=True
-    )
-    query, value = torch.randn(1, 5, 32), torch.randn(1, TOKENS, 32)
-    with pytest.raises(ValueError, match='reference_points is for 2 feature levels'):
-        attention(
-            query, value=value, reference_points=torch.rand(1, 5, 2, 2), spatial_shapes=SHAPES
-        )
-    with pytest.raises(ValueError, match=r'reference_points must be .*\(cx, cy, w, h\)'):
-        attention(
-            query, value=value, reference_points=torch.rand(1, 5, 3, 3), spatial_shapes=SHAPES
-        )
-    with pytest.raises(ValueError, match='spatial_shapes'):
-        attention(
-            query,
-            value=value[:, 1:],
-            reference_points=torch.rand(1, 5, 3, 2),
-            spatial_shapes=SHAPES,
-        )
+def test_unfitting_levels():
+    attention = KeyAwareDeformableAttention(**THIN, batch_first=True)
+    query = torch.randn(1, TOKENS, 32)
+    for levels, shapes, name in (
+        (2, SHAPES, 'reference_points'),
+        (3, SHAPES[:2], 'spatial_shapes'),
+    ):
+        points = torch.rand(1, TOKENS, levels, 2)
+        with pytest.raises(ValueError, match=f'{name} is for 2 feature levels'):
+            attention(query, reference_points=points, spatial_shapes=shapes)

@@ -10,8 +10,7 @@ from operator_cases import VARIANTS, Case
 from torch import Tensor, nn
 
 from mmlite.export.graph import Pyramid, encode
-from mmlite.export.operators import attention_as, decompositions
-from mmlite.export.portable import key_aware_deform_attn, ms_deform_attn
+from mmlite.export.operators import AT_LOCATIONS, PORTABLE, deform_attn
 from mmlite.export.program import trace_encoder
 from mmlite.ops import use_backend
 
@@ -19,29 +18,18 @@ LEVELS = [(8, 10), (4, 5), (2, 3), (1, 2)]
 TOKENS = sum(height * width for height, width in LEVELS)
 
 
-OFFSETS = {
-    'locations': None,
-    'points': {},
-    'boxes': dict(boxes=True),
-    'one set of offsets': dict(shared=True),
-}
-
-
-@pytest.mark.parametrize('offsets', OFFSETS)
+@pytest.mark.parametrize('offsets', [None, {}, dict(boxes=True), dict(shared=True)])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_agrees_with_the_reference(variant, offsets):
     case = Case(variant)
     case.inputs['locations'][0, 0, 0] = 1e30
     case.inputs['locations'][0, 1, 0] = -torch.inf
-    if OFFSETS[offsets] is not None:
-        case.from_offsets(**OFFSETS[offsets])
+    if offsets is not None:
+        case.from_offsets(**offsets)
     with use_backend('reference'):
         expected = case.call(case.inputs)
-    for table in (decompositions(), attention_as(ms_deform_attn, key_aware_deform_attn)):
-        ((_, decomposed),) = table.items()
-        output = decomposed(*case.arguments)
-        if output is not NotImplemented:  # it is at locations already
-            torch.testing.assert_close(output, expected)
+    for table in (AT_LOCATIONS, PORTABLE):
+        torch.testing.assert_close(table[deform_attn](*case.arguments), expected)
 
 
 class Encoder(nn.Module):
@@ -77,9 +65,7 @@ def test_compiled_ahead_of_time(encoder, tmp_path):
         pytest.skip('this torch has no aoti_compile_and_package')
     program = trace_encoder(*encoder, portable=True)
     path = inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'encoder.pt2'))
-    compiled = inductor.aoti_load_package(path)
-    _, _, *tokens = encoder
+    tokens = encoder[2:]
     with torch.inference_mode():
-        torch.testing.assert_close(
-            compiled(*tokens), program.module()(*tokens), rtol=1e-4, atol=1e-4
-        )
+        found = inductor.aoti_load_package(path)(*tokens)
+        torch.testing.assert_close(found, program.module()(*tokens), rtol=1e-4, atol=1e-4)

@@ -1,9 +1,7 @@
 """Compile the Triton kernels for a GPU that need not be there, and read what they take of it.
 
 The operators are called as ever, on CPU tensors, up to the point where a kernel would be launched;
-no kernel can be launched in such a process.
-
-``python tests/helpers/triton_compile.py --help`` prints the tables of docs/kernels-gpu.md.
+no kernel can be launched in such a process. It prints the tables of docs/kernels-gpu.md.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from unittest import mock
 
 import torch
 import triton
-from operator_cases import VARIANTS, Case
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -30,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from mmlite.ops.triton import launch
 
 _DISASSEMBLER = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin' / 'cuobjdump'
-_PYRAMID = ((7, 9), (4, 5), (2, 3), (1, 1), (1, 1), (1, 1))  # any sizes: they are not compiled in
+VARIANTS = ('shared key', 'key apart', 'standard')
 
 
 class Resources(NamedTuple):
@@ -57,11 +54,38 @@ class Resources(NamedTuple):
     narrow_atomics: int
 
 
-def compile_kernels(case: Case, arch: int) -> dict[str, Resources]:
+def arguments_of(
+    variant: str,
+    dtype: torch.dtype = torch.float32,
+    dim: int = 32,
+    levels: int = 4,
+    points: int = 4,
+    boxes: bool | None = None,
+) -> list:
+    """The registered operator's arguments, of any sizes: they are not compiled in.
+
+    With ``boxes`` false or true they are offsets from points or from boxes, which also share one
+    set of offsets.
+    """
+    batch, queries, heads, side = 2, 11, 3, 4
+    value = torch.zeros(batch, levels * side * side, heads, dim, dtype=dtype)
+    query = None if variant == 'standard' else value.new_zeros(batch, queries, heads, dim)
+    key = torch.zeros_like(value) if variant == 'key apart' else None
+    sampling = torch.zeros(batch, queries, heads, 1 if boxes else levels, points, 2)
+    reference, weights = None, None
+    if boxes is not None:
+        sampling = sampling.to(dtype)
+        reference = value.new_zeros(batch, queries, levels, 4 if boxes else 2)
+    if variant == 'standard':
+        weights = value.new_zeros(batch, queries, heads, levels, points)
+    return [query, key, value, [side] * 2 * levels, reference, sampling, weights]
+
+
+def compile_kernels(arguments: list, arch: int) -> dict[str, Resources]:
     """Compile what an operator's forward and backward launch.
 
     Args:
-        case (Case): The operator's inputs, on the CPU.
+        arguments (list): The operator's, on the CPU.
         arch (int): Compute capability, 90 for 9.0.
 
     Returns:
@@ -85,7 +109,8 @@ def compile_kernels(case: Case, arch: int) -> dict[str, Resources]:
         mock.patch.object(JITFunction, 'run', compile_only),
         mock.patch.object(launch, '_capability_of', lambda tensor: capability),
     ):
-        case.run_module(launch)
+        output = launch.forward(*arguments)
+        launch.backward(output, *arguments, [True] * 6)
     return {name: resources(kernel) for name, kernel in compiled.items()}
 
 
@@ -117,7 +142,7 @@ def resources(compiled: CompiledKernel) -> Resources:
     )
 
 
-def config_of(kernel: str, variant: str, arch: int, points: int, dim: int) -> launch.Config:
+def config_of(kernel: str, variant: str, arch: int, points: int, dim: int) -> tuple[int, int]:
     """What :func:`compile_kernels` compiles a kernel for."""
     padded = triton.next_power_of_2(points), triton.next_power_of_2(dim)
     wide = kernel == 'backward' and arch < 90 and variant != 'key apart'
@@ -136,24 +161,24 @@ def check() -> None:
         ),
     ):
         tiles = 4 * (2 if variant == 'key apart' else 1)  # one a pixel
-        for name, kernel in compile_kernels(Case(variant, dtype=dtype), arch).items():
+        for name, kernel in compile_kernels(arguments_of(variant, dtype), arch).items():
             context = (arch, variant, dtype, name, kernel)
-            config = config_of(name, variant, arch, 4, 32)
-            elements = 4 * 32 * config.block_q // (32 * config.num_warps)  # of a tile, a thread
+            block_q, num_warps = config_of(name, variant, arch, 4, 32)
+            elements = 4 * 32 * block_q // (32 * num_warps)  # of a tile, a thread
             assert kernel.wide_loads >= tiles * elements * dtype.itemsize // 16, context
             assert kernel.local_bytes <= (0 if name == 'forward' else 256), context
         if dtype == torch.float16 or variant == 'standard':
             for boxes in (False, True):
-                offsets = Case(variant, dtype=dtype).from_offsets(boxes, shared=boxes)
+                offsets = arguments_of(variant, dtype, boxes=boxes)
                 for name, kernel in compile_kernels(offsets, arch).items():
                     spills = 0 if name == 'forward' else 256
                     assert kernel.local_bytes <= spills, (arch, variant, dtype, boxes, name, kernel)
     for dim in (24, 64):
-        compile_kernels(Case('shared key', dim=dim, dtype=torch.bfloat16), 90)
+        compile_kernels(arguments_of('shared key', torch.bfloat16, dim), 90)
     with mock.patch.object(launch, '_INT32_ELEMENTS', 1):
-        compile_kernels(Case('shared key', dtype=torch.float16), 90)
+        compile_kernels(arguments_of('shared key', torch.float16), 90)
         torch.use_deterministic_algorithms(True)
-        assert 'ordered_sum' in compile_kernels(Case('key apart', dtype=torch.float16), 90)
+        assert 'ordered_sum' in compile_kernels(arguments_of('key apart', torch.float16), 90)
 
 
 def main() -> None:
@@ -173,15 +198,10 @@ def main() -> None:
     print('| sm | dtype | kernel | queries | warps | ' + ' | '.join(Resources._fields) + ' |')
     print('|---' * (5 + len(Resources._fields)) + '|')
     for arch, dtype in itertools.product(args.arch, args.dtype):
-        case = Case(
-            args.variant,
-            _PYRAMID[: args.levels],
-            dim=args.dim,
-            points=args.points,
-            dtype=getattr(torch, dtype),
+        arguments = arguments_of(
+            args.variant, getattr(torch, dtype), args.dim, args.levels, args.points
         )
-        case.inputs['locations'] = case.inputs['locations'].float()
-        for name, kernel in compile_kernels(case, arch).items():
+        for name, kernel in compile_kernels(arguments, arch).items():
             config = config_of(name, args.variant, arch, args.points, args.dim)
             print('| ' + ' | '.join(map(str, (arch, dtype, name, *config, *kernel))) + ' |')
 

@@ -1,0 +1,113 @@
+"""What models of Hugging Face transformers gain: on our operators, and with the Lite encoder.
+
+    python benchmarks/huggingface.py mask2former --part inference --part encoder
+
+Models have their default size and random weights; nothing is downloaded. The options are those of
+``mmlite benchmark``.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import click
+import torch
+from torch import nn
+
+from mmlite import fuse, to_lite
+from mmlite.analysis.comparison import compare
+from mmlite.analysis.contestants import FUSED, Model
+from mmlite.cli import main
+from mmlite.cli.benchmark import kind, part_option
+from mmlite.cli.shared import option
+
+TEXT_TOKENS = 195  # the 80 categories of COCO as one prompt
+
+
+class Transformer(Model):
+    """A model of transformers."""
+
+    def arguments(self, image_size, batch_size, device) -> dict:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch_size, 3, *image_size, generator=generator)
+        mask = torch.ones(batch_size, *image_size, dtype=torch.long)
+        batch = {'pixel_values': images, 'pixel_mask': mask}
+        if hasattr(self.model.config, 'text_config'):
+            words = self.model.config.text_config.vocab_size
+            text = torch.randint(1100, words, (batch_size, TEXT_TOKENS), generator=generator)
+            text[:, 2::2] = 1012  # every other token is the full stop behind a category
+            text[:, 0], text[:, -1] = 101, 102
+            batch['input_ids'] = text
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+class Kind(NamedTuple):
+    """A model of transformers to measure, at its default size and with random weights."""
+
+    title: str
+    model: str  # its class, and that of its backbone's config
+    backbone: str
+    stages: Sequence[int] = (2, 3, 4)  # of the backbone, that are read
+    schedule: str = 'H3L1-(2+1)x3'  # of the Lite encoder
+    encoder_at: str = 'model.encoder'
+
+    def build(self) -> nn.Module:
+        import transformers as hf
+
+        cls, config = getattr(hf, self.model), getattr(hf, self.backbone)
+        features = config(out_features=[f'stage{i}' for i in self.stages])
+        return cls(cls.config_class(backbone_config=features))
+
+
+MODELS = {
+    'deformable-detr': Kind(
+        'Deformable DETR, ResNet-50', 'DeformableDetrForObjectDetection', 'ResNetConfig'
+    ),
+    'grounding-dino': Kind(
+        'Grounding DINO, Swin-T', 'GroundingDinoForObjectDetection', 'SwinConfig'
+    ),
+    'mask2former': Kind(
+        *('Mask2Former, ResNet-50', 'Mask2FormerForUniversalSegmentation', 'ResNetConfig'),
+        *((1, 2, 3, 4), 'H2L1-(2+1)x3', 'model.pixel_level_module.decoder'),
+    ),
+}
+
+
+def transformers_models(
+    names: Sequence[str], schedule: str | None, device: str
+) -> Iterator[list[Model]]:
+    """Of each model of transformers the stock one, the same on our operators, and the Lite one.
+
+    ``names`` are of :data:`MODELS`, none for all; ``schedule`` takes the place of each model's own.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    for one in (MODELS[name] for name in names or MODELS):
+        torch.manual_seed(0)
+        stock = Transformer(one.title, one.build().eval().to(device), one.encoder_at)
+        chosen = schedule or one.schedule
+        lite = fuse(to_lite(copy.deepcopy(stock.model), chosen))
+        title = f'{one.title}, Lite {chosen}'
+        yield [stock, stock.in_mode(FUSED), Transformer(title, lite, one.encoder_at)]
+
+
+@kind
+@click.argument('names', nargs=-1, type=click.Choice(list(MODELS)))
+@option('--schedule', help="Of the Lite encoder; each model's own by default.")
+@part_option
+def huggingface(*, names, schedule, setting, start):
+    """Compare models of transformers with their fused and their Lite variant; all by default.
+
+    \b
+    Example:
+      python benchmarks/huggingface.py mask2former --threads 2 --rounds 2 --part encoder
+    """
+    return compare(transformers_models(names, schedule, setting.device), setting, start=start)
+
+
+if __name__ == '__main__':
+    main(['benchmark', 'huggingface', *sys.argv[1:]])

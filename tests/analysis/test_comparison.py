@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mmlite.analysis.comparison import compare
+from mmlite.analysis.contestants import STOCK, STOCK_FUSED, Encoder, Model, encoders
+from mmlite.analysis.timing import Setting
+from mmlite.nn import LiteEncoder
+
+SETTING = Setting((32, 48), rounds=2, warmup=1, parts=('inference', 'training'))
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    """What was compiled, in place of compiling it."""
+    found = []
+    monkeypatch.setattr(torch, 'compile', lambda function: found.append(function) or function)
+    return found
+
+
+def test_encoders_in_modes(compiled):
+    report = compare([encoders(['H3L1-(2+1)x3'], 64)], SETTING, ('compiled',))
+    names = [STOCK, STOCK_FUSED, 'Lite H3L1-(2+1)x3', 'Lite H3L1-(2+1)x3, no KDA']
+    assert [e.name for e in report.results] == [STOCK, *(f'{name}, compiled' for name in names)]
+    assert len(compiled) == len(names)
+    for each in report.results:
+        for part in SETTING.parts:
+            assert (each.timings[part][1].faster['faster'].median == 1) == (each.name == STOCK)
+
+
+def test_detectors_in_modes(compiled):
+    lite = LiteEncoder('H3L1-(2+1)x1', embed_dims=32, num_heads=4, feedforward_channels=64)
+    models = [
+        Model('detector', nn.ModuleDict({'encoder': lite}), 'encoder'),
+        Model('fcn', nn.Linear(1, 1), None),
+    ]
+    one = models[0].in_mode('compiled')
+    assert one.model is not models[0].model  # a mode changes a copy
+    assert compiled == [one.model['encoder'].forward]
+    assert (one.name, one.mode, models[0].name) == ('detector, compiled', 'compiled', 'detector')
+    with pytest.raises(ValueError, match='no multi-scale encoder'):
+        models[1].in_mode('compiled')
+    assert models[1].in_mode('eager') is models[1]
+
+
+def test_what_a_mode_cannot_run_is_named():
+    class Alone(Encoder):
+        def in_mode(self, mode):
+            if mode != 'eager':
+                raise ValueError('it does not')
+            return self
+
+    lite = encoders(['H3L1-(2+1)x3'], 64)[2].model
+    report = compare([[Alone('lite', lite, '')]], SETTING, ('eager', 'fused'))
+    assert [each.name for each in report.results] == ['lite']
+    assert report.notes[0] == 'Not measured: lite, fused: it does not.'
+    gradients = [parameter.grad for parameter in lite.parameters()]
+    assert gradients == [None] * len(gradients)  # a training step leaves none

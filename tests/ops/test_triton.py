@@ -65,8 +65,11 @@ TESTS = TestTriton()
 
 def test_wide_indices(monkeypatch):
     """Features of one image beyond the range of int32 are indexed with int64."""
-    monkeypatch.setattr(launch, '_INT32_ELEMENTS', 1)
-    TESTS.check(Case('key apart', PYRAMID[2:], queries=3, heads=2, dim=8, device=DEVICE))
+    case = Case('key apart', PYRAMID[2:], queries=3, heads=2, dim=8, device=DEVICE)
+    for elements, index in ((2**31, triton.language.int32), (1, triton.language.int64)):
+        monkeypatch.setattr(launch, '_INT32_ELEMENTS', elements)
+        assert launch._prepare(*case.arguments[2:6])[1]['INDEX'] == index
+    TESTS.check(case)
 
 
 @pytest.mark.parametrize('config', [(1, 1), (4, 1), (16, 8)], ids=str)

@@ -11,7 +11,7 @@ import torch
 from .. import ops
 from .accuracy import Dataset, evaluate
 from .compare import take_turns, time_tables
-from .contestants import EAGER, STOCK_FUSED, Model
+from .contestants import EAGER, STOCK_FUSED, Model, exported
 from .report import Report, Table, giga, size
 from .timing import Setting, Start, silent
 
@@ -30,6 +30,8 @@ def compare(
     setting: Setting,
     modes: Sequence[str] = (EAGER,),
     *,
+    runtimes: Sequence[str] = ('pytorch',),
+    int8: bool = False,
     dataset: Dataset | None = None,
     profile: bool = False,
     start: Start = silent,
@@ -41,6 +43,8 @@ def compare(
             is timed, so bad input costs no work.
         setting (Setting): What they are measured on.
         modes (Sequence[str]): Of :data:`~mmlite.analysis.contestants.MODES`.
+        runtimes (Sequence[str]): Others than ``'pytorch'`` run exports of the models in every form.
+        int8 (bool): For OpenVINO also in 8 bits.
         dataset (Dataset, optional): Where to measure the accuracy of those with a checkpoint.
         profile (bool): Add the tables of torch's profiler to the notes.
         start (Start): Shows progress.
@@ -52,6 +56,9 @@ def compare(
     """
     if dataset is not None:
         dataset.check()
+    others = [runtime for runtime in runtimes if runtime != 'pytorch']
+    if int8 and 'openvino' not in others:
+        raise ValueError('--int8 is for OpenVINO; add --runtime openvino')
     models: list[Model] = []
     notes: list[str] = []
     for group in groups:
@@ -61,7 +68,15 @@ def compare(
             if dataset is not None and each.checkpoint:
                 each.accuracy = evaluate(each.model.cfg, each.checkpoint, dataset, setting.device)
             step()
-        running = _in_modes(group, modes if setting.rounds else (EAGER,), notes)
+        running = []
+        if 'pytorch' in runtimes or not setting.rounds:
+            running += _in_modes(group, modes if setting.rounds else (EAGER,), notes)
+        if others and setting.rounds:
+            found = exported(group, others, int8, setting.image_size, start=start)
+            group[0].baseline = running[0] if running else found[0]
+            for each in found:
+                each.baseline = group[0].baseline
+            running += found
         by_name = {each.name: each for each in running}
         against = {
             'faster': lambda each: each.baseline,

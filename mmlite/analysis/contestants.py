@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -14,21 +16,30 @@ from mmdet.models.layers import DeformableDetrTransformerEncoder
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from .. import fuse, optimize
-from ..export.detector import load
+from .. import __version__, fuse, optimize
+from ..export.detector import DESCRIPTION, load
+from ..export.int8 import import_nncf, quantize
+from ..export.operators import attention_as
+from ..export.program import Traced, trace
+from ..export.runtimes import import_runtime, library
+from ..export.write import write
 from ..openmmlab.build import DetectorSpec, build_detector, load_config
 from ..openmmlab.layers import LiteEncoder
 from ..openmmlab.lite_config import stock_config
+from ..ops import reference
 from .compare import Contestant
 from .complexity import Complexity, called_with, count_detector, find_encoder
 from .inputs import encoder_inputs, image_batch, pyramid_sizes
 from .published import preset as published_rows
 from .report import size
-from .timing import Call, Setting, Start
+from .timing import Call, Setting, Start, silent
 
 # How a model runs: as it is, its encoder compiled, its standard deformable attention on our
 # operators, optimised for prediction.
 EAGER, COMPILED, FUSED, OPTIMIZED = MODES = ('eager', 'compiled', 'fused', 'optimized')
+# How they are exported.
+FORMS = PLAIN, PORTABLE, OURS = 'plain', 'portable', 'our operators'
+INT8 = '8 bits'
 STOCK, STOCK_FUSED = 'stock (mmcv)', 'stock (ms_deform_attn)'
 EMBED_DIMS = 256
 
@@ -147,8 +158,11 @@ class Encoder(Model):
         return (memory * memory.detach()).sum()
 
 
+@dataclass(eq=False)
 class Exported(Model):
     """A folder that ``mmlite export`` or ``mmlite quantize`` wrote, in its runtime."""
+
+    folder: Path | None = None
 
     def count(self, setting) -> None:
         return None
@@ -156,7 +170,7 @@ class Exported(Model):
     def call(self, part, setting, batch_size) -> Call | None:
         if part != 'inference':
             return None
-        exported = load(self.name, torch.get_num_threads())
+        exported = load(self.folder, torch.get_num_threads())
         sizes = [exported.description['input'][name] for name in ('batch', 'height', 'width')]
         fits = all(a in (None, b) for a, b in zip(sizes, (1, *setting.image_size)))
         if not fits or (setting.device, setting.dtype, batch_size) != ('cpu', 'float32', 1):
@@ -191,7 +205,7 @@ def detectors(
         configs = [load_config(row.config, changes) for row in rows]
         titles = [f'{row.model}, {row.backbone}' for row in rows]
         yield [build(*pair, published=vars(row)) for *pair, row in zip(titles, configs, rows)]
-    exports = [Exported(name) for name in names if Path(name).is_dir()]
+    exports = [Exported(name, folder=Path(name)) for name in names if Path(name).is_dir()]
     if exports and exports[0].name == names[0]:
         raise ValueError('give the config of the baseline first; exports are compared with it')
     specs = [DetectorSpec.parse(name) for name in names if not Path(name).is_dir()]
@@ -203,6 +217,70 @@ def detectors(
             wanted.insert(0, ('stock', stock, None))
     if wanted:
         yield [*(build(*each) for each in wanted), *exports]
+
+
+def exported(
+    group: Sequence[Model],
+    runtimes: Sequence[str],
+    int8: bool,
+    size: tuple[int, int],
+    folder: Path = Path('work_dirs/exports'),
+    start: Start = silent,
+) -> list[Exported]:
+    """Export detectors for runtimes, or find what was exported before, in every form.
+
+    Forms are plain, with attention as MMCV writes it; portable; with our operators; and for
+    OpenVINO in 8 bits, for images of one size. Exports are kept in ``folder`` for the next time.
+
+    Raises:
+        ImportError: A runtime is missing.
+        FileNotFoundError: Our operators were not built for a runtime.
+        ValueError: A detector cannot be exported.
+    """
+    for runtime in runtimes:  # asked before minutes go into exports
+        for package in ('onnx', 'onnxscript', runtime):
+            import_runtime(package)
+        library(runtime)
+    wanted = [(each, runtime, form) for each in group for runtime in runtimes for form in FORMS]
+    if int8 and 'openvino' in runtimes:
+        import_nncf()
+        wanted += [(each, 'openvino', INT8) for each in group]
+    step, found = start('exporting', len(wanted)), []
+    for each, runtime, form in wanted:
+        weights = [Path(file).stat().st_mtime for file in [each.checkpoint] if file]
+        told = repr((each.model.cfg.to_dict(), each.checkpoint, weights, __version__, size))
+        key = hashlib.sha256(told.encode()).hexdigest()[:12]
+        path = folder / f'{key}-{runtime}-{form.replace(" ", "-")}'
+        if not (path / DESCRIPTION).is_file():
+            _export(each.model, path, 'onnx' if runtime == 'onnxruntime' else runtime, form, size)
+        found.append(Exported(f'{each.name}, {runtime}, {form}', folder=path))
+        step()
+    return found
+
+
+def _export(model: nn.Module, folder: Path, format: str, form: str, size: tuple[int, int]) -> None:
+    if form == INT8:
+        image = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+        with TemporaryDirectory() as source:
+            write(trace(model, size=size), source, format)
+            quantize(source, folder, [image])
+        return
+    traced = trace(model, portable=form == PORTABLE)
+    if form == PLAIN:
+        from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+
+        def sizes(flat: Sequence[int]) -> list[tuple[int, int]]:
+            return list(zip(flat[::2], flat[1::2]))
+
+        def standard(value, shapes, locations, weights):
+            return multi_scale_deformable_attn_pytorch(value, sizes(shapes), locations, weights)
+
+        def key_aware(query, key, value, shapes, locations):
+            return reference.key_aware_deform_attn(query, key, value, sizes(shapes), locations)
+
+        program = traced.program.run_decompositions(attention_as(standard, key_aware))
+        traced = Traced(program, {**traced.description, 'portable': True})
+    write(traced, folder, format)
 
 
 def encoders(schedules: Sequence[str], ffn_channels: int, device: str = 'cpu') -> list[Model]:

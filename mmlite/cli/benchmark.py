@@ -162,7 +162,16 @@ def encoder(*, setting, schedules, ffn, modes, profile, start):
     type=click.Choice(['paper-table3', 'paper-table4']),
     help='Instead of configs: every row of a table of the Lite DETR paper, with what it reports.',
 )
+@option(
+    '--framework',
+    type=click.Choice(['mmdet', 'transformers']),
+    default='mmdet',
+    help='With transformers the names are deformable-detr, grounding-dino and mask2former.',
+)
+@option('--schedule', help="Of transformers' Lite encoder; each model's own by default.")
 @several('--mode', 'eager compiled fused optimized', 'How models run in PyTorch.')
+@several('--runtime', 'pytorch onnxruntime openvino', 'Others than pytorch run exports.')
+@flag('--int8', help='Also in 8 bits, in OpenVINO; needs NNCF.')
 @part_option
 @train_flag
 @flag('--count-only', help='Count parameters and FLOPs, time nothing.')
@@ -170,7 +179,9 @@ def encoder(*, setting, schedules, ffn, modes, profile, start):
 @path_option('--images', help='Folder of their images.')
 @shared.cfg_options
 @file_option('--html', 'html_path', help='Write a page here.')
-def compare(*, names, preset, setting, start, annotations, images, cfg_options, modes):
+def compare(
+    *, names, preset, framework, schedule, setting, start, annotations, images, cfg_options, **how
+):
     """Compare models with the first one: FLOPs, parameters, time, memory, accuracy.
 
     A config is a path, mmdet::folder/config.py or mmlite::folder/config.py; a checkpoint may
@@ -187,7 +198,9 @@ def compare(*, names, preset, setting, start, annotations, images, cfg_options, 
       mmlite benchmark compare stock.py,stock.pth lite.py,lite.pth --train \\
           --annotations val.json --images val/
       mmlite benchmark compare --preset paper-table3 --count-only
-      mmlite benchmark compare lite.py exported/ exported-int8/ --mode optimized
+      mmlite benchmark compare lite.py --runtime pytorch --runtime openvino --mode optimized --int8
+      mmlite benchmark compare lite.py exported/ exported-int8/
+      mmlite benchmark compare --framework transformers mask2former
     """
     from ..analysis import comparison
     from ..analysis.accuracy import Dataset
@@ -196,5 +209,17 @@ def compare(*, names, preset, setting, start, annotations, images, cfg_options, 
     if (annotations is None) != (images is None):
         raise ValueError('--annotations and --images go together')
     dataset = Dataset(annotations, images) if annotations else None
-    groups = detectors(names, preset, cfg_options, setting.device, start)
-    return comparison.compare(groups, setting, modes, dataset=dataset, start=start)
+    if framework == 'transformers':
+        if preset or cfg_options or dataset or 'training' in setting.parts:
+            raise ValueError(
+                '--framework transformers measures models of random weights: leave out --preset, '
+                '--cfg-options, --annotations, --images and --train'
+            )
+        from ..analysis.huggingface import transformers_models
+
+        groups = transformers_models(names, schedule, setting.device)
+    elif schedule:
+        raise ValueError('--schedule is for --framework transformers; a config has its own')
+    else:
+        groups = detectors(names, preset, cfg_options, setting.device, start)
+    return comparison.compare(groups, setting, dataset=dataset, start=start, **how)

@@ -112,6 +112,26 @@ def test_page_stands_alone(report):
     assert '<span title="encoder"' in text  # a bar
 
 
+def test_runtimes_run_exports_that_are_kept(configs, tmp_path, monkeypatch):
+    pytest.importorskip('onnxruntime')
+    monkeypatch.chdir(tmp_path)
+    options = (configs[1], *QUICK, '--runtime', 'pytorch', '--runtime', 'onnxruntime')
+    found = results(*options, path=tmp_path / 'report.json')
+    forms = [f'onnxruntime, {form}' for form in ('plain', 'portable', 'our operators')]
+    assert [each['name'] for each in found] == ['stock', 'lite'] + [
+        f'{name}, {form}' for name in ('stock', 'lite') for form in forms
+    ]
+    for each in found:
+        ratio = each['timings']['inference']['1']['faster']['faster']['median']
+        assert (ratio == 1) == (each['name'] == 'stock')
+    written = {file: file.stat().st_mtime for file in tmp_path.glob('work_dirs/exports/*/*')}
+    assert len(written) >= 12
+    results(*options, path=tmp_path / 'report.json')
+    assert {file: file.stat().st_mtime for file in written} == written
+    result = run(*configs, *QUICK, '--int8')
+    assert result.exit_code and '--int8 is for OpenVINO' in result.output
+
+
 def test_preset_counts_published_rows(tmp_path, monkeypatch):
     down = ops.BackendStatus('cpu', False, 'out of order')
     monkeypatch.setattr(ops, 'backends', lambda: [down])

@@ -1,28 +1,19 @@
-"""What models of Hugging Face transformers gain: on our operators, and with the Lite encoder.
+"""Models of Hugging Face transformers as contestants: stock, on our operators, and Lite.
 
-    python benchmarks/huggingface.py mask2former --part inference --part encoder
-
-Models have their default size and random weights; nothing is downloaded. The options are those of
-``mmlite benchmark``.
+They have their default size and random weights; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import click
 import torch
 from torch import nn
 
-from mmlite import fuse, to_lite
-from mmlite.analysis.comparison import compare
-from mmlite.analysis.contestants import FUSED, Model
-from mmlite.cli import main
-from mmlite.cli.benchmark import kind, part_option
-from mmlite.cli.shared import option
+from .. import fuse, to_lite
+from .contestants import FUSED, Model
 
 TEXT_TOKENS = 195  # the 80 categories of COCO as one prompt
 
@@ -85,6 +76,9 @@ def transformers_models(
     """
     from transformers.utils import logging
 
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise ValueError(f'{unknown[0]!r} is none of the models: {", ".join(MODELS)}')
     logging.set_verbosity_error()
     for one in (MODELS[name] for name in names or MODELS):
         torch.manual_seed(0)
@@ -93,21 +87,3 @@ def transformers_models(
         lite = fuse(to_lite(copy.deepcopy(stock.model), chosen))
         title = f'{one.title}, Lite {chosen}'
         yield [stock, stock.in_mode(FUSED), Transformer(title, lite, one.encoder_at)]
-
-
-@kind
-@click.argument('names', nargs=-1, type=click.Choice(list(MODELS)))
-@option('--schedule', help="Of the Lite encoder; each model's own by default.")
-@part_option
-def huggingface(*, names, schedule, setting, start):
-    """Compare models of transformers with their fused and their Lite variant; all by default.
-
-    \b
-    Example:
-      python benchmarks/huggingface.py mask2former --threads 2 --rounds 2 --part encoder
-    """
-    return compare(transformers_models(names, schedule, setting.device), setting, start=start)
-
-
-if __name__ == '__main__':
-    main(['benchmark', 'huggingface', *sys.argv[1:]])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
 
 transformers_models = pytest.importorskip('transformers_models')
-from benchmarks import huggingface  # noqa: E402  (loads transformers)
+from mmlite.analysis import huggingface  # noqa: E402  (loads transformers)
 from mmlite.cli import main  # noqa: E402
 
 SMALL = {
@@ -26,8 +27,8 @@ def test_stock_fused_and_lite(tmp_path, monkeypatch):
         monkeypatch.setitem(huggingface.MODELS, name, small)
     path = tmp_path / 'transformers.json'
     options = ('--rounds', '2', '--warmup', '1', '--part', 'inference', '--part', 'encoder')
-    command = ['benchmark', 'huggingface', '--image-size', '64x96', *options, '--json', str(path)]
-    result = CliRunner().invoke(main, command)
+    command = ['benchmark', 'compare', '--framework', 'transformers', '--image-size', '64x96']
+    result = CliRunner().invoke(main, [*command, *options, '--json', str(path)])
     assert result.exit_code == 0, result.output
     found = json.loads(path.read_text())['results']
     for title, stock, fused, lite in zip(kinds, found[::3], found[1::3], found[2::3]):
@@ -40,3 +41,16 @@ def test_stock_fused_and_lite(tmp_path, monkeypatch):
                 timing = each['timings'][part]['1']
                 assert len(timing['seconds']) == 2
                 assert (timing['faster']['faster']['median'] == 1) == (each is stock)
+
+
+@pytest.mark.parametrize(
+    ('options', 'problem'),
+    [
+        (['--framework', 'transformers', 'yolo'], "'yolo' is none of the models: deformable-detr"),
+        (['--framework', 'transformers', '--cfg-options', 'a=1'], 'leave out .*--cfg-options'),
+        (['--schedule', 'H3L1-(2+1)x3', 'lite.py'], '--schedule is for --framework transformers'),
+    ],
+)
+def test_options_that_do_not_go_together(options, problem):
+    result = CliRunner().invoke(main, ['benchmark', 'compare', *options])
+    assert result.exit_code and re.search(problem, result.output)

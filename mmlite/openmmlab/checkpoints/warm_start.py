@@ -284,9 +284,9 @@ def _fit_small_ffn(
     """
     memory, _, step_tokens, mask = kept[layer][:4]
     mask = memory.new_zeros(memory.shape[:2], dtype=torch.bool) if mask is None else mask
-    low = ~step_tokens.low(step_tokens.pick(mask))
-    tokens = step_tokens.low(attended)[low]
-    target = step_tokens.low(step_tokens.pick(kept[stock.norms[1]][0]))[low]
+    valid = ~step_tokens.low(step_tokens.pick(mask))
+    tokens = step_tokens.low(attended)[valid]
+    target = step_tokens.low(step_tokens.pick(kept[stock.norms[1]][0]))[valid]
     layer.small_norm.load_state_dict(stock.norms[1].state_dict())
     chosen = _choose(len(tokens), 4 * _TOKENS).to(tokens.device)
     tokens, target = tokens[chosen], target[chosen]

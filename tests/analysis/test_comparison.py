@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from mmlite.analysis.compare import time_tables
 from mmlite.analysis.comparison import compare
 from mmlite.analysis.contestants import STOCK, STOCK_FUSED, Encoder, Model, encoders
-from mmlite.analysis.timing import Setting
+from mmlite.analysis.timing import Ratio, Setting, Timing
 from mmlite.nn import LiteEncoder
 
 SETTING = Setting((32, 48), rounds=2, warmup=1, parts=('inference', 'training'))
@@ -28,6 +29,16 @@ def test_encoders_in_modes(compiled):
     for each in report.results:
         for part in SETTING.parts:
             assert (each.timings[part][1].faster['faster'].median == 1) == (each.name == STOCK)
+
+
+def test_table_of_times():
+    model = Model('lite')
+    model.timings = {'inference': {2: Timing((0.5, 0.25), 3 * 2**20, {'faster': Ratio(2, 1, 3)})}}
+    (table,) = time_tables([model], Setting((32, 48), (1, 2)), 'cpu')
+    assert table.title == 'Inference, 32x48, batch 2, float32, cpu'
+    heads = ['model', 'median ms', 'mean ms', 'p95 ms', 'faster', 'peak MiB', 'images/s']
+    cells = ['lite', '375', '375', '488', '2.00x (1.00 to 3.00)', '3.0', '5.33']
+    assert (table.columns, table.rows) == (heads, [cells])
 
 
 def test_detectors_in_modes(compiled):

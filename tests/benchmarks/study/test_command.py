@@ -64,7 +64,3 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, arguments, sentence):
     assert sentence in ' '.join(result.output.split())
     assert 'Traceback' not in result.output
     assert not (tmp_path / 'work_dirs').exists()
-
-
-def test_help_shows_an_example():
-    assert 'python -m benchmarks.study small --report' in run('--help').output

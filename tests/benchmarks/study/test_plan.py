@@ -49,11 +49,6 @@ def test_says_what_is_wrong(tmp_path, changes, sentence):
     assert 'tiny.yaml' in str(error.value)
 
 
-def test_plan_that_is_missing():
-    with pytest.raises(FileNotFoundError, match='these ship: coco, small'):
-        read_plan('nothing')
-
-
 def test_missing_config_and_data_stop_it(tmp_path):
     data = {'real': {'root': str(tmp_path / 'real'), 'config': 'missing.py'}}
     study = Study(plan(tmp_path, data=data), tmp_path / 'out')

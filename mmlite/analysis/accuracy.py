@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import tempfile
 from contextlib import redirect_stdout
@@ -11,8 +12,10 @@ from pathlib import Path
 import torch
 from mmdet.datasets.api_wrappers import COCO
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
+from torch import nn
 
 from ..datasets.coco import read_annotations
 
@@ -85,4 +88,31 @@ def evaluate(
         config.update(work_dir=work_dir, visualizer=visualizer)
         config.update(load_from=checkpoint, log_level='ERROR')
         metrics = Runner.from_cfg(config).test()
+    return {name: 100 * metrics[f'coco/bbox_{name}'] for name in METRICS.values()}
+
+
+@torch.no_grad()
+def evaluate_model(model: nn.Module, config: Config, dataset: Dataset) -> dict[str, float]:
+    """As :func:`evaluate`, of a model that is there; its mode stays as it was.
+
+    Args:
+        model (nn.Module): A detector, or what is tested as one.
+        config (Config): Its config, whose test pipeline reads the images.
+        dataset (Dataset): Images and annotations.
+    """
+    loader = copy.deepcopy(config.test_dataloader)
+    annotations, images = str(dataset.annotations), {'img': str(dataset.images)}
+    loader.dataset.update(ann_file=annotations, data_root='', data_prefix=images)
+    loader.update(num_workers=0, persistent_workers=False)
+    training = model.training
+    model.eval()
+    with redirect_stdout(io.StringIO()):
+        loader = Runner.build_dataloader(loader)
+        metric = {'type': 'CocoMetric', 'ann_file': annotations, 'metric': 'bbox'}
+        evaluator = Evaluator(metric)
+        evaluator.dataset_meta = loader.dataset.metainfo
+        for batch in loader:
+            evaluator.process(model.test_step(batch), batch)
+        metrics = evaluator.evaluate(len(loader.dataset))
+    model.train(training)
     return {name: 100 * metrics[f'coco/bbox_{name}'] for name in METRICS.values()}

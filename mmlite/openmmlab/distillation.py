@@ -7,6 +7,8 @@ the teacher's tokens, and what the teacher's decoder and heads make of them, que
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -66,18 +68,39 @@ class DistilledDetector(BaseModel):
         super().__init__(data_preprocessor or detector.get('data_preprocessor'))
         self.config = copy.deepcopy(detector)
         self.student = MODELS.build(detector)
+        self.teacher_file = str(teacher)
         self.teacher_state, _ = unpack(load_checkpoint(teacher))
         # No child: what trains, saves or averages this model leaves the teacher alone.
         self.__dict__['teacher'] = build_teacher(self.config, self.teacher_state)
         self.teacher.requires_grad_(False)
+        self._check_heads()
         self.weights = {**dict.fromkeys(('tokens', 'classes', 'boxes', 'proposals'), 1.0)}
         self.weights.update(weights or {})
         self.student.requires_grad_(False)
         self.encoder.requires_grad_(True)
         self.encoder.draws_schedules = False
         self.iterations = 0
+        self.images = 0  # that it learns from
+        self.distance = math.nan  # of the tokens, mean of the last twenty iterations or so
         self._register_state_dict_hook(_leave_prefix_out)
         self._register_load_state_dict_pre_hook(_put_prefix_in)
+
+    def _check_heads(self) -> None:
+        """Refuse a detector with other classes or queries: nothing here could teach them."""
+        theirs, inside = self.teacher.state_dict(), f'{encoder_name(self.student)}.'
+        for name, value in self.student.state_dict().items():
+            shape = theirs[name].shape if name in theirs else value.shape
+            if not name.startswith(inside) and shape != value.shape:
+                raise ValueError(
+                    f'the teacher has other classes or queries than the Lite config: {name} is of '
+                    f'shape {tuple(shape)}, not {tuple(value.shape)}; give the config those of the '
+                    'teacher, and train the result on your classes afterwards'
+                )
+
+    def facts(self, iterations: int) -> dict:
+        """What a checkpoint says of how it came about."""
+        facts = {'teacher': self.teacher_file, 'images': self.images, 'iterations': iterations}
+        return {**facts, 'schedules': [str(schedule) for schedule in self.encoder.schedules]}
 
     @property
     def encoder(self) -> nn.Module:
@@ -111,6 +134,9 @@ class DistilledDetector(BaseModel):
             teacher.run(inputs, data_samples, theirs)
         student.run(inputs, data_samples, ours, teacher)
         found = {'tokens': token_distance(student.tokens, teacher.tokens, teacher.padding)}
+        distance = float(found['tokens'].detach())
+        last = distance if math.isnan(self.distance) else self.distance
+        self.distance = 0.95 * last + 0.05 * distance
         found.update(_output_distances(student.outputs, teacher.outputs))
         if teacher.proposals:
             scores, wanted = student.proposals[0], teacher.proposals[0]
@@ -238,8 +264,8 @@ class DistillHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Copy and fit, unless the training is resumed."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        model.iterations = runner.iter
+        model = _unwrapped(runner)
+        model.iterations, model.images = runner.iter, len(runner.train_dataloader.dataset)
         if runner.iter:
             return
         if is_main_process():
@@ -255,11 +281,62 @@ class DistillHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Say what the weights come from."""
-        checkpoint['meta']['distilled'] = {
-            'teacher': runner.cfg.model.teacher,
-            'images': len(runner.train_dataloader.dataset),
-            'iterations': runner.iter + 1,  # the one that has just been done
-        }
+        checkpoint['meta']['distilled'] = _unwrapped(runner).facts(
+            runner.iter + 1
+        )  # the one just done
+
+
+class ProgressHook(Hook):
+    """Shows how far a distillation is.
+
+    Args:
+        start (Callable): Given a text and a number of steps, returns what to call after each.
+        measure (Callable): Called with a name and a model: the teacher's and the student's before
+            the training, and the student's at each quarter of it.
+    """
+
+    def __init__(self, start: Callable, measure: Callable[[str, nn.Module], None]) -> None:
+        self.start, self.measure = start, measure
+
+    def before_train(self, runner: Runner) -> None:
+        model = _unwrapped(runner)
+        if is_main_process():
+            self.measure('stock detector', model.teacher)
+            self.measure(f'Lite detector after {runner.iter} iterations', model.student)
+            model.train()
+        self.step = self.start('Learning from the stock detector', runner.max_iters)
+        for _ in range(runner.iter):
+            self.step()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
+        model, done = _unwrapped(runner), runner.iter + 1
+        self.step(f'distance {model.distance:.3f}')
+        if is_main_process() and done % max(runner.max_iters // 4, 1) == 0:
+            self.measure(f'Lite detector after {done} iterations', model.student)
+            model.train()
+
+
+def _unwrapped(runner: Runner) -> DistilledDetector:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+
+
+def check_resumable(settings: Config) -> None:
+    """Refuse a folder in which another training has stopped; make it otherwise.
+
+    Raises:
+        ValueError: What is there was made with other settings.
+    """
+    folder = Path(settings.work_dir)
+    told = settings.to_dict()
+    changed = {name: told[name] for name in ('model', 'train_dataloader', 'train_cfg')}
+    text = json.dumps(changed, indent=1, default=str, sort_keys=True)
+    path = folder / 'settings.json'
+    if path.is_file() and path.read_text() != text:
+        raise ValueError(
+            f'{folder} holds a conversion that stopped and was of other settings; remove the folder'
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 def distillation_config(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.runner import Runner
-from small_detectors import STOCK, batch, small_config, small_model
+from small_detectors import STOCK, batch, small_config, small_model, write_pair
 
+from mmlite.cli import main
+from mmlite.datasets import generate_shapes
 from mmlite.openmmlab.distillation import (
     DistilledDetector,
     _score_distance,
@@ -167,3 +171,98 @@ def test_wrong_teachers_are_refused(tmp_path):
     stock = small_config('DINO').model
     with pytest.raises(ValueError, match='no Lite detector'):
         DistilledDetector(stock, str(tmp_path / 'stock.pth'))
+
+
+@pytest.fixture(scope='module')
+def user(tmp_path_factory):
+    """A stock detector for drawn shapes, its weights, its Lite config and images."""
+    folder = tmp_path_factory.mktemp('user')
+    generate_shapes(folder / 'shapes', {'train': 4, 'val': 2})
+    classes = {'classes': ('disc', 'ring', 'triangle', 'cross')}
+    changes = {
+        'model.bbox_head.num_classes': 4,
+        'test_dataloader.dataset.metainfo': classes,
+        'test_dataloader.dataset.pipeline': [
+            {'type': 'LoadImageFromFile'},
+            {'type': 'Resize', 'scale': (64, 64), 'keep_ratio': True},
+            {'type': 'LoadAnnotations', 'with_bbox': True},
+            {
+                'type': 'PackDetInputs',
+                'meta_keys': ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+            },
+        ],
+        'train_dataloader.num_workers': 0,
+        'train_dataloader.dataset.pipeline': [],
+    }
+    stock, lite = write_pair(folder, 'DINO', **changes)
+    torch.save(MODELS.build(Config.fromfile(stock).model).state_dict(), folder / 'stock.pth')
+    return folder, lite
+
+
+def convert(folder, lite, target, *options):
+    words = [
+        folder / 'stock.pth',
+        target,
+        '--from-stock',
+        lite,
+        '--images',
+        folder / 'shapes/train',
+    ]
+    words += ['--batch-size', 2, *options]
+    return CliRunner().invoke(main, ['convert', *map(str, words)])
+
+
+def test_the_command_trains_measures_and_leaves_a_lite_checkpoint(user, tmp_path):
+    folder, lite = user
+    annotations = folder / 'shapes/annotations/instances_val.json'
+    measured = ('--annotations', annotations, '--annotated-images', folder / 'shapes/val')
+    report = tmp_path / 'report.json'
+    result = convert(
+        folder, lite, tmp_path / 'lite.pth', '--iterations', 4, *measured, '--json', report
+    )
+    assert result.exit_code == 0, result.output
+    for line in ('stock detector: ', 'after 0 iterations: ', 'after 4 iterations: ', 'Wrote'):
+        assert line in result.output
+    assert len(json.loads(report.read_text())['ap']) == 6  # the teacher, the start, each quarter
+    content = torch.load(tmp_path / 'lite.pth')
+    facts = content['meta']['distilled']
+    assert (facts['images'], facts['iterations']) == (4, 4)
+    assert facts['teacher'].endswith('stock.pth') and facts['schedules'] == ['H3L1-(2+1)x1']
+    MODELS.build(Config.fromfile(lite).model).load_state_dict(content['state_dict'])
+    assert not (tmp_path / 'lite.distill').exists()
+
+
+def test_the_command_goes_on_and_refuses_another_conversion(user, tmp_path, monkeypatch):
+    folder, lite = user
+    target, work = tmp_path / 'lite.pth', tmp_path / 'lite.distill'
+    stopped = Runner.train
+
+    def stop(runner):
+        stopped(runner)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, 'train', stop)
+    assert convert(folder, lite, target, '--iterations', 2).exit_code
+    assert work.is_dir() and not target.exists()
+    result = convert(folder, lite, target, '--iterations', 3)
+    assert result.exit_code and 'holds a conversion that stopped' in result.output
+    monkeypatch.undo()
+    seen = []
+    monkeypatch.setattr(DistilledDetector, 'start', lambda *_: seen.append(1))
+    assert convert(folder, lite, target, '--iterations', 2).exit_code == 0
+    assert target.exists() and not seen  # what was done was not done again
+
+
+@pytest.mark.parametrize(
+    ('options', 'problem'),
+    [
+        (['--iterations', 2, '--annotations', 'a.json'], 'go together'),
+        (['--iterations', 2, '--ema'], 'takes none of'),
+        (['--iterations', 2, '--cfg-options', 'model.bbox_head.num_classes=3'], 'other classes'),
+        (['--iterations', 2, '--schedule', 'H3L1-(2+1)x9'], 'makes 18 layers'),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(user, tmp_path, options, problem):
+    result = convert(*user, tmp_path / 'lite.pth', *options)
+    assert result.exit_code and problem in result.output, result.output
+    assert not (tmp_path / 'lite.pth').exists()

@@ -133,7 +133,8 @@ def test_runs_resumes_and_says_what_it_is(images, tmp_path):
         return torch.load(tmp_path / f'work/iter_{iterations}.pth', weights_only=False)
 
     first = trained(2)
-    assert first['meta']['distilled'] == {'teacher': teacher, 'images': 6, 'iterations': 2}
+    facts = {'teacher': teacher, 'images': 6, 'schedules': ['H3L1-(2+1)x1']}
+    assert first['meta']['distilled'] == {**facts, 'iterations': 2}
     last = trained(4)
     assert last['meta']['distilled']['iterations'] == 4
     lite = MODELS.build(config.model)

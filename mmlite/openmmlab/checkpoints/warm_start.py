@@ -363,5 +363,4 @@ def _agreement(expected: tuple, actual: tuple, same_classes: bool) -> Agreement:
         # Of boxes on top of each other, the one with the closer score is meant.
         best = (overlaps - 1e-3 * differences).argmax(1, keepdim=True)
         found += differences.gather(1, best)[overlaps.gather(1, best) >= 0.5].tolist()
-        wanted += len(stock)
     return Agreement(memory, len(found) / max(wanted, 1), sum(found) / max(len(found), 1))

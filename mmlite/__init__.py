@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 __version__ = '0.1.0'
-__all__ = ['fuse', 'optimize', 'restore', 'to_lite']
+__all__ = ['fuse', 'optimize', 'restore', 'to_lite', 'use_schedule']
 
 
 def to_lite(model: torch.nn.Module, schedule: str, **options: Any) -> torch.nn.Module:
@@ -79,6 +79,24 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     from .models import restore
 
     return restore(model)
+
+
+def use_schedule(model: torch.nn.Module, schedule: str) -> torch.nn.Module:
+    """Choose one of the schedules that an elastic Lite encoder was trained with.
+
+    Args:
+        model (torch.nn.Module): With a Lite encoder that was given ``elastic``.
+        schedule (str): For example ``'H2L2-(2+1)x3'``.
+
+    Returns:
+        torch.nn.Module: The same model.
+
+    Raises:
+        ValueError: The model has no Lite encoder, or no weights for this schedule.
+    """
+    from .models import use_schedule
+
+    return use_schedule(model, schedule)
 
 
 def _room(model: torch.nn.Module) -> ModuleType:

@@ -260,10 +260,8 @@ def _query_tokens(encoder: nn.Module, layer: int, sizes: Sequence[tuple[int, int
     step = getattr(encoder.layers[layer], 'step', None)
     if step is None:
         return torch.arange(sum(height * width for height, width in sizes))
-    low_levels = encoder.low_levels
-    if low_levels is None:
-        low_levels = encoder.schedule.low_levels(sizes)
-    return StepTokens(step, sizes, low_levels).indices()
+    low_levels = encoder.low_level_indices(sizes)
+    return StepTokens(step, sizes, low_levels, encoder.level_ranks).indices()
 
 
 def _level_of(sizes: Sequence[tuple[int, int]]) -> Tensor:

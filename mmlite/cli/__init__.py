@@ -13,6 +13,7 @@ COMMANDS = {
     'demo': 'Train and evaluate a small Lite-DINO on shapes drawn for it.',
     'check': 'Read every image and annotation of a config, and see whether they fit its model.',
     'convert': "Convert the authors' checkpoints to MMDetection and back, or start from stock.",
+    'tune': 'Find the schedule, image size and depth that fit a budget of time best.',
     'export': 'Write a detector for ONNX Runtime, OpenVINO or torch.export.',
     'quantize': 'Write an exported OpenVINO detector in 8 bits.',
     'lite-config': 'Write the Lite config of a stock config, or say which schedules fit.',

@@ -21,6 +21,7 @@ _FORMATS = click.Choice(['onnx', 'openvino', 'torch'])
 @shared.checkpoint_argument
 @option('--format', type=_FORMATS, default='onnx', help='torch: a .pt2 file of torch.export.')
 @shared.out_option('The folder to write.', required=True)
+@option('--schedule', help='One of those that an elastic detector was trained with.')
 @shared.image_size_option('size', default=None, help='Fit images into a canvas. Default: any size.')
 @option('--batch-size', default='1', metavar='N|any', help='Images at a time.')
 @shared.flag('--portable', help='Use no operators of mmlite: for runtimes that take none. Slower.')
@@ -31,7 +32,15 @@ _FORMATS = click.Choice(['onnx', 'openvino', 'torch'])
 )
 @shared.cfg_options
 def export(
-    config, checkpoint, out: Path, batch_size: str, image_paths, text, cfg_options, **options
+    config,
+    checkpoint,
+    out: Path,
+    schedule: str | None,
+    batch_size: str,
+    image_paths,
+    text,
+    cfg_options,
+    **options,
 ) -> None:
     """Export the detector of CONFIG with the weights of CHECKPOINT, from image to boxes.
 
@@ -50,6 +59,7 @@ def export(
     from ..export.compare import REPORT, compare
     from ..export.program import check_config
     from ..export.write import export_detector
+    from ..models import use_schedule
     from ..openmmlab.build import build_detector
 
     if batch_size != 'any' and not (batch_size.isdecimal() and int(batch_size)):
@@ -61,6 +71,8 @@ def export(
     images = [shared.read_image(file) for file in files] or [_drawn()]
     check_config(cfg.model)
     model = build_detector(cfg, checkpoint)
+    if schedule is not None:
+        use_schedule(model, schedule)
     console = shared.console()
     with console.status('Tracing and writing the model'):
         detector = export_detector(model, out, config=cfg, **options)

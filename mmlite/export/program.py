@@ -77,11 +77,10 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
             if 'cache_dict' in vars(module):
                 change.set(model, name, 'cache_dict', module.cache_dict)
         fuse_into(change, model)
-        if getattr(holder.encoder, 'low_levels', ()) is None:
+        if getattr(holder.encoder, 'level_ranks', ()) is None:
             # Comparing the maps' sizes would bind a graph to them.
-            schedule = holder.encoder.schedule
-            levels = family_of(holder).low_levels(schedule.num_levels, schedule.num_low_levels)
-            change.set(model, encoder_name(model), 'low_levels', levels)
+            ranks = family_of(holder).level_ranks(holder.encoder.schedule.num_levels)
+            change.set(model, encoder_name(model), 'level_ranks', ranks)
         yield model
     finally:
         change.undo(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..models import EncoderLayerParts, changing, stock_layers
 from ..nn import EncoderSchedule, InterleavedEncoder, StepTokens
 from ..nn.geometry import LevelSizes
+from ..nn.schedule import layer_steps
 from .attention import check_version
 
 CONFIG_NAME = 'lite_encoder'  # where `save_pretrained` writes down how it was made
@@ -28,8 +29,8 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
         model (nn.Module): Deformable DETR, Grounding DINO, MM-Grounding DINO, Mask2Former or
             OneFormer of transformers. Changed in place.
         schedule (str | EncoderSchedule): A * B is the number of layers of the stock encoder.
-        **options: ``key_aware``, ``small_ffn``, ``update``, ``num_cp``, ``proj_key`` and
-            ``same_loc`` of :class:`mmlite.nn.LiteEncoder`.
+        **options: ``key_aware``, ``small_ffn``, ``update``, ``num_cp``, ``proj_key``,
+            ``same_loc`` and ``elastic`` of :class:`mmlite.nn.LiteEncoder`.
 
     Returns:
         nn.Module: ``model``.
@@ -110,18 +111,20 @@ class _Encoder(InterleavedEncoder):
         num_cp: int = -1,
         proj_key: bool = False,
         same_loc: bool = False,
+        elastic: Sequence[str | EncoderSchedule] = (),
     ) -> None:
         if (proj_key or same_loc) and not key_aware:
             raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
         parts = [_parts(stock_layer) for stock_layer in stock.layers]
         schedule.check_fit(len(parts), parts[0].shape[2], update)
         layer = key_aware, small_ffn, proj_key, same_loc
-        steps = schedule.steps(update)
+        further = [EncoderSchedule.parse(each) for each in elastic]
+        steps = layer_steps([schedule, *further], update)
         sources = stock_layers(steps)
         layers = [parts[index].lite(step, *layer) for step, index in zip(steps, sources)]
-        levels, count = range(schedule.num_levels), schedule.num_low_levels
-        low_levels = levels[-count:] if self.smallest_first else levels[:count]
-        super().__init__(schedule, layers, update, num_cp, low_levels)
+        super().__init__(schedule, layers, update, num_cp, elastic=further)
+        ranks = range(schedule.num_levels)
+        self.level_ranks = tuple(ranks if self.smallest_first else ranks[::-1])
         self.stock_layers = sources
         self.dropout = nn.Dropout(stock.dropout)  # of the tokens, in Deformable DETR
         self.to(parts[0].attention.value_proj.weight)

@@ -1,7 +1,13 @@
 """Models of any framework: parts found by their structure, changes that can be undone."""
 
 from .changes import Change, changing, restore
-from .encoder import EncoderLayerParts, copy_counterparts, is_deformable_attention, stock_layers
+from .encoder import (
+    EncoderLayerParts,
+    copy_counterparts,
+    is_deformable_attention,
+    stock_layers,
+    use_schedule,
+)
 
 __all__ = [
     'Change',
@@ -11,4 +17,5 @@ __all__ = [
     'is_deformable_attention',
     'restore',
     'stock_layers',
+    'use_schedule',
 ]

@@ -13,7 +13,9 @@ from torch import nn
 from ..nn import (
     FFN,
     DeformableAttention,
+    EncoderSchedule,
     EncoderStep,
+    InterleavedEncoder,
     KeyAwareDeformableAttention,
     LiteEncoderLayer,
 )
@@ -76,6 +78,16 @@ class EncoderLayerParts:
             _copy(ffn[0].layers[1], self.linears[1])
         small = with_norm(self.shape[0]) if has_small else None
         return LiteEncoderLayer(step, attention, copy.deepcopy(norm), ffn, small, chunk_size=1024)
+
+
+def use_schedule(model: nn.Module, schedule: str | EncoderSchedule) -> nn.Module:
+    """Choose the schedule of a model's Lite encoders; see :func:`mmlite.use_schedule`."""
+    encoders = [part for part in model.modules() if isinstance(part, InterleavedEncoder)]
+    if not encoders:
+        raise ValueError(f'{type(model).__name__} has no Lite encoder; to_lite gives it one')
+    for encoder in encoders:
+        encoder.use_schedule(schedule)
+    return model
 
 
 def stock_layers(steps: Iterable[EncoderStep]) -> list[int]:

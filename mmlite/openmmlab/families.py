@@ -27,10 +27,10 @@ class Family:
     reads_text: bool = False  # it takes a text beside the image
     is_dino: bool = False  # ranks proposals by their best class; contents of queries are learned
 
-    def low_levels(self, num_levels: int, num_low_levels: int) -> tuple[int, ...]:
-        """Indices of the largest maps, known from the family alone."""
-        first = num_levels - num_low_levels if self.smallest_first else 0
-        return tuple(range(first, first + num_low_levels))
+    def level_ranks(self, num_levels: int) -> tuple[int, ...]:
+        """Of every level, how many are smaller, known from the family alone."""
+        ranks = range(num_levels)
+        return tuple(ranks if self.smallest_first else ranks[::-1])
 
 
 FAMILIES = [

@@ -118,7 +118,7 @@ def test_small_maps_are_the_high_level_ones():
     sizes = [(2, 3), (4, 6), (8, 12)]
     for family, ordered in (('mask2former', sizes), ('deformable_detr', [*sizes[::-1], (1, 2)])):
         encoder = lite_encoder(lite(family))
-        step = StepTokens(encoder.steps[0], ordered, encoder.low_levels)
+        step = StepTokens(encoder.steps[0], ordered, encoder.low_level_indices(ordered))
         waiting = [run for run in step.runs if not run.is_updated]
         assert [run.stop - run.start for run in waiting] == [8 * 12]
 

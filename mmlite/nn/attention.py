@@ -180,7 +180,9 @@ class SamplingAttention(nn.Module):
         levels: Sequence[int] | None = None,
     ) -> Tensor:
         """Where the queries look; see :func:`mmlite.nn.sampling_locations`."""
-        offsets = self.offsets(query, points, sizes, levels).flatten(2)
+        offsets = self.sampling_offsets(query)
+        if levels is not None:
+            offsets = self.offsets(query, points, sizes, levels).flatten(2)
         return sampling_locations(offsets, points, sizes, self.num_heads, self.num_points)
 
 

@@ -238,12 +238,15 @@ class EncoderSchedule:
         For named layers A and B are 0, and behind these numbers stand two of each layer, for the
         maps that it updates and reads: the sum of 2 to the power of their numbers from 0.
         """
+        return torch.tensor(self._numbers(update))
+
+    def _numbers(self, update: str) -> list[int]:
         numbers = [self.num_high_levels, self.num_low_levels, self.high_updates, self.num_blocks]
         numbers.append(UPDATES.index(update))
         for step in self.layers:
             reads = range(self.num_levels) if step.reads is None else step.reads
             numbers += [sum(1 << level for level in levels) for levels in (step.levels, reads)]
-        return torch.tensor(numbers)
+        return numbers
 
     @property
     def cost(self) -> int:
@@ -289,7 +292,7 @@ class EncoderSchedule:
 
 def encode_schedules(schedules: Sequence[EncoderSchedule], update: str) -> Tensor:
     """The codes of several schedules one after the other, -1 between them."""
-    codes = [schedule.encode(update).tolist() for schedule in schedules]
+    codes = [schedule._numbers(update) for schedule in schedules]
     return torch.tensor([number for code in codes for number in (-1, *code)][1:])
 
 

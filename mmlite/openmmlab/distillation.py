@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.registry import MODELS, OPTIMIZERS
@@ -27,8 +27,10 @@ from torch.nn import functional as F
 from ..nn.distill import EncoderOptimizer, compared_layers, keep_outputs, token_distance
 from .checkpoints.loading import load_checkpoint
 from .checkpoints.official import unpack
-from .checkpoints.warm_start import WarmStart, build_teacher, warm_start
 from .families import encoder_name, find_holder, type_name
+
+if TYPE_CHECKING:
+    from .checkpoints.warm_start import WarmStart
 
 OPTIMIZERS.register_module(module=EncoderOptimizer)
 
@@ -71,6 +73,10 @@ class DistilledDetector(BaseModel):
         self.teacher_file = str(teacher)
         self.teacher_state, _ = unpack(load_checkpoint(teacher))
         # No child: what trains, saves or averages this model leaves the teacher alone.
+        from .checkpoints.warm_start import (
+            build_teacher,
+        )  # which imports what this is imported with
+
         self.__dict__['teacher'] = build_teacher(self.config, self.teacher_state)
         self.teacher.requires_grad_(False)
         self._check_heads()
@@ -109,6 +115,8 @@ class DistilledDetector(BaseModel):
 
     def start(self, data: dict) -> WarmStart:
         """Copy the teacher's weights, and fit what is new to a few images; see ``warm_start``."""
+        from .checkpoints.warm_start import warm_start
+
         return warm_start(self.student, self.config, self.teacher_state, data)
 
     def train(self, mode: bool = True) -> DistilledDetector:

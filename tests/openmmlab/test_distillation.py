@@ -54,7 +54,9 @@ def test_a_training_step_of_every_family(name, tmp_path, tiny_bert):
     expected = {'loss_tokens', 'loss_classes', 'loss_boxes'}
     two_stages = getattr(model.student, 'as_two_stage', False)
     assert set(losses) == expected | ({'loss_proposals'} if two_stages else set())
-    assert all(value > 0 and value.isfinite() for value in losses.values())
+    # With random weights the scores of a text are all zero.
+    assert all(value.isfinite() for value in losses.values())
+    assert losses['loss_tokens'] > 0 and losses['loss_boxes'] > 0
     sum(losses.values()).backward()
     encoder = encoder_name(model.student)
     for parameter_name, parameter in model.student.named_parameters():

@@ -22,7 +22,7 @@ def distill(
     teacher: nn.Module,
     batches: Iterable[Any],
     iterations: int = 300,
-    lr: float = 4e-3,
+    lr: float = 6e-3,
     output_loss: Callable[[Any, Any], Tensor] | None = None,
     report: Callable[[int, float], None] = lambda iteration, loss: None,
 ) -> None:
@@ -70,9 +70,11 @@ def distill(
         ours, theirs = zip(*compared_layers(encoder))
         with torch.no_grad(), keep_outputs(stock.layers[i] for i in theirs) as wanted:
             expected = _call(teacher, batch)
-        with keep_outputs(encoder.layers[i] for i in ours) as tokens:
+        with keep_outputs(
+            (encoder.layers[i] for i in ours), fed(wanted, iteration, iterations)
+        ) as kept:
             output = _call(student, batch)
-        loss = token_distance(tokens, wanted)
+        loss = token_distance(kept, wanted)
         if output_loss is not None:
             loss = loss + output_loss(output, expected)
         for group, rate in zip(optimizer.param_groups, rates):
@@ -92,7 +94,7 @@ class EncoderOptimizer(torch.optim.Optimizer):
 
     Muon turns the update of a matrix into an orthogonal one; a student is where AdamW leaves it
     after a third to a half of the iterations (docs/results.md). A PyTorch before 2.9 has no Muon;
-    AdamW then does all at a quarter of the rate.
+    AdamW then does all at a sixth of the rate.
 
     Args:
         params (Iterable[Tensor]): Parameters; those that need no gradient are left out.
@@ -100,12 +102,12 @@ class EncoderOptimizer(torch.optim.Optimizer):
         weight_decay (float): Decoupled weight decay.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 4e-3, weight_decay: float = 1e-4):
+    def __init__(self, params: Iterable[Tensor], lr: float = 6e-3, weight_decay: float = 1e-4):
         trained = [parameter for parameter in params if parameter.requires_grad]
         options = dict(lr=lr, weight_decay=weight_decay)
         super().__init__(trained, options)
         if not hasattr(torch.optim, 'Muon'):
-            self.parts = [torch.optim.AdamW(trained, lr / 4, weight_decay=weight_decay)]
+            self.parts = [torch.optim.AdamW(trained, lr / 6, weight_decay=weight_decay)]
         else:
             matrices = [parameter for parameter in trained if parameter.dim() == 2]
             rest = [parameter for parameter in trained if parameter.dim() != 2]
@@ -155,13 +157,30 @@ def compared_layers(student: nn.Module) -> list[tuple[int, int]]:
     return pairs
 
 
+def fed(wanted: Sequence[Tensor], iteration: int, iterations: int) -> Sequence[Tensor]:
+    """What the blocks of a student are given in place of each other's tokens.
+
+    In the first half of a training each block starts from the teacher's tokens, and learns what
+    it has to add whatever the blocks before it do yet; then they learn together.
+    """
+    return wanted[:-1] if 2 * iteration < iterations else ()
+
+
 @contextmanager
-def keep_outputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """Keep what modules return: of each call one tensor, the first where there are more."""
+def keep_outputs(
+    modules: Iterable[nn.Module], instead: Sequence[Tensor] = ()
+) -> Iterator[list[Tensor]]:
+    """Keep what modules return: of each call one tensor, the first where there are more.
+
+    Args:
+        modules (Iterable[nn.Module]): Called in this order.
+        instead (Sequence[Tensor]): What the first of them seem to return to who calls them.
+    """
     kept: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+    def keep(module: nn.Module, args: tuple, output: Any) -> Tensor | None:
         kept.append(output if isinstance(output, Tensor) else output[0])
+        return instead[len(kept) - 1] if len(kept) <= len(instead) else None
 
     with ExitStack() as stack:
         for module in modules:

@@ -24,7 +24,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn.distill import EncoderOptimizer, compared_layers, keep_outputs, token_distance
+from ..nn.distill import EncoderOptimizer, compared_layers, fed, keep_outputs, token_distance
 from .checkpoints.loading import load_checkpoint
 from .checkpoints.official import unpack
 from .families import encoder_name, find_holder, type_name
@@ -85,7 +85,7 @@ class DistilledDetector(BaseModel):
         self.student.requires_grad_(False)
         self.encoder.requires_grad_(True)
         self.encoder.draws_schedules = False
-        self.iterations = 0
+        self.iterations = self.max_iterations = 0
         self.images = 0  # that it learns from
         self.distance = math.nan  # of the tokens, mean of the last twenty iterations or so
         self._register_state_dict_hook(_leave_prefix_out)
@@ -140,7 +140,8 @@ class DistilledDetector(BaseModel):
         ours, theirs = zip(*compared_layers(self.encoder))
         with torch.no_grad():
             teacher.run(inputs, data_samples, theirs)
-        student.run(inputs, data_samples, ours, teacher)
+        instead = fed(teacher.tokens, self.iterations - 1, self.max_iterations)
+        student.run(inputs, data_samples, ours, teacher, instead)
         found = {'tokens': token_distance(student.tokens, teacher.tokens, teacher.padding)}
         distance = float(found['tokens'].detach())
         last = distance if math.isnan(self.distance) else self.distance
@@ -168,6 +169,7 @@ class _Pass:
         samples: list,
         layers: Sequence[int],
         teacher: _Pass | None = None,
+        instead: Sequence[Tensor] = (),
     ) -> None:
         """Run it; with a teacher's pass, on the feature maps and queries of that one."""
         model, self.outputs = self.model, None
@@ -192,7 +194,7 @@ class _Pass:
             first = [self.head.cls_branches[model.decoder.num_layers]]
         with ExitStack() as stack:
             layers = (self.encoder.layers[index] for index in layers)
-            self.tokens = stack.enter_context(keep_outputs(layers))
+            self.tokens = stack.enter_context(keep_outputs(layers, instead))
             self.proposals = stack.enter_context(keep_outputs(first))
             stack.enter_context(self.head.register_forward_hook(keep_output))
             stack.enter_context(
@@ -273,7 +275,8 @@ class DistillHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Copy and fit, unless the training is resumed."""
         model = _unwrapped(runner)
-        model.iterations, model.images = runner.iter, len(runner.train_dataloader.dataset)
+        model.iterations, model.max_iterations = runner.iter, runner.max_iters
+        model.images = len(runner.train_dataloader.dataset)
         if runner.iter:
             return
         if is_main_process():
@@ -402,7 +405,7 @@ def distillation_config(
         'optim_wrapper': {
             'type': 'OptimWrapper',
             **wrapper,
-            'optimizer': {'type': 'EncoderOptimizer', 'lr': 4e-3},
+            'optimizer': {'type': 'EncoderOptimizer', 'lr': 6e-3},
             'clip_grad': {'max_norm': 1.0},
         },
         'param_scheduler': [

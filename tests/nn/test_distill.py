@@ -14,6 +14,8 @@ from mmlite.nn.distill import (
     EncoderOptimizer,
     compared_layers,
     distill,
+    fed,
+    keep_outputs,
     learning_rate,
     token_distance,
 )
@@ -87,6 +89,19 @@ def test_a_student_comes_closer_and_nothing_else_changes():
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_blocks_learn_alone_at_first_and_together_then():
+    encoder, arguments = LiteEncoder('H3L1-(1+1)x2', **THIN), inputs()
+    wanted = [torch.randn_like(arguments['tokens']) for _ in range(2)]
+    for iteration, alone in ((0, True), (4, True), (5, False), (9, False)):
+        encoder.zero_grad()
+        with keep_outputs(encoder.layers, fed(wanted, iteration, 10)) as tokens:
+            memory = encoder(**arguments)
+        assert memory is tokens[-1]  # what leaves the encoder is its own
+        token_distance(tokens[1:], wanted[1:]).backward()
+        first = encoder.layers[0].self_attn.value_proj.weight.grad
+        assert (first is None or not first.any()) == alone
+
+
 def test_an_output_loss_is_added():
     seen = []
 
@@ -144,4 +159,4 @@ def test_without_muon_adamw_does_all(monkeypatch):
     monkeypatch.delattr(torch.optim, 'Muon', raising=False)
     optimizer = EncoderOptimizer(nn.Linear(4, 4).parameters())
     assert [type(part) for part in optimizer.parts] == [torch.optim.AdamW]
-    assert optimizer.param_groups[0]['lr'] == 1e-3
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(1e-3)

@@ -60,7 +60,7 @@ KERNELS = (
 SELECTION = (
     *KERNELS,
     *(
-        'tests/openmmlab/layers',
+        'tests/openmmlab/test_layers.py',
         'tests/openmmlab/detectors/test_lite.py',
         'tests/openmmlab/checkpoints/test_loading.py',
     ),

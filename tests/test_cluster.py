@@ -1,7 +1,5 @@
 """Training by several processes on CPUs, and the faults that it goes on from."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

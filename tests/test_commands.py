@@ -1,12 +1,10 @@
 """Every command that README and docs name exists, and something runs it."""
 
-from __future__ import annotations
-
 import re
 import shlex
+from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 import mmdet
@@ -35,10 +33,7 @@ RUN_BY = {
 }
 
 
-class Command(NamedTuple):
-    page: str
-    text: str
-    words: list[str]
+Command = namedtuple('Command', 'page text words')
 
 
 def commands() -> list[Command]:

@@ -1,5 +1,3 @@
-"""Every config that ships builds the model that its name says."""
-
 import re
 from pathlib import Path
 

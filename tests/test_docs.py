@@ -1,7 +1,3 @@
-"""The Python in the documentation runs as it stands."""
-
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

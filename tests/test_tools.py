@@ -18,33 +18,12 @@ import mmlite
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 LIBRARY = Path(mmlite.__path__[0], 'ops/libmmlite_cpu.so')
-is_compiled = pytest.mark.skipif(
-    not LIBRARY.exists(), reason='the kernels were not compiled, or are not for Linux'
-)
-
-
-def load_tool(name: str):
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_benchmark(name: str, *options: str | Path, **environment: str) -> list[str]:
     command = [sys.executable, TOOLS.with_name('benchmarks') / name, *options]
     environment = {**os.environ, **environment}
     return subprocess.check_output(command, input='go\n', text=True, env=environment).splitlines()
-
-
-def test_budget_counts_the_lines_of_every_room(tmp_path, capsys):
-    (tmp_path / 'CONTRIBUTING.md').write_text('| `mmlite` | 1,000 |\n| `mmlite/ops` | 2 |\n')
-    (tmp_path / 'mmlite/ops').mkdir(parents=True)
-    (tmp_path / 'mmlite/ops/a.py').write_text('a = 1\n\nb = 2\n')
-    assert load_tool('budget').main(tmp_path) == 1
-    first, second = capsys.readouterr().out.splitlines()
-    assert first.split() == ['mmlite', '3', '/', '1,000']
-    assert second.split() == ['mmlite/ops', '3', '/', '2', '1', 'too', 'many']
 
 
 def write_wheel(path: Path, suffix: str, content: bytes) -> Path:
@@ -55,7 +34,9 @@ def write_wheel(path: Path, suffix: str, content: bytes) -> Path:
 
 
 def test_a_wheel_has_the_libraries_of_its_system(tmp_path):
-    wheels = load_tool('wheels')
+    spec = importlib.util.spec_from_file_location('wheels', TOOLS / 'wheels.py')
+    wheels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wheels)
     # The first bytes of a library for each of wheels.TARGETS.
     elf = [b'\x7fELF\x02\x01'.ljust(18, b'\0') + struct.pack('<H', number) for number in (62, 183)]
     headers = [*elf, *(b'\xcf\xfa\xed\xfe' + word + b'\0\0\x01' for word in (b'\x0c', b'\x07'))]
@@ -76,21 +57,16 @@ def test_busy_machine_measures_an_operator_and_a_step():
     options = ('--measure', '--seconds', '0')
     printed = run_benchmark('busy_machine.py', *options, OMP_NUM_THREADS='1')
     ready, measured = map(json.loads, printed[-2:])
-    assert ready == {}
-    assert measured['call'] > 0 and measured['step'] > 0
+    assert ready == {} and measured['call'] > 0 and measured['step'] > 0
 
 
-@is_compiled
+@pytest.mark.skipif(not LIBRARY.exists(), reason='the kernels are not compiled, or not for Linux')
 def test_compare_builds_times_both(tmp_path):
     wheel = write_wheel(tmp_path / 'a.whl', '.so', LIBRARY.read_bytes())
     options = ('--image-size', '32', '48', '--rounds', '1', '--threads', '1')
     printed = run_benchmark('compare_builds.py', LIBRARY, wheel, *options)
-    assert printed[0].startswith('libmmlite_cpu.so: ') and printed[1].startswith('a.whl: ')
-    assert [line.partition(':')[0] for line in printed[2:]] == [
-        f'{operator}, forward{rest}'
-        for operator in ('key aware', 'standard')
-        for rest in ('', ' and backward')
-    ]
+    names = [line.partition(':')[0] for line in printed]
+    assert names[:3] == ['libmmlite_cpu.so', 'a.whl', 'key aware, forward'] and len(names) == 6
 
 
 @pytest.mark.slow

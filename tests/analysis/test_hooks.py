@@ -1,33 +1,21 @@
-"""The hooks in a real run of mmengine: one short epoch and its validation."""
-
-from __future__ import annotations
-
 import json
 
 import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
-from small_detectors import write_pair
+from small_detectors import small_config, write_pair
 
 from mmlite.datasets import CLASSES, generate_shapes
-
-PIPELINE = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(128, 128), keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True),
-    dict(
-        type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
-    ),
-]
 
 
 @pytest.fixture(scope='module')
 def work_dir(tmp_path_factory):
     root = tmp_path_factory.mktemp('hooks')
     generate_shapes(root, {'val': 2}, image_size=128)
+    pipeline = small_config('plain').test_dataloader.dataset.pipeline
+    pipeline[1].scale = (128, 128)
     dataset = dict(
-        **dict(data_root=f'{root}/', data_prefix=dict(img='val/'), pipeline=PIPELINE),
+        **dict(data_root=f'{root}/', data_prefix=dict(img='val/'), pipeline=pipeline),
         **dict(ann_file='annotations/instances_val.json', metainfo=dict(classes=CLASSES)),
     )
     loader = dict(batch_size=2, num_workers=0, persistent_workers=False, dataset=dataset)

@@ -1,7 +1,3 @@
-"""Models of transformers against their fused and their Lite variant, in small."""
-
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,9 +1,7 @@
-from __future__ import annotations
-
 import pytest
 import torch
 
-from mmlite.analysis.inputs import OperatorShape, encoder_inputs, image_batch, pyramid_sizes
+from mmlite.analysis.inputs import OperatorShape, image_batch, pyramid_sizes
 
 
 def test_levels_of_the_paper():
@@ -40,12 +38,6 @@ def test_grid_locations_surround_their_query():
 def test_bad_operator_inputs(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         OperatorShape((48, 72), **options).inputs()
-
-
-def test_encoder_inputs():
-    x = encoder_inputs([(3, 4), (2, 2)], embed_dims=32, batch_size=2)
-    assert x['query'].shape == x['query_pos'].shape == (2, 16, 32)
-    assert x['level_start_index'].tolist() == [0, 12]
 
 
 def test_images_with_boxes():

@@ -1,7 +1,3 @@
-"""The published rows against what their own configs build."""
-
-from __future__ import annotations
-
 import pytest
 
 from mmlite.analysis.published import PRESETS, preset

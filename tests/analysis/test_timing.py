@@ -1,7 +1,5 @@
 """The pairing must cancel drift; nothing here asserts how long anything takes."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -10,9 +8,6 @@ from mmlite.cli import main
 from mmlite.datasets import generate_shapes
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
-ANOTHER_FORMAT = """
-train_dataloader = dict(dataset=dict(_delete_=True, type='ODVGDataset', ann_file='train.jsonl'))
-"""
 
 
 @pytest.fixture
@@ -50,10 +45,3 @@ def test_problems_in_the_data_and_the_model(run):
     assert found['truncated image']['places'] == [str(image)]
     assert found['truncated image']['data'] == 'val, test'
     assert 'H3L1-(2+1)x3' in found['model']['places'][0]
-
-
-def test_says_what_it_did_not_read(run):
-    code, output, _ = run(ANOTHER_FORMAT)
-    assert code == 0, output
-    assert 'No problems found in what was checked, without train' in output
-    assert 'ODVGDataset' in output

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -57,11 +55,11 @@ def test_chooses_how_threads_wait_before_torch_is_imported():
         'print(os.environ.get("OMP_WAIT_POLICY"), "torch" in sys.modules)'
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(('OMP_', 'GOMP_'))}
-    for chosen, policy in (
-        ({}, 'PASSIVE'),
-        ({'OMP_WAIT_POLICY': 'ACTIVE'}, 'ACTIVE'),
-        ({'GOMP_SPINCOUNT': '7'}, 'None'),
+    for name, value, policy in (
+        ('UNRELATED', '', 'PASSIVE'),
+        ('OMP_WAIT_POLICY', 'ACTIVE', 'ACTIVE'),
+        ('GOMP_SPINCOUNT', '7', 'None'),
     ):
-        command, environ = [sys.executable, '-c', code], {**environment, **chosen}
-        printed = subprocess.check_output(command, env=environ, text=True)
+        command = [sys.executable, '-c', code]
+        printed = subprocess.check_output(command, env={**environment, name: value}, text=True)
         assert printed.split() == [policy, 'False']

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -68,3 +69,12 @@ def test_help_has_an_example(name):
     result = CliRunner().invoke(main, [*name.split(), '--help'])
     assert result.exit_code == 0
     assert f'mmlite {name}' in result.output.partition('Example:')[2]
+
+
+def test_env_speaks_to_people_and_programs(tmp_path):
+    result = CliRunner().invoke(main, ['env', '--json', str(tmp_path / 'env.json')])
+    assert result.exit_code == 0, result.output
+    assert all(text in result.output for text in ('torch', 'mmdet', 'reference'))
+    written = json.loads((tmp_path / 'env.json').read_text())
+    printed = json.loads(CliRunner().invoke(main, ['env', '--json']).output)
+    assert written['versions'] == printed['versions']

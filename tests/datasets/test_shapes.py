@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 
 import cv2
@@ -33,6 +31,9 @@ def test_same_seed_same_files(drawn, tmp_path):
     assert contents(tmp_path / '3') == contents(drawn) != contents(tmp_path / '4')
     images = [content for path, content in contents(drawn).items() if path.endswith('.png')]
     assert len(set(images)) == 80
+    with pytest.raises(ValueError, match='at least 128'):
+        generate_shapes(tmp_path / 'small', {'train': 1}, image_size=100)
+    assert not (tmp_path / 'small').exists()
 
 
 def test_all_classes_and_sizes_occur(drawn):
@@ -70,9 +71,3 @@ def test_boxes_fit_the_drawing(monkeypatch):
         assert not (painted & ~covered).any()
         # holes of rings and all; the soft edges count for much where shapes are small
         assert (painted & masks).sum() > 0.75 * (painted | masks).sum()
-
-
-def test_refuses_images_that_are_too_small(tmp_path):
-    with pytest.raises(ValueError, match='at least 128'):
-        generate_shapes(tmp_path, {'train': 1}, image_size=100)
-    assert not any(tmp_path.iterdir())

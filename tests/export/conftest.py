@@ -1,24 +1,16 @@
-"""Small detectors with an opinion, and images to show them."""
-
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from exported import DETECTORS, SMALL_MASK2FORMER, export_for_all
+from exported import DETECTORS, export_for_all
 from filelock import FileLock
 from mmdet.registry import MODELS
-from mmdet.utils import register_all_modules
-from mmengine.hub import get_config
-from small_detectors import SMALL
+from small_detectors import small_config
 
 import mmlite  # noqa: F401  (registers the Lite detectors)
 from mmlite.openmmlab.detectors.grounding_dino import adapt_bert
-
-register_all_modules()
 
 
 @pytest.fixture(scope='session')
@@ -27,12 +19,9 @@ def detector(tiny_bert):
 
     def build(name: str) -> torch.nn.Module:
         base, changes = DETECTORS[name]
-        config = get_config(base)
         is_mask2former, reads_text = 'Mask2Former' in name, 'Grounding' in name
-        config.merge_from_dict(dict(model=SMALL_MASK2FORMER if is_mask2former else SMALL))
+        config = small_config(base, tiny_bert if reads_text else '')
         config.merge_from_dict(dict(model=changes))
-        if reads_text:
-            config.model.language_model.name = tiny_bert
         torch.manual_seed(0)
         model = MODELS.build(config.model)
         if is_mask2former:

@@ -1,7 +1,3 @@
-"""The loading side alone: images on their way in, boxes and masks on their way back."""
-
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

@@ -1,7 +1,3 @@
-"""Exported detectors find what PyTorch finds, in every format, and without torch."""
-
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -13,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from exported import DINO, SCHEDULE, TEXT, assert_runs_alone, batch_of, export_for_all, needs
-from small_detectors import SMALL
+from exported import SCHEDULE, TEXT, assert_runs_alone, batch_of, export_for_all, needs
+from small_detectors import SMALL, STOCK
 
 from mmlite.cli import main
 from mmlite.export import export_detector, library, load
@@ -163,22 +159,13 @@ def test_a_fixed_canvas_and_batch(detector, images, tmp_path):
         export_detector(model, tmp_path, 'torch', size=(16, 16))
 
 
-@pytest.mark.slow
-def test_portable(detector, images, tmp_path, monkeypatch):
-    needs('onnx')
-    monkeypatch.setattr('mmlite.export.runtimes._SUFFIX', 'no library is looked for')
-    model = detector('LiteDINO with a key of its own')
-    exported = export_detector(model, tmp_path, 'onnx', size=(128, 128), portable=True)
-    assert_agrees(model, exported, images[:1])
-
-
 def test_command(images, tmp_path, monkeypatch):
     """Of a portable model, for which no library is looked for."""
     monkeypatch.setattr('mmlite.export.runtimes._SUFFIX', 'no library')
     model = {**SMALL, 'type': 'LiteDINO', 'encoder': {**SMALL['encoder'], **SCHEDULE}}
     config = tmp_path / 'config.py'
     config.write_text(
-        f'_base_ = {DINO!r}\nmodel = {model!r}\n'
+        f'_base_ = "mmdet::{STOCK["DINO"]}"\nmodel = {model!r}\n'
         "test_pipeline = [dict(type='LoadImageFromFile'),\n"
         "    dict(type='mmdet.FixScaleResize', scale=(240, 160), keep_ratio=True),\n"
         "    dict(type='mmdet.datasets.transforms.Pad', size_divisor=32),\n"

@@ -1,7 +1,5 @@
 """The whole detector as one function: MMDetection's numbers, with padding and without."""
 
-from __future__ import annotations
-
 from itertools import accumulate
 from types import SimpleNamespace
 

@@ -1,7 +1,3 @@
-"""The detector optimised in PyTorch: the same predictions, and itself again afterwards."""
-
-from __future__ import annotations
-
 import copy
 from functools import partial
 from logging import getLogger
@@ -86,8 +82,5 @@ def test_a_norm_with_an_activation_is_not_folded(detector):
     mmlite.optimize(model)
     assert type(model.backbone.bn1) is kind
     assert type(model.backbone.layer1[0].bn1) is torch.nn.Identity
-
-
-def test_refuses_other_models():
     with pytest.raises(ValueError, match='Linear cannot be'):
         mmlite.optimize(torch.nn.Linear(1, 1))

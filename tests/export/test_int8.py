@@ -1,7 +1,3 @@
-"""Detectors in 8 bits: nearly the same boxes, our operators still there, heads in float."""
-
-from __future__ import annotations
-
 import json
 
 import cv2

@@ -1,7 +1,3 @@
-"""The portable form: the reference's numbers, no operator of ours, and AOTInductor takes it."""
-
-from __future__ import annotations
-
 from shutil import which
 
 import pytest

@@ -1,7 +1,3 @@
-"""Test pipelines: each transform is served with MMDetection's numbers, or refused by name."""
-
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from mmdet.datasets.transforms import Resize

@@ -1,5 +1,3 @@
-"""Our operators inside ONNX Runtime and OpenVINO: PyTorch's numbers, and refusals in a sentence."""
-
 from __future__ import annotations
 
 import subprocess

@@ -1,7 +1,5 @@
 """What tests of exported detectors share."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess
@@ -13,8 +11,6 @@ from unittest import mock
 import cv2
 import numpy as np
 import pytest
-import small_detectors
-from small_detectors import SMALL_TEXT
 from torch import nn
 
 from mmlite.export import Detector, library
@@ -24,54 +20,43 @@ from mmlite.export.write import to_onnx, write
 
 TEXT = ('red circle', 'green square', 'square')
 
-DINO = 'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py'
-DEFORMABLE = 'mmdet::deformable_detr/deformable-detr{}_r50_16xb2-50e_coco.py'
-TWO_STAGE = DEFORMABLE.format('-refine-twostage')
-DDQ = 'mmdet::ddq/ddq-detr-4scale_r50_8xb2-12e_coco.py'
-GROUNDING = 'mmdet::grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py'
-MASK2FORMER = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco{}.py'
-
 # Less sure than a trained model, so that random weights draw something.
-UNSURE = dict(max_per_image=10, object_mask_thr=0.02, iou_thr=0.1)
-SMALL_MASK2FORMER = small_detectors.SMALL_MASK2FORMER | dict(test_cfg=UNSURE)
+UNSURE = dict(test_cfg=dict(max_per_image=10, object_mask_thr=0.02, iou_thr=0.1))
 # So low that some of the queries are suppressed in every layer.
 SUPPRESSED = dict(dqs_cfg=dict(type='nms', iou_threshold=0.3))
 SCHEDULE = dict(schedule='H3L1-(2+1)x1')
 LITE = dict(type='LiteDINO', encoder=SCHEDULE)
 H_DETR = dict(num_one2many_queries=20, bbox_head=dict(type='HDeformableDETRHead'))
 PIXELS = dict(type='LiteMSDeformAttnPixelDecoder', encoder=dict(schedule='H2L1-(2+1)x1'))
-LITE_PIXELS = dict(panoptic_head=dict(pixel_decoder=PIXELS))
+LITE_PIXELS = dict(panoptic_head=dict(pixel_decoder=PIXELS), **UNSURE)
 
 
 def attending(**attention) -> dict:
     return LITE | dict(encoder=dict(**SCHEDULE, layer_cfg=dict(self_attn_cfg=attention)))
 
 
-# Name -> stock config, changes to it.
+# Name -> small stock config, changes to it.
 DETECTORS = {
-    'DINO': (DINO, {}),
-    'DeformableDETR': (DEFORMABLE.format(''), {}),
-    'DeformableDETR refining': (DEFORMABLE.format('-refine'), {}),
-    'DeformableDETR two-stage': (TWO_STAGE, {}),
-    'HDeformableDETR': (TWO_STAGE, dict(type='HDeformableDETR', **H_DETR)),
-    'LiteDINO': (DINO, LITE),
-    'LiteDINO with a key of its own': (DINO, attending(proj_key=True)),
-    'LiteDINO with the same locations': (DINO, attending(same_loc=True)),
-    'LiteDINO with a key-aware decoder': (DINO, LITE | dict(decoder=dict(key_aware=True))),
-    'LiteDeformableDETR': (TWO_STAGE, dict(type='LiteDeformableDETR', encoder=SCHEDULE)),
-    'DDQDETR': (DDQ, SUPPRESSED),
+    'DINO': ('DINO', {}),
+    'DeformableDETR': ('plain', {}),
+    'DeformableDETR refining': ('refine', {}),
+    'DeformableDETR two-stage': ('two-stage', {}),
+    'HDeformableDETR': ('two-stage', dict(type='HDeformableDETR', **H_DETR)),
+    'LiteDINO': ('DINO', LITE),
+    'LiteDINO with a key of its own': ('DINO', attending(proj_key=True)),
+    'LiteDINO with the same locations': ('DINO', attending(same_loc=True)),
+    'LiteDINO with a key-aware decoder': ('DINO', LITE | dict(decoder=dict(key_aware=True))),
+    'LiteDeformableDETR': ('two-stage', dict(type='LiteDeformableDETR', encoder=SCHEDULE)),
+    'DDQDETR': ('DDQ', SUPPRESSED),
     'LiteDDQDETR with a key-aware decoder': (
-        DDQ,
+        'DDQ',
         dict(type='LiteDDQDETR', encoder=SCHEDULE, decoder=dict(key_aware=True), **SUPPRESSED),
     ),
-    'GroundingDINO': (GROUNDING, dict(encoder=SMALL_TEXT)),
-    'LiteGroundingDINO': (
-        GROUNDING,
-        dict(type='LiteGroundingDINO', encoder=dict(**SMALL_TEXT, **SCHEDULE)),
-    ),
-    'Mask2Former': (MASK2FORMER.format(''), {}),
-    'LiteMask2Former': (MASK2FORMER.format(''), LITE_PIXELS),
-    'LiteMask2Former panoptic': (MASK2FORMER.format('-panoptic'), LITE_PIXELS),
+    'GroundingDINO': ('GroundingDINO', {}),
+    'LiteGroundingDINO': ('GroundingDINO', dict(type='LiteGroundingDINO', encoder=SCHEDULE)),
+    'Mask2Former': ('Mask2Former', UNSURE),
+    'LiteMask2Former': ('Mask2Former', LITE_PIXELS),
+    'LiteMask2Former panoptic': ('panoptic', LITE_PIXELS),
 }
 
 # Without torch and all of the framework, as where an exported detector runs.

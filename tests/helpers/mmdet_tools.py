@@ -37,6 +37,14 @@ def run_python(*arguments: str | Path, cwd: Path, **environment: str) -> str:
     return process.stdout
 
 
+def fresh(code: str, *arguments: str | Path, path: str | Path = '') -> list[str]:
+    """The lines that code prints in an interpreter that looks in ``path`` first."""
+    path = os.pathsep.join([str(path), os.environ.get('PYTHONPATH', '')])
+    # In a folder where no other mmlite than the installed one is found.
+    folder = Path(__file__).parent
+    return run_python('-c', code, *arguments, cwd=folder, PYTHONPATH=path).splitlines()
+
+
 def run_tools(runs: Sequence[Sequence[str | Path]], cwd: Path, **environment: str) -> str:
     """What MMDetection's scripts print, run one after the other in a process.
 

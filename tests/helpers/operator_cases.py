@@ -312,11 +312,6 @@ class BackendTests:
         case.inputs['query'] *= 200
         self.check(case)
 
-    def test_nan_reaches_the_output(self, variant):
-        case = self.case(variant, batch=1, queries=3, heads=1, dim=8)
-        case.inputs['value'][:] = float('nan')
-        assert self.run(case)['output'].isnan().any()
-
     def test_any_strides(self, variant):
         """Views of wider, transposed and expanded tensors give what their copies give."""
         case = self.case(variant, PYRAMID[2:], 2, 3, 2, 8)

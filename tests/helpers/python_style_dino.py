@@ -39,11 +39,7 @@ model = dict(
         post_norm_cfg=None,
     ),
     positional_encoding=dict(num_feats=128, normalize=True),
-    bbox_head=dict(
-        type=DINOHead,
-        num_classes=5,
-        loss_cls=dict(type=FocalLoss, use_sigmoid=True),
-    ),
+    bbox_head=dict(type=DINOHead, num_classes=5, loss_cls=dict(type=FocalLoss, use_sigmoid=True)),
     dn_cfg=dict(label_noise_scale=0.5, box_noise_scale=1.0, group_cfg=dict(num_groups=2)),
     test_cfg=dict(max_per_img=20),
 )

@@ -30,25 +30,14 @@ STOCK = {
     'Mask2Former Swin': 'mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py',
 }
 # MMDetection ties two-stage models to 256 channels, so the channels stay.
+_ATTENTION = dict(dropout=0.0)
+_LAYER = dict(self_attn_cfg=_ATTENTION, ffn_cfg=dict(feedforward_channels=64, ffn_drop=0.0))
 SMALL = dict(
     num_queries=30,
     backbone=dict(depth=18, init_cfg=None, frozen_stages=-1),
     neck=dict(in_channels=[128, 256, 512]),
-    encoder=dict(
-        num_layers=2,
-        layer_cfg=dict(
-            self_attn_cfg=dict(dropout=0.0),
-            ffn_cfg=dict(feedforward_channels=64, ffn_drop=0.0),
-        ),
-    ),
-    decoder=dict(
-        num_layers=2,
-        layer_cfg=dict(
-            self_attn_cfg=dict(dropout=0.0),
-            cross_attn_cfg=dict(dropout=0.0),
-            ffn_cfg=dict(feedforward_channels=64, ffn_drop=0.0),
-        ),
-    ),
+    encoder=dict(num_layers=2, layer_cfg=_LAYER),
+    decoder=dict(num_layers=2, layer_cfg=dict(**_LAYER, cross_attn_cfg=_ATTENTION)),
     bbox_head=dict(num_classes=5),
     test_cfg=dict(max_per_img=30),
 )

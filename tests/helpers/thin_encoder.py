@@ -1,7 +1,3 @@
-"""An encoder of 32 channels and what it takes."""
-
-from __future__ import annotations
-
 import torch
 from torch import nn
 

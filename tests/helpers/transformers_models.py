@@ -1,21 +1,17 @@
 """Small models of transformers, built from configs with random weights, and inputs for them."""
 
-from __future__ import annotations
+from functools import partial
 
 import torch
 import transformers as hf
 from torch import nn
 
 RESNET = dict(
-    depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 32, 64], embedding_size=8, layer_type='basic'
+    **dict(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 32, 64], embedding_size=8),
+    **dict(layer_type='basic', out_features=['stage2', 'stage3', 'stage4']),
 )
-TEXT = dict(
-    vocab_size=2000,
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=16,
-)
+TEXT = dict(vocab_size=2000, hidden_size=16, intermediate_size=16)
+TEXT |= dict(num_hidden_layers=1, num_attention_heads=2)
 HEADS = dict(encoder_attention_heads=4, decoder_attention_heads=4)
 THIN = dict(d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=12, dropout=0.0)
 
@@ -23,18 +19,14 @@ THIN = dict(d_model=32, encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=12, 
 DETR = dict(encoder_layers=4, decoder_layers=2, **HEADS, **THIN)
 
 
-def _resnet() -> hf.ResNetConfig:
-    return hf.ResNetConfig(**RESNET, out_features=['stage2', 'stage3', 'stage4'])
-
-
 def deformable_detr(**changes) -> nn.Module:
-    config = hf.DeformableDetrConfig(backbone_config=_resnet(), **DETR, **changes)
+    config = hf.DeformableDetrConfig(backbone_config=hf.ResNetConfig(**RESNET), **DETR, **changes)
     return _build(hf.DeformableDetrForObjectDetection, config)
 
 
 def grounding_dino(family: str = 'GroundingDino', **changes) -> nn.Module:
     config = getattr(hf, f'{family}Config')(
-        backbone_config=_resnet(),
+        backbone_config=hf.ResNetConfig(**RESNET),
         text_config=hf.BertConfig(**TEXT),
         fusion_droppath=0.0,
         **DETR,
@@ -43,30 +35,14 @@ def grounding_dino(family: str = 'GroundingDino', **changes) -> nn.Module:
     return _build(getattr(hf, f'{family}ForObjectDetection'), config)
 
 
-def mm_grounding_dino(**changes) -> nn.Module:
-    return grounding_dino('MMGroundingDino', **changes)
-
-
 def _swin() -> hf.SwinConfig:
-    return hf.SwinConfig(
-        embed_dim=8,
-        depths=[1, 1, 1, 1],
-        num_heads=[1, 1, 1, 1],
-        window_size=4,
-        image_size=64,
-        out_features=['stage1', 'stage2', 'stage3', 'stage4'],
-    )
+    layers = dict(depths=[1] * 4, num_heads=[1] * 4)
+    maps = [f'stage{number}' for number in range(1, 5)]
+    return hf.SwinConfig(embed_dim=8, window_size=4, image_size=64, out_features=maps, **layers)
 
 
-MASKS = dict(
-    encoder_feedforward_dim=48,
-    dim_feedforward=48,
-    hidden_dim=32,
-    num_attention_heads=4,
-    encoder_layers=4,
-    decoder_layers=3,
-    num_queries=12,
-)
+MASKS = dict(encoder_feedforward_dim=48, dim_feedforward=48, hidden_dim=32, num_queries=12)
+MASKS |= dict(num_attention_heads=4, encoder_layers=4, decoder_layers=3)
 
 
 def mask2former() -> nn.Module:
@@ -90,9 +66,7 @@ def oneformer() -> nn.Module:
 
 def rt_detr(family: str = 'RTDetr', **changes) -> nn.Module:
     config = dict(
-        backbone_config=hf.RTDetrResNetConfig(
-            **RESNET, out_features=['stage2', 'stage3', 'stage4']
-        ),
+        backbone_config=hf.RTDetrResNetConfig(**RESNET),
         encoder_hidden_dim=32,
         encoder_in_channels=[16, 32, 64],
         decoder_in_channels=[32, 32, 32],
@@ -105,26 +79,15 @@ def rt_detr(family: str = 'RTDetr', **changes) -> nn.Module:
     return _build(getattr(hf, f'{family}ForObjectDetection'), config)
 
 
-def rt_detr_v2(**changes) -> nn.Module:
-    return rt_detr('RTDetrV2', **changes)
-
-
-def d_fine(**changes) -> nn.Module:
-    return rt_detr('DFine', decoder_n_points=[3, 4, 2], **changes)
-
-
 MODELS = {
-    builder.__name__: builder
-    for builder in (
-        deformable_detr,
-        grounding_dino,
-        mm_grounding_dino,
-        mask2former,
-        oneformer,
-        rt_detr,
-        rt_detr_v2,
-        d_fine,
-    )
+    'deformable_detr': deformable_detr,
+    'grounding_dino': grounding_dino,
+    'mm_grounding_dino': partial(grounding_dino, 'MMGroundingDino'),
+    'mask2former': mask2former,
+    'oneformer': oneformer,
+    'rt_detr': rt_detr,
+    'rt_detr_v2': partial(rt_detr, 'RTDetrV2'),
+    'd_fine': partial(rt_detr, 'DFine', decoder_n_points=[3, 4, 2]),
 }
 
 

@@ -1,7 +1,3 @@
-"""Models of Hugging Face transformers on our operators; configs only, nothing is downloaded."""
-
-from __future__ import annotations
-
 import copy
 import importlib
 import inspect
@@ -193,14 +189,3 @@ def test_attentions_are_returned():
     for name, kind in (('mask2former', 'attentions'), ('rt_detr_v2', 'cross_attentions')):
         model = fuse(models.MODELS[name]())
         assert len(model(**models.inputs(model), output_attentions=True)[kind]) > 0
-
-
-@pytest.mark.parametrize('name', WAYS)
-def test_saving_and_loading(name, tmp_path):
-    model = models.MODELS[name]()
-    expected = models.outputs(model)
-    fuse(model).save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path).eval()
-    assert count_fused(loaded) == 0
-    assert_same(models.outputs(loaded), expected)
-    assert_same(models.outputs(fuse(loaded)), expected)

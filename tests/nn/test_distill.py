@@ -1,7 +1,5 @@
 """A student that follows a teacher: what is compared, what is trained, and that it comes closer."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Schedules that name their layers, and several schedules for one set of weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from thin_encoder import SIZES, THIN, inputs, randomised

@@ -10,31 +10,31 @@ from mmlite.nn import EncoderSchedule
         ('H3L1-(2+1)x3', (3, 1, 2, 3)),
         ('H2L2-(2+1)x3', (2, 2, 2, 3)),
         ('H3L1-(6+1)x1', (3, 1, 6, 1)),
-        ('h4l1 - ( 3+1 ) x 2', (4, 1, 3, 2)),
+        ('h4l1 - ( 3+1 ) X 2', (4, 1, 3, 2)),
     ],
 )
 def test_parse_and_str(text, fields):
     schedule = EncoderSchedule.parse(text)
     assert schedule == EncoderSchedule(*fields)
-    assert EncoderSchedule.parse(str(schedule)) == schedule
+    assert str(schedule) == 'H{}L{}-({}+1)x{}'.format(*fields)
     assert EncoderSchedule.parse(schedule) is schedule
     assert schedule.num_levels == fields[0] + fields[1]
     assert schedule.num_layers == fields[2] * fields[3]
 
 
-def test_canonical_text():
-    assert str(EncoderSchedule.parse('h3l1-(2+1)X3')) == 'H3L1-(2+1)x3'
-
-
-@pytest.mark.parametrize('text', ['', 'H3L1', 'H3L1-(2+2)x3', 'H3L1-(2+1)x3 x', 3, None])
-def test_malformed(text):
-    with pytest.raises(ValueError, match=r'not of the form HxLy-\(A\+1\)xB, for example'):
-        EncoderSchedule.parse(text)
-
-
-@pytest.mark.parametrize('text', ['H0L1-(2+1)x3', 'H3L0-(2+1)x3', 'H3L1-(0+1)x3', 'H3L1-(2+1)x0'])
-def test_empty_parts(text):
-    with pytest.raises(ValueError, match='needs at least one'):
+@pytest.mark.parametrize(
+    ('text', 'problem'),
+    [
+        *((text, 'not of the form HxLy') for text in ('', 'H3L1', 'H3L1-(2+2)x3', 3, None)),
+        ('H3L1-(2+1)x3 x', 'not of the form HxLy-\\(A\\+1\\)xB, for example'),
+        ('H0L1-(2+1)x3', 'needs at least one'),
+        ('H3L0-(2+1)x3', 'needs at least one'),
+        ('H3L1-(0+1)x3', 'needs at least one'),
+        ('H3L1-(2+1)x0', 'needs at least one'),
+    ],
+)
+def test_malformed(text, problem):
+    with pytest.raises(ValueError, match=problem):
         EncoderSchedule.parse(text)
 
 
@@ -50,11 +50,6 @@ def test_steps(schedule, update, high, low):
     steps = EncoderSchedule.parse(schedule).steps(update)
     assert [step.updates_high for step in steps] == high
     assert [step.updates_low for step in steps] == low
-
-
-def test_unknown_update():
-    with pytest.raises(ValueError, match='joint, sequential'):
-        EncoderSchedule.parse('H3L1-(2+1)x3').steps('both')
 
 
 @pytest.mark.parametrize('dtype', [torch.int64, torch.float32, torch.float16, torch.bfloat16])

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from mmengine.runner import checkpoint
@@ -19,12 +17,10 @@ def config():
     return load_config('mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py', SMALL)
 
 
-@pytest.mark.parametrize(
-    'reference', ['nowhere.py', 'mmlite::nowhere.py', 'mmdet::dino/nowhere.py']
-)
-def test_missing_config(reference):
+@pytest.mark.parametrize('name', ['nowhere.py', 'mmlite::nowhere.py', 'mmdet::dino/nowhere.py'])
+def test_missing_config(name):
     with pytest.raises(FileNotFoundError, match=r'nowhere\.py'):
-        load_config(reference)
+        load_config(name)
 
 
 @pytest.mark.parametrize(
@@ -36,15 +32,9 @@ def test_missing_config(reference):
     ],
 )
 def test_unreadable_config(tmp_path, text, message):
-    path = tmp_path / 'broken.py'
-    path.write_text(text)
+    (tmp_path / 'broken.py').write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_config(str(path))
-
-
-def test_packaged_config():
-    config = load_config('mmlite::lite_dino/lite-dino-4scale_r50_h3l1-2p1x3_8xb2-36e_coco.py')
-    assert config.model.encoder.schedule == 'H3L1-(2+1)x3'
+        load_config(str(tmp_path / 'broken.py'))
 
 
 def test_nothing_is_downloaded(config, monkeypatch):
@@ -87,13 +77,8 @@ def test_checkpoint(config, tmp_path):
     state['extra'] = state.pop('level_embed')
     state['query_embedding.weight'] = torch.zeros(3)
     torch.save({'state_dict': state}, path)
-    with pytest.raises(ValueError, match='does not fit') as error:
+    counts = r'1 missing \(such as level_embed\).*1 unknown.* extra\).*1 of another shape.*query_'
+    with pytest.raises(ValueError, match=f'does not fit.*{counts}'):
         build_detector(config, str(path))
-    for part in (
-        '1 missing (such as level_embed)',
-        '1 unknown to the model (such as extra)',
-        '1 of another shape (such as query_embedding.weight)',
-    ):
-        assert part in str(error.value)
     with pytest.raises(FileNotFoundError, match='does not exist'):
         build_detector(config, str(tmp_path / 'nothing.pth'))

@@ -1,7 +1,5 @@
 """Label-free training from a stock detector, for every family."""
 
-from __future__ import annotations
-
 import copy
 import json
 

@@ -1,8 +1,7 @@
-from __future__ import annotations
-
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+from mmdet_tools import fresh
 
 from mmlite.openmmlab import register as openmmlab
 
@@ -27,7 +26,7 @@ def installed(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize('distributions', [LITE, FITTING, CONTINUATION])
+@pytest.mark.parametrize('distributions', [LITE, {**FITTING, 'torch': '2.1.2'}, CONTINUATION])
 def test_accepts_both_families(installed, distributions):
     installed(distributions)
     openmmlab.require()
@@ -53,8 +52,6 @@ def test_a_version_that_does_not_fit(installed, monkeypatch, name, found):
 
 
 def test_the_continuation_needs_a_later_pytorch(installed):
-    installed({**FITTING, 'torch': '2.1.2'})
-    openmmlab.require()
     installed({**CONTINUATION, 'torch': '2.2.2+cu121'})
     with pytest.raises(ImportError, match=r'torch is 2\.2\.2\+cu121'):
         openmmlab.require()
@@ -79,7 +76,7 @@ def unfit(tmp_path):
 
 
 @pytest.mark.parametrize('fits', [True, False])
-def test_import_loads_nothing_of_the_stack(fresh, unfit, fits):
+def test_import_loads_nothing_of_the_stack(unfit, fits):
     output = fresh(
         'import mmlite, sys\n'
         "print('torch' in sys.modules)\n"
@@ -94,7 +91,7 @@ def test_import_loads_nothing_of_the_stack(fresh, unfit, fits):
     assert (warning in '\n'.join(output)) != fits
 
 
-def test_a_config_for_a_stack_that_does_not_fit_ends_in_the_advice(unfit, fresh):
+def test_a_config_for_a_stack_that_does_not_fit_ends_in_the_advice(unfit):
     stock, *advice = fresh(
         """
 from mmengine.config import Config
@@ -122,7 +119,7 @@ for name in ('LiteDINO', 'LiteMSDeformAttnPixelDecoder'):
         "from mmdet.registry import MODELS; MODELS.get('DINO')",
     ],
 )
-def test_adds_to_the_stack_whichever_is_imported_first(fresh, first):
+def test_adds_to_the_stack_whichever_is_imported_first(first):
     output = fresh(f"""
 {first}
 import mmlite
@@ -141,7 +138,7 @@ print(DATASETS.get('CheckedCocoDataset').__name__)
     ]
 
 
-def test_building_lite_detectors_and_hooks_loads_nothing_heavy(fresh):
+def test_building_lite_detectors_and_hooks_loads_nothing_heavy():
     """Beside what a stock detector loads: it has matplotlib itself."""
     output = fresh("""
 import os, sys
@@ -166,7 +163,7 @@ print('mmlite.analysis.hooks' in sys.modules)
     assert output[-2:] == ['[] True', 'True']
 
 
-def test_takes_no_name_of_the_stack(fresh):
+def test_takes_no_name_of_the_stack():
     """The registries hold what they held, under every name, once somebody asks for a model."""
     output = fresh("""
 import mmdet.registry as registry, sys

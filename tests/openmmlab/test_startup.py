@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import importlib
 import os
 import sys
@@ -28,9 +26,7 @@ def test_acts_after_the_first_import_and_at_once_from_then_on(tmp_path, monkeypa
     startup.when_imported(module, seen.append)
     assert seen == [1, imported, imported]
     del sys.modules[module], startup._WAITING.actions[module]
-
-
-def test_a_module_that_is_not_there_stays_missing():
+    # A module that is not there stays missing.
     startup.when_imported('no_such_module', pytest.fail)
     with pytest.raises(ModuleNotFoundError, match='no_such_module'):
         importlib.import_module('no_such_module')

@@ -1,7 +1,3 @@
-"""A built stock model becomes Lite, and keeps what it knows."""
-
-from __future__ import annotations
-
 import copy
 import json
 import pickle

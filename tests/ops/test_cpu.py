@@ -1,7 +1,3 @@
-"""The fused CPU kernels against the PyTorch formulation."""
-
-from __future__ import annotations
-
 import functools
 import subprocess
 import sys
@@ -181,16 +177,10 @@ with ops.use_backend('cpu'):
     subprocess.run([sys.executable, '-c', code], check=True, timeout=300)
 
 
-def test_status_names_the_instruction_set(isa):
+def test_says_what_runs_and_why_not(isa):
     assert cpu.status() == (True, f'{isa} kernels on {torch.get_num_threads()} threads')
-
-
-def test_unknown_isa():
     with pytest.raises(ValueError, match='isa must be one of'), cpu.use_isa('mmx'):
         pass
-
-
-def test_says_why_not():
     assert cpu.why_not(torch.zeros(1, 1, 1, 64), 100) == ''
     assert 'up to 256 numbers' in cpu.why_not(torch.zeros(1, 1, 1, 257), 1)
     assert 'complex64' in cpu.why_not(torch.zeros(1, 1, 1, 64, dtype=torch.complex64), 1)

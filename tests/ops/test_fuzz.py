@@ -22,12 +22,7 @@ from mmlite.ops import cpu, operator, reference
 # Another number and another seed: MMLITE_FUZZ_CALLS=100000 MMLITE_FUZZ_SEED=7
 CALLS = int(os.environ.get('MMLITE_FUZZ_CALLS', 3000))
 SEED = int(os.environ.get('MMLITE_FUZZ_SEED', 0))
-TOLERANCE = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 2e-2,
-    torch.float16: 4e-3,
-    torch.float64: 1e-9,
-}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float64: 1e-9}
 DTYPES = tuple(TOLERANCE)
 TENSORS = ('query', 'key', 'value', 'reference_points', 'sampling', 'attention_weights')
 

@@ -1,7 +1,5 @@
 """The PyTorch formulation against mmcv's and against the formulas written out point by point."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -74,14 +74,11 @@ def test_wide_indices(monkeypatch):
 
 @pytest.mark.parametrize('config', [(1, 1), (4, 1), (16, 8)], ids=str)
 def test_every_configuration_is_right(config, monkeypatch):
-    monkeypatch.setattr(launch, 'configuration', lambda *args: config)
-    TESTS.check(Case('shared key', PYRAMID[2:], 1, 5, 2, 8, device=DEVICE))
-
-
-def test_configurations():
     assert launch.configuration(4, 32) == (16, 4)
     assert launch.configuration(4, 32, wide=True) == (8, 1)
     assert launch.configuration(16, 256) == (1, 4)
+    monkeypatch.setattr(launch, 'configuration', lambda *args: config)
+    TESTS.check(Case('shared key', PYRAMID[2:], 1, 5, 2, 8, device=DEVICE))
 
 
 @pytest.mark.parametrize(

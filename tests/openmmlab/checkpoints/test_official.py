@@ -1,7 +1,5 @@
 """Conversion of the authors' checkpoints, by the verified mapping and the golden model."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -162,16 +160,9 @@ def test_schema(variant):
     assert_same(state, to_official(conversion.state_dict, left=conversion.left).state_dict)
 
 
+SMALL_SWIN = dict(embed_dims=24, depths=[1, 2, 1, 1], num_heads=[1, 2, 3, 4], window_size=5)
 SWIN = dict(
-    backbone=dict(
-        _delete_=True,
-        type='SwinTransformer',
-        embed_dims=24,
-        depths=[1, 2, 1, 1],
-        num_heads=[1, 2, 3, 4],
-        window_size=5,
-        out_indices=(1, 2, 3),
-    ),
+    backbone=dict(_delete_=True, type='SwinTransformer', out_indices=(1, 2, 3), **SMALL_SWIN),
     neck=dict(in_channels=[48, 96, 192]),
 )
 LITE = dict(type='LiteDINO', encoder=dict(schedule='H3L1-(2+1)x1', num_layers=2))
@@ -304,14 +295,6 @@ def test_swin_as_mmdetection_converts_it():
     assert_same(swin_converter(official), expected)
 
 
-def test_missing_bias_is_filled():
-    _, _, model = trained('dino')
-    state = {k: v for k, v in model.state_dict().items() if 'conv.bias' not in k}
-    conversion = to_official(state)
-    assert not conversion.state_dict['input_proj.3.0.bias'].any()
-    assert 'input_proj.3.0.bias' in conversion.filled
-
-
 ONE = torch.ones(1)
 NORM = 'transformer.decoder.norm.weight'
 COPY = 'transformer.decoder.bbox_embed.0.layers.0.bias'
@@ -348,31 +331,27 @@ def test_refusals(name, change, message):
         check_conversion(conversion, official_config(conversion))
 
 
-@pytest.mark.parametrize(
-    ('convert', 'name', 'message'),
-    [
-        (convert_encoder_state, 'layers.0.linear3.weight', 'no place in the authors'),
-        (convert_encoder_state, 'norm.weight', 'no place in the authors'),
-        (convert_encoder_state, 'layers.0.norms.0.bias', 'no place in the authors'),
+def test_no_way_there_or_back():
+    dino, lite = (trained(name)[2].state_dict() for name in ('dino', 'lite-dino'))
+    sequential = torch.tensor([3, 1, 2, 1, 1])
+    for convert, state, message in (
+        *(
+            (convert_encoder_state, {name: ONE}, 'no place in the authors')
+            for name in ('layers.0.linear3.weight', 'norm.weight', 'layers.0.norms.0.bias')
+        ),
         # DDQ and Grounding DINO: DINO and more.
-        (to_official, 'query_map.weight', 'no place in .*DINO'),
-        (to_official, 'text_feat_map.weight', 'no place in .*DINO'),
-    ],
-)
-def test_foreign_names(convert, name, message):
-    state = trained('dino')[2].state_dict() if convert is to_official else {}
-    with pytest.raises(ValueError, match=message):
-        convert({**state, name: ONE})
-
-
-def test_no_way_back():
-    with pytest.raises(ValueError, match="MMDetection's layout"):
-        to_official(official_state('refine'))
-    sequential = {'encoder.schedule_code': torch.tensor([3, 1, 2, 1, 1])}
-    with pytest.raises(ValueError, match='for sequential updates'):
-        to_official({**trained('lite-dino')[2].state_dict(), **sequential})
-    with pytest.raises(ValueError, match='--to-official'):
-        from_official(trained('dino')[2].state_dict())
+        (to_official, {**dino, 'query_map.weight': ONE}, 'no place in .*DINO'),
+        (to_official, {**dino, 'text_feat_map.weight': ONE}, 'no place in .*DINO'),
+        (to_official, official_state('refine'), "MMDetection's layout"),
+        (to_official, {**lite, 'encoder.schedule_code': sequential}, 'for sequential updates'),
+        (from_official, dino, '--to-official'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(state)
+    # A missing bias is filled.
+    conversion = to_official({k: v for k, v in dino.items() if 'conv.bias' not in k})
+    assert not conversion.state_dict['input_proj.3.0.bias'].any()
+    assert 'input_proj.3.0.bias' in conversion.filled
 
 
 @pytest.mark.parametrize('name', ['dino', 'lite-dino', 'h-detr', 'plain'])
@@ -400,7 +379,6 @@ def test_counters_of_batch_norms():
     name = 'backbone.0.body.bn1.num_batches_tracked'
     state = {**official_state('dino'), name: torch.tensor(7)}
     conversion = from_official(state)
-    check_conversion(conversion, official_config(conversion))
     assert conversion.left[name] == 7 and conversion.reasons[name] == 'not used here'
     assert_same(state, to_official(conversion.state_dict, left=conversion.left).state_dict)
 

@@ -1,10 +1,7 @@
-"""Every family: equal to stock where it should be, and every parameter learns."""
-
 from __future__ import annotations
 
 import copy
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +9,6 @@ import torch
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
-from mmengine.analysis import get_model_complexity_info
 from mmengine.config import ConfigDict
 from small_detectors import (
     DECODERS,
@@ -45,8 +41,6 @@ def build(request):
 
     return build
 
-
-# --- Equal to stock ----------------------------------------------------------------------------
 
 PAIRS = [(name, padded) for name in [*DETECTORS, 'GroundingDINO'] for padded in (True, False)]
 
@@ -81,8 +75,6 @@ def test_stock_schedule_is_the_stock_detector(build, name, padded):
                 ours.pred_instances[field], theirs.pred_instances[field], atol=1e-3, rtol=1e-4
             )
 
-
-# --- Training ----------------------------------------------------------------------------------
 
 HAVE_DECODERS = [*DETECTORS, 'GroundingDINO', 'MM-GroundingDINO']
 TRAINED = [(name, key_aware) for name in HAVE_DECODERS for key_aware in (True, False)]
@@ -154,9 +146,6 @@ def test_bfloat16_autocast_stays_close(build):
     assert results[0].pred_instances.scores.isfinite().all()
 
 
-# --- Which tokens ------------------------------------------------------------------------------
-
-
 def test_only_the_tokens_of_a_step_are_fused_with_the_text(build):
     model = build('GroundingDINO', LITE).eval()
     fused = []
@@ -176,8 +165,6 @@ def test_level_sizes_are_known_without_reading_the_tensor(build, monkeypatch):
     with torch.no_grad():
         model(**data, mode='tensor')
 
-
-# --- Refusals ----------------------------------------------------------------------------------
 
 SCHEDULES = [
     ({}, r"needs a schedule in its config: encoder=dict\(schedule='H\dL1-\(2\+1\)x3'\)"),
@@ -210,36 +197,13 @@ def test_configs_that_do_not_fit(build, changes, message):
         build('DINO', LITE, **changes)
 
 
-def test_more_queries_than_tokens(build):
+def test_more_queries_than_tokens_and_more_levels_than_maps(build):
     model = build('DINO', LITE, num_queries=2000)
     with pytest.raises(ValueError, match='num_queries=2000 proposals cannot be chosen'):
         losses(model, batch(model))
-
-
-def test_more_levels_than_maps():
     encoder = dict(schedule='H3L1-(2+1)x1', layer_cfg=dict(self_attn_cfg=dict(num_levels=4)))
     with pytest.raises(ValueError, match='encoder of 4 levels, but only 3 maps'):
         LiteMSDeformAttnPixelDecoder([8, 8, 8], encoder=encoder)
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_get_flops_counts_as_for_stock():
-    """As MMDetection's get_flops.py does, which traces the model."""
-    counted = []
-    for encoder in (None, dict(schedule='-(1+1)x2'), LITE):
-        model = small_model('Mask2Former', encoder).eval()
-        data = batch(model, padded=False)
-        model.forward = partial(model.forward, data_samples=data['data_samples'])
-        found = get_model_complexity_info(
-            model, None, inputs=data['inputs'], show_table=False, show_arch=False
-        )
-        counted.append(found['flops'])
-    stock, every_level, lite = counted
-    assert lite < every_level
-    assert stock / 2 < every_level < 2 * stock
-
-
-# --- Inside what MMDetection wraps around a detector -------------------------------------------
 
 
 @pytest.mark.parametrize('name', ['DINO', 'DDQ'])

@@ -1,8 +1,20 @@
+import copy
+import logging
+from types import SimpleNamespace
+
 import pytest
 import torch
-from mmcv.ops import MultiScaleDeformableAttention
+from mmcv.ops import MultiScaleDeformableAttention, multi_scale_deform_attn
+from mmdet.registry import HOOKS, MODELS
+from small_detectors import batch, losses, small_model
+from torch import nn
 
-from mmlite.openmmlab.layers import FusedDeformableAttention, KeyAwareDeformableAttention
+from mmlite.layers import (
+    FusedDeformableAttention,
+    KeyAwareDeformableAttention,
+    LiteEncoder,
+    fuse_attention,
+)
 
 SHAPES = torch.tensor([(7, 9), (4, 5), (2, 3)])
 TOKENS = int(SHAPES.prod(1).sum())
@@ -87,6 +99,9 @@ def test_initial_offsets_are_the_directional_grid():
     assert not attention.query_proj.bias.any()
     assert attention.query_proj.weight.any()
 
+    assert set(dict(attention.named_children())) == {
+        *('sampling_offsets', 'value_proj', 'query_proj', 'output_proj', 'dropout')
+    }
     shared = KeyAwareDeformableAttention(**THIN, same_loc=True)
     grid = stock.sampling_offsets.bias.view(4, 3, 4, 2)[:, 0]
     torch.testing.assert_close(shared.sampling_offsets.bias.view(4, 4, 2), grid)
@@ -103,21 +118,55 @@ def test_fresh_points_weigh_nearly_the_same(proj_key):
     assert 0.01 < weights.std() < 0.2  # those of standard attention start at 1, alike
 
 
-def test_has_only_the_parameters_it_uses():
-    names = {name.split('.')[0] for name, _ in KeyAwareDeformableAttention().named_parameters()}
-    assert names == {'sampling_offsets', 'value_proj', 'query_proj', 'output_proj'}
-    with_key = KeyAwareDeformableAttention(proj_key=True)
-    assert 'key_proj.weight' in with_key.state_dict()
-    assert isinstance(with_key, MultiScaleDeformableAttention)
-
-
 def test_unfitting_levels():
-    attention = KeyAwareDeformableAttention(**THIN, batch_first=True)
-    query = torch.randn(1, TOKENS, 32)
-    for levels, shapes, name in (
-        (2, SHAPES, 'reference_points'),
-        (3, SHAPES[:2], 'spatial_shapes'),
-    ):
-        points = torch.rand(1, TOKENS, levels, 2)
-        with pytest.raises(ValueError, match=f'{name} is for 2 feature levels'):
+    attention, query = KeyAwareDeformableAttention(**THIN, batch_first=True), torch.randn(1, 9, 32)
+    for levels, shapes, name in ((2, SHAPES, 'reference_poi'), (3, SHAPES[:2], 'spatial_shapes')):
+        points = torch.rand(1, 9, levels, 2)
+        with pytest.raises(ValueError, match=f'{name}.* is for 2 feature levels'):
             attention(query, reference_points=points, spatial_shapes=shapes)
+
+
+def test_a_stock_detector_computes_the_same(monkeypatch):
+    """MMDetection's own Deformable DETR: losses, gradients and what a copy predicts."""
+
+    def compute(model):
+        loss = losses(model, data)['loss']
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        with torch.no_grad():
+            output = copy.deepcopy(model).eval()(**data, mode='tensor')
+        return loss, gradients, output[:2]
+
+    def refuse(*args):
+        raise AssertionError("mmcv's own CPU path was taken")
+
+    stock = small_model('plain', std=0.05)
+    data, fused, names = batch(stock), copy.deepcopy(stock), list(stock.state_dict())
+    assert fuse_attention(fused) == 2 + 2  # layers of the encoder, and of the decoder
+    assert fuse_attention(fused) == 0
+    subclass = type('Other', (MultiScaleDeformableAttention,), {})
+    assert fuse_attention(nn.ModuleList([subclass(), KeyAwareDeformableAttention()])) == 0
+    assert list(fused.state_dict()) == names
+    expected = compute(stock)
+    monkeypatch.setattr(multi_scale_deform_attn, 'multi_scale_deformable_attn_pytorch', refuse)
+    torch.testing.assert_close(compute(fused), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(('device', 'has_ours'), [('cpu', True), ('cuda', True), ('xpu', False)])
+def test_other_devices_keep_mmcvs_kernel(monkeypatch, device, has_ours):
+    attention = MultiScaleDeformableAttention(32, 4, 2)
+    runner = SimpleNamespace(model=attention, logger=logging.getLogger('test'))
+    HOOKS.build(dict(type='FusedAttentionHook')).before_run(runner)
+    taken = []
+    for cls in (FusedDeformableAttention, MultiScaleDeformableAttention):
+        monkeypatch.setattr(cls, 'forward', lambda self, query, cls=cls: taken.append(cls))
+    attention(SimpleNamespace(**{'is_cpu': False, 'is_cuda': False, f'is_{device}': True}))
+    assert (taken == [FusedDeformableAttention]) == has_ours and len(taken) == 1
+
+
+@pytest.mark.parametrize('num_layers', [6, 9])  # of the stock encoder, or its own
+def test_sequential_keeps_the_stock_number_of_layers_in_the_config(num_layers):
+    config = dict(type='LiteEncoder', schedule='H3L1-(2+1)x3', layer_cfg=dict(self_attn_cfg={}))
+    encoder = MODELS.build(dict(config, update='sequential', num_layers=num_layers))
+    assert isinstance(encoder, LiteEncoder)
+    assert encoder.num_layers == len(encoder.layers) == 9

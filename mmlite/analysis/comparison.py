@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -48,35 +49,28 @@ def compare(
         dataset (Dataset, optional): Where to measure the accuracy of those with a checkpoint.
         profile (bool): Add the tables of torch's profiler to the notes.
         start (Start): Shows progress.
-
-    Raises:
-        FileNotFoundError: A config, checkpoint, export or annotation file is missing.
-        ValueError: What is asked for cannot be measured; the message says why.
-        ImportError: A framework or runtime is missing.
     """
     if dataset is not None:
         dataset.check()
-    others = [runtime for runtime in runtimes if runtime != 'pytorch']
-    if int8 and 'openvino' not in others:
+    others = [runtime for runtime in runtimes if runtime != 'pytorch'] if setting.rounds else []
+    if int8 and 'openvino' not in runtimes:
         raise ValueError('--int8 is for OpenVINO; add --runtime openvino')
     models: list[Model] = []
     notes: list[str] = []
     for group in groups:
         step = start('counting', len(group))
         for each in group:
-            each.baseline, each.cost = group[0], each.count(setting)
+            each.cost = each.count(setting)
             if dataset is not None and each.checkpoint:
                 each.accuracy = evaluate(each.model.cfg, each.checkpoint, dataset, setting.device)
             step()
         running = []
-        if 'pytorch' in runtimes or not setting.rounds:
+        if 'pytorch' in runtimes or not others:
             running += _in_modes(group, modes if setting.rounds else (EAGER,), notes)
-        if others and setting.rounds:
-            found = exported(group, others, int8, setting.image_size, start=start)
-            group[0].baseline = running[0] if running else found[0]
-            for each in found:
-                each.baseline = group[0].baseline
-            running += found
+        if others:
+            running += exported(group, others, int8, setting.image_size, start)
+        for each in running:
+            each.baseline = running[0]
         by_name = {each.name: each for each in running}
         against = {
             'faster': lambda each: each.baseline,
@@ -88,10 +82,7 @@ def compare(
             each.model = None
         models += running
     if any(each.published for each in models):
-        notes.append(
-            "Published figures are the paper's: another image size and counting rule, and none of "
-            'them measured here.'
-        )
+        notes.append("Published figures are the paper's, of another image size and counting rule.")
     kernels = next(backend for backend in ops.backends() if backend.name == 'cpu')
     if torch.device(setting.device).type == 'cpu' and not kernels.available:
         notes.append(f'Our CPU kernels did not run: {kernels.detail}.')
@@ -103,12 +94,11 @@ def compare(
 def _in_modes(group: Sequence[Model], modes: Sequence[str], notes: list[str]) -> list[Model]:
     """The models in every mode that they run in, the baseline eagerly in any case."""
     running = [group[0]]
-    for each in group:
-        for mode in modes:
-            try:
-                running.append(each.in_mode(mode))
-            except ValueError as error:
-                notes.append(f'Not measured: {each.name}, {mode}: {error}.')
+    for each, mode in itertools.product(group, modes):
+        try:
+            running.append(each.in_mode(mode))
+        except ValueError as error:
+            notes.append(f'Not measured: {each.name}, {mode}: {error}.')
     return list(dict.fromkeys(running))
 
 

@@ -34,10 +34,10 @@ from .published import preset as published_rows
 from .report import size
 from .timing import Call, Setting, Start, silent
 
-# How a model runs: as it is, its encoder compiled, its standard deformable attention on our
-# operators, optimised for prediction.
+# As it is; encoder compiled; standard attention on our operators; optimised for prediction.
 EAGER, COMPILED, FUSED, OPTIMIZED = MODES = ('eager', 'compiled', 'fused', 'optimized')
-# How they are exported.
+# How it is exported: with attention as MMCV writes it, portable, with our operators; and for
+# OpenVINO, for images of one size, in 8 bits.
 FORMS = PLAIN, PORTABLE, OURS = 'plain', 'portable', 'our operators'
 INT8 = '8 bits'
 STOCK, STOCK_FUSED = 'stock (mmcv)', 'stock (ms_deform_attn)'
@@ -66,12 +66,12 @@ class Model(Contestant):
         return {'name': self.name, **facts, 'timings': self.timings}
 
     def arguments(self, image_size: tuple[int, int], batch_size: int, device: str) -> dict:
-        """Keyword arguments for a prediction by the model."""
+        """Keyword arguments of a prediction."""
         raise NotImplementedError
 
     def loss(self, arguments: dict) -> Tensor:
-        """What a training step minimises, of these arguments for a prediction."""
-        raise ValueError(f'{self.name} cannot be trained here; leave out --train')
+        """What a training step minimises, of the arguments of a prediction."""
+        raise NotImplementedError
 
     def count(self, setting: Setting) -> Complexity | None:
         """What one image costs."""
@@ -79,11 +79,7 @@ class Model(Contestant):
         return count_detector(self.model, setting.image_size, arguments, self.encoder_at)
 
     def call(self, part: str, setting: Setting, batch_size: int) -> Call | None:
-        """What is measured of a part; None where there is no such part.
-
-        Parts are ``'inference'``, from images to predictions; ``'encoder'``, on what it gets then;
-        and ``'training'``: forward, losses and backward.
-        """
+        """Of ``'inference'``, ``'encoder'`` in it, or ``'training'``: forward and backward."""
         module = self.model
         arguments = self.arguments(setting.image_size, batch_size, setting.device)
         if part == 'encoder':
@@ -137,17 +133,15 @@ class Detector(Model):
         try:
             return count_detector(self.model, setting.image_size)
         except (RuntimeError, AttributeError, TypeError) as error:
-            where, reason = size(setting.image_size), str(error).partition('\n')[0]
-            raise ValueError(
-                f'{self.name} does not run on an image of {where}: {reason}'
-            ) from error
+            what = f'{self.name} does not run on an image of {size(setting.image_size)}'
+            raise ValueError(f'{what}: {str(error).splitlines()[0]}') from error
 
     def loss(self, arguments) -> Tensor:
         return self.model.parse_losses(self.model(**{**arguments, 'mode': 'loss'}))[0]
 
 
 class Encoder(Model):
-    """An encoder of MMDetection alone, over four levels."""
+    """An encoder alone, over four levels."""
 
     def arguments(self, image_size, batch_size, device) -> dict:
         return encoder_inputs(pyramid_sizes(image_size), EMBED_DIMS, batch_size, device)
@@ -175,8 +169,8 @@ class Exported(Model):
         fits = all(a in (None, b) for a, b in zip(sizes, (1, *setting.image_size)))
         if not fits or (setting.device, setting.dtype, batch_size) != ('cpu', 'float32', 1):
             raise ValueError(
-                f'{self.name} is measured on the CPU with one image: leave out --device, --dtype '
-                'and --batch-size; an export for images of one size needs that --image-size'
+                f'{self.name} runs on the CPU with one image: leave out --device, --dtype and '
+                '--batch-size; an export for images of one size needs that --image-size'
             )
         image = np.random.default_rng(0).uniform(0, 255, (3, *setting.image_size))
         arguments = exported.arguments([image], 1)
@@ -186,10 +180,9 @@ class Exported(Model):
 def detectors(
     names: Sequence[str], preset: str | None, changes: dict | None, device: str, start: Start
 ) -> Iterator[list[Model]]:
-    """Detectors of configs, and exports; or those of a table of the paper.
+    """Detectors of configs, and exports; or of a table of the paper: groups, baselines first.
 
-    They come in groups, one in memory at a time, each with its baseline first. A Lite config that
-    is the only config gets its stock one as baseline.
+    A Lite config that is the only one gets its stock one as baseline.
     """
     if bool(names) == bool(preset):
         raise ValueError('give either configs, the baseline first, or a --preset')
@@ -224,33 +217,24 @@ def exported(
     runtimes: Sequence[str],
     int8: bool,
     size: tuple[int, int],
-    folder: Path = Path('work_dirs/exports'),
     start: Start = silent,
 ) -> list[Exported]:
-    """Export detectors for runtimes, or find what was exported before, in every form.
-
-    Forms are plain, with attention as MMCV writes it; portable; with our operators; and for
-    OpenVINO in 8 bits, for images of one size. Exports are kept in ``folder`` for the next time.
-
-    Raises:
-        ImportError: A runtime is missing.
-        FileNotFoundError: Our operators were not built for a runtime.
-        ValueError: A detector cannot be exported.
-    """
+    """Export detectors for runtimes in every form, or find what was exported before."""
     for runtime in runtimes:  # asked before minutes go into exports
         for package in ('onnx', 'onnxscript', runtime):
             import_runtime(package)
         library(runtime)
-    wanted = [(each, runtime, form) for each in group for runtime in runtimes for form in FORMS]
-    if int8 and 'openvino' in runtimes:
+    forms = [(runtime, form) for runtime in runtimes for form in FORMS]
+    if int8:
         import_nncf()
-        wanted += [(each, 'openvino', INT8) for each in group]
+        forms.append(('openvino', INT8))
+    wanted = [(each, *form) for each in group if each.model is not None for form in forms]
     step, found = start('exporting', len(wanted)), []
     for each, runtime, form in wanted:
         weights = [Path(file).stat().st_mtime for file in [each.checkpoint] if file]
         told = repr((each.model.cfg.to_dict(), each.checkpoint, weights, __version__, size))
         key = hashlib.sha256(told.encode()).hexdigest()[:12]
-        path = folder / f'{key}-{runtime}-{form.replace(" ", "-")}'
+        path = Path('work_dirs/exports', f'{key}-{runtime}-{form.replace(" ", "-")}')
         if not (path / DESCRIPTION).is_file():
             _export(each.model, path, 'onnx' if runtime == 'onnxruntime' else runtime, form, size)
         found.append(Exported(f'{each.name}, {runtime}, {form}', folder=path))
@@ -269,14 +253,13 @@ def _export(model: nn.Module, folder: Path, format: str, form: str, size: tuple[
     if form == PLAIN:
         from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-        def sizes(flat: Sequence[int]) -> list[tuple[int, int]]:
-            return list(zip(flat[::2], flat[1::2]))
-
-        def standard(value, shapes, locations, weights):
-            return multi_scale_deformable_attn_pytorch(value, sizes(shapes), locations, weights)
+        def standard(value, shapes, *sampling):
+            sizes = list(zip(shapes[::2], shapes[1::2]))
+            return multi_scale_deformable_attn_pytorch(value, sizes, *sampling)
 
         def key_aware(query, key, value, shapes, locations):
-            return reference.key_aware_deform_attn(query, key, value, sizes(shapes), locations)
+            sizes = list(zip(shapes[::2], shapes[1::2]))
+            return reference.key_aware_deform_attn(query, key, value, sizes, locations)
 
         program = traced.program.run_decompositions(attention_as(standard, key_aware))
         traced = Traced(program, {**traced.description, 'portable': True})
@@ -284,10 +267,7 @@ def _export(model: nn.Module, folder: Path, format: str, form: str, size: tuple[
 
 
 def encoders(schedules: Sequence[str], ffn_channels: int, device: str = 'cpu') -> list[Model]:
-    """The stock encoder with mmcv's operator and with ours, and each schedule with both attentions.
-
-    All have six layers over four levels, 256 channels and random weights.
-    """
+    """The stock encoder with mmcv's operator and ours, and each schedule with both attentions."""
     dims = {'embed_dims': EMBED_DIMS}
     layer_cfg = {
         'self_attn_cfg': {**dims, 'num_levels': 4, 'dropout': 0.0, 'batch_first': True},

@@ -36,7 +36,7 @@ class Transformer(Model):
 
 
 class Kind(NamedTuple):
-    """A model of transformers to measure, at its default size and with random weights."""
+    """A model of transformers to measure."""
 
     title: str
     model: str  # its class, and that of its backbone's config
@@ -70,10 +70,7 @@ MODELS = {
 def transformers_models(
     names: Sequence[str], schedule: str | None, device: str
 ) -> Iterator[list[Model]]:
-    """Of each model of transformers the stock one, the same on our operators, and the Lite one.
-
-    ``names`` are of :data:`MODELS`, none for all; ``schedule`` takes the place of each model's own.
-    """
+    """Of each of :data:`MODELS`, or those named: stock, on our operators, and Lite."""
     from transformers.utils import logging
 
     unknown = [name for name in names if name not in MODELS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,10 +22,9 @@ PASSES = ('forward', 'forward+backward')
 
 
 def benchmark_operators(setting: Setting, start: Start = silent, **options: Any) -> Report:
-    """Measure every backend that runs on the device, all in the same rounds.
+    """Measure every backend that runs on the device; notes say why one was left out.
 
-    The parts of the setting are of :data:`PASSES`; the options are those of ``OperatorShape``. The
-    notes of the report say why a backend was left out.
+    The parts of the setting are of :data:`PASSES`; the options are those of ``OperatorShape``.
     """
     if len(setting.batch_sizes) > 1:
         raise ValueError('ops takes one --batch-size; run it once for each')
@@ -39,11 +39,9 @@ def benchmark_operators(setting: Setting, start: Start = silent, **options: Any)
         'over mmcv standard': lambda each: by_name.get((STANDARD, 'mmcv')),
     }
     take_turns(operators, setting, against, start, min_seconds=0.02)
-    what = (
-        f'{shape.num_queries or shape.num_tokens} queries, {shape.num_tokens} tokens, '
-        f'M {shape.num_heads}, D {shape.head_dim}, P {shape.num_points}, {shape.locations} '
-        'locations'
-    )
+    sizes = f'M {shape.num_heads}, D {shape.head_dim}, P {shape.num_points}'
+    tokens = f'{shape.num_queries or shape.num_tokens} queries, {shape.num_tokens} tokens'
+    what = f'{tokens}, {sizes}, {shape.locations} locations'
     notes = [f'Not measured: {name}: {reason}.' for name, reason in left_out.items()]
     settings = {**asdict(setting), **asdict(shape), 'dtype': setting.dtype}
     return Report(settings, operators, time_tables(operators, setting, what), notes)
@@ -93,18 +91,18 @@ def mmcv(device: str) -> Operator:
     """mmcv's standard operator: compiled on CUDA, grid_sample on the CPU."""
     from mmcv.ops import multi_scale_deform_attn as mmcv
 
-    def on_cuda(x: OperatorInputs) -> Tensor:
-        return mmcv.MultiScaleDeformableAttnFunction.apply(*arguments(x), len(x.value))
+    def run(x: OperatorInputs) -> Tensor:
+        value, shapes, starts, *sampling = arguments(x)
+        if torch.device(device).type == 'cuda':
+            operator = mmcv.MultiScaleDeformableAttnFunction
+            return operator.apply(value, shapes, starts, *sampling, len(value))
+        return mmcv.multi_scale_deformable_attn_pytorch(value, shapes, *sampling)
 
-    def on_cpu(x: OperatorInputs) -> Tensor:
-        value, shapes, _, locations, weights = arguments(x)
-        return mmcv.multi_scale_deformable_attn_pytorch(value, shapes, locations, weights)
-
-    return on_cuda if torch.device(device).type == 'cuda' else on_cpu
+    return run
 
 
-# Standard operators of other packages. Each function gives one for a device, or raises what the
-# package raises where it is not installed or cannot run there. benchmarks/peers.py has more.
+# Standard operators of other packages: makes one for a device, or raises what the package raises.
+# benchmarks/peers.py has more.
 OTHERS: dict[str, Callable[[str], Operator]] = {'mmcv': mmcv}
 
 
@@ -123,18 +121,18 @@ def contestants(
     left_out = {}
     for name, make in OTHERS.items():
         try:
-            found[STANDARD, name] = make(device)
-            found[STANDARD, name](inputs[0])
+            run = make(device)
+            run(inputs[0])
+            found[STANDARD, name] = run
         except Exception as error:  # another package may fail in any way
-            found.pop((STANDARD, name), None)
             left_out[f'{STANDARD} ({name})'] = str(error).partition('\n')[0]
     wanted = ('reference', 'triton' if torch.device(device).type == 'cuda' else 'cpu')
-    for operator in (STANDARD, KEY_AWARE):
-        for status in ops.backends():
-            if status.name in wanted and status.available:
-                found[operator, status.name] = partial(_ours, operator, status.name)
-            elif status.name in wanted:
-                left_out[f'{operator} ({status.name})'] = status.detail
+    statuses = [status for status in ops.backends() if status.name in wanted]
+    for operator, status in itertools.product((STANDARD, KEY_AWARE), statuses):
+        if status.available:
+            found[operator, status.name] = partial(_ours, operator, status.name)
+        else:
+            left_out[f'{operator} ({status.name})'] = status.detail
     return [OperatorOnBackend(*name, run, inputs) for name, run in found.items()], left_out
 
 

@@ -93,7 +93,6 @@ def measure(
         contestants (Mapping[Hashable, Call]): Name -> what to measure.
         setting (Setting): An odd number of rounds is raised to the next even one.
         start (Start): Shows progress, with ``text`` beside the bar.
-        text (str): What is measured.
         against (Mapping[str, Callable], optional): Entry of :attr:`Timing.faster` -> function from
             a name to that of the contestant to compare with.
         min_seconds (float): Quick calls are repeated until a measurement takes about this long.
@@ -152,9 +151,9 @@ def _seconds(call: Call, index: int, repeats: int, device: str) -> float:
 def peak_memory(call: Call, device: torch.device | str = 'cpu') -> int | None:
     """Bytes that ``call(0)`` needs at its peak beyond what was in use, its result included.
 
-    On CUDA this is what torch's allocator hands out. On the CPU it is the high-water mark of the
-    process, exact to about 1 MiB, which also sees the scratch memory of kernels; None where the
-    system is not Linux. Run the call before, too: what a first call sets up for good would count.
+    On CUDA of torch's allocator. On the CPU the high-water mark of the process, exact to about 1
+    MiB, scratch memory of kernels included; None where the system is not Linux. Run the call
+    before, too: what a first call sets up for good would count.
     """
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize(device)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import click
 
 from . import shared
-from .shared import count_option, file_option, flag, option, path_option
+from .shared import count_option, file_option, flag, option
 
 
 @click.group(context_settings=shared.HELP)
@@ -21,8 +21,6 @@ def benchmark() -> None:
 
     \b
     Example:
-      mmlite benchmark ops
-      mmlite benchmark encoder
       mmlite benchmark compare mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py VARIANT.py
     """
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the table
@@ -44,10 +42,10 @@ def kind(function: Callable) -> click.Command:
         shared.check_device(own['device'])
         if threads:
             torch.set_num_threads(threads)
-        names = [field.name for field in dataclasses.fields(Setting) if field.name in own]
-        setting = Setting(**{name: own.pop(name) for name in names})
         if own.pop('count_only', False):
-            setting = dataclasses.replace(setting, rounds=0)
+            own['rounds'] = 0
+        names = own.keys() & {field.name for field in dataclasses.fields(Setting)}
+        setting = Setting(**{name: own.pop(name) for name in names})
         if train:
             setting = dataclasses.replace(setting, parts=(*setting.parts, 'training'))
         with shared.progress() as start:
@@ -66,8 +64,7 @@ def kind(function: Callable) -> click.Command:
         if html_path:
             html_path.write_text(report.html())
 
-    dtypes = click.Choice(['float32', 'bfloat16', 'float16'])
-    batch_help = 'Images at a time. Models take several: give it more than once.'
+    dtypes, many = click.Choice(['float32', 'bfloat16', 'float16']), 'Of models: one or more.'
     for add in (
         file_option('--markdown', 'markdown_path', help='Write the tables here.'),
         shared.json_option,
@@ -76,7 +73,7 @@ def kind(function: Callable) -> click.Command:
         shared.threads_option,
         shared.device_option,
         option('--dtype', type=dtypes, default='float32', help='Of operators, or autocast.'),
-        count_option('--batch-size', 'batch_sizes', default=[1], multiple=True, help=batch_help),
+        count_option('--batch-size', 'batch_sizes', default=[1], multiple=True, help=many),
         shared.image_size_option(),
     ):
         run = add(run)
@@ -85,15 +82,15 @@ def kind(function: Callable) -> click.Command:
 
 def several(name: str, choices: str, help: str) -> Callable:
     """An option that may be given more than once, the first of its choices by default."""
-    words = choices.split()
-    help = f'{help} Give it more than once for more.'
-    return option(
-        name, f'{name[2:]}s', type=click.Choice(words), multiple=True, default=words[:1], help=help
-    )
+    kind = click.Choice(choices.split())
+    default = kind.choices[:1]
+    return option(name, f'{name[2:]}s', type=kind, multiple=True, default=default, help=help)
 
 
 train_flag = flag('--train', help='Also measure a training step.')
-part_option = several('--part', 'inference encoder', 'The whole model, or its encoder alone.')
+
+
+LOCATIONS = 'Sampling locations around each query as in a model, or anywhere.'
 
 
 @kind
@@ -101,12 +98,7 @@ part_option = several('--part', 'inference encoder', 'The whole model, or its en
 @count_option('--heads', 'num_heads', default=8)
 @count_option('--head-dim', default=32)
 @count_option('--points', 'num_points', default=4)
-@option(
-    '--locations',
-    type=click.Choice(['grid', 'uniform']),
-    default='grid',
-    help='Sampling locations around each query as in a model, or anywhere.',
-)
+@option('--locations', type=click.Choice(['grid', 'uniform']), default='grid', help=LOCATIONS)
 @flag('--forward-only', help='Leave out the backward pass.')
 def ops(*, setting, forward_only, start, **shape):
     """Measure every backend of the operators against plain PyTorch and mmcv's operator.
@@ -116,7 +108,6 @@ def ops(*, setting, forward_only, start, **shape):
 
     \b
     Example:
-      mmlite benchmark ops --threads 1 --json ops.json
       mmlite benchmark ops --device cuda --dtype float16 --batch-size 8
     """
     from ..analysis.operators import PASSES, benchmark_operators
@@ -126,13 +117,7 @@ def ops(*, setting, forward_only, start, **shape):
 
 
 @kind
-@option(
-    '--schedule',
-    'schedules',
-    multiple=True,
-    default=['H3L1-(2+1)x3'],
-    help='A Lite schedule of six layers over four levels; give it more than once for more.',
-)
+@option('--schedule', 'schedules', multiple=True, default=['H3L1-(2+1)x3'], help='Of six layers.')
 @several('--mode', 'eager compiled', 'How encoders run.')
 @count_option('--ffn', default=2048, help='2048 in DINO, 1024 in Deformable DETR.')
 @train_flag
@@ -145,7 +130,6 @@ def encoder(*, setting, schedules, ffn, modes, profile, start):
 
     \b
     Example:
-      mmlite benchmark encoder --train --profile --json encoder.json
       mmlite benchmark encoder --schedule 'H2L2-(2+1)x3' --schedule 'H3L1-(6+1)x1' --ffn 1024
     """
     from ..analysis.comparison import compare
@@ -157,26 +141,17 @@ def encoder(*, setting, schedules, ffn, modes, profile, start):
 
 @kind
 @click.argument('names', nargs=-1, metavar='BASELINE VARIANT...')
-@option(
-    '--preset',
-    type=click.Choice(['paper-table3', 'paper-table4']),
-    help='Instead of configs: every row of a table of the Lite DETR paper, with what it reports.',
-)
-@option(
-    '--framework',
-    type=click.Choice(['mmdet', 'transformers']),
-    default='mmdet',
-    help='With transformers the names are deformable-detr, grounding-dino and mask2former.',
-)
+@option('--preset', type=click.Choice(['paper-table3', 'paper-table4']), help='Instead of configs.')
+@option('--framework', type=click.Choice(['mmdet', 'transformers']), default='mmdet')
 @option('--schedule', help="Of transformers' Lite encoder; each model's own by default.")
 @several('--mode', 'eager compiled fused optimized', 'How models run in PyTorch.')
 @several('--runtime', 'pytorch onnxruntime openvino', 'Others than pytorch run exports.')
 @flag('--int8', help='Also in 8 bits, in OpenVINO; needs NNCF.')
-@part_option
+@several('--part', 'inference encoder', 'The whole model, or its encoder alone.')
 @train_flag
 @flag('--count-only', help='Count parameters and FLOPs, time nothing.')
-@path_option('--annotations', help='COCO annotations: measure AP of configs with a checkpoint.')
-@path_option('--images', help='Folder of their images.')
+@shared.annotations_option(help='COCO annotations: measure AP of configs with a checkpoint.')
+@option('--images', type=shared.FOLDER, help='Folder of their images.')
 @shared.cfg_options
 @file_option('--html', 'html_path', help='Write a page here.')
 def compare(
@@ -189,17 +164,15 @@ def compare(
     need. A single Lite config is compared with its stock one. A variant may also be a folder that
     mmlite export or mmlite quantize wrote; it runs in its own runtime.
 
-    Modes: fused has standard attention on our operators, optimized is mmlite.optimize.
+    Modes: fused has standard attention on our operators, optimized is mmlite.optimize. A preset is
+    a table of the Lite DETR paper. Models of transformers are deformable-detr, grounding-dino and
+    mask2former. Modes, runtimes, parts and batch sizes may be given more than once.
 
     \b
     Example:
-      mmlite benchmark compare mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py \\
-          'mmlite::lite_dino/lite-dino-4scale_r50_h3l1-2p1x3_8xb2-36e_coco.py' --html report.html
-      mmlite benchmark compare stock.py,stock.pth lite.py,lite.pth --train \\
-          --annotations val.json --images val/
-      mmlite benchmark compare --preset paper-table3 --count-only
-      mmlite benchmark compare lite.py --runtime pytorch --runtime openvino --mode optimized --int8
+      mmlite benchmark compare stock.py,stock.pth lite.py,lite.pth --html report.html
       mmlite benchmark compare lite.py exported/ exported-int8/
+      mmlite benchmark compare lite.py --runtime pytorch --runtime openvino --mode optimized --int8
       mmlite benchmark compare --framework transformers mask2former
     """
     from ..analysis import comparison
@@ -211,10 +184,8 @@ def compare(
     dataset = Dataset(annotations, images) if annotations else None
     if framework == 'transformers':
         if preset or cfg_options or dataset or 'training' in setting.parts:
-            raise ValueError(
-                '--framework transformers measures models of random weights: leave out --preset, '
-                '--cfg-options, --annotations, --images and --train'
-            )
+            refused = '--preset, --cfg-options, --annotations, --images and --train'
+            raise ValueError(f'with --framework transformers leave out {refused}')
         from ..analysis.huggingface import transformers_models
 
         groups = transformers_models(names, schedule, setting.device)

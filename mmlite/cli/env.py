@@ -15,12 +15,10 @@ from .shared import FILE, print_table, write_json
 # Import name -> the distributions that provide it. The first one found is shown.
 _PACKAGES = {
     'mmlite': ('mmlite-detr',),
-    'torch': ('torch',),
-    'triton': ('triton',),
+    **{name: (name,) for name in ('torch', 'triton', 'pycocotools')},
     'mmengine': ('mmengine', 'onedl-mmengine'),
     'mmcv': ('mmcv', 'mmcv-lite', 'onedl-mmcv'),
     'mmdet': ('mmdet', 'onedl-mmdetection'),
-    'pycocotools': ('pycocotools',),
 }
 _HELP = 'Write the results here, too. Without a file: print them instead of tables.'
 
@@ -32,7 +30,6 @@ def env(json_path: Path | None) -> None:
 
     \b
     Example:
-      mmlite env
       mmlite env --json env.json
     """
     import torch

@@ -18,7 +18,7 @@ _FORMATS = click.Choice(['onnx', 'openvino', 'torch'])
 
 @click.command()
 @shared.config_argument
-@shared.checkpoint_argument
+@click.argument('checkpoint', required=False)
 @option('--format', type=_FORMATS, default='onnx', help='torch: a .pt2 file of torch.export.')
 @shared.out_option('The folder to write.', required=True)
 @option('--schedule', help='One of those that an elastic detector was trained with.')
@@ -27,9 +27,7 @@ _FORMATS = click.Choice(['onnx', 'openvino', 'torch'])
 @shared.flag('--portable', help='Use no operators of mmlite: for runtimes that take none. Slower.')
 @option('--opset', default=18, help="Version of ONNX's operators, 18 to 21.")
 @shared.images_option(help='An image or a folder to compare with PyTorch on; can be repeated.')
-@option(
-    '--text', help='What Grounding DINO looks for: "cat . dog". Default: the config\'s classes.'
-)
+@option('--text', help='Of Grounding DINO: "cat . dog". Default: the classes of the config.')
 @shared.cfg_options
 def export(
     config,
@@ -52,10 +50,12 @@ def export(
 
     \b
     Example:
-      mmlite export my_config.py work_dirs/my/epoch_12.pth -o exported --images data/val
-      mmlite export my_config.py epoch_12.pth --format openvino -o exported
+      mmlite export my_config.py epoch_12.pth --format openvino -o exported --images data/val
     """
     cfg = shared.read_config(config, cfg_options)
+    import cv2
+    import numpy as np
+
     from ..export.compare import REPORT, compare
     from ..export.program import check_config
     from ..export.write import export_detector
@@ -68,7 +68,10 @@ def export(
     if text is not None:
         options['text'] = [name.strip() for name in text.split('.') if name.strip()]
     files = shared.image_files(image_paths) if image_paths else []
-    images = [shared.read_image(file) for file in files] or [_drawn()]
+    images = [shared.read_image(file) for file in files]
+    if not images:  # soft random colours
+        coarse = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
+        images = [cv2.resize(coarse, (1333, 800), interpolation=cv2.INTER_CUBIC)]
     check_config(cfg.model)
     model = build_detector(cfg, checkpoint)
     if schedule is not None:
@@ -95,12 +98,3 @@ def export(
             f'the exported model differs from PyTorch by more than {TOLERANCE} '
             f'({MASK_TOLERANCE} of the pixels of a mask); see {out / REPORT}'
         )
-
-
-def _drawn():
-    """Soft random colours, (800, 1333, 3)."""
-    import cv2
-    import numpy as np
-
-    coarse = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
-    return cv2.resize(coarse, (1333, 800), interpolation=cv2.INTER_CUBIC)

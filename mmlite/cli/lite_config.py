@@ -12,9 +12,7 @@ from . import shared
 
 @click.command()
 @click.argument('stock')
-@click.option(
-    '--schedule', help="For example 'H3L1-(2+1)x3'. With --out alone: the main schedule that fits."
-)
+@click.option('--schedule', help="Such as 'H2L2-(2+1)x3'. With --out alone: the main that fits.")
 @shared.out_option('Write the config here. Default: print it.', '.py')
 @shared.image_size_option(help='What GFLOPs are counted at.')
 @shared.cfg_options
@@ -22,14 +20,11 @@ def lite_config(stock: str, schedule, out: Path | None, image_size, cfg_options)
     """Write the Lite config of a STOCK config, or say why there is none.
 
     STOCK is a path or mmdet::folder/config.py. Without --schedule and --out the schedules that fit
-    are shown, with the GFLOPs of the encoder before and after, and what the Lite DETR paper reports
-    for the like.
+    are shown, with the GFLOPs of the encoder before and after.
 
     \b
     Example:
-      mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py
       mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py -o lite.py
-      mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py --schedule 'H2L2-(2+1)x3'
     """
     config = shared.read_config(stock, cfg_options)
     from ..openmmlab.lite_config import lite_config as text_of
@@ -61,37 +56,12 @@ def _show(config, image_size: tuple[int, int]) -> None:
     from ..analysis.report import giga, size
     from ..openmmlab.lite_config import fitting_schedules, lite_change
 
-    reported = _published(config.model)
     before = encoder_flops(config.model, image_size)
-    rows = [['stock', giga(before), '', reported.get('stock', '')]]
+    rows = [['stock', giga(before), '']]
     for schedule in fitting_schedules(config.model):
         lite = Config({'model': config.model}).copy()
         lite.merge_from_dict({'model': lite_change(config.model, schedule)})
         after = encoder_flops(lite.model, image_size)
-        rows.append(
-            [schedule, giga(after), f'{1 - after / before:.0%}', reported.get(schedule, '')]
-        )
-    columns = ('schedule', 'encoder GFLOPs', 'saved', 'published box AP (GFLOPs)')
+        rows.append([schedule, giga(after), f'{1 - after / before:.0%}'])
+    columns = ('schedule', 'encoder GFLOPs', 'saved')
     shared.print_table(f'Schedules that fit, at {size(image_size)}', columns, rows, 'right')
-    if reported:
-        click.echo('Published: Lite DETR (arXiv 2303.07335), COCO val2017; not measured here.')
-
-
-def _published(model) -> dict[str, str]:
-    """Schedule, or 'stock' -> what the paper reports for the same detector and backbone."""
-    from ..analysis.published import PRESETS, preset
-    from ..openmmlab.build import load_config
-    from ..openmmlab.families import type_name
-
-    def kind(model) -> list:
-        backbone = model.backbone
-        size = backbone.get('depth'), list(backbone.get('depths', ()))
-        return [type_name(model.type), type_name(backbone.type), size]
-
-    for stock, *lite in (group for name in PRESETS for group in preset(name)):
-        if kind(load_config(stock.config).model) == kind(model):
-            return {
-                schedule: f'{row.ap:.1f} ({row.gflops:.0f}, encoder {row.encoder_gflops:.0f})'
-                for schedule, row in (('stock', stock), *((r.model.split()[-1], r) for r in lite))
-            }
-    return {}

@@ -16,9 +16,7 @@ from . import shared
 @shared.images_option(required=True, help='An image or a folder to calibrate on; can be repeated.')
 @shared.count_option('--count', default=128, help='Calibrate on so many images, evenly spread.')
 @shared.annotations_option(help='COCO annotations to measure AP on, before and after.')
-@shared.option(
-    '--annotated-images', type=shared.FOLDER, help='Folder of the images of --annotations.'
-)
+@shared.option('--annotated-images', type=shared.FOLDER, help='Folder of their images.')
 def quantize(source: Path, out: Path, image_paths, count, annotations, annotated_images) -> None:
     """Write the OpenVINO export in SOURCE once more, in 8 bits, calibrated on your images.
 
@@ -29,8 +27,6 @@ def quantize(source: Path, out: Path, image_paths, count, annotations, annotated
     Example:
       mmlite export my_config.py epoch_12.pth --format openvino --image-size 800 1333 -o exported
       mmlite quantize exported -o exported-int8 --images data/train
-      mmlite quantize exported -o exported-int8 --images data/train \\
-          --annotations data/val.json --annotated-images data/val
     """
     from ..analysis.accuracy import Dataset
     from ..export import load

@@ -43,19 +43,14 @@ def generate_shapes(
     """Draw a data set: ``root/<split>/*.png`` and ``root/annotations/instances_<split>.json``.
 
     ``splits`` gives each its number of images, as in ``{'train': 600, 'val': 100}``; ``image_size``
-    is their width and height in pixels, at least 128 for shapes. The same arguments draw the same
-    pixels, and no two splits share an image. ``progress`` is called after each, and ``style`` is
-    one of :data:`mmlite.datasets.STYLES`, shapes by default.
-
-    Raises:
-        ValueError: ``image_size`` is too small for the largest objects.
-        OSError: ``root`` cannot be written.
+    is their width and height in pixels, at least 128 for shapes, else a ValueError. The same
+    arguments draw the same pixels, and no two splits share an image. ``progress`` is called after
+    each, and ``style`` is one of :data:`mmlite.datasets.STYLES`, shapes by default.
     """
     style = style or SHAPES
-    if image_size < style.smallest_image:
-        raise ValueError(
-            f'images of {image_size} pixels: at least {style.smallest_image} are needed'
-        )
+    least = style.smallest_image
+    if image_size < least:
+        raise ValueError(f'images of {image_size} pixels: at least {least} are needed')
     categories = [{'id': i, 'name': name} for i, name in enumerate(style.classes, start=1)]
     for number, (split, num_images) in enumerate(splits.items()):
         images, annotations = [], []

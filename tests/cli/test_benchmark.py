@@ -42,7 +42,6 @@ def test_encoder(tmp_path):
     assert flops[0] == flops[1] > flops[2] > flops[3]
     for result in results:
         assert result['complexity']['stage_flops']['encoder'] == result['complexity']['flops']
-        assert sum(result['complexity']['encoder_layer_flops']) == result['complexity']['flops']
         timings = [result['timings'][part]['1'] for part in ('inference', 'training')]
         assert all(len(timing['seconds']) == 2 for timing in timings)
         ours = timings[0]['faster']['faster than stock, our op']['median']

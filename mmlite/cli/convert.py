@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     f'{ENOUGH_IMAGES} images or more, otherwise 0.',
     type=click.IntRange(0),
 )
-@shared.count_option('--batch-size', default=8, help='Images of an update.')
+@shared.count_option('--batch-size', default=16, help='Images of an update, in each process.')
 @shared.annotations_option(help='COCO annotations: measure AP of both detectors on the way.')
 @shared.option('--annotated-images', type=shared.FOLDER, help='Folder of their images.')
 @shared.cfg_options

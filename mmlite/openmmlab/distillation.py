@@ -355,7 +355,7 @@ def distillation_config(
     teacher: str | Path,
     files: Sequence[str | Path],
     iterations: int = 300,
-    batch_size: int = 8,
+    batch_size: int = 16,
     work_dir: str | Path = 'work_dirs/distill',
 ) -> Config:
     """The config of a training of :class:`DistilledDetector`, for mmengine's runner.

@@ -50,11 +50,9 @@ def distill(
     if not found:
         raise ValueError(f'{type(student).__name__} has no Lite encoder to train; see to_lite')
     name, encoder = found[0]
-    try:
-        stock = teacher.get_submodule(name)
-    except AttributeError:
-        stock = None
-    if not hasattr(stock, 'layers') or isinstance(stock, InterleavedEncoder):
+    stock = dict(teacher.named_modules()).get(name)
+    layers = getattr(stock, 'layers', None)
+    if layers is None or isinstance(stock, InterleavedEncoder):
         raise ValueError(
             f'{type(teacher).__name__} is no teacher: it has no stock encoder {name!r}; copy the '
             'model before to_lite'
@@ -68,7 +66,7 @@ def distill(
     for iteration, batch in enumerate(_repeated(batches, iterations)):
         encoder.use_schedule(encoder.sandwich(iteration))
         ours, theirs = zip(*compared_layers(encoder))
-        with torch.no_grad(), keep_outputs(stock.layers[i] for i in theirs) as wanted:
+        with torch.no_grad(), keep_outputs(layers[i] for i in theirs) as wanted:
             expected = _call(teacher, batch)
         with keep_outputs(
             (encoder.layers[i] for i in ours), fed(wanted, iteration, iterations)
@@ -92,9 +90,9 @@ def distill(
 class EncoderOptimizer(torch.optim.Optimizer):
     """Muon for matrices and AdamW for what is left.
 
-    Muon turns the update of a matrix into an orthogonal one; a student is where AdamW leaves it
-    after a third to a half of the iterations (docs/results.md). A PyTorch before 2.9 has no Muon;
-    AdamW then does all at a sixth of the rate.
+    Muon turns the update of a matrix into an orthogonal one, and comes further in few iterations
+    (docs/from-stock.md). A PyTorch before 2.9 has no Muon; AdamW then does all at a sixth of the
+    rate.
 
     Args:
         params (Iterable[Tensor]): Parameters; those that need no gradient are left out.
@@ -104,20 +102,19 @@ class EncoderOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Tensor], lr: float = 6e-3, weight_decay: float = 1e-4):
         trained = [parameter for parameter in params if parameter.requires_grad]
-        options = dict(lr=lr, weight_decay=weight_decay)
-        super().__init__(trained, options)
+        super().__init__(trained, dict(lr=lr, weight_decay=weight_decay))
+        self.parts: list[torch.optim.Optimizer]
         if not hasattr(torch.optim, 'Muon'):
             self.parts = [torch.optim.AdamW(trained, lr / 6, weight_decay=weight_decay)]
         else:
             matrices = [parameter for parameter in trained if parameter.dim() == 2]
             rest = [parameter for parameter in trained if parameter.dim() != 2]
-            self.parts = [
-                torch.optim.Muon(matrices, **options, adjust_lr_fn='match_rms_adamw'),
-                torch.optim.AdamW(rest, lr, weight_decay=0.0),
-            ]
+            muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn='match_rms_adamw')
+            self.parts = [muon, torch.optim.AdamW(rest, lr, weight_decay=0.0)]
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of both."""
         for part in self.parts:
             part.step()
 
@@ -136,19 +133,20 @@ def learning_rate(iteration: int, iterations: int) -> float:
     return rise * (1 + math.cos(math.pi * iteration / iterations)) / 2
 
 
-def compared_layers(student: nn.Module) -> list[tuple[int, int]]:
+def compared_layers(student: InterleavedEncoder) -> list[tuple[int, int]]:
     """After which layers of the student all tokens are compared, and with which of the teacher.
 
     They are those that update the largest map, after which no tokens wait, and the last.
 
     Args:
-        student (nn.Module): A Lite encoder.
+        student (InterleavedEncoder): A Lite encoder.
 
     Returns:
         list[tuple[int, int]]: Numbers of a layer of the student and of the teacher's layer that
         has updated the high-level tokens as often.
     """
-    schedule, pairs, updates = student.schedule, [], -1
+    schedule, updates = student.schedule, -1
+    pairs: list[tuple[int, int]] = []
     largest, is_low = schedule.num_levels - 1, schedule.num_low_levels > 0
     for index, step in enumerate(student.steps):
         updates += step.updates_high

@@ -89,7 +89,7 @@ class EncoderSchedule:
                         f'layer {number} of schedule {self} must update and read some of the '
                         f'{self.num_levels} maps, each named once, 1 the smallest'
                     )
-        if not all(any(level in step.levels for step in self.layers) for level in maps):
+        if set(maps) - {level for step in self.layers for level in step.levels or ()}:
             raise ValueError(f'schedule {self} must update each of its {self.num_levels} maps')
 
     @classmethod
@@ -103,19 +103,21 @@ class EncoderSchedule:
             return text
         compact = re.sub(r'\s', '', text) if isinstance(text, str) else ''
         if match := _LITE.fullmatch(compact):
-            return cls(*map(int, match.groups()))
+            high, low, updates, blocks = map(int, match.groups())
+            return cls(high, low, updates, blocks)
         match = _LAYERS.fullmatch(compact)
-        terms = [_TERM.fullmatch(term) for term in match[3].split('+')] if match else [None]
-        if None in terms:
+        terms = [_TERM.fullmatch(term) for term in match[3].split('+')] if match else []
+        if match is None or not all(terms):
             raise ValueError(
                 f'schedule {text!r} is not of the form HxLy-(A+1)xB, for example H3L1-(2+1)x3: '
                 '3 high-level and 1 low-level maps, 3 blocks of 2 high-level updates and '
                 '1 low-level update; nor does it name its layers, for example H3L0-1:1x3+123x3'
             )
         high, low = int(match[1]), int(match[2])
-        layers = []
-        for updates, reads, times in (term.groups() for term in terms):
-            layers += [_named_step(updates, reads, high, high + low)] * int(times or 1)
+        layers: list[EncoderStep] = []
+        for term in filter(None, terms):
+            named, read = ([int(digit) - 1 for digit in term[i] or ''] for i in (1, 2))
+            layers += [_step(named, read, high, high + low)] * int(term[3] or 1)
         return cls._of_layers(high, low, tuple(layers))
 
     @classmethod
@@ -245,7 +247,7 @@ class EncoderSchedule:
         numbers.append(UPDATES.index(update))
         for step in self.layers:
             reads = range(self.num_levels) if step.reads is None else step.reads
-            numbers += [sum(1 << level for level in levels) for levels in (step.levels, reads)]
+            numbers += [sum(1 << n for n in levels) for levels in (step.levels or (), reads)]
         return numbers
 
     @property
@@ -268,14 +270,10 @@ class EncoderSchedule:
         high, low, updates, blocks, update, *layers = code.double().round().long().tolist()
         if not layers:
             return cls(high, low, updates, blocks), UPDATES[update]
-        named = [
-            _step(
-                *([level for level in range(high + low) if bits >> level & 1] for bits in pair),
-                high,
-                high + low,
-            )
-            for pair in zip(layers[::2], layers[1::2])
-        ]
+        total, named = high + low, []
+        for pair in zip(layers[::2], layers[1::2]):
+            levels, reads = ([n for n in range(total) if bits >> n & 1] for bits in pair)
+            named.append(_step(levels, reads, high, total))
         return cls(high, low, 0, 0, tuple(named)), UPDATES[update]
 
     def __str__(self) -> str:
@@ -286,7 +284,7 @@ class EncoderSchedule:
         for step, same in groupby(self.layers):
             reads = '' if step.reads is None else ':' + _digits(step.reads)
             times = len(list(same))
-            terms.append(_digits(step.levels) + reads + (f'x{times}' if times > 1 else ''))
+            terms.append(_digits(step.levels or ()) + reads + (f'x{times}' if times > 1 else ''))
         return name + '+'.join(terms)
 
 
@@ -350,18 +348,14 @@ def level_ranks(level_sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     )
 
 
-def _named_step(updates: str, reads: str | None, high: int, total: int) -> EncoderStep:
-    named = [sorted(int(digit) - 1 for digit in digits) for digits in (updates, reads or '')]
-    return _step(*named, high, total)
-
-
 def _step(updates: list[int], reads: list[int], high: int, total: int) -> EncoderStep:
-    reads = () if reads == list(range(total)) else tuple(reads)
+    """A named layer; reading no maps, or all, is None."""
+    reads_all = not reads or sorted(reads) == list(range(total))
     return EncoderStep(
         any(level < high for level in updates),
         any(level >= high for level in updates),
-        tuple(updates),
-        reads or None,
+        tuple(sorted(updates)),
+        None if reads_all else tuple(sorted(reads)),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,21 +34,13 @@ class Dataset:
     images: Path  # folder
 
     def check(self) -> COCO:
-        """Read the annotations.
-
-        Raises:
-            FileNotFoundError: The file or the folder does not exist.
-            ValueError: The file is no JSON in COCO's format, or holds no annotations.
-        """
-        for what, path in (('annotation file', self.annotations), ('image folder', self.images)):
-            if not path.exists():
-                raise FileNotFoundError(f'{what} {path} does not exist')
+        """Read the annotations; FileNotFoundError or ValueError where there is nothing in them."""
+        if not self.images.exists():
+            raise FileNotFoundError(f'image folder {self.images} does not exist')
         with redirect_stdout(io.StringIO()):  # pycocotools prints
             coco = read_annotations(str(self.annotations))
         if not coco.anns:
-            raise ValueError(
-                f'{self.annotations} holds no annotations, so there is nothing to evaluate on'
-            )
+            raise ValueError(f'{self.annotations} holds no annotations to evaluate on')
         return coco
 
     def objects(self, image: str) -> tuple[InstanceData, list[str]]:
@@ -66,39 +57,13 @@ class Dataset:
         return InstanceData(bboxes=boxes, labels=labels), names
 
 
-def evaluate(
-    config: Config, checkpoint: str, dataset: Dataset, device: str = 'cpu'
-) -> dict[str, float]:
-    """Test a detector as ``mim test`` does, on ``dataset`` in place of the config's.
+@torch.no_grad()
+def evaluate_model(model: nn.Module, config: Config, dataset: Dataset) -> dict[str, float]:
+    """Test a detector on ``dataset`` as MMDetection does, with the test pipeline of its config.
 
     Returns:
         dict[str, float]: MMDetection's names of :data:`METRICS`, in percent; -100 where there are
         no such objects.
-    """
-    config, annotations = config.copy(), str(dataset.annotations)
-    loader = config.test_dataloader
-    images = {'data_root': '', 'data_prefix': {'img': str(dataset.images)}}
-    loader.dataset.update(ann_file=annotations, **images)
-    if device == 'cpu':
-        loader.update(num_workers=0, persistent_workers=False)
-    config.test_evaluator = {'type': 'CocoMetric', 'ann_file': annotations, 'metric': 'bbox'}
-    with tempfile.TemporaryDirectory() as work_dir:
-        # A visualizer of its own: mmengine hands an instance with a known name on to later runners.
-        visualizer = {'type': 'Visualizer', 'name': work_dir}
-        config.update(work_dir=work_dir, visualizer=visualizer)
-        config.update(load_from=checkpoint, log_level='ERROR')
-        metrics = Runner.from_cfg(config).test()
-    return {name: 100 * metrics[f'coco/bbox_{name}'] for name in METRICS.values()}
-
-
-@torch.no_grad()
-def evaluate_model(model: nn.Module, config: Config, dataset: Dataset) -> dict[str, float]:
-    """As :func:`evaluate`, of a model that is there; its mode stays as it was.
-
-    Args:
-        model (nn.Module): A detector, or what is tested as one.
-        config (Config): Its config, whose test pipeline reads the images.
-        dataset (Dataset): Images and annotations.
     """
     loader = copy.deepcopy(config.test_dataloader)
     annotations, images = str(dataset.annotations), {'img': str(dataset.images)}

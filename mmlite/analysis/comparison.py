@@ -10,7 +10,7 @@ from dataclasses import asdict
 import torch
 
 from .. import ops
-from .accuracy import Dataset, evaluate
+from .accuracy import Dataset, evaluate_model
 from .compare import take_turns, time_tables
 from .contestants import EAGER, STOCK_FUSED, Model, exported
 from .report import Report, Table, giga, size
@@ -22,8 +22,9 @@ _PAGE = {
     'how': 'Every model is timed in every round, in an order that turns around from round to '
     'round. "Faster" is the median over pairs of rounds of baseline time over own time, with its '
     'quartiles. Memory is the peak beyond weights and images. Models without a checkpoint have '
-    'random weights, which changes neither their cost nor, to speak of, their time.',
+    'random weights, which hardly changes their time.',
 }
+_BESIDE = 'Published (the paper) beside measured (another image size and rule)'
 
 
 def compare(
@@ -62,7 +63,7 @@ def compare(
         for each in group:
             each.cost = each.count(setting)
             if dataset is not None and each.checkpoint:
-                each.accuracy = evaluate(each.model.cfg, each.checkpoint, dataset, setting.device)
+                each.accuracy = evaluate_model(each.model, each.model.cfg, dataset)
             step()
         running = []
         if 'pytorch' in runtimes or not others:
@@ -82,7 +83,7 @@ def compare(
             each.model = None
         models += running
     if any(each.published for each in models):
-        notes.append("Published figures are the paper's, of another image size and counting rule.")
+        notes.append("Published figures are the paper's; none of them was measured here.")
     kernels = next(backend for backend in ops.backends() if backend.name == 'cpu')
     if torch.device(setting.device).type == 'cpu' and not kernels.available:
         notes.append(f'Our CPU kernels did not run: {kernels.detail}.')
@@ -120,10 +121,7 @@ def tables(models: Sequence[Model], setting: Setting) -> list[Table]:
         Table(title, [_cost(each) for each in models if each.cost]),
         *time_tables(models, setting, setting.device),
         Table('Accuracy, measured', [_accuracy(each) for each in models if each.accuracy]),
-        Table(
-            'Published (the paper) beside measured (another image size and rule)',
-            [_published(each) for each in models if each.published],
-        ),
+        Table(_BESIDE, [_published(each) for each in models if each.published]),
     ]
     return [table for table in found if table.cells]
 

@@ -30,8 +30,7 @@ from ..openmmlab.flops import deform_attn_flops, operator_rules
 from ..openmmlab.layers import level_sizes
 from .inputs import encoder_inputs, image_batch, pyramid_sizes
 
-# Stage -> names of modules that belong to it with all in them, MMDetection's and Hugging Face's;
-# the first that fits decides.
+# Stage -> names of its modules, MMDetection's and Hugging Face's; the first that fits decides.
 _STAGE_OF = {
     'backbone': r'(model\.)?backbone|model\.pixel_level_module\.encoder',
     'neck': r'neck|panoptic_head\.pixel_decoder|model\.input_proj(_vision)?',
@@ -53,10 +52,6 @@ class FlopCount:
     def total(self) -> int:
         return sum(self.by_module.values())
 
-    def of(self, prefix: str) -> int:
-        """FLOPs of the module called ``prefix`` and everything in it."""
-        return sum(n for name, n in self.by_module.items() if f'{name}.'.startswith(f'{prefix}.'))
-
 
 @dataclass(frozen=True)
 class Complexity:
@@ -64,20 +59,16 @@ class Complexity:
 
     image_size: tuple[int, int]  # height and width in pixels
     flops: int  # of the network, post-processing apart
-    params: int
+    params: int  # shared ones counted once, frozen ones included
     stage_flops: dict[str, int]  # of each of STAGES
-    stage_params: dict[str, int]
-    encoder_layer_flops: list[int]
     level_tokens: list[int]  # of each level of the encoder, in its order
 
 
 def count_flops(module: nn.Module, *args, compute: bool = False, **kwargs) -> FlopCount:
     """Count the FLOPs of ``module(*args, **kwargs)``.
 
-    Args:
-        module (nn.Module): What to call.
-        compute (bool): Run what is counted. By default it yields zeros of the right shape, which
-            makes counting a detector a matter of a second or two.
+    Without ``compute`` what is counted yields zeros of the right shape, which takes a second or two
+    for a detector.
     """
     counter = _FlopCounter(compute)
     with ExitStack() as stack:
@@ -99,11 +90,8 @@ def count_detector(
 ) -> Complexity:
     """Count what a model costs on one image; it is run in eval mode and left as it was.
 
-    Args:
-        model (nn.Module): A detector of mmdet; or any other, which needs what follows.
-        image_size (tuple[int, int]): Height and width of the input in pixels.
-        call (Mapping, optional): Keyword arguments of the call.
-        encoder_at (str): With ``call``: the name of the multi-scale encoder in the model.
+    ``image_size`` is the height and width of the input in pixels. A model that is no detector of
+    mmdet needs keyword arguments for its ``call``, and the name of its multi-scale encoder.
     """
     if call is None:
         images, samples = image_batch(1, image_size, device=next(model.parameters()).device)
@@ -119,60 +107,36 @@ def count_detector(
             count = count_flops(model, **call)
     finally:
         model.train(was_training)
-    params = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    layers = [f'{encoder_at}.layers.{i}' for i in range(len(getattr(encoder, 'layers', ())))]
-    return Complexity(
-        image_size=image_size,
-        flops=count.total,
-        params=count_parameters(model),
-        stage_flops=_by_stage(count.by_module, encoder_at),
-        stage_params=_by_stage(params, encoder_at),
-        encoder_layer_flops=[count.of(layer.removeprefix('.')) for layer in layers],
-        level_tokens=[h * w for h, w in level_sizes(encoder_call.get('spatial_shapes', ()))],
-    )
+    stages = dict.fromkeys(STAGES, 0)
+    for name, flops in count.by_module.items():
+        stages[stage_of(name, encoder_at)] += flops
+    tokens = [h * w for h, w in level_sizes(encoder_call.get('spatial_shapes', ()))]
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Complexity(image_size, count.total, params, stages, tokens)
 
 
-def _by_stage(by_module: Mapping[str, int], encoder_at: str | None) -> dict[str, int]:
-    stages = [(stage_of(name, encoder_at), number) for name, number in by_module.items()]
-    return {stage: sum(n for found, n in stages if found == stage) for stage in STAGES}
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, shared ones counted once, frozen ones included."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def encoder_flops(model_config: dict, image_size: tuple[int, int], words: int = 200) -> int:
+def encoder_flops(model_config: dict, image_size: tuple[int, int]) -> int:
     """FLOPs of the multi-scale encoder of a config on one image, the model around it not built.
 
-    Args:
-        model_config (dict): ``model`` of a config, stock or Lite.
-        image_size (tuple[int, int]): Height and width in pixels.
-        words (int): Length of the text that Grounding DINO's encoder reads; the names of COCO's
-            80 classes are about 200.
-
-    Raises:
-        ValueError: The config has no such encoder.
+    ``model_config`` is the ``model`` of a config, stock or Lite, ``image_size`` height and width in
+    pixels. ValueError where the config has no such encoder.
     """
     _, holder, family = find_holder(model_config)
     config = {name: value for name, value in holder['encoder'].items() if name != 'num_cp'}
+    stock = DeformableDetrTransformerEncoder, GroundingDinoTransformerEncoder
+    kind = stock[family.reads_text]
     if is_lite(holder['type']):
         kind = resolve(holder['type']).encoder_class
-    elif family.reads_text:
-        kind = GroundingDinoTransformerEncoder
-    else:
-        kind = DeformableDetrTransformerEncoder
     attention = config['layer_cfg'].get('self_attn_cfg') or {}
     dims = attention.get('embed_dims', 256)
     sizes = pyramid_sizes(image_size, strides(model_config, attention.get('num_levels', 4)))
     inputs = encoder_inputs(sizes[::-1] if family.smallest_first else sizes, dims)
     if family.reads_text:
-        inputs.update(
-            memory_text=torch.zeros(1, words, dims),
-            text_attention_mask=torch.zeros(1, words, dtype=torch.bool),
-            position_ids=torch.zeros(1, words, dtype=torch.long),
-            text_self_attention_masks=torch.ones(1, words, words, dtype=torch.bool),
-        )
+        words = 200  # about what the names of COCO's 80 classes are
+        places = torch.zeros(1, words, dtype=torch.long)
+        inputs |= {'memory_text': torch.zeros(1, words, dims), 'position_ids': places}
+        inputs['text_attention_mask'] = places.bool()
+        inputs['text_self_attention_masks'] = torch.ones(1, words, words, dtype=torch.bool)
     return count_flops(kind(**config).eval(), **inputs).total
 
 
@@ -182,9 +146,8 @@ def strides(model_config: dict, num_levels: int) -> Sequence[int]:
     found = [4 * 2**index for index in indices]
     if find_holder(model_config)[2].smallest_first:
         return found[-num_levels:]
-    while len(found) < num_levels:  # made by strided convolutions
-        found.append(2 * found[-1])
-    return found[:num_levels]
+    # What is missing is made by strided convolutions.
+    return [*found, *(found[-1] * 2**i for i in range(1, num_levels))][:num_levels]
 
 
 def find_encoder(model: nn.Module) -> str | None:
@@ -258,8 +221,6 @@ class _FlopCounter(TorchDispatchMode):
 def _zeros_like_result(func, args: tuple, kwargs: dict):
     device = next(a.device for a in args if isinstance(a, Tensor))
     args, kwargs = tree_map_only(Tensor, lambda t: t.to('meta'), (args, kwargs))
-    if 'device' in kwargs:
-        kwargs['device'] = torch.device('meta')
     out = func(*args, **kwargs)
     return tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), out)
 
@@ -268,7 +229,6 @@ def _zeros_like_result(func, args: tuple, kwargs: dict):
 
 
 def _product(args: tuple, out: Tensor) -> int:
-    """``a @ b`` costs the size of the result times the length of the sum."""
     return out.numel() * args[0].shape[-1]
 
 
@@ -294,16 +254,12 @@ def _norm(weight: int, training: int | None = None) -> Callable:
 
 
 _aten = torch.ops.aten
-_ours = {
-    getattr(torch.ops.mmlite, name): rule
-    for name, rule in operator_rules(lambda tensor: tensor.shape).items()
-}
+_rules = operator_rules(lambda tensor: tensor.shape)
+_ours = {getattr(torch.ops.mmlite, name): rule for name, rule in _rules.items()}
 _SAMPLING = {_aten.grid_sampler_2d, *_ours}
 # Which of these there are depends on the version of torch.
-_fused_attention = [
-    getattr(_aten, f'_scaled_dot_product_{kind}_attention{suffix}', None)
-    for kind, suffix in (('flash', ''), ('flash', '_for_cpu'), ('efficient', ''), ('cudnn', ''))
-]
+_kinds = ('flash_attention', 'flash_attention_for_cpu', 'efficient_attention', 'cudnn_attention')
+_fused_attention = [getattr(_aten, f'_scaled_dot_product_{kind}', None) for kind in _kinds]
 FLOP_RULES = {
     **dict.fromkeys((_aten.mm, _aten.bmm, _aten.linear), _product),
     **dict.fromkeys((_aten.addmm, _aten.baddbmm), lambda args, out: _product(args[1:], out)),

@@ -32,7 +32,7 @@ from .complexity import Complexity, called_with, count_detector, find_encoder
 from .inputs import encoder_inputs, image_batch, pyramid_sizes
 from .published import preset as published_rows
 from .report import size
-from .timing import Call, Setting, Start, silent
+from .timing import Call, Setting, Start
 
 # As it is; encoder compiled; standard attention on our operators; optimised for prediction.
 EAGER, COMPILED, FUSED, OPTIMIZED = MODES = ('eager', 'compiled', 'fused', 'optimized')
@@ -213,11 +213,7 @@ def detectors(
 
 
 def exported(
-    group: Sequence[Model],
-    runtimes: Sequence[str],
-    int8: bool,
-    size: tuple[int, int],
-    start: Start = silent,
+    group: Sequence[Model], runtimes: Sequence[str], int8: bool, size: tuple[int, int], start: Start
 ) -> list[Exported]:
     """Export detectors for runtimes in every form, or find what was exported before."""
     for runtime in runtimes:  # asked before minutes go into exports

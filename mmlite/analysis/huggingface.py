@@ -39,8 +39,8 @@ class Kind(NamedTuple):
     """A model of transformers to measure."""
 
     title: str
-    model: str  # its class, and that of its backbone's config
-    backbone: str
+    model: str  # its class
+    backbone: str = 'ResNet'
     stages: Sequence[int] = (2, 3, 4)  # of the backbone, that are read
     schedule: str = 'H3L1-(2+1)x3'  # of the Lite encoder
     encoder_at: str = 'model.encoder'
@@ -48,20 +48,16 @@ class Kind(NamedTuple):
     def build(self) -> nn.Module:
         import transformers as hf
 
-        cls, config = getattr(hf, self.model), getattr(hf, self.backbone)
+        cls, config = getattr(hf, self.model), getattr(hf, f'{self.backbone}Config')
         features = config(out_features=[f'stage{i}' for i in self.stages])
         return cls(cls.config_class(backbone_config=features))
 
 
 MODELS = {
-    'deformable-detr': Kind(
-        'Deformable DETR, ResNet-50', 'DeformableDetrForObjectDetection', 'ResNetConfig'
-    ),
-    'grounding-dino': Kind(
-        'Grounding DINO, Swin-T', 'GroundingDinoForObjectDetection', 'SwinConfig'
-    ),
+    'deformable-detr': Kind('Deformable DETR, ResNet-50', 'DeformableDetrForObjectDetection'),
+    'grounding-dino': Kind('Grounding DINO, Swin-T', 'GroundingDinoForObjectDetection', 'Swin'),
     'mask2former': Kind(
-        *('Mask2Former, ResNet-50', 'Mask2FormerForUniversalSegmentation', 'ResNetConfig'),
+        *('Mask2Former, ResNet-50', 'Mask2FormerForUniversalSegmentation', 'ResNet'),
         *((1, 2, 3, 4), 'H2L1-(2+1)x3', 'model.pixel_level_module.decoder'),
     ),
 }

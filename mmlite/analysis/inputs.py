@@ -39,11 +39,7 @@ class OperatorInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class OperatorShape:
-    """What an encoder layer over the pyramid of an image hands to the operators.
-
-    ``locations`` are ``'grid'``: around the query's own place, along the directions of the initial
-    offsets, with a pixel of noise; or ``'uniform'``: anywhere, the worst case for caches.
-    """
+    """What an encoder layer over the pyramid of an image hands to the operators."""
 
     image_size: tuple[int, int] = (800, 1333)  # height and width in pixels; strides are 8 to 64
     batch_size: int = 1  # B
@@ -51,6 +47,8 @@ class OperatorShape:
     num_heads: int = 8  # M
     head_dim: int = 32  # D
     num_points: int = 4  # of a head on a level, P
+    # 'grid': around the query's own place, along the directions of the initial offsets, with a
+    # pixel of noise; 'uniform': anywhere, the worst case for caches.
     locations: str = 'grid'
     dtype: torch.dtype = torch.float32  # of query, value and weights
     device: str = 'cpu'
@@ -60,11 +58,7 @@ class OperatorShape:
         return sum(h * w for h, w in pyramid_sizes(self.image_size))
 
     def inputs(self, seed: int = 0) -> OperatorInputs:
-        """Draw the inputs, leaf tensors that do not require gradients.
-
-        Raises:
-            ValueError: More queries than tokens, or an unknown kind of locations.
-        """
+        """Draw the inputs; ValueError for more queries than tokens or unknown locations."""
         generator = torch.Generator().manual_seed(seed)
         sizes, tokens = pyramid_sizes(self.image_size), self.num_tokens
         queries = self.num_queries or tokens
@@ -116,28 +110,21 @@ def encoder_inputs(
 
 
 def image_batch(
-    batch_size: int,
-    image_size: tuple[int, int],
-    device: torch.device | str = 'cpu',
+    batch_size: int, image_size: tuple[int, int], device: torch.device | str = 'cpu'
 ) -> tuple[Tensor, list[DetDataSample]]:
-    """Normalised images with random boxes and masks, as a detector of mmdet takes them.
+    """Normalised images, (batch, 3, height, width), as a detector of mmdet takes them.
 
-    Images are of unit scale, (batch, 3, height, width). Each has 7 boxes, COCO's average, of the
-    first class, with masks in them, and asks for COCO's classes as its text.
+    Each has 7 random boxes, COCO's average, of the first class, with masks in them, and asks for
+    COCO's classes as its text.
     """
     # Here, so that the operators can be measured where only torch is installed.
     from mmdet.datasets import CocoDataset
     from mmdet.testing import demo_mm_inputs
 
-    drawn = demo_mm_inputs(
-        batch_size,
-        (3, *image_size),
-        num_items=[7] * batch_size,
-        num_classes=2,
-        with_mask=True,
-        texts=[CocoDataset.METAINFO['classes']] * batch_size,
-        custom_entities=True,
-    )
+    texts = [CocoDataset.METAINFO['classes']] * batch_size
+    options = {'num_items': [7] * batch_size, 'num_classes': 2, 'with_mask': True}
+    options |= {'texts': texts, 'custom_entities': True}
+    drawn = demo_mm_inputs(batch_size, (3, *image_size), **options)
     for sample in drawn['data_samples']:
         size = dict.fromkeys(('batch_input_shape', 'pad_shape'), image_size)
         sample.set_metainfo({**size, 'scale_factor': (1.0, 1.0)})

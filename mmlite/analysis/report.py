@@ -59,16 +59,12 @@ class Report:
 
     def html(self) -> str:
         """A page that stands alone: no network, no scripts, readable on a phone."""
-        return render(report=self, **self.page)
+        import jinja2
 
-
-def render(**content: object) -> str:
-    """Fill in ``templates/page.html``."""
-    import jinja2
-
-    loader = jinja2.PackageLoader('mmlite.analysis', 'templates')
-    pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return pages.get_template('page.html').render(content)
+        loader = jinja2.PackageLoader('mmlite.analysis', 'templates')
+        options = {'autoescape': True, 'trim_blocks': True, 'lstrip_blocks': True}
+        pages = jinja2.Environment(loader=loader, **options)
+        return pages.get_template('page.html').render(report=self, **self.page)
 
 
 def cells(timing: Timing) -> dict[str, object]:

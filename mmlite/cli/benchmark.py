@@ -88,9 +88,7 @@ def several(name: str, choices: str, help: str) -> Callable:
 
 
 train_flag = flag('--train', help='Also measure a training step.')
-
-
-LOCATIONS = 'Sampling locations around each query as in a model, or anywhere.'
+PLACES = 'Sampling locations around each query as in a model, or anywhere.'
 
 
 @kind
@@ -98,7 +96,7 @@ LOCATIONS = 'Sampling locations around each query as in a model, or anywhere.'
 @count_option('--heads', 'num_heads', default=8)
 @count_option('--head-dim', default=32)
 @count_option('--points', 'num_points', default=4)
-@option('--locations', type=click.Choice(['grid', 'uniform']), default='grid', help=LOCATIONS)
+@option('--locations', type=click.Choice(['grid', 'uniform']), default='grid', help=PLACES)
 @flag('--forward-only', help='Leave out the backward pass.')
 def ops(*, setting, forward_only, start, **shape):
     """Measure every backend of the operators against plain PyTorch and mmcv's operator.

@@ -73,9 +73,7 @@ class DistilledDetector(BaseModel):
         self.teacher_file = str(teacher)
         self.teacher_state, _ = unpack(load_checkpoint(teacher))
         # No child: what trains, saves or averages this model leaves the teacher alone.
-        from .checkpoints.warm_start import (
-            build_teacher,
-        )  # which imports what this is imported with
+        from .checkpoints.warm_start import build_teacher  # loads the detectors, which load this
 
         self.__dict__['teacher'] = build_teacher(self.config, self.teacher_state)
         self.teacher.requires_grad_(False)

@@ -103,6 +103,7 @@ class FusedDeformableAttention(_MmcvCall, nn.DeformableAttention, MultiScaleDefo
     Same arguments, parameters and numbers.
     """
 
+    same_loc = False
     __init__ = MultiScaleDeformableAttention.__init__
     init_weights = MultiScaleDeformableAttention.init_weights
 

@@ -24,7 +24,7 @@ def build(options: dict) -> LiteEncoder:
     return LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **options}, **THIN)
 
 
-@pytest.mark.parametrize('options', OPTIONS)
+@pytest.mark.parametrize('options', [*OPTIONS, dict(key_aware=False, schedule='H4L0-12:12+1234')])
 def test_is_the_mmdetection_encoder_bit_for_bit(options):
     options = {'schedule': 'H3L1-(2+1)x2', **options}
     core = randomised(LiteEncoder(**options, **THIN))

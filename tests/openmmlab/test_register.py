@@ -115,6 +115,7 @@ for name in ('LiteDINO', 'LiteMSDeformAttnPixelDecoder'):
     [
         'import mmlite',
         'import mmengine.runner',
+        'import mmlite.openmmlab.build',
         'import mmdet.apis',
         "from mmdet.registry import MODELS; MODELS.get('DINO')",
     ],

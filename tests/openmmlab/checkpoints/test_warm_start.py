@@ -24,7 +24,14 @@ from mmlite.openmmlab.checkpoints.warm_start import _fit_attention, _least_squar
 from mmlite.openmmlab.detectors.grounding_dino import adapt_bert
 from mmlite.openmmlab.lite_config import lite_change, main_schedule
 
-WIDE = {'encoder': {'layer_cfg': {'ffn_cfg': {'feedforward_channels': 512}}}}
+FFN = dict(layer_cfg=dict(ffn_cfg=dict(feedforward_channels=512)))
+WIDE = dict(
+    data_preprocessor=dict(mean=[0, 0, 0]),
+    backbone=dict(base_channels=16),
+    neck=dict(in_channels=[32, 64, 128]),
+    encoder=FFN,
+    decoder=dict(num_layers=1, **FFN),
+)
 
 
 def lite_config(**changes) -> ConfigDict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -41,8 +42,9 @@ def optimize(model: nn.Module) -> nn.Module:
         for name, _ in model.named_modules():
             change.set(model, name, 'training', False)
         fuse_into(change, model)
+        pairs = _norms_of_convolutions(model)
         for part in ('backbone', 'neck') if model.with_neck else ('backbone',):
-            change.set(model, '', part, _folded(getattr(model, part)))
+            change.set(model, '', part, _folded(getattr(model, part), pairs))
         change.set(model, '', 'predict', partial(_predict, model))
     logging.getLogger('mmlite').info('optimize: %s predicts faster', type(model).__name__)
     return model
@@ -61,17 +63,36 @@ def _predict(model: nn.Module, batch_inputs: Tensor, batch_data_samples, rescale
     return model.add_pred_to_datasample(batch_data_samples, results)
 
 
-def _folded(part: nn.Module) -> nn.Module:
-    """A channels-last copy, each batch norm folded into the convolution registered before it."""
+def _norms_of_convolutions(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Batch norms that get just what a convolution gives, as they run on an image."""
+    kept: list[tuple[Tensor, nn.Module]] = []
+    pairs: dict[nn.Module, nn.Module] = {}
+
+    def look(norm: nn.Module, args: tuple) -> None:
+        pairs.update((norm, conv) for output, conv in kept if output is args[0])
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if type(module) is nn.Conv2d:  # subclasses may do more, such as an activation
+                hook = module.register_forward_hook(lambda m, _, output: kept.append((output, m)))
+                stack.enter_context(hook)
+            elif type(module) is nn.BatchNorm2d and module.track_running_stats:
+                stack.enter_context(module.register_forward_pre_hook(look))
+        with torch.no_grad():
+            model.extract_feat(next(model.parameters()).new_zeros(1, 3, 128, 128))
+    return pairs
+
+
+def _folded(part: nn.Module, pairs: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A channels-last copy, each batch norm folded into the convolution before it."""
+    names = {module: name for name, module in part.named_modules()}
     part = copy.deepcopy(part).to(memory_format=torch.channels_last)
-    for module in list(part.modules()):
-        children = list(module.named_children())
-        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:]):
-            # Subclasses may do more, such as an activation.
-            is_norm = type(norm) is nn.BatchNorm2d and norm.track_running_stats
-            if is_norm and type(conv) is nn.Conv2d:
-                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
-                setattr(module, norm_name, nn.Identity().eval())
+    for norm, conv in pairs.items():
+        if norm in names and conv in names:
+            both = [part.get_submodule(names[module]) for module in (conv, norm)]
+            for module, new in zip((conv, norm), (fuse_conv_bn_eval(*both), nn.Identity().eval())):
+                parent, _, name = names[module].rpartition('.')
+                setattr(part.get_submodule(parent), name, new)
     return part
 
 

@@ -1,8 +1,10 @@
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from logging import getLogger
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from exported import batch_of
@@ -84,3 +86,51 @@ def test_a_norm_with_an_activation_is_not_folded(detector):
     assert type(model.backbone.layer1[0].bn1) is torch.nn.Identity
     with pytest.raises(ValueError, match='Linear cannot be'):
         mmlite.optimize(torch.nn.Linear(1, 1))
+
+
+def test_threads_share_an_optimised_detector(detector, images):
+    """Each with images of its own, some padded and some not."""
+    model = mmlite.optimize(detector('LiteDINO'))
+    batches = [batch_of(images), batch_of(images[:1]), batch_of(images[1:2])]
+    batches.append(batch_of([images[0][:70, :150]]))
+
+    def run(number: int) -> list:
+        with torch.inference_mode():
+            return predict(model, *batches[number % 4])
+
+    expected = [run(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(run, range(16))):
+            for one, other in zip(expected[number % 4], found):
+                for right, array in zip(one, other):
+                    np.testing.assert_allclose(array, right, atol=1e-4)
+
+
+def test_a_norm_that_runs_before_its_convolution_is_not_folded(detector, images):
+    class NormFirst(torch.nn.Module):
+        def __init__(self, conv):
+            super().__init__()
+            self.conv, self.norm = conv, torch.nn.BatchNorm2d(3)  # registered after, run before
+            torch.nn.init.uniform_(self.norm.running_mean, 20, 60)
+
+        def forward(self, maps):
+            return self.conv(self.norm(maps))
+
+    model = detector('LiteDINO')
+    model.backbone.conv1 = NormFirst(model.backbone.conv1).eval()
+    batch = batch_of(images[:1])
+    expected = predict(model, *batch)
+    mmlite.optimize(model)
+    assert type(model.backbone.conv1.norm) is torch.nn.BatchNorm2d
+    assert_same(expected, predict(model, *batch), batch[0])
+
+
+def test_all_or_nothing(detector, monkeypatch):
+    model = detector('LiteDINO').train()
+    before = {name: (type(m), m.training) for name, m in model.named_modules()}
+    state = {name: id(value) for name, value in model.named_parameters()}
+    monkeypatch.setattr('mmlite.export.inference._predict', None)  # what is set last
+    with pytest.raises(TypeError):
+        mmlite.optimize(model)
+    assert {name: (type(m), m.training) for name, m in model.named_modules()} == before
+    assert {name: id(value) for name, value in model.named_parameters()} == state

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
+from mmengine.analysis import get_model_complexity_info
 from mmengine.config import ConfigDict
 from small_detectors import (
     DECODERS,
@@ -234,3 +236,21 @@ def test_semi_supervised(name):
     assert [n for n, p in trained.items() if p.requires_grad and p.grad is None] == []
     with pytest.raises(ValueError, match="take the detector inside, its 'student'"):
         mmlite.to_lite(model, 'H3L1-(2+1)x1')
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', ['DINO', 'Mask2Former'])
+def test_get_flops_counts_as_for_stock(build, name):
+    """As MMDetection's get_flops.py does, which traces the model."""
+    counted = []
+    for encoder in (None, dict(schedule='-(1+1)x2'), LITE):
+        model = build(name, encoder).eval()
+        data = batch(model, padded=False)
+        model.forward = partial(model.forward, data_samples=data['data_samples'])
+        found = get_model_complexity_info(
+            model, None, inputs=data['inputs'], show_table=False, show_arch=False
+        )
+        counted.append(found['flops'])
+    stock, every_level, lite = counted
+    assert lite < every_level
+    assert stock / 2 < every_level < 2 * stock

@@ -59,12 +59,16 @@ class Report:
 
     def html(self) -> str:
         """A page that stands alone: no network, no scripts, readable on a phone."""
-        import jinja2
+        return render(report=self, **self.page)
 
-        loader = jinja2.PackageLoader('mmlite.analysis', 'templates')
-        options = {'autoescape': True, 'trim_blocks': True, 'lstrip_blocks': True}
-        pages = jinja2.Environment(loader=loader, **options)
-        return pages.get_template('page.html').render(report=self, **self.page)
+
+def render(**content: object) -> str:
+    """Fill in ``templates/page.html``."""
+    import jinja2
+
+    loader = jinja2.PackageLoader('mmlite.analysis', 'templates')
+    pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return pages.get_template('page.html').render(content)
 
 
 def cells(timing: Timing) -> dict[str, object]:

@@ -260,9 +260,9 @@ def test_command(stock, tmp_path):
     assert state['encoder.schedule_code'].tolist() == [2, 2, 2, 1, 0]
 
     for wrong, message in (
-        (options[:2], 'images to fit on'),
+        (options[:2], 'and images: --from-stock'),
         ((*options[:2], '--image', tmp_path / 'none.png'), 'does not exist'),
-        ((*options, '--ema'), 'takes --schedule, --images and --cfg-options'),
+        ((*options, '--ema'), '--from-stock takes none of'),
     ):
         result = run(*wrong)
         assert result.exit_code in (1, 2) and message in ' '.join(result.output.split())

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import Config
 from torch import nn
 
@@ -27,7 +28,7 @@ from ..models import use_schedule
 from ..nn import InterleavedEncoder
 from ..openmmlab.families import encoder_name, find_holder, reads_text, type_name
 from .report import Table, milliseconds, size
-from .timing import Call, Setting, Start, Timing, measure, silent
+from .timing import Call, Setting, Start, measure, silent
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ class Point:
     choice: Choice
     seconds: float  # median of an image
     accuracy: float  # AP in percent, or agreement in percent where there are no labels
-    measured: float | None = None  # seconds, once more at the end
+    call: Call  # what was timed
+
+    def as_json(self) -> dict:
+        return {**asdict(self.choice), 'seconds': self.seconds, 'accuracy': self.accuracy}
 
     def cells(self) -> dict[str, str]:
         """A row of a table."""
@@ -231,7 +235,7 @@ def tune(
             found = [detector.detect(image) for image in images]
             reference = reference or found
             accuracy = agreement(reference, found)
-        points.append(Point(choice, timings[choice].median, accuracy))
+        points.append(Point(choice, timings[choice].median, accuracy, calls[choice]))
         step()
     return points
 
@@ -262,38 +266,16 @@ def _call(detector, choice: Choice) -> Call:
     return lambda index: detector.session(*arguments)
 
 
-def measure_again(
-    points: Sequence[Point],
-    model: nn.Module,
-    config: Config,
-    runtime: str,
-    folder: Path,
-    rounds: int = 4,
-) -> None:
-    """Time points once more, in turns; fills :attr:`Point.measured`."""
-    calls = {}
-    for point in points:
-        detector = TunedDetector(model, config, point.choice)
-        if runtime != 'pytorch':
-            detector = load(export_folder(point.choice, folder), torch.get_num_threads())
-        calls[point.choice] = _call(detector, point.choice)
-    timings: dict[Choice, Timing] = measure(calls, Setting(rounds=rounds, warmup=1))
-    for point in points:
-        point.measured = timings[point.choice].median
-
-
 def agreement(wanted: Sequence[Detections], found: Sequence[Detections]) -> float:
     """Percent of the 20 best of each image that others have, by class and an IoU of a half."""
     hits = total = 0
     for theirs, ours in zip(wanted, found):
         best = np.argsort(-theirs.scores, kind='stable')[:20]
         total += len(best)
-        for box, label in zip(theirs.boxes[best], theirs.labels[best]):
-            others = ours.boxes[ours.labels == label]
-            corners = np.maximum(others[:, :2], box[:2]), np.minimum(others[:, 2:], box[2:])
-            inside = np.clip(corners[1] - corners[0], 0, None).prod(1)
-            areas = (others[:, 2:] - others[:, :2]).prod(1) + (box[2:] - box[:2]).prod()
-            hits += bool((inside >= 0.5 * (areas - inside)).any())
+        boxes = (torch.from_numpy(found.boxes) for found in (theirs, ours))
+        overlaps = bbox_overlaps(*boxes).numpy()[best]
+        same = theirs.labels[best, None] == ours.labels
+        hits += int(((overlaps >= 0.5) & same).any(1).sum())
     return 100.0 * hits / max(total, 1)
 
 

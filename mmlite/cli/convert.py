@@ -110,9 +110,11 @@ def convert(
             '--from-stock takes none of --to-official, --model, --ema and --num-queries'
         )
     elif lite_config and image_paths:
-        if options['schedule']:
-            cfg_options['model.encoder.schedule'] = options['schedule']
         config = shared.read_config(lite_config, cfg_options)
+        if options['schedule']:
+            from ..openmmlab.families import find_holder
+
+            find_holder(config.model)[1]['encoder']['schedule'] = options['schedule']
         files = shared.image_files(image_paths)
         if iterations is None:
             iterations = 400 if len(files) >= ENOUGH_IMAGES else 0
@@ -185,16 +187,21 @@ def _convert(source, target, to_official, family, schedule, classes, ema, num_qu
 def _start(source: Path, target: Path, config, images: list[Path]) -> dict:
     """A Lite detector that is copied and fitted, to be trained."""
     import torch
+    from mmdet.registry import DATASETS
+    from mmengine.dataset import pseudo_collate
     from mmengine.registry import init_default_scope
 
     from ..openmmlab.build import build_initialised
     from ..openmmlab.checkpoints import load_checkpoint, unpack, warm_start
+    from ..openmmlab.distillation import images_without_labels
 
     state, _ = unpack(load_checkpoint(source))
     init_default_scope('mmdet')
     model = build_initialised(config.model)
+    dataset = DATASETS.build(images_without_labels(config, images))
+    data = model.data_preprocessor(pseudo_collate(list(dataset)), False)
     with shared.console().status('Fitting what is new to the stock detector'):
-        report = warm_start(model, config.model, state, _load_images(model, config, images))
+        report = warm_start(model, config.model, state, data)
     torch.save(dict(meta={}, state_dict=model.state_dict()), target)
     click.echo(f'{report}\nWrote {target}')
     return dict(source=str(source), written=[str(target)], **asdict(report))
@@ -256,21 +263,3 @@ def _distill(
     return dict(
         source=str(source), written=[str(target)], **distilled, distance=model.distance, ap=measured
     )
-
-
-def _load_images(model: nn.Module, config, images: list[Path]) -> dict:
-    """The images as one batch, read and resized as the config's test images are."""
-    from mmcv.transforms import Compose
-    from mmdet.datasets import CocoDataset
-
-    from ..openmmlab.families import reads_text, type_name
-
-    dataset = config.test_dataloader.dataset
-    steps = [step for step in dataset.pipeline if not type_name(step.type).endswith('Annotations')]
-    # A detector that reads a text is asked for the classes of its data.
-    classes = (dataset.get('metainfo') or CocoDataset.METAINFO)['classes']
-    asked = dict(text=classes, custom_entities=True) if reads_text(model) else {}
-    pipeline = Compose(steps)
-    packed = [pipeline(dict(img_path=str(p), img_id=i, **asked)) for i, p in enumerate(images)]
-    batch = {name: [item[name] for item in packed] for name in ('inputs', 'data_samples')}
-    return model.data_preprocessor(batch, False)

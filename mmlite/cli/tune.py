@@ -81,7 +81,7 @@ def tune(
     from ..analysis import tune as tuning
     from ..analysis.accuracy import Dataset
     from ..analysis.report import Report, milliseconds
-    from ..analysis.timing import describe_machine
+    from ..analysis.timing import Setting, describe_machine, measure
     from ..openmmlab.build import build_detector
 
     warnings.filterwarnings('ignore')
@@ -121,17 +121,17 @@ def tune(
     tuning.draw(points, out / 'front.png', budget)
     page['picture'] = base64.b64encode((out / 'front.png').read_bytes()).decode()
     (out / 'report.html').write_text(report.html())
+    shared.write_json(json_path, report.as_json())
     click.echo(f'Drawn: {out / "front.png"}; page: {out / "report.html"}')
     if budget is not None:
         chosen = tuning.choose(points, budget)
-        tuning.measure_again([chosen], model, cfg, runtime, out / 'exports', rounds)
+        again = measure({0: chosen.call}, Setting(rounds=rounds, warmup=1))[0].median
         click.echo(
             f'Chosen: {chosen.choice}; predicted {milliseconds(chosen.seconds)} ms, '
-            f'measured again {milliseconds(chosen.measured)} ms'
+            f'measured again {milliseconds(again)} ms'
         )
         if runtime == 'pytorch':
             base = config if '::' in config else str(Path(config).resolve())
             click.echo(f'Wrote {tuning.write_choice(chosen, model, cfg, base, out)}')
         else:
             click.echo(f'Export: {tuning.export_folder(chosen.choice, out / "exports")}')
-    shared.write_json(json_path, report.as_json())

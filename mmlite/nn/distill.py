@@ -21,7 +21,7 @@ def distill(
     student: nn.Module,
     teacher: nn.Module,
     batches: Iterable[Any],
-    iterations: int = 300,
+    iterations: int = 400,
     lr: float = 6e-3,
     output_loss: Callable[[Any, Any], Tensor] | None = None,
     report: Callable[[int, float], None] = lambda iteration, loss: None,
@@ -62,9 +62,7 @@ def distill(
     teacher.eval()
     student.eval()
     encoder.train()
-    draws, encoder.draws_schedules = encoder.draws_schedules, False
     for iteration, batch in enumerate(_repeated(batches, iterations)):
-        encoder.use_schedule(encoder.sandwich(iteration))
         ours, theirs = zip(*compared_layers(encoder))
         with torch.no_grad(), keep_outputs(layers[i] for i in theirs) as wanted:
             expected = _call(teacher, batch)
@@ -82,8 +80,6 @@ def distill(
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         report(iteration + 1, float(loss.detach()))
-    encoder.draws_schedules = draws
-    encoder.use_schedule(encoder.schedules[0])
     student.eval()
 
 
@@ -136,7 +132,8 @@ def learning_rate(iteration: int, iterations: int) -> float:
 def compared_layers(student: InterleavedEncoder) -> list[tuple[int, int]]:
     """After which layers of the student all tokens are compared, and with which of the teacher.
 
-    They are those that update the largest map, after which no tokens wait, and the last.
+    Of the student's next call, they are those that update the largest map, after which no tokens
+    wait, and the last.
 
     Args:
         student (InterleavedEncoder): A Lite encoder.
@@ -145,12 +142,13 @@ def compared_layers(student: InterleavedEncoder) -> list[tuple[int, int]]:
         list[tuple[int, int]]: Numbers of a layer of the student and of the teacher's layer that
         has updated the high-level tokens as often.
     """
-    schedule, updates = student.schedule, -1
+    schedule, updates = student.next_schedule, -1
     pairs: list[tuple[int, int]] = []
     largest, is_low = schedule.num_levels - 1, schedule.num_low_levels > 0
-    for index, step in enumerate(student.steps):
+    steps = schedule.steps(student.update)
+    for index, step in enumerate(steps):
         updates += step.updates_high
-        if step.updates(largest, is_low) or index == len(student.steps) - 1:
+        if step.updates(largest, is_low) or index == len(steps) - 1:
             pairs.append((index, max(updates, 0)))
     return pairs
 

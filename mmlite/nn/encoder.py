@@ -153,8 +153,8 @@ class InterleavedEncoder(nn.Module):
     """The interleaved encoder over layers that are ready (Lite DETR, section 4).
 
     High-level tokens (the few of the small maps) are updated in every layer, low-level tokens
-    (the many of the largest maps) once in a block. Every layer reads all tokens. Needs nothing
-    but PyTorch; compiles and exports whole.
+    (the many of the largest maps) once in a block. Every layer reads all tokens, unless the
+    schedule names what it reads. Needs nothing but PyTorch; compiles and exports whole.
 
     Args:
         schedule (EncoderSchedule): Which tokens are updated when.
@@ -165,7 +165,7 @@ class InterleavedEncoder(nn.Module):
         low_levels (Collection[int], optional): Indices of the low-level maps among the levels. By
             default the largest maps, as many as the schedule says.
         elastic (Sequence[EncoderSchedule]): Further schedules that the layers serve. In training
-            every call takes another one: the largest, the smallest and one between, in turn.
+            every call takes another one: see :attr:`next_schedule`.
 
     Attributes:
         schedule (EncoderSchedule): The one that is computed; :meth:`use_schedule` chooses it.
@@ -201,8 +201,7 @@ class InterleavedEncoder(nn.Module):
         self.level_ranks: tuple[int, ...] | None = None
         self.layers = nn.ModuleList(layers)
         self.embed_dims: int = layers[0].embed_dims  # type: ignore[assignment]
-        self.draws_schedules = True
-        self._calls = 0
+        self.training_calls = 0  # which says whose turn it is
         # Weights fit several schedules (H3L1 and H2L2 have the same names and shapes) and are right
         # for some, so they carry them. As a buffer they are in every checkpoint.
         self.register_buffer('schedule_code', encode_schedules(self.schedules, update))
@@ -220,11 +219,17 @@ class InterleavedEncoder(nn.Module):
         self.schedule = schedule
         self.steps = schedule.steps(self.update)
 
-    def sandwich(self, index: int) -> EncoderSchedule:
-        """The schedule of a training step: the largest, the smallest and one between, in turn."""
+    @property
+    def next_schedule(self) -> EncoderSchedule:
+        """The schedule of the next call: the chosen one, or in training the one whose turn it is.
+
+        The turns are the most expensive one, the cheapest, and one between.
+        """
+        if not self.training or len(self.schedules) == 1:
+            return self.schedule
         ordered = sorted(self.schedules, key=lambda schedule: -schedule.cost)
         between = ordered[1:-1] or ordered
-        turn, place = divmod(index, 3)
+        turn, place = divmod(self.training_calls, 3)
         return (ordered[0], ordered[-1], between[turn % len(between)])[place]
 
     def _load_from_state_dict(
@@ -288,13 +293,13 @@ class InterleavedEncoder(nn.Module):
                 f'{len(level_sizes)} of sizes {list(level_sizes)} ({num_tokens} tokens) and '
                 f'{tokens.shape[1]} tokens'
             )
-        if self.training and self.draws_schedules and len(self.schedules) > 1:
-            self.use_schedule(self.sandwich(self._calls))
-            self._calls += 1
-        low_levels = self.low_level_indices(level_sizes)
+        schedule = self.next_schedule
+        if self.training and len(self.schedules) > 1:
+            self.training_calls += 1
+        low_levels = self.low_level_indices(level_sizes, schedule)
         reference_points = encoder_reference_points(level_sizes, valid_ratios, device=tokens.device)
         memory = tokens
-        for index, (step, layer) in enumerate(zip(self.steps, self.layers)):
+        for index, (step, layer) in enumerate(zip(schedule.steps(self.update), self.layers)):
             step_tokens = StepTokens(step, level_sizes, low_levels, self.level_ranks)
             if before_layer is not None:
                 memory = before_layer(index, memory, step_tokens)
@@ -302,13 +307,16 @@ class InterleavedEncoder(nn.Module):
             memory = self.run(index, layer, *arguments)
         return memory
 
-    def low_level_indices(self, level_sizes: LevelSizes) -> tuple[int, ...]:
-        """Indices of the low-level maps of a pyramid."""
+    def low_level_indices(
+        self, level_sizes: LevelSizes, schedule: EncoderSchedule | None = None
+    ) -> tuple[int, ...]:
+        """Indices of the low-level maps of a pyramid, by default those of the chosen schedule."""
+        schedule = schedule or self.schedule
         if self.low_levels is not None:
             return self.low_levels
         if self.level_ranks is None:
-            return self.schedule.low_levels(level_sizes)
-        high = self.schedule.num_high_levels
+            return schedule.low_levels(level_sizes)
+        high = schedule.num_high_levels
         return tuple(level for level, rank in enumerate(self.level_ranks) if rank >= high)
 
     def run(self, index: int, module: nn.Module, *arguments):

@@ -226,12 +226,12 @@ class EncoderSchedule:
             )
         if self.num_levels != num_levels:
             blocks = f'({self.high_updates}+1)x{self.num_blocks}'
-            fitting = ', '.join(
-                f'H{num_levels - low}L{low}-{blocks}' for low in range(1, min(num_levels, 3))
-            )
+            lows = () if self.layers else range(1, min(num_levels, 3))
+            fitting = ', '.join(f'H{num_levels - low}L{low}-{blocks}' for low in lows)
             raise ValueError(
                 f'schedule {self} is for {self.num_levels} feature levels, but the '
-                f"encoder's attention has num_levels={num_levels}; use {fitting or 'more levels'}"
+                f"encoder's attention has num_levels={num_levels}; use "
+                f'{fitting or "one for as many"}'
             )
 
     def encode(self, update: str = 'joint') -> Tensor:

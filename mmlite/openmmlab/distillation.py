@@ -78,11 +78,10 @@ class DistilledDetector(BaseModel):
         self.__dict__['teacher'] = build_teacher(self.config, self.teacher_state)
         self.teacher.requires_grad_(False)
         self._check_heads()
-        self.weights = {**dict.fromkeys(('tokens', 'classes', 'boxes', 'proposals'), 1.0)}
-        self.weights.update(weights or {})
+        ones = dict.fromkeys(('tokens', 'classes', 'boxes', 'proposals'), 1.0)
+        self.weights = {**ones, **(weights or {})}
         self.student.requires_grad_(False)
         self.encoder.requires_grad_(True)
-        self.encoder.draws_schedules = False
         self.iterations = self.max_iterations = 0
         self.images = 0  # that it learns from
         self.distance = math.nan  # of the tokens, mean of the last twenty iterations or so
@@ -132,13 +131,12 @@ class DistilledDetector(BaseModel):
         """The losses in mode ``'loss'``; otherwise as the Lite detector."""
         if mode != 'loss':
             return self.student(inputs, data_samples, mode)
-        self.encoder.use_schedule(self.encoder.sandwich(self.iterations))
-        self.iterations += 1
         student, teacher = _Pass(self.student), _Pass(self.teacher)
         ours, theirs = zip(*compared_layers(self.encoder))
         with torch.no_grad():
             teacher.run(inputs, data_samples, theirs)
-        instead = fed(teacher.tokens, self.iterations - 1, self.max_iterations)
+        instead = fed(teacher.tokens, self.iterations, self.max_iterations)
+        self.iterations += 1
         student.run(inputs, data_samples, ours, teacher, instead)
         found = {'tokens': token_distance(student.tokens, teacher.tokens, teacher.padding)}
         distance = float(found['tokens'].detach())
@@ -273,7 +271,8 @@ class DistillHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Copy and fit, unless the training is resumed."""
         model = _unwrapped(runner)
-        model.iterations, model.max_iterations = runner.iter, runner.max_iters
+        model.iterations = model.encoder.training_calls = runner.iter
+        model.max_iterations = runner.max_iters
         model.images = len(runner.train_dataloader.dataset)
         if runner.iter:
             return
@@ -290,9 +289,8 @@ class DistillHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Say what the weights come from."""
-        checkpoint['meta']['distilled'] = _unwrapped(runner).facts(
-            runner.iter + 1
-        )  # the one just done
+        done = runner.iter + 1  # with the one that has just been done
+        checkpoint['meta']['distilled'] = _unwrapped(runner).facts(done)
 
 
 class ProgressHook(Hook):
@@ -352,7 +350,7 @@ def distillation_config(
     config: Config,
     teacher: str | Path,
     files: Sequence[str | Path],
-    iterations: int = 300,
+    iterations: int = 400,
     batch_size: int = 16,
     work_dir: str | Path = 'work_dirs/distill',
 ) -> Config:
@@ -372,15 +370,12 @@ def distillation_config(
     Returns:
         Config: To be given to ``Runner.from_cfg``.
     """
-    find_holder(config.model)
     result = copy.deepcopy(config)
     wrapper = {
         name: value
         for name, value in (config.get('optim_wrapper') or {}).items()
         if name in ('type', 'accumulative_counts', 'dtype')
     }
-    test_set = config.test_dataloader.dataset
-    reads_text = find_holder(config.model)[2].reads_text
     rise = max(iterations // 20, 1)
     changes = {
         'model': {
@@ -392,12 +387,7 @@ def distillation_config(
             'batch_size': batch_size,
             'num_workers': min(config.train_dataloader.get('num_workers', 0), 2),
             'sampler': {'type': 'DefaultSampler', 'shuffle': True},
-            'dataset': {
-                'type': 'ImageFiles',
-                'files': [str(file) for file in files],
-                'pipeline': training_pipeline(config),
-                'classes': (test_set.get('metainfo') or {}).get('classes') if reads_text else None,
-            },
+            'dataset': images_without_labels(config, files, training=True),
         },
         'train_cfg': {'type': 'IterBasedTrainLoop', 'max_iters': iterations},
         'optim_wrapper': {
@@ -430,28 +420,37 @@ def distillation_config(
     return result
 
 
-def training_pipeline(config: Config) -> list[dict]:
-    """How images without labels are read: as in testing, at the scales of training, and mirrored.
+def images_without_labels(
+    config: Config, files: Sequence[str | Path], training: bool = False
+) -> dict:
+    """The config of a data set of images, read as a detector's test images are.
 
     Args:
-        config (Config): A detector's config.
+        config (Config): The detector's config. A detector that reads a text is asked for the
+            classes of its data.
+        files (Sequence[str | Path]): The images.
+        training (bool): Mirror half of them, and resize them by the training pipeline's
+            ``RandomChoiceResize`` of most scales where it has one.
 
     Returns:
-        list[dict]: Transforms; those of test images without the annotations, with the training
-        pipeline's ``RandomChoiceResize`` of most scales where it has one, and ``RandomFlip``.
+        dict: For MMDetection's ``DATASETS``.
     """
-    steps = [
-        copy.deepcopy(step)
-        for step in config.test_dataloader.dataset.pipeline
-        if not type_name(step['type']).endswith('Annotations')
-    ]
-    resizes = list(_choices(config.get('train_dataloader') or {}))
-    if resizes:
-        for index, step in enumerate(steps):
-            if type_name(step['type']) in ('Resize', 'FixScaleResize'):
-                steps[index] = max(resizes, key=lambda resize: len(resize['scales']))
-    steps.insert(-1, {'type': 'RandomFlip', 'prob': 0.5})
-    return steps
+    from mmdet.datasets import CocoDataset  # late: it loads what draws
+
+    tested = config.test_dataloader.dataset
+    steps = [s for s in tested.pipeline if not type_name(s['type']).endswith('Annotations')]
+    steps = copy.deepcopy(steps)
+    resizes = list(_choices(config.get('train_dataloader') or {})) if training else []
+    for index, step in enumerate(steps):
+        if resizes and type_name(step['type']) in ('Resize', 'FixScaleResize'):
+            steps[index] = max(resizes, key=lambda resize: len(resize['scales']))
+    if training:
+        steps.insert(-1, {'type': 'RandomFlip', 'prob': 0.5})
+    classes = None
+    if find_holder(config.model)[2].reads_text:
+        classes = (tested.get('metainfo') or CocoDataset.METAINFO)['classes']
+    files = [str(file) for file in files]
+    return {'type': 'ImageFiles', 'files': files, 'pipeline': steps, 'classes': classes}
 
 
 def _choices(config: Any) -> Iterator[dict]:

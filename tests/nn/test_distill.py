@@ -119,7 +119,7 @@ def test_an_elastic_student_learns_every_schedule():
     schedules = ['H3L1-(1+1)x2', 'H2L2-(2+1)x1', 'H3L1-(2+1)x1']
     student = LiteEncoder(schedules[0], **THIN, elastic=schedules[1:])
     used = []
-    student.layers[0].register_forward_hook(lambda *_: used.append(str(student.schedule)))
+    student.register_forward_pre_hook(lambda m, _: used.append(str(m.next_schedule)))
     distill(student, Stock(), [inputs()], 6)
     assert used == [schedules[0], schedules[1], schedules[2]] * 2
     assert str(student.schedule) == schedules[0]

@@ -146,13 +146,18 @@ def test_one_set_of_weights_serves_several_schedules():
         elastic.load_state_dict(LiteEncoder(ELASTIC[0], **THIN).state_dict(), strict=False)
 
 
-def test_training_takes_the_schedules_in_turn():
-    encoder = LiteEncoder(ELASTIC[1], **THIN, elastic=ELASTIC)
-    taken = []
-    for _ in range(4):
-        encoder(**inputs())
-        taken.append(str(encoder.schedule))
-    assert taken == [ELASTIC[0], ELASTIC[2], ELASTIC[1], ELASTIC[0]]
+def test_training_takes_the_schedules_in_turn_and_prediction_the_chosen_one():
+    encoder = randomised(LiteEncoder(ELASTIC[1], **THIN, elastic=ELASTIC))
+    expected = {}
+    for name in ELASTIC:
+        encoder.use_schedule(name)
+        expected[name] = encoder.eval()(**inputs())
+    encoder.use_schedule(ELASTIC[1])
+    encoder.train()
+    for name in (ELASTIC[0], ELASTIC[2], ELASTIC[1], ELASTIC[0]):
+        assert str(encoder.next_schedule) == name
+        assert torch.equal(encoder(**inputs()), expected[name])
+    assert torch.equal(encoder.eval()(**inputs()), expected[ELASTIC[1]])
 
 
 def test_what_cannot_share_weights_is_refused():

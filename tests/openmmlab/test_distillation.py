@@ -19,7 +19,7 @@ from mmlite.openmmlab.distillation import (
     DistilledDetector,
     _score_distance,
     distillation_config,
-    training_pipeline,
+    images_without_labels,
 )
 from mmlite.openmmlab.families import encoder_name
 from mmlite.openmmlab.lite_config import lite_change, main_schedule
@@ -102,7 +102,8 @@ def images(tmp_path_factory):
 
 def test_images_are_read_as_in_training(images):
     config = small_config('DINO')
-    steps = training_pipeline(config)
+    whole = images_without_labels(config, images, training=True)
+    steps = whole['pipeline']
     assert [step['type'] for step in steps] == [
         'LoadImageFromFile',
         'RandomChoiceResize',
@@ -110,7 +111,9 @@ def test_images_are_read_as_in_training(images):
         'PackDetInputs',
     ]
     assert len(steps[1]['scales']) == 11  # MMDetection's eleven sizes of training
-    dataset = DATASETS.build(dict(type='ImageFiles', files=images, pipeline=steps))
+    tested = [step['type'] for step in images_without_labels(config, images)['pipeline']]
+    assert tested == ['LoadImageFromFile', 'Resize', 'PackDetInputs']
+    dataset = DATASETS.build(whole)
     assert len(dataset) == 6
     item = dataset[3]
     assert item['inputs'].shape[0] == 3 and not len(item['data_samples'].gt_instances)
@@ -149,18 +152,33 @@ def test_runs_resumes_and_says_what_it_is(images, tmp_path):
     assert changed and all(name.startswith('encoder.') for name in changed)
 
 
-def test_elastic_students_learn_their_schedules_in_turn(tmp_path):
+def test_elastic_students_are_fitted_and_learn_their_schedules_in_turn(tmp_path):
+    schedules = ['H3L1-(2+1)x1', 'H3L1-(1+1)x2', 'H4L0-1234x2']
     config, teacher = teacher_file(tmp_path, 'DINO')
-    config.model.encoder.update(schedule='H3L1-(2+1)x1', elastic=['H4L0-1234x2'])
+    config.model.encoder.update(schedule=schedules[0], elastic=schedules)
     model = DistilledDetector(config.model, teacher)
     data = batch(model.student)
+    before = [model.encoder.layers[i].small_ffn.layers[1].weight.clone() for i in (0, 1)]
     model.start(data)
-    model.train()
+    for layer, old in zip(model.encoder.layers, before):  # the first is low in one schedule alone
+        assert not torch.equal(layer.small_ffn.layers[1].weight, old)
     used = []
+    hook = lambda module, args, kwargs: used.append(str(module.next_schedule))  # noqa: E731
+    model.encoder.register_forward_pre_hook(hook, with_kwargs=True)
+    model.train()
     for _ in range(3):
-        model(**data, mode='loss')
-        used.append(str(model.encoder.schedule))
-    assert used == ['H4L0-1234x2', 'H3L1-(2+1)x1', 'H4L0-1234x2']
+        assert all(value.isfinite() for value in model(**data, mode='loss').values())
+    assert used == [schedules[1], schedules[0], schedules[2]]
+    model.eval()(**data, mode='predict')
+    assert used[3] == schedules[0]
+
+
+def test_a_student_that_reads_some_maps_is_fitted(tmp_path):
+    config, teacher = teacher_file(tmp_path, 'DINO')
+    config.model.encoder.schedule = 'H4L0-12:12+1234'
+    model = DistilledDetector(config.model, teacher)
+    report = model.start(batch(model.student))
+    assert report.result.memory < report.copied_only.memory
 
 
 def test_wrong_teachers_are_refused(tmp_path):

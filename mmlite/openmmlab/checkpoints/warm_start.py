@@ -26,6 +26,7 @@ from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
 from ...models import copy_counterparts, stock_layers
+from ...nn import DeformableAttention
 from ...ops.reference import sample
 from ..detectors.grounding_dino import adapt_bert
 from ..families import encoder_name, find_holder, reads_text
@@ -115,7 +116,12 @@ def warm_start(
     keep = [norm.register_forward_pre_hook(kept.__setitem__) for norm in norms]
     expected = _outputs(stock, data, keep)
     before = _agreement(expected, _outputs(model, data), not fresh)
-    _outputs(model, data, _fits(model, stock, kept))
+    encoder = _encoder(model)
+    chosen = encoder.schedule
+    for schedule in sorted(encoder.schedules, key=lambda schedule: schedule.cost):
+        encoder.use_schedule(schedule)  # the last, which updates most, decides where several fit
+        _outputs(model, data, _fits(model, stock, kept))
+    encoder.use_schedule(chosen)
     after = _agreement(expected, _outputs(model, data), not fresh)
     model.train(training)
     return WarmStart(copied, fitted, unused, before, after, fresh)
@@ -243,9 +249,10 @@ def _fit_attention(
     chosen = _choose(query.shape[1], max(_TOKENS // len(query), 1)).to(query.device)
     query, reference_points = query[:, chosen], call['reference_points'][:, chosen]
     shapes = level_sizes(shapes)
-    locations = attention.locate(query, reference_points, shapes)
+    levels = call.get('levels')
+    locations = attention.locate(query, reference_points, shapes, levels)
     sampled = sample(keys, shapes, locations) * head_dim**-0.5  # (B, Q, M, L*P, D)
-    logits = stock.attention_weights(query).unflatten(-1, (heads, -1))
+    logits = DeformableAttention.logits(stock, query, None, None, None, None, levels)
     weights = logits.softmax(-1)
     query = torch.cat([query, torch.ones_like(query[..., :1])], -1)
     ridge = 1e-2 * (query**2).sum() * (sampled**2).mean()
@@ -283,6 +290,8 @@ def _fit_small_ffn(
     is to be what the stock layer gives to its last norm.
     """
     memory, _, step_tokens, mask = kept[layer][:4]
+    if not any(run.is_low for run in step_tokens.queries):  # with this schedule
+        return
     mask = memory.new_zeros(memory.shape[:2], dtype=torch.bool) if mask is None else mask
     valid = ~step_tokens.low(step_tokens.pick(mask))
     tokens = step_tokens.low(attended)[valid]

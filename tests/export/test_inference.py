@@ -110,11 +110,12 @@ def test_a_norm_that_runs_before_its_convolution_is_not_folded(detector, images)
     class NormFirst(torch.nn.Module):
         def __init__(self, conv):
             super().__init__()
+            self.first = torch.nn.Conv2d(3, 3, 1)
             self.conv, self.norm = conv, torch.nn.BatchNorm2d(3)  # registered after, run before
             torch.nn.init.uniform_(self.norm.running_mean, 20, 60)
 
         def forward(self, maps):
-            return self.conv(self.norm(maps))
+            return self.conv(self.norm(self.first(maps).relu()))
 
     model = detector('LiteDINO')
     model.backbone.conv1 = NormFirst(model.backbone.conv1).eval()

@@ -153,6 +153,20 @@ def test_an_optimizer_goes_on_where_it_was():
     assert torch.equal(trained([6]), trained([2, 4]))
 
 
+def test_the_optimizer_trains_every_parameter_and_follows_its_rate():
+    layer = nn.Linear(4, 4)
+    optimizer = EncoderOptimizer(layer.parameters(), lr=0.1, weight_decay=0.0)
+    for rate in (0.1, 0.0):
+        before = [parameter.detach().clone() for parameter in layer.parameters()]
+        for group in optimizer.param_groups:
+            group['lr'] = rate
+        optimizer.zero_grad()
+        layer(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+        moved = [not torch.equal(old, new) for old, new in zip(before, layer.parameters())]
+        assert moved == [rate > 0] * 2
+
+
 def test_without_muon_adamw_does_all(monkeypatch):
     monkeypatch.delattr(torch.optim, 'Muon', raising=False)
     optimizer = EncoderOptimizer(nn.Linear(4, 4).parameters())

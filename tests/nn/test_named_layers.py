@@ -160,6 +160,16 @@ def test_training_takes_the_schedules_in_turn_and_prediction_the_chosen_one():
     assert torch.equal(encoder.eval()(**inputs()), expected[ELASTIC[1]])
 
 
+def test_what_a_schedule_costs():
+    """In tokens of the smallest map, each map having four times those of the next smaller."""
+    costs = {
+        'H3L1-(2+1)x3': 3 * (1 + 4 + 16) + 3 * (1 + 4 + 16 + 64),
+        'H2L2-(2+1)x1': (1 + 4) + (1 + 4 + 16 + 64),
+        'H3L0-1:1x3+12+123': 3 * 1 + 5 + 21,
+    }
+    assert {name: EncoderSchedule.parse(name).cost for name in costs} == costs
+
+
 def test_what_cannot_share_weights_is_refused():
     with pytest.raises(ValueError, match='one set of weights cannot serve'):
         LiteEncoder('H3L1-(2+1)x2', **THIN, elastic=['H3L1-(2+1)x3'])

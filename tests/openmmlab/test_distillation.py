@@ -17,6 +17,7 @@ from mmlite.cli import main
 from mmlite.datasets import generate_shapes
 from mmlite.openmmlab.distillation import (
     DistilledDetector,
+    _output_distances,
     _score_distance,
     distillation_config,
     images_without_labels,
@@ -89,6 +90,34 @@ def test_score_distance_by_hand():
     absent = np.log1p(np.exp(5.0))
     assert float(_score_distance(found, wanted)) == pytest.approx((divergence + absent) / 0.5)
     assert float(_score_distance(wanted, wanted)) == 0
+
+
+def test_boxes_weigh_as_the_teacher_is_sure():
+    scores, wanted = torch.zeros(1, 1, 2, 1), torch.tensor([3.0, -3.0]).view(1, 1, 2, 1)
+    boxes, wanted_boxes = torch.zeros(1, 1, 2, 4), torch.tensor([0.1, 0.5]).view(1, 1, 2, 1)
+    p = wanted.sigmoid().flatten()
+    expected = 4 * (p[0] * 0.1 + p[1] * 0.5) / p.sum()
+    found = _output_distances((scores, boxes), (wanted, wanted_boxes.expand(1, 1, 2, 4)))
+    torch.testing.assert_close(found['boxes'], expected)
+
+
+def test_the_decoder_of_a_student_gets_its_teacher_s_queries(tmp_path):
+    config, teacher = teacher_file(tmp_path, 'two-stage')
+    model = DistilledDetector(config.model, teacher)
+    data = batch(model.student)
+    model.start(data)
+    points, memories = [], []
+
+    def keep(module, args, kwargs):
+        points.append(kwargs['reference_points'])
+        memories.append(kwargs['value'])
+
+    for decoder in (model.teacher.decoder, model.student.decoder):
+        decoder.register_forward_pre_hook(keep, with_kwargs=True)
+    model.train()(**data, mode='loss')
+    assert torch.equal(*points) and not torch.equal(*memories)
+    model.eval()(**data, mode='predict')
+    assert not torch.equal(points[1], points[2])
 
 
 @pytest.fixture(scope='module')

@@ -1,12 +1,15 @@
 """mmlite: Lite DETR encoders and fast key-aware deformable attention.
 
-The verbs below change a model of MMDetection or Hugging Face transformers in place and return it.
+The verbs below change a model of MMDetection or Hugging Face transformers in place and return it;
+:func:`load` gives a detector that finds objects in images.
 Importing mmlite loads nothing but the standard library. What it adds to MMDetection, it adds in
 :func:`mmlite.openmmlab.register.register`.
 """
 
 from __future__ import annotations
 
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .openmmlab.register import register
@@ -16,8 +19,55 @@ if TYPE_CHECKING:
 
     import torch
 
+    from .export import Detector
+
 __version__ = '0.1.0'
-__all__ = ['fuse', 'optimize', 'restore', 'to_lite', 'use_schedule']
+__all__ = ['fuse', 'load', 'optimize', 'restore', 'to_lite', 'use_schedule']
+
+
+def load(
+    model: str | PathLike,
+    checkpoint: str | None = None,
+    *,
+    device: str = 'cpu',
+    threads: int | None = None,
+    precision: str = 'float32',
+    changes: dict[str, Any] | None = None,
+) -> Detector:
+    """Load a detector that finds objects in images, in PyTorch or as it was exported.
+
+    Args:
+        model (str | PathLike): A config of MMDetection with a deformable encoder: a path,
+            ``mmdet::folder/config.py`` or ``mmlite::folder/config.py``. Or the folder of an
+            export, which needs neither torch nor MMDetection.
+        checkpoint (str, optional): The config's weights; they may also follow it after a comma.
+        device (str): Of a config: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``.
+        threads (int, optional): CPU threads; in PyTorch of the whole process.
+        precision (str): Of an export: see :func:`mmlite.export.load`.
+        changes (dict, optional): To the config, such as ``{'model.num_queries': 300}``.
+
+    Returns:
+        Detector: ``detect(image)`` takes a file, or BGR pixels as ``cv2.imread`` gives them.
+
+    Raises:
+        FileNotFoundError: A config, checkpoint or folder is not there.
+        ImportError: MMDetection or the runtime is not installed.
+        ValueError: The config has no weights, or something does not fit; the message says what.
+    """
+    if Path(model).is_dir():
+        from .export import load
+
+        if checkpoint or changes or device != 'cpu':
+            raise ValueError(f'{model} is an export: it takes no checkpoint, changes or device')
+        return load(model, threads, precision)
+    from .openmmlab import require
+
+    require()
+    from .export.pytorch import load_pytorch
+
+    if precision != 'float32':
+        raise ValueError(f'precision {precision!r} is for exports; a config runs in float32')
+    return load_pytorch(str(model), checkpoint, device, threads, changes)
 
 
 def to_lite(model: torch.nn.Module, schedule: str, **options: Any) -> torch.nn.Module:

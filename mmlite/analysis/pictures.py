@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -11,12 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from mmdet.structures import DetDataSample
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from .attention import QueryAttention, class_name
+from ..export.drawing import draw
+from .attention import QueryAttention
 
 _MARK = '#00e5ff'
 DPI = 110
@@ -65,33 +65,20 @@ def _draw_points(axis: Axes, one: QueryAttention, levels: slice, top: float):
     return axis.scatter(x, y, c=weights[order], s=14, vmin=0, vmax=top, cmap='plasma', linewidths=0)
 
 
-def draw_boxes(image: np.ndarray, instances: InstanceData, names: Sequence[str]) -> np.ndarray:
-    """Objects over an image, by MMDetection's visualizer.
+def draw_objects(image: np.ndarray, instances: InstanceData, names: Sequence[str]) -> np.ndarray:
+    """Objects over BGR pixels, (H, W, 3), in RGB; small images are enlarged.
 
-    Args:
-        image (np.ndarray): RGB pixels, shape (H, W, 3).
-        instances (InstanceData): ``bboxes``, ``labels``, of detections ``scores``, and ``masks``
-            where there are some.
-        names (Sequence[str]): Names of the classes; one that is missing shows as its number.
-
-    Returns:
-        np.ndarray: RGB pixels, shape (H, W, 3); small images are enlarged.
+    ``instances`` have ``bboxes``, ``labels``, of detections ``scores``, and ``masks`` where there
+    are some.
     """
-    instances = instances.clone()
-    # The visualizer's lines and letters have a size in pixels, which would hide a small image.
-    factor = max(1, 480 // max(image.shape))
-    image = image.repeat(factor, 0).repeat(factor, 1)
-    instances.bboxes = factor * instances.bboxes.detach()  # the visualizer wants NumPy's arrays
-    if 'masks' in instances:
-        masks = instances.masks
-        masks = masks.numpy() if isinstance(masks, Tensor) else masks.to_ndarray()
-        instances.masks = masks.repeat(factor, 1).repeat(factor, 2)
-    instances.label_names = [class_name(names, label) for label in instances.labels]
-    visualizer = DetLocalVisualizer()
-    # As ground truth, of which it draws everything.
-    sample = DetDataSample(gt_instances=instances)
-    visualizer.add_datasample('', image, sample, draw_pred=False)
-    return visualizer.get_image()
+    masks = instances.get('masks')
+    arrays = {'boxes': instances.bboxes, 'scores': instances.get('scores')}
+    arrays['labels'] = instances.labels
+    found = {k: None if v is None else v.cpu().numpy() for k, v in arrays.items()}
+    if masks is not None:
+        masks = masks.cpu().numpy() if isinstance(masks, Tensor) else masks.to_ndarray()
+        found['masks'] = masks.astype(bool)
+    return draw(image, SimpleNamespace(**found), names)[..., ::-1]
 
 
 def draw_panels(

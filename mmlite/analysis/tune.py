@@ -18,15 +18,14 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import Config
 from torch import nn
 
-from ..export.compare import predict
-from ..export.detector import Detections, in_another_size, load
+from ..export.detector import Detections, Detector, load
 from ..export.int8 import coco_ap, import_nncf, quantize
-from ..export.pipeline import class_names, prepare
+from ..export.pytorch import pytorch_detector
 from ..export.runtimes import import_runtime
 from ..export.write import export_detector
 from ..models import use_schedule
 from ..nn import InterleavedEncoder
-from ..openmmlab.families import encoder_name, find_holder, reads_text, type_name
+from ..openmmlab.families import encoder_name, find_holder, type_name
 from .report import Table, milliseconds, size
 from .timing import Call, Setting, Start, measure, silent
 
@@ -72,40 +71,18 @@ class Point:
         }
 
 
-class TunedDetector:
-    """A detector of MMDetection that can run as any :class:`Choice` of float32.
+def tuned(model: nn.Module, config: Config, choice: Choice) -> Detector:
+    """A detector that runs as a choice of float32 in PyTorch; all modules are shared.
 
     Args:
         model (nn.Module): As built from ``config``, with its weights.
         config (Config): Its test pipeline reads images.
-        choice (Choice): What :meth:`detect` and :meth:`call` do.
+        choice (Choice): Schedule, size of images and depth of the decoder.
     """
-
-    def __init__(self, model: nn.Module, config: Config, choice: Choice) -> None:
-        self.model = with_decoder_layers(model, choice.decoder_layers)
-        self.config = with_image_size(config, choice.image_size)
-        self.choice = choice
-        self.classes = class_names(config, model)
-        self.text = self.classes if reads_text(model) else None
-
-    def detect(self, image: np.ndarray) -> Detections:
-        """As :meth:`mmlite.export.Detector.detect`."""
-        content, _ = prepare(self.config, image)
-        inside = content.shape[1:]
-        use_schedule(self.model, self.choice.schedule)
-        (found,) = predict(self.model, content[None], [inside], self.text)
-        return in_another_size(found, inside, image.shape[:2])
-
-    def call(self) -> Call:
-        """A prediction on an image of the choice's size."""
-        images = np.random.default_rng(0).uniform(0, 255, (1, 3, *self.choice.image_size))
-        images = images.astype(np.float32)
-
-        def run(index: int) -> object:
-            use_schedule(self.model, self.choice.schedule)
-            return predict(self.model, images, [self.choice.image_size], self.text)
-
-        return run
+    config = with_image_size(config, choice.image_size)
+    return pytorch_detector(
+        with_decoder_layers(model, choice.decoder_layers), config, choice.schedule
+    )
 
 
 def schedules_of(model: nn.Module) -> list[str]:
@@ -219,10 +196,10 @@ def tune(
     step = start('preparing', len(choices))
     detectors = {}
     for choice in choices:
-        detector = TunedDetector(model, config, choice)
-        if runtime != 'pytorch':
-            detector = _exported(detector, runtime, folder, images)
-        detectors[choice] = detector
+        if runtime == 'pytorch':
+            detectors[choice] = tuned(model, config, choice)
+        else:
+            detectors[choice] = _exported(model, config, choice, runtime, folder, images)
         step()
     calls = {choice: _call(detector, choice) for choice, detector in detectors.items()}
     timings = measure(calls, Setting(rounds=rounds, warmup=1), start, 'timing')
@@ -240,14 +217,15 @@ def tune(
     return points
 
 
-def _exported(detector: TunedDetector, runtime: str, folder: Path, images: Sequence[np.ndarray]):
-    choice = detector.choice
-    use_schedule(detector.model, choice.schedule)
+def _exported(model, config, choice: Choice, runtime: str, folder: Path, images) -> Detector:
+    use_schedule(model, choice.schedule)
+    model = with_decoder_layers(model, choice.decoder_layers)
+    config = with_image_size(config, choice.image_size)
     path = export_folder(choice, folder)
     format = 'onnx' if runtime == 'onnxruntime' else runtime
     fixed = choice.image_size if choice.precision == 'int8' else None
     source = path.with_name(f'{path.name}-source') if fixed else path
-    export_detector(detector.model, source, format, detector.config, fixed)
+    export_detector(model, source, format, config, fixed)
     if fixed:
         quantize(source, path, images)
     return load(path, torch.get_num_threads())
@@ -258,9 +236,7 @@ def export_folder(choice: Choice, folder: Path) -> Path:
     return folder / ''.join(c if c.isalnum() else '-' for c in str(choice))
 
 
-def _call(detector, choice: Choice) -> Call:
-    if isinstance(detector, TunedDetector):
-        return detector.call()
+def _call(detector: Detector, choice: Choice) -> Call:
     image = np.random.default_rng(0).uniform(0, 255, (3, *choice.image_size)).astype(np.float32)
     arguments = detector.arguments([image], 1)
     return lambda index: detector.session(*arguments)
@@ -307,9 +283,9 @@ def choose(points: Sequence[Point], budget: float) -> Point:
 def write_choice(point: Point, model: nn.Module, config: Config, base: str, folder: Path) -> Path:
     """Write a config and the weights of a choice for PyTorch; returns the config's path."""
     choice = point.choice
-    tuned = TunedDetector(model, config, choice)
     weights = folder / 'weights.pth'
-    torch.save({'state_dict': tuned.model.state_dict()}, weights)
+    kept = with_decoder_layers(model, choice.decoder_layers).state_dict()
+    torch.save({'state_dict': kept}, weights)
     path, holder, _ = find_holder(config.model)
     changes: dict = {'encoder': {'schedule': choice.schedule}}
     elastic = list(map(str, schedules_of(model)))
@@ -321,7 +297,7 @@ def write_choice(point: Point, model: nn.Module, config: Config, base: str, fold
         changes = {name: changes}
     if 'decoder' not in holder:
         changes[path[0]]['transformer_decoder'] = {'num_layers': choice.decoder_layers}
-    pipeline = tuned.config.test_dataloader.dataset.pipeline
+    pipeline = with_image_size(config, choice.image_size).test_dataloader.dataset.pipeline
     loader = {'dataset': {'pipeline': [step.to_dict() for step in pipeline]}}
     lines = [
         f'# {choice}: {milliseconds(point.seconds)} ms when it was chosen',

@@ -11,6 +11,7 @@ from .shared import HELP, spread
 # Subcommand -> the line that `mmlite --help` shows for it.
 COMMANDS = {
     'demo': 'Train and evaluate a small Lite-DINO on shapes drawn for it.',
+    'detect': 'Find objects in images, folders, videos or a camera, and draw them.',
     'check': 'Read every image and annotation of a config, and see whether they fit its model.',
     'convert': "Convert the authors' checkpoints to MMDetection and back, or start from stock.",
     'tune': 'Find the schedule, image size and depth that fit a budget of time best.',

@@ -145,10 +145,10 @@ def _train(runner) -> None:
 
 def _draw_predictions(runner, path: Path) -> Path:
     """Draw a few held-out images with their objects above and what was detected below."""
-    import cv2
     import torch
 
-    from ..analysis.pictures import draw_boxes, draw_panels
+    from ..analysis.pictures import draw_objects, draw_panels
+    from ..export import read_image
 
     with torch.no_grad():
         samples = chain.from_iterable(map(runner.model.val_step, runner.val_dataloader))
@@ -156,10 +156,10 @@ def _draw_predictions(runner, path: Path) -> Path:
     classes = runner.val_dataloader.dataset.metainfo['classes']
     above, below = [], []
     for sample in samples:
-        image = cv2.imread(sample.img_path)[..., ::-1]
+        image = read_image(sample.img_path)
         found = sample.pred_instances[sample.pred_instances.scores > SHOWN_SCORE]
-        above.append(('ground truth', draw_boxes(image, sample.gt_instances, classes)))
-        below.append((f'score above {SHOWN_SCORE}', draw_boxes(image, found, classes)))
+        above.append(('ground truth', draw_objects(image, sample.gt_instances, classes)))
+        below.append((f'score above {SHOWN_SCORE}', draw_objects(image, found, classes)))
     draw_panels([above, below], panel_width=3.0).savefig(path, dpi=100)
     return path
 

@@ -57,6 +57,8 @@ def export(
     import numpy as np
 
     from ..export.compare import REPORT, compare
+    from ..export.detector import read_image
+    from ..export.pipeline import preprocessing
     from ..export.program import check_config
     from ..export.write import export_detector
     from ..models import use_schedule
@@ -68,7 +70,8 @@ def export(
     if text is not None:
         options['text'] = [name.strip() for name in text.split('.') if name.strip()]
     files = shared.image_files(image_paths) if image_paths else []
-    images = [shared.read_image(file) for file in files]
+    decoder = preprocessing(cfg)['decoder']
+    images = [read_image(file, decoder) for file in files]
     if not images:  # soft random colours
         coarse = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
         images = [cv2.resize(coarse, (1333, 800), interpolation=cv2.INTER_CUBIC)]

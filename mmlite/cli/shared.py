@@ -19,7 +19,6 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    import numpy as np
     from mmengine.config import Config
 
 PATH = click.Path(path_type=Path)
@@ -136,16 +135,6 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def read_image(file: Path) -> np.ndarray:
-    """An image as OpenCV reads it, (h, w, 3), BGR."""
-    import cv2
-
-    image = cv2.imread(str(file))
-    if image is None:
-        raise ValueError(f'{file} cannot be read as an image')
-    return image
-
-
 def check_device(device: str) -> None:
     """Refuse a device that is not there before any work is done."""
     import torch
@@ -160,12 +149,12 @@ def check_device(device: str) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int], Callable[..., None]]]:
+def progress() -> Iterator[Callable[[str, int | None], Callable[..., None]]]:
     """A progress bar on stderr: for a text and a number of steps, what to call after each."""
     columns = (*Progress.get_default_columns(), TextColumn('{task.fields[note]}'))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
 
-        def start(text: str, total: int) -> Callable[..., None]:
+        def start(text: str, total: int | None) -> Callable[..., None]:
             task = bar.add_task(text, total=total, note='')
             return lambda note='': bar.update(task, advance=1, note=note)
 

@@ -82,6 +82,8 @@ def tune(
     from ..analysis.accuracy import Dataset
     from ..analysis.report import Report, milliseconds
     from ..analysis.timing import Setting, describe_machine, measure
+    from ..export.detector import read_image
+    from ..export.pipeline import preprocessing
     from ..openmmlab.build import build_detector
 
     warnings.filterwarnings('ignore')
@@ -92,7 +94,8 @@ def tune(
         Dataset(annotations, annotated_images).check()
         annotated = annotations, annotated_images
     files = shared.image_files(image_paths) if image_paths else []
-    images = [shared.read_image(file) for file in files]
+    decoder = preprocessing(cfg)['decoder']
+    images = [read_image(file, decoder) for file in files]
     model = build_detector(cfg, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     with shared.progress() as start:

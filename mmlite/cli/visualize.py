@@ -109,10 +109,11 @@ def attention(detectors, image, point, rank, layer, level):
     """
     from ..analysis.attention import attention_at_point, attention_of_object
     from ..analysis.pictures import draw_attention
+    from ..export import read_image
 
     if point is not None and rank is not None:
         raise ValueError('give a --point or an --object, not both')
-    pixels = shared.read_image(image)[..., ::-1]
+    pixels = read_image(image)[..., ::-1]
     point = point or (pixels.shape[1] / 2, pixels.shape[0] / 2)
     seen = []
     for model, name, run in detectors():
@@ -137,17 +138,18 @@ def detections(detectors, image, annotations, score):
       mmlite visualize detections lite.py lite.pth val/1.jpg --annotations val.json --score 0.5
     """
     from ..analysis.accuracy import Dataset
-    from ..analysis.pictures import draw_boxes, draw_panels
+    from ..analysis.pictures import draw_objects, draw_panels
+    from ..export import read_image
 
-    pixels = shared.read_image(image)[..., ::-1]
+    pixels = read_image(image)
     panels = []
     if annotations is not None:
         truth = Dataset(annotations, image.parent).objects(image.name)
-        panels.append(('ground truth', draw_boxes(pixels, *truth)))
+        panels.append(('ground truth', draw_objects(pixels, *truth)))
     for model, name, run in detectors():
         found = run(image)().pred_instances
         found = found[found.scores >= score]
-        drawn = draw_boxes(pixels, found, model.dataset_meta['classes'])
+        drawn = draw_objects(pixels, found, model.dataset_meta['classes'])
         panels.append((f'{name}, score at least {score:g}', drawn))
     return draw_panels([panels]), f'Detections on {image.name}'
 

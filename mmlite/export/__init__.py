@@ -3,7 +3,7 @@
     from mmlite.export import load
 
     detector = load('lite-dino-onnx')
-    boxes, scores, labels = detector.detect(cv2.imread('image.jpg'))
+    boxes, scores, labels = detector.detect('image.jpg')
 
 Importing this loads nothing; :func:`load` needs NumPy, OpenCV and the runtime of the model, and
 only :func:`export_detector` and :func:`optimize` need torch and MMDetection.
@@ -20,6 +20,8 @@ _HOMES = {
     'Detector': 'detector',
     'Segmentations': 'detector',
     'load': 'detector',
+    'read_image': 'detector',
+    'draw': 'drawing',
     'library': 'runtimes',
     'openvino_core': 'runtimes',
     'export_detector': 'write',

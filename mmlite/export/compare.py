@@ -88,7 +88,8 @@ def predict(
 
     ``images`` are as the exported model takes them, ``sizes`` (h, w) of each without padding.
     """
-    batch = torch.zeros(len(sizes), *images.shape[1:])
+    device = next(model.parameters()).device
+    batch = torch.zeros(len(sizes), *images.shape[1:], device=device)
     shape = images.shape[-2:]
     samples = []
     for number, (height, width) in enumerate(sizes):
@@ -118,7 +119,7 @@ def _found(sample: DetDataSample) -> Detections | Segmentations:
         return Detections(found.bboxes, found.scores, found.labels)
     found = found[np.argsort(-found.scores, kind='stable')]  # MMDetection does not sort these
     panoptic = sample.get('pred_panoptic_seg')
-    maps = [found.masks, *([] if panoptic is None else [panoptic.sem_seg[0].numpy()])]
+    maps = [found.masks, *([] if panoptic is None else [panoptic.sem_seg[0].cpu().numpy()])]
     return Segmentations(found.bboxes, found.scores, found.labels, *maps)
 
 

@@ -5,6 +5,7 @@ Neither torch nor MMDetection is imported here, except that a ``torch`` export n
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -108,8 +109,47 @@ def write_description(folder: str | os.PathLike, description: dict[str, Any]) ->
     (Path(folder) / DESCRIPTION).write_text(json.dumps(description, indent=2) + '\n', 'utf-8')
 
 
+def read_image(file: str | os.PathLike, decoder: str = 'cv2') -> np.ndarray:
+    """Read an image file as MMDetection's ``LoadImageFromFile`` does.
+
+    It is turned as its EXIF data ask for. 16 bits become 8, grey, palettes and CMYK become colours,
+    and what says how transparent it is is left out.
+
+    Args:
+        file (str | PathLike): For example a JPEG, PNG, WebP, TIFF or BMP.
+        decoder (str): ``imdecode_backend`` of the pipeline, ``'cv2'`` or ``'pillow'``.
+
+    Returns:
+        np.ndarray: BGR, uint8, shape (h, w, 3).
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: It is no image that the decoder knows.
+    """
+    import cv2
+
+    content, image = Path(file).read_bytes(), None
+    try:
+        if decoder == 'pillow':
+            from PIL import Image, ImageOps
+
+            opened = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+            if opened.mode == 'LA':  # as MMCV lays it over a colour
+                ground = Image.new('RGB', opened.size, (124, 117, 104))
+                ground.paste(opened.convert('RGBA'), mask=opened.getchannel('A'))
+                opened = ground
+            image = np.array(opened.convert('RGB'))[..., ::-1]
+        elif content:
+            image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    except (cv2.error, OSError, ValueError, SyntaxError):  # each format has errors of its own
+        pass
+    if image is None:
+        raise ValueError(f'{file} cannot be read as an image')
+    return np.ascontiguousarray(image)
+
+
 class Detector:
-    """A detector that :func:`load` returned.
+    """A detector that :func:`load` or :func:`mmlite.load` returned.
 
     Attributes:
         description (dict): What ``detector.json`` says.
@@ -124,11 +164,18 @@ class Detector:
         self.description = description
         self.classes: list[str] = description['classes']
 
-    def detect(self, image: np.ndarray, score_threshold: float = 0.0) -> Detections | Segmentations:
+    def read(self, file: str | os.PathLike) -> np.ndarray:
+        """:func:`read_image` with the decoder that the model was trained with."""
+        return read_image(file, self.description['preprocessing'].get('decoder', 'cv2'))
+
+    def detect(
+        self, image: np.ndarray | str | os.PathLike, score_threshold: float = 0.0
+    ) -> Detections | Segmentations:
         """Find objects in an image.
 
         Args:
-            image (np.ndarray): As ``cv2.imread`` gives it: BGR, uint8, shape (h, w, 3).
+            image (np.ndarray | str | PathLike): As ``cv2.imread`` gives it: BGR, uint8, shape
+                (h, w, 3). Or a file for :meth:`read`.
             score_threshold (float): Leave out what scores less.
 
         Returns:
@@ -140,9 +187,10 @@ class Detector:
         return self.detect_batch([image], score_threshold)[0]
 
     def detect_batch(
-        self, images: Sequence[np.ndarray], score_threshold: float = 0.0
+        self, images: Sequence[np.ndarray | str | os.PathLike], score_threshold: float = 0.0
     ) -> list[Detections | Segmentations]:
         """:meth:`detect` for images of any sizes, in one run where the model takes several."""
+        images = [self.read(i) if isinstance(i, (str, os.PathLike)) else i for i in images]
         count = self.description['input']['batch'] or max(len(images), 1)
         found = []
         for start in range(0, len(images), count):

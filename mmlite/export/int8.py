@@ -127,7 +127,6 @@ def import_nncf() -> Any:
 
 def coco_ap(detector: Detector, annotations: str | os.PathLike, images: str | os.PathLike) -> float:
     """Box AP in percent on images in a folder with COCO annotations of the classes' names."""
-    import cv2
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -140,11 +139,7 @@ def coco_ap(detector: Detector, annotations: str | os.PathLike, images: str | os
         numbers = np.array([category[name] for name in detector.classes])
         rows = []
         for entry in truth.imgs.values():
-            path = Path(images) / entry['file_name']
-            image = cv2.imread(str(path))
-            if image is None:
-                raise ValueError(f'{path} cannot be read as an image')
-            boxes, scores, labels = detector.detect(image)[:3]
+            boxes, scores, labels = detector.detect(Path(images) / entry['file_name'])[:3]
             number = np.full(len(boxes), entry['id'])
             sides = boxes[:, 2:] - boxes[:, :2]
             rows.append(np.column_stack([number, boxes[:, :2], sides, scores, numbers[labels]]))

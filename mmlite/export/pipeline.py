@@ -17,11 +17,21 @@ from ..openmmlab.families import type_name
 def preprocessing(config: Config | None) -> dict[str, Any]:
     """What the test pipeline of a config does to an image, as ``detector.json`` says it.
 
-    ``resize`` and ``pad`` are what :func:`.detector.resized_size` and
-    :func:`.detector.padded_image` take, or None. Other transforms are refused.
+    ``decoder`` is what :func:`.detector.read_image` takes, ``resize`` and ``pad`` what
+    :func:`.detector.resized_size` and :func:`.detector.padded_image` take, or None. Other
+    transforms are refused.
     """
-    resize = pad = None
+    decoder, resize, pad = 'cv2', None, None
     for name, step in _transforms(config):
+        if name == 'LoadImageFromFile':
+            decoder = step.get('imdecode_backend', decoder) or decoder
+            color = step.get('color_type', 'color')
+            if decoder not in ('cv2', 'pillow') or color != 'color':
+                raise ValueError(
+                    f'the test pipeline reads images by {decoder} with color_type {color!r}; read '
+                    "can be by 'cv2' or 'pillow' with 'color': change LoadImageFromFile of "
+                    'test_dataloader in the config'
+                )
         if name.startswith(('Load', 'Pack')):
             continue
         transform = TRANSFORMS.build(step) if name in ('Resize', 'FixScaleResize', 'Pad') else None
@@ -44,7 +54,7 @@ def preprocessing(config: Config | None) -> dict[str, Any]:
                 'Resize or FixScaleResize (scale, keep_ratio, bilinear) and then one Pad (size or '
                 'size_divisor); change the pipeline of test_dataloader in the config'
             )
-    return {'resize': resize, 'pad': pad}
+    return {'decoder': decoder, 'resize': resize, 'pad': pad}
 
 
 def prepare(config: Config, image: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:

@@ -158,6 +158,8 @@ def _describe(graph: Graph, config, size, batch, portable) -> dict[str, Any]:
     schedule = getattr(_holder_of(model).encoder, 'schedule', None)
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     prepared = preprocessing(config)
+    if size:
+        prepared |= {'resize': {'canvas': list(size)}, 'pad': None}
     return {
         'version': FORMAT_VERSION,
         'mmlite': version('mmlite-detr'),
@@ -177,7 +179,7 @@ def _describe(graph: Graph, config, size, batch, portable) -> dict[str, Any]:
             'levels': _levels(model) if graph.least_tokens else [],
             'least_tokens': graph.least_tokens,
         },
-        'preprocessing': {'resize': {'canvas': list(size)}, 'pad': None} if size else prepared,
+        'preprocessing': prepared,
         **graph.described,
     }
 

@@ -14,10 +14,10 @@ from small_detectors import batch, small_model, write_pair
 from mmlite.analysis.tune import (
     Choice,
     Point,
-    TunedDetector,
     agreement,
     choose,
     front,
+    tuned,
     with_decoder_layers,
 )
 from mmlite.cli import main
@@ -115,9 +115,9 @@ def test_the_command(user, tmp_path):
     encoder, pipeline = config.model.encoder, config.test_dataloader.dataset.pipeline
     choice = Choice(encoder.schedule, pipeline[1].scale[::-1], config.model.decoder.num_layers)
     assert choice in [Choice(*map(_plain, list(each.values())[:4])) for each in found]
-    written = TunedDetector(model, config, choice).detect(image)
+    written = tuned(model, config, choice).detect(image)
     whole = load_config(user[1])
-    expected = TunedDetector(build_detector(whole, str(user[0] / 'lite.pth')), whole, choice)
+    expected = tuned(build_detector(whole, str(user[0] / 'lite.pth')), whole, choice)
     np.testing.assert_allclose(written.scores, expected.detect(image).scores, rtol=1e-5)
 
 

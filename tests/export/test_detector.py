@@ -1,7 +1,10 @@
+import cv2
+import mmcv
 import numpy as np
 import pytest
+from PIL import Image
 
-from mmlite.export import Detector, load
+from mmlite.export import Detector, load, read_image
 from mmlite.export.detector import in_another_size
 
 INPUT = {'batch': 1, 'height': None, 'width': None, 'padded': False, 'divisor': 1}
@@ -138,3 +141,53 @@ def test_what_is_no_export_is_refused(written, error, sentence, tmp_path):
         (tmp_path / 'detector.json').write_text(written)
     with pytest.raises(error, match=sentence):
         load(tmp_path, precision='bfloat16')
+
+
+def pictures(folder) -> dict[str, np.ndarray | None]:
+    """Write one of each kind; the pixels that training with OpenCV has of it, where it is plain."""
+    random = np.random.default_rng(0)
+    color = random.integers(0, 256, (30, 50, 3), np.uint8)
+    deep = random.integers(0, 2**16, (30, 50), np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.fromarray(color).save(folder / 'turned.png', exif=exif)
+    Image.fromarray(color).save(folder / 'turned.jpg', exif=exif)
+    cv2.imwrite(str(folder / 'deep.png'), deep)
+    for mode in ('L', 'LA', 'RGBA', 'P', '1'):
+        Image.fromarray(color).convert(mode).save(folder / f'{mode}.png')
+    with_alpha = np.dstack([color, deep.astype(np.uint8)])
+    Image.fromarray(with_alpha).save(folder / 'clear.png')
+    Image.fromarray(color).convert('CMYK').save(folder / 'CMYK.jpg')
+    grey = np.array(Image.fromarray(color).convert('L'))
+    return {
+        'turned.png': np.rot90(color, -1)[..., ::-1],
+        'deep.png': np.dstack([deep // 256] * 3),
+        'L.png': np.dstack([grey] * 3),
+        'clear.png': color[..., ::-1],
+        **dict.fromkeys(
+            ('turned.jpg', 'deep.tif', 'CMYK.jpg', 'LA.png', 'RGBA.png', 'P.png', '1.png')
+        ),
+    }
+
+
+@pytest.mark.parametrize('decoder', ['cv2', 'pillow'])
+def test_images_are_read_as_for_training(decoder, tmp_path):
+    for name, pixels in pictures(tmp_path).items():
+        found = read_image(tmp_path / name, decoder)
+        expected = mmcv.imread(tmp_path / name, backend=decoder)
+        np.testing.assert_array_equal(found, expected, err_msg=name)
+        if pixels is not None and decoder == 'cv2':
+            np.testing.assert_array_equal(found, pixels, err_msg=name)
+    made = detector()
+    made.description['preprocessing']['decoder'] = decoder
+    np.testing.assert_array_equal(
+        made.read(tmp_path / 'CMYK.jpg'), mmcv.imread(tmp_path / 'CMYK.jpg', backend=decoder)
+    )
+
+
+@pytest.mark.parametrize('decoder', ['cv2', 'pillow'])
+@pytest.mark.parametrize('content', [b'', b'text', b'\x89PNG\r\n\x1a\n'])
+def test_a_file_that_is_no_image_is_refused(decoder, content, tmp_path):
+    (tmp_path / 'x.png').write_bytes(content)
+    with pytest.raises(ValueError, match=r'x\.png cannot be read as an image'):
+        read_image(tmp_path / 'x.png', decoder)

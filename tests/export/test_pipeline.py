@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 from mmdet.datasets.transforms import Resize
+from mmdet.utils import register_all_modules
 from mmengine.config import Config
 
 from mmlite.export import Detector
 from mmlite.export.detector import resized_size
 from mmlite.export.pipeline import class_names, prepare, preprocessing
 
+register_all_modules()
 ENDS = [dict(type='LoadImageFromFile'), dict(type='PackDetInputs')]
 FLOOR = dict(type='FixScaleResize', scale=(243, 150), keep_ratio=True, backend='pillow')
 
@@ -63,11 +65,19 @@ def wrapped(cfg: Config, *kinds: str) -> Config:
         ([dict(type='Pad', size_divisor=32, padding_mode='edge')], 'has Pad as'),
         ([dict(type='Pad', size_divisor=32), FLOOR], 'has FixScaleResize as'),
         ([dict(type='Pad', size_divisor=32)] * 2, 'has Pad as'),
+        ([dict(type='LoadImageFromFile', color_type='grayscale')], "color_type 'grayscale'"),
+        ([dict(type='LoadImageFromFile', imdecode_backend='tifffile')], 'images by tifffile'),
     ],
 )
 def test_other_transforms_are_refused_by_name(steps, sentence):
     with pytest.raises(ValueError, match=sentence):
         preprocessing(wrapped(config(*steps), 'ConcatDataset'))
+
+
+def test_the_decoder_of_the_config():
+    steps = [dict(type='LoadImageFromFile', imdecode_backend='pillow'), ENDS[1]]
+    cfg = Config(dict(test_dataloader=dict(dataset=dict(pipeline=steps))))
+    assert preprocessing(cfg)['decoder'] == 'pillow' and preprocessing(config())['decoder'] == 'cv2'
 
 
 def test_data_sets_that_differ_are_refused():

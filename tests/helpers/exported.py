@@ -73,9 +73,11 @@ class Blocked:
             raise ImportError(f'{name} is blocked')
 
 sys.meta_path.insert(0, Blocked())
-import cv2
-from mmlite.export import load
-found = load(sys.argv[1]).detect(cv2.imread(sys.argv[2]))
+import mmlite
+from mmlite.cli import main
+command = ['detect', sys.argv[1], sys.argv[2], '--threshold', '0', '-o', sys.argv[4]]
+main(command, standalone_mode=False)
+found = mmlite.load(sys.argv[1]).detect(sys.argv[2])
 print(json.dumps([array.tolist() for array in found if array is not None]))
 """
 
@@ -93,13 +95,16 @@ def batch_of(
 
 
 def assert_runs_alone(exported: Detector, folder: Path, image: np.ndarray, tmp_path: Path) -> None:
-    """Without torch and the framework an export finds in an image what it finds here."""
+    """Without torch and the framework an export finds and draws in an image what it finds here."""
     file = tmp_path / 'image.png'
     cv2.imwrite(str(file), image)
-    command = [sys.executable, '-c', CLEAN, folder, file, exported.description['format']]
+    out, kind = tmp_path / 'drawn', exported.description['format']
+    command = [sys.executable, '-c', CLEAN, folder, file, kind, out]
     clean = subprocess.run(command, capture_output=True, text=True)
     assert clean.returncode == 0, clean.stderr
-    for expected, actual in zip(exported.detect(image), json.loads(clean.stdout)):
+    written = json.loads((out / 'results.json').read_text())
+    assert len(written) == len(exported.detect(image).scores) and (out / 'image.png').is_file()
+    for expected, actual in zip(exported.detect(image), json.loads(clean.stdout.splitlines()[-1])):
         np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 

@@ -1,0 +1,176 @@
+"""``mmlite detect``: images, videos and cameras through a detector of any format."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+
+import click
+import numpy as np
+
+from . import shared
+
+_VIDEO_KINDS = {'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv'}
+
+
+@click.command()
+@click.argument('model')
+@click.argument('sources', nargs=-1, required=True, metavar='SOURCE...')
+@shared.out_option('The folder to write.', required=True)
+@shared.option('--threshold', type=click.FloatRange(0, 1), default=0.3, help='The lowest score.')
+@shared.option('--results', 'kind', type=click.Choice(['coco', 'csv']), default='coco')
+@shared.count_option('--batch-size', default=1)
+@shared.count_option('--max-frames', help='Of a video or camera. Default: to its end, or Ctrl-C.')
+@shared.threads_option
+@shared.device_option
+@shared.cfg_options
+def detect(model, sources, out: Path, threshold, kind, batch_size, max_frames, **options) -> None:
+    """Detect objects in images and videos, draw them, and write down what was found.
+
+    MODEL is CONFIG,CHECKPOINT, or the folder of an export, which needs neither torch nor
+    MMDetection. A SOURCE is an image, a folder of them, a pattern such as 'val/*.jpg', a video, a
+    camera's number or a stream's address. OUT gets pictures, videos, and results.json, a list of
+    COCO's results with file names, or results.csv.
+
+    \b
+    Example:
+      mmlite detect config.py,epoch_12.pth photos/ -o detected
+      mmlite detect exported/ street.mp4 --threshold 0.5 --batch-size 4 --results csv -o detected
+    """
+    warnings.filterwarnings('ignore')  # those of the stack about itself bury the progress
+    sources = list(dict.fromkeys(chain.from_iterable(map(_expanded, sources))))
+    targets = _targets(sources, out)
+    from .. import load
+    from ..export import draw
+
+    if not Path(model).is_dir():
+        shared.check_device(options['device'])
+    detector = load(model, changes=options.pop('cfg_options'), **options)
+    out.mkdir(parents=True, exist_ok=True)
+    unread, entries, writers = [], [], {}
+    frames = chain.from_iterable(_frames(one, detector, max_frames, unread) for one in sources)
+    began, busy, count = time.perf_counter(), 0.0, 0
+    try:
+        with shared.progress() as start:
+            step = start('Detecting', None if any(map(_is_video, sources)) else len(sources))
+            while batch := list(islice(frames, batch_size)):
+                before = time.perf_counter()
+                results = detector.detect_batch([image for image, *_ in batch], threshold)
+                busy += time.perf_counter() - before
+                for (image, source, *place), found in zip(batch, results):
+                    count += 1
+                    picture = draw(image, found, detector.classes)
+                    _write(targets[source], picture, place, writers)
+                    entries += _entries(found, detector.classes, count, source, *place)
+                    step(f'{count / (time.perf_counter() - began):.1f} a second')
+    except KeyboardInterrupt:
+        click.echo('Stopped', err=True)
+    finally:
+        for writer in writers.values():
+            writer.release()
+        _write_results(out, kind, entries)
+    click.echo(
+        f'{out}: {len(entries)} detections in {count} images; {count / max(busy, 1e-9):.1f} images '
+        f'a second, {count / (time.perf_counter() - began):.1f} with reading, drawing and writing'
+    )
+    if unread:
+        raise ValueError(f'{len(unread)} of {len(sources)} images were left out: {unread[0]}')
+
+
+def _is_video(source: str) -> bool:
+    return _is_camera(source) or Path(source).suffix.lower() in _VIDEO_KINDS
+
+
+def _is_camera(source: str) -> bool:
+    return '://' in source or (source.isdecimal() and not Path(source).exists())
+
+
+def _expanded(source: str) -> Sequence[str]:
+    """The files that a source stands for, or a camera or stream itself."""
+    if Path(source).exists():
+        return list(map(str, shared.image_files([Path(source)])))
+    found = sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
+    if not found and not _is_camera(source):
+        raise FileNotFoundError(f'there is no image, folder or video {source}')
+    return found or [source]
+
+
+def _targets(sources: Sequence[str], out: Path) -> dict[str, Path]:
+    """Where the picture or video of each source goes: names of their own, and no source's."""
+    targets: dict[str, Path] = {}
+    for source in sources:
+        path = Path(source)
+        kind = '.mp4' if _is_video(source) else '.png' if path.suffix == '.png' else '.jpg'
+        target = out / f'{path.stem}{kind}'
+        if target in targets.values():
+            target = out / f'{path.stem}-{len(targets) + 1}{kind}'
+        targets[source] = target
+        if target.exists() and target.resolve() in {Path(other).resolve() for other in sources}:
+            raise ValueError(f'{target} would be overwritten; choose another folder with --out')
+    return targets
+
+
+def _frames(source: str, detector, most: int | None, unread: list[str]) -> Iterator[tuple]:
+    """Images with their source, of videos also number and frames a second."""
+    if not _is_video(source):
+        try:
+            yield detector.read(source), source
+        except ValueError as error:
+            unread.append(str(error))
+        return
+    import cv2
+
+    video = cv2.VideoCapture(int(source) if source.isdecimal() else source)
+    if not video.isOpened():
+        raise ValueError(f'{source} cannot be opened as a video, camera or stream')
+    number, (is_there, image) = 0, video.read()
+    while is_there and number != most:
+        yield image, source, number, video.get(cv2.CAP_PROP_FPS) or 25.0
+        number, (is_there, image) = number + 1, video.read()
+
+
+def _write(target: Path, picture: np.ndarray, place: Sequence, writers: dict) -> None:
+    import cv2
+
+    if not place:
+        target.write_bytes(cv2.imencode(target.suffix, picture)[1].tobytes())
+        return
+    if target not in writers:
+        code, size = cv2.VideoWriter.fourcc(*'mp4v'), picture.shape[1::-1]
+        writers[target] = cv2.VideoWriter(str(target), code, place[1], size)
+        if not writers[target].isOpened():
+            raise ValueError(f'{target} cannot be written: this OpenCV writes no MPEG-4')
+    writers[target].write(picture)
+
+
+def _entries(found, classes, image_id: int, source: str, frame=None, rate=None) -> Iterator[dict]:
+    """COCO's results of an image, with the names of file and class."""
+    for index, label in enumerate(found.labels.tolist()):
+        x1, y1, x2, y2 = found.boxes[index].tolist()
+        bbox = [round(side, 2) for side in (x1, y1, x2 - x1, y2 - y1)]
+        entry = {'image_id': image_id, 'category_id': label + 1, 'bbox': bbox}
+        entry |= {'score': round(float(found.scores[index]), 5), 'class': classes[label]}
+        entry |= {'file_name': source} | ({} if frame is None else {'frame': frame})
+        if hasattr(found, 'masks'):
+            from pycocotools.mask import encode
+
+            mask = encode(np.asfortranarray(found.masks[index], np.uint8))
+            entry['segmentation'] = {**mask, 'counts': mask['counts'].decode()}
+        yield entry
+
+
+def _write_results(out: Path, kind: str, entries: list[dict]) -> None:
+    if kind == 'coco':
+        (out / 'results.json').write_text(json.dumps(entries))
+        return
+    names = ('file_name', 'frame', 'class', 'score')
+    rows = [[*map(entry.get, names), *entry['bbox']] for entry in entries]
+    with (out / 'results.csv').open('w', newline='') as file:
+        csv.writer(file).writerows([[*names, 'x', 'y', 'width', 'height'], *rows])

@@ -1,0 +1,149 @@
+"""``mmlite detect``: what it reads, and what it writes, by value."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from pycocotools.mask import decode
+
+import mmlite
+from mmlite.cli import main
+from mmlite.export import Detector
+
+CLASSES = ['disc', 'ring']
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Images of one colour each, a video of them, and a detector that tells their colours."""
+    monkeypatch.chdir(tmp_path)
+    for path, level in (('a/1.png', 10), ('a/2.jpg', 20), ('b/1.png', 30)):
+        Path(path).parent.mkdir(exist_ok=True)
+        cv2.imwrite(path, np.full((60, 90, 3), level, np.uint8))
+    Path('a/notes.txt').write_text('no image')
+    writer = cv2.VideoWriter('v.avi', cv2.VideoWriter.fourcc(*'MJPG'), 12.0, (96, 64))
+    for level in (40, 80, 120):
+        writer.write(np.full((64, 96, 3), level, np.uint8))
+    writer.release()
+    fake(monkeypatch)
+    return tmp_path
+
+
+def fake(monkeypatch, *maps: np.ndarray) -> list[dict]:
+    """Let every model find a ring at (4, 6, 14, 36), scored by the colour, and two others."""
+    asked = []
+
+    def session(images, sizes):
+        count, scores = len(images), images[:, 0, :1, 0] / 100
+        boxes = np.tile(np.float32([(4, 6, 14, 36), (0, 0, 9, 9), (1, 1, 2, 2)]), (count, 1, 1))
+        scores = np.column_stack([scores, np.full(count, 0.04), np.full(count, -1)])
+        labels = np.tile([1, 0, 0], (count, 1))
+        stacked = [np.tile(one, (count, 1, 1, 1)) for one in maps]
+        return [boxes, scores.astype(np.float32), labels, *stacked]
+
+    def load(model, **options):
+        asked.append({'model': model, **options})
+        inputs = {'batch': None, 'height': None, 'width': None, 'divisor': 1, 'padded': True}
+        inputs |= {'levels': [], 'least_tokens': 0}
+        preprocessing = {'resize': None, 'pad': None}
+        description = {'classes': CLASSES, 'input': inputs, 'preprocessing': preprocessing}
+        return Detector(session, description)
+
+    monkeypatch.setattr(mmlite, 'load', load)
+    return asked
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(main, ['detect', 'model.py,model.pth', *arguments, '-o', 'out'])
+
+
+def coco() -> list[dict]:
+    return json.loads(Path('out/results.json').read_text())
+
+
+def test_images_folders_and_patterns(folder):
+    result = run('b', 'a/*.jpg', 'a/1.png', 'b/1.png', '--threshold', '0.05', '--batch-size', '2')
+    assert result.exit_code == 0, result.output
+    assert re.search(r'out: 3 detections in 3 images; [\d.]+ images a second', result.output)
+    found = {entry.pop('file_name'): entry for entry in coco()}
+    assert found == {
+        name: {'image_id': number, 'category_id': 2, 'bbox': [4, 6, 10, 30], 'score': score}
+        for number, (name, score) in enumerate(
+            {'b/1.png': 0.3, 'a/2.jpg': 0.2, 'a/1.png': 0.1}.items(), 1
+        )
+    }
+    # Both are called 1.png, and neither is lost; small pictures are enlarged five times.
+    assert {path.name for path in Path('out').iterdir()} == {
+        *('1.png', '1-3.png', '2.jpg', 'results.json')
+    }
+    picture = cv2.imread('out/1-3.png')
+    assert picture.shape == (300, 450, 3) and (picture[-5:] == 10).all()
+    assert (picture[150, 20] != 10).any()  # the left side of the box
+
+
+def test_video_as_csv(folder):
+    result = run('v.avi', '--results', 'csv', '--threshold', '0.5', '--batch-size', '2')
+    assert result.exit_code == 0, result.output
+    with Path('out/results.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['frame'] for row in rows] == ['1', '2']  # the first is too dark
+    assert rows[0]['file_name'] == 'v.avi' and rows[0]['class'] == 'ring'
+    assert float(rows[0]['score']) == pytest.approx(0.8, abs=0.03)
+    assert [float(rows[0][name]) for name in ('x', 'y', 'width', 'height')] == [4, 6, 10, 30]
+    video = cv2.VideoCapture('out/v.mp4')
+    assert video.get(cv2.CAP_PROP_FPS) == 12
+    frames = []
+    while (read := video.read())[0]:
+        frames.append(read[1])
+    assert [frame.shape for frame in frames] == [(320, 480, 3)] * 3
+    assert [round(float(frame[-5:].mean()), -1) for frame in frames] == [40, 80, 120]
+
+
+def test_max_frames_and_what_the_model_is_given(folder, monkeypatch):
+    asked = fake(monkeypatch)
+    options = ('--max-frames', '2', '--threads', '3', '--cfg-options', 'model.a=1')
+    assert run('v.avi', *options, '--threshold', '0').exit_code == 0
+    assert [entry['frame'] for entry in coco()] == [0, 0, 1, 1]
+    expected = {'threads': 3, 'device': 'cpu', 'changes': {'model.a': 1}}
+    assert asked == [{'model': 'model.py,model.pth', **expected}]
+
+
+def test_masks(folder, monkeypatch):
+    mask = np.zeros((3, 60, 90), bool)
+    mask[0, 6:36, 4:14] = True
+    fake(monkeypatch, mask)
+    assert run('a/1.png', '--threshold', '0.05').exit_code == 0
+    np.testing.assert_array_equal(decode(coco()[0]['segmentation']), mask[0])
+
+
+def test_what_cannot_be_read_is_left_out_and_told(folder):
+    Path('a/0.png').write_bytes(b'no image')
+    result = run('a', '--threshold', '0.05')
+    assert result.exit_code == 1
+    assert '1 of 3 images were left out: a/0.png cannot be read' in result.output
+    assert [entry['file_name'] for entry in coco()] == ['a/1.png', 'a/2.jpg']
+
+
+@pytest.mark.parametrize(
+    ('sources', 'problem'),
+    [
+        (['nowhere.png'], 'there is no image, folder or video nowhere.png'),
+        (['*.bmp'], 'there is no image, folder or video *.bmp'),
+        (['out/1.png'], 'would be overwritten; choose another folder'),
+        (['9999'], '9999 cannot be opened as a video, camera'),
+        (['broken.mp4'], 'broken.mp4 cannot be opened as a video'),
+        (['.'], 'there are no images in .'),
+    ],
+)
+def test_bad_sources_are_refused(folder, sources, problem):
+    Path('out').mkdir()
+    Path('broken.mp4').write_text('no video')
+    Path('a/1.png').rename('out/1.png')
+    result = run(*sources)
+    assert result.exit_code and problem in ' '.join(result.output.split()), result.output
+    assert 'Traceback' not in result.output

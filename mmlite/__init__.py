@@ -37,9 +37,8 @@ def load(
     """Load a detector that finds objects in images, in PyTorch or as it was exported.
 
     Args:
-        model (str | PathLike): A config of MMDetection with a deformable encoder: a path,
-            ``mmdet::folder/config.py`` or ``mmlite::folder/config.py``. Or the folder of an
-            export, which needs neither torch nor MMDetection.
+        model (str | PathLike): A config of MMDetection with a deformable encoder, a path or
+            ``mmlite::folder/config.py``. Or the folder of an export, which needs no torch.
         checkpoint (str, optional): The config's weights; they may also follow it after a comma.
         device (str): Of a config: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``.
         threads (int, optional): CPU threads; in PyTorch of the whole process.
@@ -50,9 +49,7 @@ def load(
         Detector: ``detect(image)`` takes a file, or BGR pixels as ``cv2.imread`` gives them.
 
     Raises:
-        FileNotFoundError: A config, checkpoint or folder is not there.
-        ImportError: MMDetection or the runtime is not installed.
-        ValueError: The config has no weights, or something does not fit; the message says what.
+        OSError, ImportError, ValueError: Something is not there or does not fit.
     """
     if Path(model).is_dir():
         from .export import load
@@ -60,13 +57,13 @@ def load(
         if checkpoint or changes or device != 'cpu':
             raise ValueError(f'{model} is an export: it takes no checkpoint, changes or device')
         return load(model, threads, precision)
+    if precision != 'float32':
+        raise ValueError(f'precision {precision!r} is for exports; a config runs in float32')
     from .openmmlab import require
 
     require()
     from .export.pytorch import load_pytorch
 
-    if precision != 'float32':
-        raise ValueError(f'precision {precision!r} is for exports; a config runs in float32')
     return load_pytorch(str(model), checkpoint, device, threads, changes)
 
 

@@ -65,19 +65,17 @@ def _draw_points(axis: Axes, one: QueryAttention, levels: slice, top: float):
     return axis.scatter(x, y, c=weights[order], s=14, vmin=0, vmax=top, cmap='plasma', linewidths=0)
 
 
-def draw_objects(image: np.ndarray, instances: InstanceData, names: Sequence[str]) -> np.ndarray:
+def draw_objects(image: np.ndarray, objects: InstanceData, names: Sequence[str]) -> np.ndarray:
     """Objects over BGR pixels, (H, W, 3), in RGB; small images are enlarged.
 
-    ``instances`` have ``bboxes``, ``labels``, of detections ``scores``, and ``masks`` where there
-    are some.
+    They have ``bboxes`` and ``labels``, and where there are some ``scores`` and ``masks``.
     """
-    masks = instances.get('masks')
-    arrays = {'boxes': instances.bboxes, 'scores': instances.get('scores')}
-    arrays['labels'] = instances.labels
-    found = {k: None if v is None else v.cpu().numpy() for k, v in arrays.items()}
-    if masks is not None:
-        masks = masks.cpu().numpy() if isinstance(masks, Tensor) else masks.to_ndarray()
-        found['masks'] = masks.astype(bool)
+    kinds = {'boxes': 'bboxes', 'labels': 'labels', 'scores': 'scores', 'masks': 'masks'}
+    found = {kind: objects.get(name) for kind, name in kinds.items()}
+    for kind, values in found.items():
+        if values is not None:
+            values = values.cpu().numpy() if isinstance(values, Tensor) else values.to_ndarray()
+            found[kind] = values.astype(bool) if kind == 'masks' else values
     return draw(image, SimpleNamespace(**found), names)[..., ::-1]
 
 

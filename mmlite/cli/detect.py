@@ -84,12 +84,12 @@ def detect(model, sources, out: Path, threshold, kind, batch_size, max_frames, *
         raise ValueError(f'{len(unread)} of {len(sources)} images were left out: {unread[0]}')
 
 
-def _is_video(source: str) -> bool:
-    return _is_camera(source) or Path(source).suffix.lower() in _VIDEO_KINDS
-
-
 def _is_camera(source: str) -> bool:
     return '://' in source or (source.isdecimal() and not Path(source).exists())
+
+
+def _is_video(source: str) -> bool:
+    return _is_camera(source) or Path(source).suffix.lower() in _VIDEO_KINDS
 
 
 def _expanded(source: str) -> Sequence[str]:

@@ -34,6 +34,7 @@ def env(json_path: Path | None) -> None:
     """
     import torch
 
+    from ..export.runtimes import processor_gains
     from ..ops import backends
 
     devices = range(torch.cuda.device_count())
@@ -41,6 +42,7 @@ def env(json_path: Path | None) -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     cpu = f'{platform.machine()}, {torch.get_num_threads()} threads, {capability}'
     machine = {'cpu': cpu, **(gpus or {'cuda': 'none'})}
+    machine |= {f'{kind} in OpenVINO': text for kind, (_, text) in processor_gains().items()}
     with suppress(ImportError):  # mmengine collects compilers and libraries
         from mmengine.utils.dl_utils import collect_env
 

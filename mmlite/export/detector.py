@@ -8,13 +8,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .runtimes import OPEN, Session
+from .runtimes import OPEN, Session, processor_gains
 
 DESCRIPTION = 'detector.json'
 # Counts up whenever what the files of an export mean changes.
@@ -87,6 +88,11 @@ def load(
             f"precision {precision!r} cannot be had from {kind}: 'float32' can, and 'bfloat16' "
             'from openvino'
         )
+    any_size = description.get('int8') and not description['input']['height']
+    for asked in (precision, 'int8' if any_size else ''):
+        is_faster, why = processor_gains().get(asked, (True, ''))
+        if not is_faster:
+            warnings.warn(f'{folder} in {asked} on this processor: {why}', stacklevel=2)
     return Detector(open_session(folder, threads, precision), description)
 
 
@@ -110,21 +116,11 @@ def write_description(folder: str | os.PathLike, description: dict[str, Any]) ->
 
 
 def read_image(file: str | os.PathLike, decoder: str = 'cv2') -> np.ndarray:
-    """Read an image file as MMDetection's ``LoadImageFromFile`` does.
+    """Read an image file as MMDetection's ``LoadImageFromFile`` does: BGR, uint8, (h, w, 3).
 
-    It is turned as its EXIF data ask for. 16 bits become 8, grey, palettes and CMYK become colours,
-    and what says how transparent it is is left out.
-
-    Args:
-        file (str | PathLike): For example a JPEG, PNG, WebP, TIFF or BMP.
-        decoder (str): ``imdecode_backend`` of the pipeline, ``'cv2'`` or ``'pillow'``.
-
-    Returns:
-        np.ndarray: BGR, uint8, shape (h, w, 3).
-
-    Raises:
-        OSError: There is no such file.
-        ValueError: It is no image that the decoder knows.
+    It is turned as its EXIF data ask for, 16 bits become 8, grey, palettes and CMYK become colours,
+    and alpha is left out. ``decoder`` is ``imdecode_backend`` of the pipeline, ``'cv2'`` or
+    ``'pillow'``. OSError where there is no such file, ValueError where it is no image.
     """
     import cv2
 

@@ -8,11 +8,7 @@ from typing import Any
 import numpy as np
 
 # BGR, one for each class in turn.
-COLORS = np.uint8([
-    (60, 180, 255), (90, 200, 60), (255, 140, 40), (200, 70, 230), (60, 70, 235),
-    (210, 200, 40), (110, 100, 160), (40, 220, 210), (180, 120, 90), (150, 60, 130),
-])  # fmt: skip
-_LEAST_SIDE = 480  # lines and letters would hide a smaller picture
+COLORS = np.uint8([(60, 180, 255), (90, 200, 60), (255, 140, 40), (200, 70, 230), (60, 70, 235)])
 
 
 def draw(image: np.ndarray, found: Any, classes: Sequence[str]) -> np.ndarray:
@@ -21,14 +17,14 @@ def draw(image: np.ndarray, found: Any, classes: Sequence[str]) -> np.ndarray:
     Args:
         image (np.ndarray): BGR, uint8, shape (h, w, 3); it is not changed.
         found (Detections | Segmentations): In pixels of it. Scores may be None.
-        classes (Sequence[str]): Names of the labels; one that is missing shows as its number.
+        classes (Sequence[str]): Names of the labels.
 
     Returns:
         np.ndarray: BGR, uint8; small images are enlarged by a whole number.
     """
     import cv2
 
-    factor = max(1, _LEAST_SIDE // max(image.shape[:2]))
+    factor = max(1, 480 // max(image.shape))  # lines and letters would hide a small image
     picture = image.repeat(factor, 0).repeat(factor, 1)
     thickness = max(2, round(max(picture.shape) / 400))
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, thickness / 4
@@ -42,8 +38,7 @@ def draw(image: np.ndarray, found: Any, classes: Sequence[str]) -> np.ndarray:
         left, top, right, bottom = np.rint(factor * found.boxes[index]).astype(int).tolist()
         cv2.rectangle(picture, (left, top), (right, bottom), color.tolist(), thickness)
         text = classes[label] if label < len(classes) else str(label)
-        if found.scores is not None:
-            text += f' {found.scores[index]:.2f}'
+        text += '' if found.scores is None else f' {found.scores[index]:.2f}'
         (width, height), below = cv2.getTextSize(text, font, scale, 1)
         left = max(0, min(left, picture.shape[1] - width))  # letters stay inside the picture
         top = max(top, height + below)

@@ -28,9 +28,8 @@ def preprocessing(config: Config | None) -> dict[str, Any]:
             color = step.get('color_type', 'color')
             if decoder not in ('cv2', 'pillow') or color != 'color':
                 raise ValueError(
-                    f'the test pipeline reads images by {decoder} with color_type {color!r}; read '
-                    "can be by 'cv2' or 'pillow' with 'color': change LoadImageFromFile of "
-                    'test_dataloader in the config'
+                    f'the test pipeline reads images by {decoder} with color_type {color!r}; '
+                    "'cv2' and 'pillow' with 'color' can be read: change LoadImageFromFile"
                 )
         if name.startswith(('Load', 'Pack')):
             continue

@@ -26,20 +26,9 @@ class PyTorchSession:
     def __call__(self, images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
         if self.schedule is not None:  # models of several sessions may share their modules
             use_schedule(self.model, self.schedule)
-        try:
-            found = predict(self.model, images, np.asarray(sizes).tolist(), self.text)
-        except RuntimeError as error:
-            if 'selected index k out of range' not in str(error):
-                raise
-            size = '{} x {} pixels'.format(*images.shape[2:])
-            raise ValueError(
-                f'an image of {size}, as the model gets it, is too small for the model: it gives '
-                'fewer tokens than queries are chosen among'
-            ) from error
-        fills = (0, -1, 0, False, 0)  # what there is not scores -1
-        return [
-            _stacked(arrays, n) for arrays, n in zip(zip(*found), fills) if arrays[0] is not None
-        ]
+        found = predict(self.model, images, np.asarray(sizes).tolist(), self.text)
+        pairs = zip(zip(*found), (0, -1, 0, False, 0))  # what there is not scores -1
+        return [_stacked(arrays, fill) for arrays, fill in pairs if arrays[0] is not None]
 
 
 def _stacked(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
@@ -54,28 +43,19 @@ def _stacked(arrays: Sequence[np.ndarray], fill: float) -> np.ndarray:
 def pytorch_detector(model: nn.Module, config: Config, schedule: str | None = None) -> Detector:
     """A built detector of MMDetection, with the methods of an exported one.
 
-    Args:
-        model (nn.Module): In eval mode, on any device.
-        config (Config): Its test pipeline prepares images.
-        schedule (str, optional): The one it runs, of those that an elastic model was trained with.
-
-    Raises:
-        ValueError: The test pipeline does what :class:`~.detector.Detector` does not.
+    ``config`` says how images are prepared; ValueError where :class:`~.detector.Detector` does not
+    do so. ``schedule`` is one of those that an elastic model was trained with.
     """
     head = getattr(model, 'bbox_head', None) or getattr(model, 'panoptic_head', None)
     count = None if reads_text(model) else getattr(head, 'num_classes', None)
     classes = class_names(config, model, count)
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
-    free = {'batch': None, 'height': None, 'width': None, 'levels': [], 'least_tokens': 0}
-    description = {
-        'format': 'pytorch',
-        'detector': type(model).__name__,
-        'classes': classes,
-        'input': {**free, 'padded': True, 'divisor': divisor},
-        'preprocessing': preprocessing(config),
-    }
-    text = classes if reads_text(model) else None
-    return Detector(PyTorchSession(model, text, schedule), description)
+    inputs = {'batch': None, 'height': None, 'width': None, 'padded': True, 'divisor': divisor}
+    inputs |= {'levels': [], 'least_tokens': 0}
+    description = {'format': 'pytorch', 'detector': type(model).__name__, 'classes': classes}
+    description |= {'input': inputs, 'preprocessing': preprocessing(config)}
+    session = PyTorchSession(model, classes if reads_text(model) else None, schedule)
+    return Detector(session, description)
 
 
 def load_pytorch(

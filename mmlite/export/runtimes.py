@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,24 @@ def openvino_core(with_operators: bool = False) -> Any:
 @cache
 def _make_once(make: Callable, *arguments: Any) -> Any:
     return make(*arguments)
+
+
+def processor_gains() -> dict[str, tuple[bool, str]]:
+    """What OpenVINO gains here from ``bfloat16`` and ``int8``: whether, and a sentence.
+
+    Nothing is said of processors that are not x86 on Linux.
+    """
+    file = Path('/proc/cpuinfo')
+    found = re.search(r'^flags\s*:(.*)$', file.read_text() if file.exists() else '', re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    if not flags:
+        return {}
+    amx, vnni = 'amx_bf16' in flags, bool(flags & {'avx512_vnni', 'avx_vnni', 'amx_int8'})
+    slower = 'slower' if 'avx512_bf16' in flags else 'no faster'
+    bfloat16 = 'faster than float32 by AMX' if amx else f'{slower} than float32 without AMX'
+    one_size = 'without VNNI 8 bits are faster for images of one size alone (--image-size)'
+    eight = 'faster than float32 by VNNI' if vnni else one_size
+    return {'bfloat16': (amx, bfloat16), 'int8': (vnni, eight)}
 
 
 @contextmanager

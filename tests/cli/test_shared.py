@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from mmlite.cli import COMMANDS, main
 from mmlite.cli.shared import cfg_options, image_size_option, out_option, spread
+from mmlite.export.runtimes import processor_gains
 
 
 @click.command()
@@ -78,3 +79,5 @@ def test_env_speaks_to_people_and_programs(tmp_path):
     written = json.loads((tmp_path / 'env.json').read_text())
     printed = json.loads(CliRunner().invoke(main, ['env', '--json']).output)
     assert written['versions'] == printed['versions']
+    gains = {f'{kind} in OpenVINO': text for kind, (_, text) in processor_gains().items()}
+    assert gains.items() <= written['machine'].items()

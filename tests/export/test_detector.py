@@ -1,3 +1,6 @@
+import re
+import warnings
+
 import cv2
 import mmcv
 import numpy as np
@@ -143,6 +146,41 @@ def test_what_is_no_export_is_refused(written, error, sentence, tmp_path):
         load(tmp_path, precision='bfloat16')
 
 
+@pytest.mark.parametrize(
+    ('flags', 'precision', 'int8', 'warned'),
+    [
+        ('avx2 avx512_bf16', 'bfloat16', False, 'in bfloat16 .* slower than float32 without AMX'),
+        ('avx2', 'bfloat16', False, 'in bfloat16 .* no faster than float32 without AMX'),
+        ('avx512_bf16 amx_bf16', 'bfloat16', False, None),
+        ('avx2', 'float32', True, 'in int8 .* for images of one size alone'),
+        ('avx2 avx512_vnni', 'float32', True, None),
+        ('avx2', 'float32', False, None),
+        ('', 'bfloat16', True, None),  # another kind of processor
+    ],
+)
+def test_a_slower_choice_is_told(flags, precision, int8, warned, tmp_path, monkeypatch):
+    import mmlite.export.detector as module
+
+    file = tmp_path / 'cpuinfo'
+    file.write_text(f'flags\t\t: {flags}\n' if flags else 'Features: asimd\n')
+    monkeypatch.setattr('mmlite.export.runtimes.Path', lambda path: file)
+    monkeypatch.setattr(module, 'open_session', lambda *_: None)
+    content = {'version': 3, 'format': 'openvino', 'classes': [], 'input': {'height': None}}
+    content['int8'] = {'calibration_images': 1} if int8 else None
+    module.write_description(tmp_path, content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        load(tmp_path, precision=precision)
+    assert len(caught) == (warned is not None)
+    if warned:
+        assert re.search(warned, str(caught[0].message))
+    content['input'] = {'height': 800}  # of one size 8 bits are faster everywhere
+    module.write_description(tmp_path, content)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load(tmp_path)
+
+
 def pictures(folder) -> dict[str, np.ndarray | None]:
     """Write one of each kind; the pixels that training with OpenCV has of it, where it is plain."""
     random = np.random.default_rng(0)
@@ -164,9 +202,7 @@ def pictures(folder) -> dict[str, np.ndarray | None]:
         'deep.png': np.dstack([deep // 256] * 3),
         'L.png': np.dstack([grey] * 3),
         'clear.png': color[..., ::-1],
-        **dict.fromkeys(
-            ('turned.jpg', 'deep.tif', 'CMYK.jpg', 'LA.png', 'RGBA.png', 'P.png', '1.png')
-        ),
+        **dict.fromkeys(('turned.jpg', 'CMYK.jpg', 'LA.png', 'RGBA.png', 'P.png', '1.png')),
     }
 
 

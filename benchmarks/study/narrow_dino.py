@@ -1,36 +1,22 @@
 """DINO at any number of channels, for detectors smaller than MMDetection's own.
 
-MMDetection's decoder encodes a box in 4 * 128 channels whatever ``embed_dims`` is, and reads the
-encoding through a layer of ``2 * embed_dims`` inputs, which ties its DINO to 256 channels. Here
-that layer takes what the encoding gives; at 256 channels nothing differs.
+MMDetection's decoder ties its DINO to 256 channels; Lite-DINO's takes any.
 """
 
 from __future__ import annotations
 
 from mmdet.models.detectors import DINO
 from mmdet.models.layers import (
-    MLP,
     DeformableDetrTransformerEncoder,
-    DinoTransformerDecoder,
     SinePositionalEncoding,
 )
 from mmdet.registry import MODELS
 from torch import nn
 
-from mmlite.openmmlab.detectors.dino import LiteDINO
+from mmlite.openmmlab.detectors.dino import DINODecoder, LiteDINO
 from mmlite.openmmlab.families import FAMILIES, Family
 
 FAMILIES.append(Family('NarrowDINO', 'LiteNarrowDINO', is_dino=True))
-
-_BOX_CHANNELS = 4 * 128
-
-
-class NarrowDINODecoder(DinoTransformerDecoder):
-    """Decoder of DINO at any number of channels."""
-
-    def _init_layers(self) -> None:
-        super()._init_layers()
-        self.ref_point_head = MLP(_BOX_CHANNELS, self.embed_dims, self.embed_dims, 2)
 
 
 @MODELS.register_module()
@@ -40,7 +26,7 @@ class NarrowDINO(DINO):
     def _init_layers(self) -> None:
         self.positional_encoding = SinePositionalEncoding(**self.positional_encoding)
         self.encoder = DeformableDetrTransformerEncoder(**self.encoder)
-        self.decoder = NarrowDINODecoder(**self.decoder)
+        self.decoder = DINODecoder(**self.decoder)
         self.embed_dims = self.encoder.embed_dims
         self.query_embedding = nn.Embedding(self.num_queries, self.embed_dims)
         self.level_embed = nn.Parameter(
@@ -52,6 +38,4 @@ class NarrowDINO(DINO):
 
 @MODELS.register_module()
 class LiteNarrowDINO(LiteDINO, NarrowDINO):
-    """:class:`LiteDINO` at any ``embed_dims``."""
-
-    decoder_class = NarrowDINODecoder
+    """:class:`LiteDINO` beside it, which is at any ``embed_dims``."""

@@ -1,5 +1,5 @@
-# The small segmenter that `mmlite demo --task segmentation` trains from scratch on a CPU: ResNet-18
-# at half width, 128x128 images, three encoder and three decoder layers.
+# The small segmenter that `mmlite demo --full --task segmentation` trains from scratch on a CPU:
+# ResNet-18 at half width, 128x128 images, three encoder and three decoder layers.
 _base_ = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'
 custom_imports = dict(imports=['mmlite'])
 

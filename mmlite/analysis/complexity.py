@@ -115,11 +115,11 @@ def count_detector(
     return Complexity(image_size, count.total, params, stages, tokens)
 
 
-def encoder_flops(model_config: dict, image_size: tuple[int, int]) -> int:
-    """FLOPs of the multi-scale encoder of a config on one image, the model around it not built.
+def encoder_of(model_config: dict, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
+    """The multi-scale encoder of a config, and what it is called with for an image.
 
-    ``model_config`` is the ``model`` of a config, stock or Lite, ``image_size`` height and width in
-    pixels. ValueError where the config has no such encoder.
+    The model around it is not built. ``model_config`` is the ``model`` of a config, stock or Lite,
+    ``image_size`` height and width in pixels. ValueError where the config has no such encoder.
     """
     _, holder, family = find_holder(model_config)
     config = {name: value for name, value in holder['encoder'].items() if name != 'num_cp'}
@@ -137,7 +137,13 @@ def encoder_flops(model_config: dict, image_size: tuple[int, int]) -> int:
         inputs |= {'memory_text': torch.zeros(1, words, dims), 'position_ids': places}
         inputs['text_attention_mask'] = places.bool()
         inputs['text_self_attention_masks'] = torch.ones(1, words, words, dtype=torch.bool)
-    return count_flops(kind(**config).eval(), **inputs).total
+    return kind(**config).eval(), inputs
+
+
+def encoder_flops(model_config: dict, image_size: tuple[int, int]) -> int:
+    """FLOPs of the encoder of a config on one image; see :func:`encoder_of`."""
+    encoder, inputs = encoder_of(model_config, image_size)
+    return count_flops(encoder, **inputs).total
 
 
 def strides(model_config: dict, num_levels: int) -> Sequence[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,21 +76,28 @@ def generate_shapes(
         target.write_text(json.dumps(content))
 
 
-def draw_image(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, list[Drawn]]:
+def draw_image(
+    rng: np.random.Generator,
+    image_size: int,
+    sides: dict[str, tuple[int, int]] = _SIDES,
+    frequency: dict[str, float] = _FREQUENCY,
+    most: int = _MAX_SHAPES,
+    most_overlap: float = _MAX_OVERLAP,
+) -> tuple[np.ndarray, list[Drawn]]:
     """Draw one image: its pixels, uint8 (image_size, image_size, 3), and the shapes."""
     pixels = background(rng, image_size)
     boxes: list[np.ndarray] = []
     shapes = []
-    for _ in range(rng.integers(2, _MAX_SHAPES + 1)):
-        sizes = rng.choice(list(_SIDES), p=list(_FREQUENCY.values()))
-        side = int(rng.integers(*_SIDES[sizes], endpoint=True))
+    for _ in range(rng.integers(2, most + 1)):
+        size = rng.choice(list(sides), p=list(frequency.values()))
+        side = int(rng.integers(*sides[size], endpoint=True))
         label = int(rng.integers(len(CLASSES)))
         parts = _outlines(rng, CLASSES[label], side)
         low, high = parts[0].min(0), parts[0].max(0)
         room = image_size - 1 - (high - low)
         shift = np.round(rng.uniform(0, 1, 2) * room - low)
         box = np.concatenate([low + shift, high + shift])
-        if any(overlap(box, other) > _MAX_OVERLAP for other in boxes):
+        if any(overlap(box, other) > most_overlap for other in boxes):
             continue  # no second try: crowded images hold fewer shapes
         boxes.append(box)
         parts = [part + shift for part in parts]
@@ -99,8 +107,8 @@ def draw_image(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, l
         fixed_point = [np.round(part * 16).astype(np.int32) for part in parts]  # even-odd rule
         cv2.fillPoly(pixels, fixed_point, color.tolist(), lineType=cv2.LINE_AA, shift=4)
         x, y, *_ = corner = np.floor(box[:2]).astype(int).tolist()
-        sides = (np.ceil(box[2:]).astype(int) + 1 - corner).tolist()
-        shapes.append((label, [x, y, *sides], sides[0] * sides[1], _polygon(*parts)))
+        width, height = (np.ceil(box[2:]).astype(int) + 1 - corner).tolist()
+        shapes.append((label, [x, y, width, height], width * height, _polygon(*parts)))
     return pixels, shapes
 
 
@@ -152,5 +160,8 @@ def overlap(box: np.ndarray, other: np.ndarray) -> float:
 
 
 SHAPES = Style(CLASSES, draw_image, smallest_image=128)
+# Few and large, apart from each other: learned in minutes.
+_few = partial(draw_image, sides={'large': (36, 64)}, frequency={'large': 1.0}, most=3)
+LARGE_SHAPES = Style(CLASSES, partial(_few, most_overlap=0.0), smallest_image=128)
 # What can be drawn, by name.
-STYLES = {'shapes': SHAPES}
+STYLES = {'shapes': SHAPES, 'large-shapes': LARGE_SHAPES}

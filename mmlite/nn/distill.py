@@ -84,11 +84,12 @@ def distill(
 
 
 class EncoderOptimizer(torch.optim.Optimizer):
-    """Muon for matrices and AdamW for what is left.
+    """Muon for matrices and kernels of convolutions, and AdamW for what is left.
 
     Muon turns the update of a matrix into an orthogonal one, and comes further in few iterations
-    (docs/from-stock.md). A PyTorch before 2.9 has no Muon; AdamW then does all at a sixth of the
-    rate.
+    (docs/from-stock.md); a kernel is the matrix (out, in * height * width). Less than eight rows,
+    as heads and embeddings may have, are for AdamW. A PyTorch before 2.9 has no Muon; AdamW then
+    does all at a sixth of the rate.
 
     Args:
         params (Iterable[Tensor]): Parameters; those that need no gradient are left out.
@@ -100,19 +101,34 @@ class EncoderOptimizer(torch.optim.Optimizer):
         trained = [parameter for parameter in params if parameter.requires_grad]
         super().__init__(trained, dict(lr=lr, weight_decay=weight_decay))
         self.parts: list[torch.optim.Optimizer]
+        self.kernels: list[
+            tuple[Tensor, Tensor]
+        ] = []  # each with the matrix that shares its memory
         if not hasattr(torch.optim, 'Muon'):
             self.parts = [torch.optim.AdamW(trained, lr / 6, weight_decay=weight_decay)]
         else:
-            matrices = [parameter for parameter in trained if parameter.dim() == 2]
-            rest = [parameter for parameter in trained if parameter.dim() != 2]
+            large = [p for p in trained if p.dim() in (2, 4) and len(p) >= 8]
+            kernels = [parameter for parameter in large if parameter.dim() == 4]
+            self.kernels = [(kernel, kernel.detach().view(len(kernel), -1)) for kernel in kernels]
+            matrices = [parameter for parameter in large if parameter.dim() == 2]
+            matrices += [matrix.requires_grad_() for _, matrix in self.kernels]
+            of_muon = set(map(id, large))
+            rest = [parameter for parameter in trained if id(parameter) not in of_muon]
             muon = torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn='match_rms_adamw')
             self.parts = [muon, torch.optim.AdamW(rest, lr, weight_decay=0.0)]
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of both."""
+        for kernel, matrix in self.kernels:
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
         for part in self.parts:
             part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for kernel, _ in self.kernels:
+            kernel.grad = None
 
     def state_dict(self) -> dict:
         return {'parts': [part.state_dict() for part in self.parts]}

@@ -1,8 +1,10 @@
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -16,22 +18,24 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize(
-    ('task', 'what', 'encoder'),
+    ('task', 'full', 'what', 'encoder'),
     [
-        ('detection', 'boxes', 'encoder.'),
-        pytest.param('segmentation', 'masks', 'pixel_decoder.encoder.', marks=pytest.mark.slow),
+        ('detection', (), 'boxes', 'encoder.'),
+        ('segmentation', (), 'masks', 'pixel_decoder.encoder.'),
+        pytest.param('detection', ('--full',), 'boxes', 'encoder.', marks=pytest.mark.slow),
     ],
 )
-def test_trains_evaluates_and_draws(tmp_path, monkeypatch, task, what, encoder):
+def test_trains_evaluates_and_draws(tmp_path, monkeypatch, task, full, what, encoder):
     # Two epochs teach it nothing, and there has to be something to draw.
     monkeypatch.setattr(importlib.import_module('mmlite.cli.demo'), 'SHOWN_SCORE', 0.0)
     out = tmp_path / 'demo'
     sizes = ('--epochs', 2, '--train-images', 8, '--val-images', 2)
-    result = run('--task', task, '--out', out, *sizes)
+    result = run('--task', task, '--out', out, *sizes, *full)
     assert result.exit_code == 0, result.output
     results = json.loads((out / 'results.json').read_text())
     assert all(0 <= results[name] <= 1 for name in ('AP', 'AP50'))
     assert 0 < results['encoder_gflops'] < results['stock_encoder_gflops']
+    assert 0 < results['encoder_ms'] < results['stock_encoder_ms']
     for text in ('Epoch 1 of 2: loss ', 'Epoch 2 of 2: loss ', ' s left', 'APs', 'GFLOPs'):
         assert text in result.output
     assert f'COCO metrics of {what} after 2 epochs' in result.output
@@ -39,6 +43,15 @@ def test_trains_evaluates_and_draws(tmp_path, monkeypatch, task, what, encoder):
     content = load_checkpoint(out / 'epoch_2.pth')
     assert content['meta']['epoch'] == 2
     assert f'{encoder}schedule_code' in ' '.join(content['state_dict'])
+
+    path = next(out.glob('*.py'))
+    commands = [line[2:] for line in result.output.splitlines() if line.startswith('  mmlite ')]
+    detect, attention, export = (shlex.split(command)[1:] for command in commands)
+    assert export[:2] == ['export', f'{out}/{path.name}'] and Path(export[1]).is_file()
+    for command in (detect, attention):
+        result = CliRunner().invoke(main, command)
+        assert result.exit_code == 0, result.output
+    assert (out / 'detected/00001.png').is_file() and (out / 'attention.png').is_file()
 
 
 @pytest.mark.parametrize('place', ['file', 'file/below'])

@@ -138,7 +138,7 @@ def test_bad_input_is_refused():
 def test_an_optimizer_goes_on_where_it_was():
     def trained(steps: list[int]) -> torch.Tensor:
         torch.manual_seed(0)
-        layer, kept = nn.Linear(4, 4), None
+        layer, kept = nn.Linear(4, 8), None
         for count in steps:
             optimizer = EncoderOptimizer([*layer.parameters(), nn.Parameter(torch.zeros(1), False)])
             if kept:
@@ -154,7 +154,7 @@ def test_an_optimizer_goes_on_where_it_was():
 
 
 def test_the_optimizer_trains_every_parameter_and_follows_its_rate():
-    layer = nn.Linear(4, 4)
+    layer = nn.Linear(4, 8)
     optimizer = EncoderOptimizer(layer.parameters(), lr=0.1, weight_decay=0.0)
     for rate in (0.1, 0.0):
         before = [parameter.detach().clone() for parameter in layer.parameters()]
@@ -167,8 +167,26 @@ def test_the_optimizer_trains_every_parameter_and_follows_its_rate():
         assert moved == [rate > 0] * 2
 
 
+def test_kernels_are_trained_as_matrices():
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(3, 8, 2), nn.Linear(12, 8)
+    linear.weight.data = conv.weight.detach().flatten(1).clone()
+    linear.bias.data = conv.bias.detach().clone()
+    pixels = torch.randn(2, 3, 2, 2)
+    for layer, seen in ((conv, pixels), (linear, pixels.flatten(1))):
+        optimizer = EncoderOptimizer(layer.parameters(), lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(seen).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(conv.weight.flatten(1), linear.weight)
+    optimizer = EncoderOptimizer(conv.parameters())
+    optimizer.zero_grad()
+    assert conv.weight.grad is None
+
+
 def test_without_muon_adamw_does_all(monkeypatch):
     monkeypatch.delattr(torch.optim, 'Muon', raising=False)
-    optimizer = EncoderOptimizer(nn.Linear(4, 4).parameters())
+    optimizer = EncoderOptimizer(nn.Linear(4, 8).parameters())
     assert [type(part) for part in optimizer.parts] == [torch.optim.AdamW]
     assert optimizer.param_groups[0]['lr'] == pytest.approx(1e-3)

@@ -1,0 +1,36 @@
+# The small segmenter that `mmlite demo --task segmentation` trains from scratch in minutes: a
+# quarter of ResNet-18's channels, two encoder and three decoder layers, images of 96x96.
+_base_ = './lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes.py'
+
+model = dict(
+    backbone=dict(base_channels=16),
+    panoptic_head=dict(
+        in_channels=[16, 32, 64, 128],
+        num_queries=12,
+        pixel_decoder=dict(encoder=dict(schedule='H2L1-(2+1)x1', num_layers=2)),
+    ),
+    test_cfg=dict(max_per_image=12),
+)
+
+image_size = (96, 96)
+train_pipeline = _base_.train_pipeline
+train_pipeline[2].scale = image_size
+load, annotations, resize, pack = _base_.test_pipeline
+resize.scale = image_size
+test_pipeline = [load, resize, annotations, pack]  # objects stay in pixels of the file
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+max_epochs = 6
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+# Muon learns convolutions and matrices in half the iterations of AdamW.
+optim_wrapper = dict(
+    optimizer=dict(_delete_=True, type='EncoderOptimizer', lr=4e-3, weight_decay=1e-4)
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=40),
+    dict(
+        type='CosineAnnealingLR', T_max=max_epochs, eta_min_ratio=0.01, convert_to_iter_based=True
+    ),
+]

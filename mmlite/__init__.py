@@ -37,8 +37,8 @@ def load(
     """Load a detector that finds objects in images, in PyTorch or as it was exported.
 
     Args:
-        model (str | PathLike): A config of MMDetection with a deformable encoder, a path or
-            ``mmlite::folder/config.py``. Or the folder of an export, which needs no torch.
+        model (str | PathLike): A config of MMDetection with a deformable encoder, or the folder of
+            an export, which needs no torch.
         checkpoint (str, optional): The config's weights; they may also follow it after a comma.
         device (str): Of a config: ``'cpu'``, ``'cuda'`` or ``'cuda:1'``.
         threads (int, optional): CPU threads; in PyTorch of the whole process.

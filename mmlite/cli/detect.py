@@ -6,6 +6,7 @@ import csv
 import glob
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from . import shared
 
-_VIDEO_KINDS = {'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv'}
+_COLUMNS = ('file_name', 'frame', 'class', 'score')
 
 
 @click.command()
@@ -25,24 +26,23 @@ _VIDEO_KINDS = {'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm'
 @click.argument('sources', nargs=-1, required=True, metavar='SOURCE...')
 @shared.out_option('The folder to write.', required=True)
 @shared.option('--threshold', type=click.FloatRange(0, 1), default=0.3, help='The lowest score.')
-@shared.option('--results', 'kind', type=click.Choice(['coco', 'csv']), default='coco')
 @shared.count_option('--batch-size', default=1)
 @shared.count_option('--max-frames', help='Of a video or camera. Default: to its end, or Ctrl-C.')
 @shared.threads_option
 @shared.device_option
 @shared.cfg_options
-def detect(model, sources, out: Path, threshold, kind, batch_size, max_frames, **options) -> None:
+def detect(model, sources, out: Path, threshold, batch_size, max_frames, **options) -> None:
     """Detect objects in images and videos, draw them, and write down what was found.
 
     MODEL is CONFIG,CHECKPOINT, or the folder of an export, which needs neither torch nor
     MMDetection. A SOURCE is an image, a folder of them, a pattern such as 'val/*.jpg', a video, a
     camera's number or a stream's address. OUT gets pictures, videos, and results.json, a list of
-    COCO's results with file names, or results.csv.
+    COCO's results with file names, and the same as results.csv.
 
     \b
     Example:
       mmlite detect config.py,epoch_12.pth photos/ -o detected
-      mmlite detect exported/ street.mp4 --threshold 0.5 --batch-size 4 --results csv -o detected
+      mmlite detect exported/ street.mp4 --threshold 0.5 --batch-size 4 -o detected
     """
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the progress
     sources = list(dict.fromkeys(chain.from_iterable(map(_expanded, sources))))
@@ -75,7 +75,10 @@ def detect(model, sources, out: Path, threshold, kind, batch_size, max_frames, *
     finally:
         for writer in writers.values():
             writer.release()
-        _write_results(out, kind, entries)
+        (out / 'results.json').write_text(json.dumps(entries))
+        rows = [[*map(entry.get, _COLUMNS), *entry['bbox']] for entry in entries]
+        with (out / 'results.csv').open('w', newline='') as file:
+            csv.writer(file).writerows([[*_COLUMNS, 'x', 'y', 'width', 'height'], *rows])
     click.echo(
         f'{out}: {len(entries)} detections in {count} images; {count / max(busy, 1e-9):.1f} images '
         f'a second, {count / (time.perf_counter() - began):.1f} with reading, drawing and writing'
@@ -84,20 +87,17 @@ def detect(model, sources, out: Path, threshold, kind, batch_size, max_frames, *
         raise ValueError(f'{len(unread)} of {len(sources)} images were left out: {unread[0]}')
 
 
-def _is_camera(source: str) -> bool:
-    return '://' in source or (source.isdecimal() and not Path(source).exists())
-
-
 def _is_video(source: str) -> bool:
-    return _is_camera(source) or Path(source).suffix.lower() in _VIDEO_KINDS
+    """Or a camera, or a stream."""
+    return bool(re.search(r'^\d+$|://|\.(avi|m4v|mkv|mov|mpe?g|mp4|webm|wmv)$', source.lower()))
 
 
 def _expanded(source: str) -> Sequence[str]:
-    """The files that a source stands for, or a camera or stream itself."""
-    if Path(source).exists():
+    """The files that a source stands for; of a video, camera or stream itself."""
+    if os.path.isdir(source):
         return list(map(str, shared.image_files([Path(source)])))
     found = sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
-    if not found and not _is_camera(source):
+    if not found and not re.search(r'^\d+$|://', source):
         raise FileNotFoundError(f'there is no image, folder or video {source}')
     return found or [source]
 
@@ -106,13 +106,12 @@ def _targets(sources: Sequence[str], out: Path) -> dict[str, Path]:
     """Where the picture or video of each source goes: names of their own, and no source's."""
     targets: dict[str, Path] = {}
     for source in sources:
-        path = Path(source)
-        kind = '.mp4' if _is_video(source) else '.png' if path.suffix == '.png' else '.jpg'
-        target = out / f'{path.stem}{kind}'
+        kind = '.mp4' if _is_video(source) else '.png' if source.endswith('.png') else '.jpg'
+        target = out / f'{Path(source).stem}{kind}'
         if target in targets.values():
-            target = out / f'{path.stem}-{len(targets) + 1}{kind}'
+            target = out / f'{target.stem}-{len(targets) + 1}{kind}'
         targets[source] = target
-        if target.exists() and target.resolve() in {Path(other).resolve() for other in sources}:
+        if target.exists() and any(Path(o).exists() and target.samefile(o) for o in sources):
             raise ValueError(f'{target} would be overwritten; choose another folder with --out')
     return targets
 
@@ -164,13 +163,3 @@ def _entries(found, classes, image_id: int, source: str, frame=None, rate=None) 
             mask = encode(np.asfortranarray(found.masks[index], np.uint8))
             entry['segmentation'] = {**mask, 'counts': mask['counts'].decode()}
         yield entry
-
-
-def _write_results(out: Path, kind: str, entries: list[dict]) -> None:
-    if kind == 'coco':
-        (out / 'results.json').write_text(json.dumps(entries))
-        return
-    names = ('file_name', 'frame', 'class', 'score')
-    rows = [[*map(entry.get, names), *entry['bbox']] for entry in entries]
-    with (out / 'results.csv').open('w', newline='') as file:
-        csv.writer(file).writerows([[*names, 'x', 'y', 'width', 'height'], *rows])

@@ -77,15 +77,15 @@ def test_images_folders_and_patterns(folder):
     ]
     # Both are called 1.png, and neither is lost; small pictures are enlarged five times.
     assert {path.name for path in Path('out').iterdir()} == {
-        *('1.png', '1-3.png', '2.jpg', 'results.json')
+        *('1.png', '1-3.png', '2.jpg', 'results.json', 'results.csv')
     }
     picture = cv2.imread('out/1-3.png')
     assert picture.shape == (300, 450, 3) and (picture[-5:] == 10).all()
     assert (picture[150, 20] != 10).any()  # the left side of the box
 
 
-def test_video_as_csv(folder):
-    result = run('v.avi', '--results', 'csv', '--threshold', '0.5', '--batch-size', '2')
+def test_a_video_and_its_table(folder):
+    result = run('v.avi', '--threshold', '0.5', '--batch-size', '2')
     assert result.exit_code == 0, result.output
     with Path('out/results.csv').open() as file:
         rows = list(csv.DictReader(file))

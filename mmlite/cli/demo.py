@@ -22,7 +22,7 @@ from .shared import count_option, option, print_table, progress
 # Task -> its config, that of --full, and which of COCO's metrics evaluate it.
 TASKS = {
     'detection': (
-        'lite-dino-4scale_r18_h3l1-2p1x1_1xb8-6e_large-shapes',
+        'lite-dino-4scale_r18_h3l1-2p1x1_1xb8-7e_large-shapes',
         'lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes',
         'bbox',
     ),
@@ -93,8 +93,9 @@ def demo(task, full: bool, out: Path | None, epochs, train_images, val_images: i
     }
     shared.write_json(out / 'results.json', results)
     of = 'boxes' if measured == 'bbox' else 'masks'
-    title = f'COCO metrics of {of} after {results["epochs"]} epochs, {seconds} s, seed {seed}'
-    print_table(title, list(METRICS), [[f'{100 * results[name]:.1f}' for name in METRICS]])
+    title = f'COCO metrics of {of} after {results["epochs"]} epochs, {seconds} s'
+    shown = {name: results[name] for name in METRICS if results[name] >= 0}  # else of no objects
+    print_table(title, list(shown), [[f'{100 * value:.1f}' for value in shown.values()]])
     click.echo(
         'Encoder of as many layers, {0}x{0}: MMDetection {stock_encoder_ms:.0f} ms and '
         '{stock_encoder_gflops:.1f} GFLOPs, Lite {encoder_ms:.0f} ms and {encoder_gflops:.1f} '

@@ -40,9 +40,8 @@ def quantize(source: Path, out: Path, image_paths, count, annotations, annotated
         Dataset(annotations, annotated_images).check()
     files = shared.image_files(image_paths)
     count = min(count, len(files))
-    read = load(source).read
-    images = [read(files[index * len(files) // count]) for index in range(count)]
-    detector = write_quantized(source, out, images)
+    chosen = [files[index * len(files) // count] for index in range(count)]
+    detector = write_quantized(source, out, chosen)
     console = shared.console()
     console.print(f'[bold]{escape(str(out))}[/bold]: {detector.description["model"]}')
     if annotations is not None:

@@ -164,6 +164,10 @@ class Detector:
         """:func:`read_image` with the decoder that the model was trained with."""
         return read_image(file, self.description['preprocessing'].get('decoder', 'cv2'))
 
+    def read_all(self, images: Sequence[np.ndarray | str | os.PathLike]) -> list[np.ndarray]:
+        """:meth:`read` those among the images that are files."""
+        return [self.read(i) if isinstance(i, (str, os.PathLike)) else i for i in images]
+
     def detect(
         self, image: np.ndarray | str | os.PathLike, score_threshold: float = 0.0
     ) -> Detections | Segmentations:
@@ -186,7 +190,7 @@ class Detector:
         self, images: Sequence[np.ndarray | str | os.PathLike], score_threshold: float = 0.0
     ) -> list[Detections | Segmentations]:
         """:meth:`detect` for images of any sizes, in one run where the model takes several."""
-        images = [self.read(i) if isinstance(i, (str, os.PathLike)) else i for i in images]
+        images = self.read_all(images)
         count = self.description['input']['batch'] or max(len(images), 1)
         found = []
         for start in range(0, len(images), count):

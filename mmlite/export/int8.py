@@ -34,7 +34,7 @@ KEPT_IN_FLOAT = (
 def quantize(
     source: str | os.PathLike,
     folder: str | os.PathLike,
-    images: Sequence[np.ndarray],
+    images: Sequence[np.ndarray | str | os.PathLike],
 ) -> Detector:
     """Write an exported detector once more, its convolutions and matrix products in 8 bits.
 
@@ -44,8 +44,8 @@ def quantize(
     Args:
         source (str | PathLike): The folder of an export for OpenVINO.
         folder (str | PathLike): Where the new one goes.
-        images (Sequence[np.ndarray]): Calibration images, as ``cv2.imread`` gives them: some tens
-            to hundreds like those that the detector is for.
+        images (Sequence): Calibration images, files or as ``cv2.imread`` gives them: some tens to
+            hundreds like those that the detector is for.
 
     Returns:
         Detector: The new detector, loaded.
@@ -67,6 +67,7 @@ def quantize(
         raise ValueError(f'the quantised detector needs a folder of its own, other than {source}')
     if not images:
         raise ValueError('quantising needs images to calibrate on, and there are none')
+    images = detector.read_all(images)
 
     core = openvino_core(with_operators=not description['portable'])
     model = core.read_model(str(source / description['model']))

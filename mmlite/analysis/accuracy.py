@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import io
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
-from mmdet.datasets.api_wrappers import COCO
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
@@ -26,26 +25,26 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
 class Dataset:
-    """Images and annotations in COCO's format."""
+    """Images in a folder, and their annotations in COCO's format.
 
-    annotations: Path  # the JSON file
-    images: Path  # folder
+    Raises:
+        FileNotFoundError: The folder or the file does not exist.
+        ValueError: The annotations cannot be read, or there are none.
+    """
 
-    def check(self) -> COCO:
-        """Read the annotations; FileNotFoundError or ValueError where there is nothing in them."""
-        if not self.images.exists():
-            raise FileNotFoundError(f'image folder {self.images} does not exist')
+    def __init__(self, annotations: Path, images: Path) -> None:
+        self.annotations, self.images = annotations, images
+        if not images.exists():
+            raise FileNotFoundError(f'image folder {images} does not exist')
         with redirect_stdout(io.StringIO()):  # pycocotools prints
-            coco = read_annotations(str(self.annotations))
-        if not coco.anns:
-            raise ValueError(f'{self.annotations} holds no annotations to evaluate on')
-        return coco
+            self.coco = read_annotations(str(annotations))
+        if not self.coco.anns:
+            raise ValueError(f'{annotations} holds no annotations to evaluate on')
 
     def objects(self, image: str) -> tuple[InstanceData, list[str]]:
         """The objects of the image with this file name, and the names of all classes."""
-        coco = self.check()
+        coco = self.coco
         ids = [i for i, entry in coco.imgs.items() if Path(entry['file_name']).name == image]
         if not ids:
             raise ValueError(f'{self.annotations} does not list {image}')
@@ -73,11 +72,9 @@ def evaluate_model(model: nn.Module, config: Config, dataset: Dataset) -> dict[s
     model.eval()
     with redirect_stdout(io.StringIO()):
         loader = Runner.build_dataloader(loader)
-        metric = {'type': 'CocoMetric', 'ann_file': annotations, 'metric': 'bbox'}
-        evaluator = Evaluator(metric)
+        evaluator = Evaluator({'type': 'CocoMetric', 'ann_file': annotations, 'metric': 'bbox'})
         evaluator.dataset_meta = loader.dataset.metainfo
-        for batch in loader:
-            evaluator.process(model.test_step(batch), batch)
-        metrics = evaluator.evaluate(len(loader.dataset))
+        found = chain.from_iterable(map(model.test_step, loader))
+        metrics = evaluator.offline_evaluate(found)
     model.train(training)
     return {name: 100 * metrics[f'coco/bbox_{name}'] for name in METRICS.values()}

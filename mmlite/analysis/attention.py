@@ -17,14 +17,18 @@ from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from ..nn import StepTokens
+from ..nn import InterleavedEncoder, StepTokens
 from ..nn.attention import DeformableAttention, SamplingAttention
+from ..nn.distill import keep_outputs
 from ..openmmlab.families import encoder_name
 from ..openmmlab.layers import level_sizes
 from .complexity import called_with
 
 # Given the number of queries, which of them to look at.
 Choose = Callable[[int], Tensor]
+# Runs a detector of ``build_detector`` on an image.
+Run = Callable[[], DetDataSample]
+XY = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class AttentionMap:
     num_queries: int  # how many queries the module had
     locations: Tensor  # normalised (x, y), float32, shape (Q, M, L, P, 2)
     weights: Tensor  # sum to 1 over levels and points, float32, shape (Q, M, L, P)
-    spatial_shapes: list[tuple[int, int]]  # (h, w) of every level
+    spatial_shapes: list[tuple[int, int]]  # (h, w) of every level that is read
 
     def level_mass(self) -> Tensor:
         """Share of the attention that goes to each level, mean over heads, shape (Q, L)."""
@@ -59,14 +63,14 @@ def attention_map(
     count, sizes = query.shape[1], level_sizes(call['spatial_shapes'])
     chosen = choose(count).to(query.device)
     query, points = query[:1, chosen], call['reference_points'][:1, chosen]
-    mask = call.get('key_padding_mask')
+    mask, levels = call.get('key_padding_mask'), call.get('levels')
     mask = None if mask is None else mask[:1]
     # mmcv's class has all that the methods of ours need.
     kind = type(module) if isinstance(module, SamplingAttention) else DeformableAttention
     with torch.no_grad():
-        locations = kind.locate(module, query, points, sizes)[0].float()
-        logits = kind.logits(module, query, value[:1], mask, points, sizes)[0].float()
-        weights = logits.softmax(-1).unflatten(-1, (module.num_levels, -1))
+        locations = kind.locate(module, query, points, sizes, levels)[0].float()
+        logits = kind.logits(module, query, value[:1], mask, points, sizes, levels)[0].float()
+        weights = logits.softmax(-1).unflatten(-1, (len(sizes), -1))
     return AttentionMap(chosen.cpu(), count, locations.cpu(), weights.cpu(), list(sizes))
 
 
@@ -74,30 +78,22 @@ def attention_map(
 def record_attention(
     model: nn.Module, choices: Mapping[str, Choose]
 ) -> Iterator[dict[str, AttentionMap]]:
-    """Catch the attention of modules while they run in the ``with`` block.
+    """Catch the attention of modules of a model while they run in the ``with`` block.
 
-    Args:
-        model (nn.Module): What will run.
-        choices (Mapping[str, Callable[[int], Tensor]]): Name of a deformable attention in the
-            model, such as ``encoder.layers.5.self_attn`` -> which of its queries to look at.
-
-    Yields:
-        dict[str, AttentionMap]: Filled as the modules run; a later run replaces an earlier one.
-
-    Raises:
-        ValueError: A name is not that of a deformable attention.
+    ``choices`` has for the name of a deformable attention, such as ``encoder.layers.5.self_attn``,
+    which of its queries to look at. What it yields is filled as the modules run; a later run
+    replaces an earlier one. ValueError where a name is not that of a deformable attention.
     """
     known, maps = deformable_attentions(model), {}
-
-    def hook(name: str, choose: Choose, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        maps[name] = attention_map(module, args, kwargs, choose)
-
     with ExitStack() as hooks:
         for name, choose in choices.items():
             if name not in known:
                 raise ValueError(f'{name} is no deformable attention; there are {", ".join(known)}')
+
+            def catch(module, args, kwargs, name=name, choose=choose) -> None:
+                maps[name] = attention_map(module, args, kwargs, choose)
+
             # Before the module runs: what it is called with may be overwritten later.
-            catch = partial(hook, name, choose)
             module = model.get_submodule(name)
             hooks.enter_context(module.register_forward_pre_hook(catch, with_kwargs=True))
         yield maps
@@ -109,9 +105,7 @@ def deformable_attentions(model: nn.Module) -> list[str]:
     return [name for name, module in modules if isinstance(module, MultiScaleDeformableAttention)]
 
 
-def level_masses(
-    model: nn.Module, run: Callable[[], object], tokens_per_level: int = 256
-) -> Tensor:
+def level_masses(model: nn.Module, run: Run, tokens_per_level: int = 256) -> Tensor:
     """How the attention of the encoder is spread over the levels, on the image that ``run`` runs.
 
     Of each level ``tokens_per_level`` queries are looked at, evenly spread.
@@ -123,15 +117,15 @@ def level_masses(
     at = encoder_name(model)
     encoder = model.get_submodule(at)
     levels: dict[int, Tensor] = {}  # layer -> level of each chosen query
+    read: dict[int, Sequence[int]] = {}  # layer -> levels that it reads
 
     def choose(layer: int, num_queries: int) -> Tensor:
-        sizes = level_sizes(call['spatial_shapes'])
-        level_of = _level_of(sizes)[_query_tokens(encoder, layer, sizes)]
-        own = [(level_of == level).nonzero()[:, 0] for level in range(len(sizes))]
+        level_of, read[layer] = _levels(encoder, layer, level_sizes(call['spatial_shapes']))
+        own = [(level_of == level).nonzero()[:, 0] for level in level_of.unique()]
         few = [torch.linspace(0, len(o) - 1, min(len(o), tokens_per_level)).long() for o in own]
-        picked = torch.cat([tokens[places] for tokens, places in zip(own, few)])
-        levels[layer] = level_of[picked]
-        return picked
+        chosen = torch.cat([queries[places] for queries, places in zip(own, few)])
+        levels[layer] = level_of[chosen]
+        return chosen
 
     names = [f'{at}.layers.{layer}.self_attn' for layer in range(len(encoder.layers))]
     choices = {name: partial(choose, layer) for layer, name in enumerate(names)}
@@ -141,7 +135,9 @@ def level_masses(
     masses = torch.full((len(names), num_levels, num_levels), float('nan'))
     for layer, name in enumerate(names):
         for level in levels[layer].unique():
-            masses[layer, level] = maps[name].level_mass()[levels[layer] == level].mean(0)
+            mass = maps[name].level_mass()[levels[layer] == level].mean(0)
+            masses[layer, level] = 0
+            masses[layer, level, list(read[layer])] = mass
     return masses
 
 
@@ -149,27 +145,20 @@ def level_masses(
 class QueryAttention:
     """What one query of a detector attends to, and where it is in the image."""
 
-    name: str  # of the detector
     where: str  # which attention, in words
     attention: AttentionMap  # of the query
-    scale: tuple[float, float]  # pixels of the image for a normalised location of 1, (x, y)
-    point: tuple[float, float] | None = None  # the query's place in the image
+    scale: XY  # pixels of the image for a normalised location of 1, (x, y)
+    point: XY | None = None  # the query's place in the image
     box: tuple[float, float, float, float] | None = None  # the detected object, (x1, y1, x2, y2)
 
 
 def attention_at_point(
-    model: nn.Module,
-    run: Callable[[], object],
-    point: tuple[float, float],
-    *,
-    name: str = '',
-    layer: int = -1,
-    level: int | None = None,
+    model: nn.Module, run: Run, point: XY, layer: int = -1, level: int | None = None
 ) -> QueryAttention:
     """What the encoder's token at a point attends to.
 
-    ``run`` runs the detector on the image; ``point`` is (x, y) in its pixels; ``layer`` counts from
-    the last where negative; ``level``, an index, is by default the largest that the layer updates.
+    ``point`` is (x, y) in pixels of the image; ``layer`` counts from the last where negative;
+    ``level``, an index, is by default the largest that the layer updates.
 
     Raises:
         ValueError: There is no such point, layer or level, or the layer does not update the level.
@@ -181,9 +170,9 @@ def attention_at_point(
     def choose(num_queries: int) -> Tensor:
         nonlocal level
         sizes = level_sizes(encoder_call['spatial_shapes'])
-        tokens = _query_tokens(encoder, layer, sizes)
+        level_of, _ = _levels(encoder, layer, sizes)
         if level is None:
-            level = int(_level_of(sizes)[tokens].bincount().argmax())
+            level = int(level_of.bincount().argmax())
         height, width = sizes[_index('level', level, len(sizes), least=0)]
         image_height, image_width = call['data_samples'][0].ori_shape[:2]
         if not (0 <= point[0] < image_width and 0 <= point[1] < image_height):
@@ -191,35 +180,29 @@ def attention_at_point(
                 f'point {point} is outside the image of {image_width}x{image_height} pixels '
                 '(width x height)'
             )
-        x, y = (p / s for p, s in zip(point, _scale(call)))
-        token = sum(h * w for h, w in sizes[:level]) + int(y * height) * width + int(x * width)
-        found = (tokens == token).nonzero()[:, 0]
-        if not len(found):
+        own = (level_of == level).nonzero()[:, 0]  # row by row
+        if not len(own):
             raise ValueError(
                 f'encoder layer {layer} does not update level {level}; choose another of either'
             )
-        return found
+        x, y = (p / s for p, s in zip(point, _scale(call)))
+        return own[int(y * height) * width + int(x * width), None]
 
     attention = f'{at}.layers.{layer}.self_attn'
     recording = record_attention(model, {attention: choose})
     with called_with(model) as call, called_with(encoder) as encoder_call, recording as maps:
         run()
     where = f'encoder layer {layer + 1}, token of level {level + 1}'
-    return QueryAttention(name, where, maps[attention], _scale(call), point=point)
+    return QueryAttention(where, maps[attention], _scale(call), point=point)
 
 
 def attention_of_object(
-    model: nn.Module,
-    run: Callable[[], DetDataSample],
-    rank: int = 0,
-    *,
-    name: str = '',
-    layer: int = -1,
+    model: nn.Module, run: Run, rank: int = 0, layer: int = -1
 ) -> QueryAttention:
     """What the decoder's query of a detected object attends to.
 
-    ``run`` runs the detector, one of ``build_detector``, on the image; ``rank`` is 0 for the object
-    with the highest score; ``layer`` counts from the last where negative.
+    ``rank`` is 0 for the object with the highest score; ``layer`` counts from the last where
+    negative.
 
     Raises:
         ValueError: There is no such layer or object.
@@ -231,23 +214,19 @@ def attention_of_object(
         )
     layer = _index('layer', layer, len(model.decoder.layers))
     attention = f'decoder.layers.{layer}.cross_attn'
-    logits: list[Tensor] = []
-    hook = model.bbox_head.register_forward_hook(
-        lambda module, args, output: logits.append(output[0][-1][0])  # last layer, first image
-    )
     recording = record_attention(model, {attention: torch.arange})
-    with hook, called_with(model) as call, recording as maps:
+    with keep_outputs([model.bbox_head]) as scores, called_with(model) as call, recording as maps:
         found = run().pred_instances
     _index('object', rank, len(found), least=0)
+    logits = scores[0][-1][0]  # last layer, first image
     # The head ranks (query, class) pairs by score, so the rank leads back to the query.
-    query = int(logits[0].flatten().topk(rank + 1).indices[rank] // logits[0].shape[1])
-    seen, own = maps[attention], slice(query, query + 1)
-    seen = replace(
-        seen, queries=seen.queries[own], locations=seen.locations[own], weights=seen.weights[own]
-    )
+    query = int(logits.flatten().topk(rank + 1).indices[rank] // logits.shape[1])
     label = class_name(model.dataset_meta['classes'], found.labels[rank])
     where = f'decoder layer {layer + 1}, {label} {found.scores[rank]:.2f}'
-    return QueryAttention(name, where, seen, _scale(call), box=tuple(found.bboxes[rank].tolist()))
+    own = ('queries', 'locations', 'weights')
+    seen = maps[attention]
+    seen = replace(seen, **{name: getattr(seen, name)[[query]] for name in own})
+    return QueryAttention(where, seen, _scale(call), box=tuple(found.bboxes[rank].tolist()))
 
 
 def class_name(names: Sequence[str], label: Tensor) -> str:
@@ -255,18 +234,16 @@ def class_name(names: Sequence[str], label: Tensor) -> str:
     return names[label] if label < len(names) else f'class {label}'
 
 
-def _query_tokens(encoder: nn.Module, layer: int, sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """The tokens that are queries of an encoder layer, int64, shape (Q,); in a Lite one not all."""
-    step = getattr(encoder.layers[layer], 'step', None)
-    if step is None:
-        return torch.arange(sum(height * width for height, width in sizes))
+def _levels(
+    encoder: nn.Module, layer: int, sizes: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Sequence[int]]:
+    """The level of every query of an encoder layer, int64, shape (Q,), and the levels it reads."""
+    levels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes).prod(1))
+    if not isinstance(encoder, InterleavedEncoder):  # a stock one
+        return levels, range(len(sizes))
     low_levels = encoder.low_level_indices(sizes)
-    return StepTokens(step, sizes, low_levels, encoder.level_ranks).indices()
-
-
-def _level_of(sizes: Sequence[tuple[int, int]]) -> Tensor:
-    """The level of every token, int64."""
-    return torch.arange(len(sizes)).repeat_interleave(torch.tensor([h * w for h, w in sizes]))
+    tokens = StepTokens(encoder.steps[layer], sizes, low_levels, encoder.level_ranks)
+    return tokens.pick(levels[None])[0], tokens.read or range(len(sizes))
 
 
 def _index(what: str, index: int, count: int, least: int | None = None) -> int:
@@ -276,7 +253,7 @@ def _index(what: str, index: int, count: int, least: int | None = None) -> int:
     return index % count
 
 
-def _scale(call: dict) -> tuple[float, float]:
+def _scale(call: dict) -> XY:
     """Pixels of the image for a normalised location of 1, (x, y)."""
     meta = call['data_samples'][0].metainfo
     height, width = meta['batch_input_shape']

@@ -11,10 +11,9 @@ import torch
 
 from .. import ops
 from .accuracy import Dataset, evaluate_model
-from .compare import take_turns, time_tables
 from .contestants import EAGER, STOCK_FUSED, Model, exported
-from .report import Report, Table, giga, size
-from .timing import Setting, Start, silent
+from .report import Report, Table, giga, size, time_tables
+from .timing import Setting, Start, silent, take_turns
 
 _PAGE = {
     'title': 'What a variant saves',
@@ -24,7 +23,6 @@ _PAGE = {
     'quartiles. Memory is the peak beyond weights and images. Models without a checkpoint have '
     'random weights, which hardly changes their time.',
 }
-_BESIDE = 'Published (the paper) beside measured (another image size and rule)'
 
 
 def compare(
@@ -40,19 +38,12 @@ def compare(
 ) -> Report:
     """Measure groups of models, in all modes that they can run in, against the first of each.
 
-    Args:
-        groups (Iterable[Sequence[Model]]): One is in memory at a time, and counted before anything
-            is timed, so bad input costs no work.
-        setting (Setting): What they are measured on.
-        modes (Sequence[str]): Of :data:`~mmlite.analysis.contestants.MODES`.
-        runtimes (Sequence[str]): Others than ``'pytorch'`` run exports of the models in every form.
-        int8 (bool): For OpenVINO also in 8 bits.
-        dataset (Dataset, optional): Where to measure the accuracy of those with a checkpoint.
-        profile (bool): Add the tables of torch's profiler to the notes.
-        start (Start): Shows progress.
+    One group is in memory at a time, and counted before anything is timed, so bad input costs no
+    work. ``modes`` are of :data:`~mmlite.analysis.contestants.MODES`. ``runtimes`` other than
+    ``'pytorch'`` run exports of the models in every form, OpenVINO with ``int8`` also in 8 bits.
+    The accuracy of models with a checkpoint is measured on ``dataset``. With ``profile`` the tables
+    of torch's profiler are among the notes.
     """
-    if dataset is not None:
-        dataset.check()
     others = [runtime for runtime in runtimes if runtime != 'pytorch'] if setting.rounds else []
     if int8 and 'openvino' not in runtimes:
         raise ValueError('--int8 is for OpenVINO; add --runtime openvino')
@@ -72,12 +63,12 @@ def compare(
             running += exported(group, others, int8, setting.image_size, start)
         for each in running:
             each.baseline = running[0]
-        by_name = {each.name: each for each in running}
+        fused = next((each for each in running if each.name == STOCK_FUSED), None)
         against = {
             'faster': lambda each: each.baseline,
-            'faster than stock, our op': lambda each, known=by_name: known.get(STOCK_FUSED),
+            'faster than stock, our op': lambda each, fused=fused: fused,
         }
-        take_turns(running, setting, against, start)
+        take_turns(running, setting, start, against=against)
         for each in running:
             notes += [_profile(each, setting)] if profile else []
             each.model = None
@@ -87,9 +78,8 @@ def compare(
     kernels = next(backend for backend in ops.backends() if backend.name == 'cpu')
     if torch.device(setting.device).type == 'cpu' and not kernels.available:
         notes.append(f'Our CPU kernels did not run: {kernels.detail}.')
-    bars = {each.name: each.cost.stage_flops for each in models if each.cost}
-    page = {**_PAGE, 'bars': bars}
-    return Report(asdict(setting), models, tables(models, setting), notes, page)
+    page = {**_PAGE, 'bars': {each.name: each.cost.stage_flops for each in models if each.cost}}
+    return Report(asdict(setting), models, _tables(models, setting), notes, page)
 
 
 def _in_modes(group: Sequence[Model], modes: Sequence[str], notes: list[str]) -> list[Model]:
@@ -114,16 +104,22 @@ def _profile(each: Model, setting: Setting) -> str:
     return f'Profile of {each.name}:\n\n```\n{table}\n```\n'
 
 
-def tables(models: Sequence[Model], setting: Setting) -> list[Table]:
+def _tables(models: Sequence[Model], setting: Setting) -> list[Table]:
     """Cost first, then time and memory, accuracy and the published figures."""
-    title = f'GFLOPs, whole and by stage, one image of {size(setting.image_size)}'
-    found = [
-        Table(title, [_cost(each) for each in models if each.cost]),
-        *time_tables(models, setting, setting.device),
-        Table('Accuracy, measured', [_accuracy(each) for each in models if each.accuracy]),
-        Table(_BESIDE, [_published(each) for each in models if each.published]),
+    cost = [_cost(each) for each in models if each.cost]
+    accuracy = [
+        {**each.label(), **{metric: f'{value:.1f}' for metric, value in each.accuracy.items()}}
+        for each in models
+        if each.accuracy
     ]
-    return [table for table in found if table.cells]
+    published = [_published(each) for each in models if each.published]
+    tables = [
+        Table(f'GFLOPs, whole and by stage, one image of {size(setting.image_size)}', cost),
+        *time_tables(models, setting, setting.device),
+        Table('Accuracy, measured', accuracy),
+        Table('Published (the paper) beside measured (another image size and rule)', published),
+    ]
+    return [table for table in tables if table.cells]
 
 
 def _cost(each: Model) -> dict:
@@ -136,21 +132,17 @@ def _cost(each: Model) -> dict:
     return {**each.label(), **whole, **stages, 'tokens by level': tokens or '-'}
 
 
-def _accuracy(each: Model) -> dict:
-    return {**each.label(), **{metric: f'{value:.1f}' for metric, value in each.accuracy.items()}}
-
-
 def _published(each: Model) -> dict:
-    paper, first = each.published, each.baseline
-    encoder = each.cost.stage_flops['encoder']
+    paper, first, cost = each.published, each.baseline, each.cost
+    encoder = cost.stage_flops['encoder']
     theirs = paper['encoder_gflops'] / first.published['encoder_gflops']
     ours = encoder / first.cost.stage_flops['encoder']
     row = {**each.label(), 'published AP': f'{paper["ap"]:.1f}'}
     for what, published, measured in (
-        ('GFLOPs', f'{paper["gflops"]:g}', giga(each.cost.flops)),
+        ('GFLOPs', f'{paper["gflops"]:g}', giga(cost.flops)),
         ('encoder', f'{paper["encoder_gflops"]:g}', giga(encoder)),
         ('encoder saving', f'{1 - theirs:.0%}', f'{1 - ours:.0%}'),
-        ('params M', f'{paper["params"]:g}', f'{each.cost.params / 1e6:.1f}'),
+        ('params M', f'{paper["params"]:g}', f'{cost.params / 1e6:.1f}'),
     ):
         row |= {f'published {what}': published, f'measured {what}': measured}
     return row

@@ -191,13 +191,13 @@ class _FlopCounter(TorchDispatchMode):
 
     def __init__(self, compute: bool) -> None:
         super().__init__()
+        self.compute = compute
         self.flops: Counter[str] = Counter()
-        self._compute = compute
-        self._running: list[tuple[str, bool]] = [('', False)]  # name, is deformable attention
+        self.running: list[tuple[str, bool]] = [('', False)]  # name, is deformable attention
 
     def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         is_attention = isinstance(module, (MultiScaleDeformableAttention, SamplingAttention))
-        self._running.append((name, is_attention))
+        self.running.append((name, is_attention))
         if is_attention:
             # From the shapes: backends run different operators, and mmcv's on CUDA is not seen.
             query = args[0] if args else kwargs['query']
@@ -210,25 +210,23 @@ class _FlopCounter(TorchDispatchMode):
             )
 
     def leave(self, module: nn.Module, args: tuple, output: object) -> None:
-        self._running.pop()
+        self.running.pop()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        op = func._overloadpacket
+        kwargs, op = kwargs or {}, func._overloadpacket
         if op not in FLOP_RULES:
             return func(*args, **kwargs)
-        out = func(*args, **kwargs) if self._compute else _zeros_like_result(func, args, kwargs)
-        name, in_deform_attn = self._running[-1]
+        if self.compute:
+            out = func(*args, **kwargs)
+        else:
+            device = next(a.device for a in args if isinstance(a, Tensor))
+            shapes, kwargs = tree_map_only(Tensor, lambda t: t.to('meta'), (args, kwargs))
+            out = func(*shapes, **kwargs)
+            out = tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), out)
+        name, in_deform_attn = self.running[-1]
         if not (in_deform_attn and op in _SAMPLING):
             self.flops[name] += FLOP_RULES[op](args, out)
         return out
-
-
-def _zeros_like_result(func, args: tuple, kwargs: dict):
-    device = next(a.device for a in args if isinstance(a, Tensor))
-    args, kwargs = tree_map_only(Tensor, lambda t: t.to('meta'), (args, kwargs))
-    out = func(*args, **kwargs)
-    return tree_map_only(Tensor, lambda t: torch.zeros_like(t, device=device), out)
 
 
 # The rule: operator -> FLOPs from its arguments and its result.

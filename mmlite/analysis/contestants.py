@@ -13,26 +13,25 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
-from mmengine.config import Config
 from torch import Tensor, nn
 
 from .. import __version__, fuse, optimize
 from ..export.detector import DESCRIPTION, load
+from ..export.detector import Detector as ExportedDetector
 from ..export.int8 import import_nncf, quantize
 from ..export.operators import attention_as
 from ..export.program import Traced, trace
 from ..export.runtimes import import_runtime, library
-from ..export.write import write
+from ..export.write import FASTER, write
 from ..openmmlab.build import DetectorSpec, build_detector, load_config
 from ..openmmlab.layers import LiteEncoder
 from ..openmmlab.lite_config import stock_config
 from ..ops import reference
-from .compare import Contestant
 from .complexity import Complexity, called_with, count_detector, find_encoder
 from .inputs import encoder_inputs, image_batch, pyramid_sizes
 from .published import preset as published_rows
 from .report import size
-from .timing import Call, Setting, Start
+from .timing import Call, Contestant, Setting, Start
 
 # As it is; encoder compiled; standard attention on our operators; optimised for prediction.
 EAGER, COMPILED, FUSED, OPTIMIZED = MODES = ('eager', 'compiled', 'fused', 'optimized')
@@ -40,6 +39,8 @@ EAGER, COMPILED, FUSED, OPTIMIZED = MODES = ('eager', 'compiled', 'fused', 'opti
 # OpenVINO, for images of one size, in 8 bits.
 FORMS = PLAIN, PORTABLE, OURS = 'plain', 'portable', 'our operators'
 INT8 = '8 bits'
+# Runtime -> what a model is exported as.
+FORMATS = {'onnxruntime': 'onnx', 'openvino': 'openvino'}
 STOCK, STOCK_FUSED = 'stock (mmcv)', 'stock (ms_deform_attn)'
 EMBED_DIMS = 256
 
@@ -65,7 +66,7 @@ class Model(Contestant):
         facts = {'complexity': self.cost, 'published': self.published, 'accuracy': self.accuracy}
         return {'name': self.name, **facts, 'timings': self.timings}
 
-    def arguments(self, image_size: tuple[int, int], batch_size: int, device: str) -> dict:
+    def arguments(self, setting: Setting, batch_size: int = 1) -> dict:
         """Keyword arguments of a prediction."""
         raise NotImplementedError
 
@@ -75,20 +76,18 @@ class Model(Contestant):
 
     def count(self, setting: Setting) -> Complexity | None:
         """What one image costs."""
-        arguments = self.arguments(setting.image_size, 1, setting.device)
+        arguments = self.arguments(setting)
         return count_detector(self.model, setting.image_size, arguments, self.encoder_at)
 
     def call(self, part: str, setting: Setting, batch_size: int) -> Call | None:
         """Of ``'inference'``, ``'encoder'`` in it, or ``'training'``: forward and backward."""
-        module = self.model
-        arguments = self.arguments(setting.image_size, batch_size, setting.device)
+        module, arguments = self.model, self.arguments(setting, batch_size)
         if part == 'encoder':
             if self.encoder_at is None or self.mode == OPTIMIZED:  # that runs it in pieces
                 return None
             module = self.model.get_submodule(self.encoder_at)
-            with called_with(module) as caught:
+            with called_with(module) as arguments:
                 self.call('inference', setting, batch_size)(0)
-            arguments = caught
 
         def predict(index: int) -> object:
             module.eval()
@@ -125,8 +124,8 @@ class Model(Contestant):
 class Detector(Model):
     """A detector of MMDetection or mmlite."""
 
-    def arguments(self, image_size, batch_size, device) -> dict:
-        images, samples = image_batch(batch_size, image_size, device=device)
+    def arguments(self, setting, batch_size=1) -> dict:
+        images, samples = image_batch(batch_size, setting.image_size, setting.device)
         return {'inputs': images, 'data_samples': samples, 'mode': 'predict'}
 
     def count(self, setting) -> Complexity:
@@ -143,8 +142,9 @@ class Detector(Model):
 class Encoder(Model):
     """An encoder alone, over four levels."""
 
-    def arguments(self, image_size, batch_size, device) -> dict:
-        return encoder_inputs(pyramid_sizes(image_size), EMBED_DIMS, batch_size, device)
+    def arguments(self, setting, batch_size=1) -> dict:
+        sizes = pyramid_sizes(setting.image_size)
+        return encoder_inputs(sizes, EMBED_DIMS, batch_size, setting.device)
 
     def loss(self, arguments) -> Tensor:
         query = arguments['query'].detach().requires_grad_()  # the backbone learns, too
@@ -159,7 +159,7 @@ class Exported(Model):
     folder: Path | None = None
 
     def count(self, setting) -> None:
-        return None
+        """Nothing: no module is called."""
 
     def call(self, part, setting, batch_size) -> Call | None:
         if part != 'inference':
@@ -172,9 +172,13 @@ class Exported(Model):
                 f'{self.name} runs on the CPU with one image: leave out --device, --dtype and '
                 '--batch-size; an export for images of one size needs that --image-size'
             )
-        image = np.random.default_rng(0).uniform(0, 255, (3, *setting.image_size))
-        arguments = exported.arguments([image], 1)
-        return lambda index: exported.session(*arguments)
+        return session_call(exported, setting.image_size)
+
+
+def session_call(exported: ExportedDetector, size: tuple[int, int]) -> Call:
+    """A run of an exported detector alone, on a drawn image of size (h, w)."""
+    arguments = exported.arguments([np.random.default_rng(0).uniform(0, 255, (3, *size))], 1)
+    return lambda index: exported.session(*arguments)
 
 
 def detectors(
@@ -186,44 +190,43 @@ def detectors(
     """
     if bool(names) == bool(preset):
         raise ValueError('give either configs, the baseline first, or a --preset')
-    step = start('building', len(names) or sum(map(len, published_rows(preset))))
-
-    def build(name: str, config: Config, checkpoint: str | None = None, **facts) -> Model:
-        torch.manual_seed(0)
-        model = build_detector(config, checkpoint, device)
-        step()
-        return Detector(name, model, find_encoder(model), checkpoint, **facts)
-
-    for rows in published_rows(preset) if preset else ():
-        configs = [load_config(row.config, changes) for row in rows]
-        titles = [f'{row.model}, {row.backbone}' for row in rows]
-        yield [build(*pair, published=vars(row)) for *pair, row in zip(titles, configs, rows)]
-    exports = [Exported(name, folder=Path(name)) for name in names if Path(name).is_dir()]
-    if exports and exports[0].name == names[0]:
+    exports = [name for name in names if Path(name).is_dir()]
+    if exports and exports[0] == names[0]:
         raise ValueError('give the config of the baseline first; exports are compared with it')
-    specs = [DetectorSpec.parse(name) for name in names if not Path(name).is_dir()]
-    wanted = [(spec.name, load_config(spec.config, changes), spec.checkpoint) for spec in specs]
-    if len(wanted) == 1:
-        stock = copy.deepcopy(wanted[0][1])
-        with suppress(ValueError):  # it is stock itself
-            stock.model = stock_config(stock.model)
-            wanted.insert(0, ('stock', stock, None))
-    if wanted:
-        yield [*(build(*each) for each in wanted), *exports]
+    if preset:
+        groups = [
+            [(f'{row.model}, {row.backbone}', row.config, {'published': vars(row)}) for row in rows]
+            for rows in published_rows(preset)
+        ]
+    else:
+        specs = [DetectorSpec.parse(name) for name in names if name not in exports]
+        groups = [[(spec.name, spec.config, {'checkpoint': spec.checkpoint}) for spec in specs]]
+    step = start('building', sum(map(len, groups)))
+    for group in groups:
+        wanted = [(name, load_config(config, changes), facts) for name, config, facts in group]
+        if len(wanted) == 1:
+            stock = copy.deepcopy(wanted[0][1])
+            with suppress(ValueError):  # it is stock itself
+                stock.model = stock_config(stock.model)
+                wanted.insert(0, ('stock', stock, {}))
+        found: list[Model] = []
+        for name, config, facts in wanted:
+            torch.manual_seed(0)
+            model = build_detector(config, facts.get('checkpoint'), device)
+            found.append(Detector(name, model, find_encoder(model), **facts))
+            step()
+        yield found + [Exported(name, folder=Path(name)) for name in exports]
 
 
 def exported(
     group: Sequence[Model], runtimes: Sequence[str], int8: bool, size: tuple[int, int], start: Start
 ) -> list[Exported]:
     """Export detectors for runtimes in every form, or find what was exported before."""
-    for runtime in runtimes:  # asked before minutes go into exports
-        for package in ('onnx', 'onnxscript', runtime):
-            import_runtime(package)
+    for runtime in runtimes:
+        need_runtime(runtime, int8)
         library(runtime)
     forms = [(runtime, form) for runtime in runtimes for form in FORMS]
-    if int8:
-        import_nncf()
-        forms.append(('openvino', INT8))
+    forms += [('openvino', INT8)] if int8 else []
     wanted = [(each, *form) for each in group if each.model is not None for form in forms]
     step, found = start('exporting', len(wanted)), []
     for each, runtime, form in wanted:
@@ -232,10 +235,18 @@ def exported(
         key = hashlib.sha256(told.encode()).hexdigest()[:12]
         path = Path('work_dirs/exports', f'{key}-{runtime}-{form.replace(" ", "-")}')
         if not (path / DESCRIPTION).is_file():
-            _export(each.model, path, 'onnx' if runtime == 'onnxruntime' else runtime, form, size)
+            _export(each.model, path, FORMATS[runtime], form, size)
         found.append(Exported(f'{each.name}, {runtime}, {form}', folder=path))
         step()
     return found
+
+
+def need_runtime(runtime: str, int8: bool = False) -> None:
+    """Import what exporting for a runtime takes, before minutes go into it."""
+    for package in ('onnx', 'onnxscript', runtime):
+        import_runtime(package)
+    if int8:
+        import_nncf()
 
 
 def _export(model: nn.Module, folder: Path, format: str, form: str, size: tuple[int, int]) -> None:
@@ -245,20 +256,21 @@ def _export(model: nn.Module, folder: Path, format: str, form: str, size: tuple[
             write(trace(model, size=size), source, format)
             quantize(source, folder, [image])
         return
-    traced = trace(model, portable=form == PORTABLE)
+    traced = trace(model, portable=FASTER[format] if form == PORTABLE else None)
     if form == PLAIN:
         from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
         def standard(value, shapes, *sampling):
-            sizes = list(zip(shapes[::2], shapes[1::2]))
-            return multi_scale_deformable_attn_pytorch(value, sizes, *sampling)
+            return multi_scale_deformable_attn_pytorch(value, sizes(shapes), *sampling)
 
         def key_aware(query, key, value, shapes, locations):
-            sizes = list(zip(shapes[::2], shapes[1::2]))
-            return reference.key_aware_deform_attn(query, key, value, sizes, locations)
+            return reference.key_aware_deform_attn(query, key, value, sizes(shapes), locations)
+
+        def sizes(shapes):
+            return list(zip(shapes[::2], shapes[1::2]))
 
         program = traced.program.run_decompositions(attention_as(standard, key_aware))
-        traced = Traced(program, {**traced.description, 'portable': True})
+        traced = Traced(program, {**traced.description, 'portable': 'gridsample'})
     write(traced, folder, format)
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .attention import attention_at_point, level_masses
 from .complexity import count_detector
-from .report import size
+from .pictures import draw_attention, draw_level_masses, pixels_of
+from .report import giga, size
 
 
 class EfficiencyHook(Hook):
@@ -48,9 +49,8 @@ class EfficiencyHook(Hook):
         path = Path(runner.work_dir) / 'efficiency.json'
         path.write_text(json.dumps(asdict(cost), indent=2) + '\n')
         runner.logger.info(
-            f'{cost.flops / 1e9:.1f} GFLOPs, of which encoder '
-            f'{cost.stage_flops["encoder"] / 1e9:.1f}, at {size(self.image_size)}; '
-            f'{cost.params / 1e6:.2f} M parameters'
+            f'{giga(cost.flops)} GFLOPs, of which encoder {giga(cost.stage_flops["encoder"])}, at '
+            f'{size(self.image_size)}; {cost.params / 1e6:.2f} M parameters'
         )
 
 
@@ -76,18 +76,10 @@ class AttentionMapHook(Hook):
     def before_val_epoch(self, runner: Runner) -> None:
         self._masses = []
 
-    def after_val_iter(
-        self,
-        runner: Runner,
-        batch_idx: int,
-        data_batch: dict | None = None,
-        outputs: Sequence[DetDataSample] | None = None,
-    ) -> None:
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         is_due = batch_idx < self.num_images and runner.epoch % self.interval == 0
         if not is_due or not is_main_process():
             return
-        from .pictures import draw_attention, pixels_of
-
         model = _detector(runner)
 
         def run() -> DetDataSample:
@@ -102,15 +94,13 @@ class AttentionMapHook(Hook):
             middle = (box[:2] + box[2:]) / 2
         # A box may reach beyond the image.
         point = tuple(middle.clamp(torch.zeros(2), last).tolist())
-        seen = attention_at_point(model, run, point, name=type(model).__name__, layer=self.layer)
-        picture = pixels_of(draw_attention(image, [seen]))
+        seen = attention_at_point(model, run, point, self.layer)
+        picture = pixels_of(draw_attention(image, [(type(model).__name__, seen)]))
         runner.visualizer.add_image(f'attention_{batch_idx}', picture, step=runner.epoch)
         self._masses.append(level_masses(model, run))
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if self._masses:
-            from .pictures import draw_level_masses, pixels_of
-
             masses = {type(_detector(runner)).__name__: torch.stack(self._masses).mean(0)}
             picture = pixels_of(draw_level_masses(masses))
             runner.visualizer.add_image('attention_levels', picture, step=runner.epoch)

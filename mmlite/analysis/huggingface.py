@@ -21,18 +21,17 @@ TEXT_TOKENS = 195  # the 80 categories of COCO as one prompt
 class Transformer(Model):
     """A model of transformers."""
 
-    def arguments(self, image_size, batch_size, device) -> dict:
+    def arguments(self, setting, batch_size=1) -> dict:
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, 3, *image_size, generator=generator)
-        mask = torch.ones(batch_size, *image_size, dtype=torch.long)
-        batch = {'pixel_values': images, 'pixel_mask': mask}
+        images = torch.randn(batch_size, 3, *setting.image_size, generator=generator)
+        batch = {'pixel_values': images, 'pixel_mask': torch.ones_like(images[:, 0]).long()}
         if hasattr(self.model.config, 'text_config'):
             words = self.model.config.text_config.vocab_size
             text = torch.randint(1100, words, (batch_size, TEXT_TOKENS), generator=generator)
             text[:, 2::2] = 1012  # every other token is the full stop behind a category
             text[:, 0], text[:, -1] = 101, 102
             batch['input_ids'] = text
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+        return {name: tensor.to(setting.device) for name, tensor in batch.items()}
 
 
 class Kind(NamedTuple):

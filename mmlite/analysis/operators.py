@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .compare import Contestant, take_turns, time_tables
 from .inputs import OperatorInputs, OperatorShape
-from .report import Report
-from .timing import Call, Setting, Start, silent
+from .report import Report, time_tables
+from .timing import Call, Contestant, Setting, Start, silent, take_turns
 
 STANDARD, KEY_AWARE = 'ms_deform_attn', 'key_aware_deform_attn'
 PASSES = ('forward', 'forward+backward')
@@ -38,7 +37,7 @@ def benchmark_operators(setting: Setting, start: Start = silent, **options: Any)
         'over PyTorch': lambda each: by_name[each.operator, 'reference'],
         'over mmcv standard': lambda each: by_name.get((STANDARD, 'mmcv')),
     }
-    take_turns(operators, setting, against, start, min_seconds=0.02)
+    take_turns(operators, setting, start, against=against, min_seconds=0.02)
     sizes = f'M {shape.num_heads}, D {shape.head_dim}, P {shape.num_points}'
     tokens = f'{shape.num_queries or shape.num_tokens} queries, {shape.num_tokens} tokens'
     what = f'{tokens}, {sizes}, {shape.locations} locations'

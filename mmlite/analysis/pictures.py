@@ -13,56 +13,55 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from mmengine.structures import InstanceData
+from mmengine.visualization.utils import img_from_canvas
 from torch import Tensor
 
 from ..export.drawing import draw
 from .attention import QueryAttention
 
 _MARK = '#00e5ff'
-DPI = 110
 
 
-def draw_attention(image: np.ndarray, seen: Sequence[QueryAttention]) -> Figure:
+def draw_attention(image: np.ndarray, rows: Sequence[tuple[str, QueryAttention]]) -> Figure:
     """Sampling points over RGB pixels, (H, W, 3), coloured by weight.
 
-    A row for each detector, a column for each level and one for all of them.
+    A row for each detector, which has a name; a column for each level and one for all of them.
     """
-    levels = max(len(one.attention.spatial_shapes) for one in seen)
+    maps = [seen.attention for _, seen in rows]
+    columns = max(len(one.spatial_shapes) for one in maps) + 1
     height = 3.0 * image.shape[0] / image.shape[1] + 0.6
-    figure = Figure(figsize=(3.0 * (levels + 1), height * len(seen)), layout='constrained')
-    top = max(float(one.attention.weights.max()) for one in seen)
-    for strip, one in zip(figure.subfigures(len(seen), 1, squeeze=False)[:, 0], seen):
-        row = strip.subplots(1, levels + 1)
-        strip.suptitle(f'{one.name}: {one.where}', x=0.01, ha='left', fontsize=10)
+    figure = _figure(3.0 * columns, height * len(rows))
+    colors = {'vmin': 0, 'vmax': max(float(one.weights.max()) for one in maps), 'cmap': 'plasma'}
+    for strip, (name, seen) in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows):
+        strip.suptitle(f'{name}: {seen.where}', x=0.01, ha='left', fontsize=10)
+        axes = strip.subplots(1, columns)
         panels = {'all levels': slice(None)}
-        for level, (h, w) in enumerate(one.attention.spatial_shapes):
-            mass = float(one.attention.level_mass()[0, level])
+        masses = seen.attention.level_mass()[0].tolist()
+        for level, ((h, w), mass) in enumerate(zip(seen.attention.spatial_shapes, masses)):
             panels[f'level {level + 1} ({h}x{w}): {mass:.0%}'] = slice(level, level + 1)
-        for axis in row:
+        for axis in axes:
             axis.set_axis_off()
-        for axis, (title, chosen) in zip([row[-1], *row[:-1]], panels.items()):
+        for axis, (title, levels) in zip([axes[-1], *axes[:-1]], panels.items()):
             axis.set_title(title, fontsize=9)
             axis.imshow(image, alpha=0.75)
-            dots = _draw_points(axis, one, chosen, top)
-            axis.set_xlim(0, image.shape[1])
-            axis.set_ylim(image.shape[0], 0)
-        strip.colorbar(dots, ax=row, label='weight', shrink=0.8, pad=0.01)
+            _mark_query(axis, seen)
+            points = seen.attention.locations[0, :, levels].numpy() * np.array(seen.scale)
+            weights = seen.attention.weights[0, :, levels].numpy().ravel()
+            order = np.argsort(weights)  # the heaviest on top
+            x, y = points.reshape(-1, 2)[order].T
+            dots = axis.scatter(x, y, c=weights[order], s=14, linewidths=0, **colors)
+            axis.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0))
+        strip.colorbar(dots, ax=axes, label='weight', shrink=0.8, pad=0.01)
     return figure
 
 
-def _draw_points(axis: Axes, one: QueryAttention, levels: slice, top: float):
-    """Draw the query and its points on some levels."""
-    points = one.attention.locations[0, :, levels].numpy() * np.array(one.scale)  # (M, L, P, 2)
-    weights = one.attention.weights[0, :, levels].numpy().ravel()
-    order = np.argsort(weights)  # the heaviest on top
-    x, y = points.reshape(-1, 2)[order].T
-    if one.point:
-        axis.plot(*one.point, '+', color=_MARK, markersize=11, markeredgewidth=2)
-    if one.box:
-        x1, y1, x2, y2 = one.box
-        box = Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=_MARK, linewidth=1.5)
-        axis.add_patch(box)
-    return axis.scatter(x, y, c=weights[order], s=14, vmin=0, vmax=top, cmap='plasma', linewidths=0)
+def _mark_query(axis: Axes, seen: QueryAttention) -> None:
+    if seen.point:
+        axis.plot(*seen.point, '+', color=_MARK, markersize=11, markeredgewidth=2)
+    if seen.box:
+        x1, y1, x2, y2 = seen.box
+        look = {'fill': False, 'color': _MARK, 'linewidth': 1.5}
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, **look))
 
 
 def draw_objects(image: np.ndarray, objects: InstanceData, names: Sequence[str]) -> np.ndarray:
@@ -84,8 +83,8 @@ def draw_panels(
 ) -> Figure:
     """Images of one size in a grid: rows of titles and pixels, (H, W, 3); width in inches."""
     height, width = rows[0][0][1].shape[:2]
-    size = (panel_width * len(rows[0]), len(rows) * (panel_width * height / width + 0.4))
-    figure = Figure(figsize=size, layout='constrained')
+    panel_height = panel_width * height / width + 0.4
+    figure = _figure(panel_width * len(rows[0]), panel_height * len(rows))
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for axis, (title, pixels) in zip(axes.flat, itertools.chain(*rows)):
         axis.set_title(title, fontsize=10, loc='left')
@@ -100,7 +99,7 @@ def draw_level_masses(masses: Mapping[str, Tensor]) -> Figure:
     ``masses``: name of a detector -> mean of :func:`~mmlite.analysis.attention.level_masses`.
     """
     layers = max(map(len, masses.values()))
-    figure = Figure(figsize=(1.9 * layers + 1, 2.3 * len(masses) + 0.4), layout='constrained')
+    figure = _figure(1.9 * layers + 1, 2.3 * len(masses) + 0.4)
     axes = figure.subplots(len(masses), layers, squeeze=False)
     colors = matplotlib.colormaps['viridis'].with_extremes(bad='#e8e8e8')
     for row, (name, mass) in zip(axes, masses.items()):
@@ -122,7 +121,8 @@ def draw_level_masses(masses: Mapping[str, Tensor]) -> Figure:
 
 def pixels_of(figure: Figure) -> np.ndarray:
     """The figure as RGB pixels, uint8, shape (H, W, 3)."""
-    figure.set_dpi(DPI)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return img_from_canvas(FigureCanvasAgg(figure))
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), dpi=110, layout='constrained')

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
 
-from .timing import Timing
+from .timing import Contestant, Setting, Timing
 
 
 @dataclass
@@ -62,20 +65,33 @@ class Report:
         return render(report=self, **self.page)
 
 
-def render(**content: object) -> str:
-    """Fill in ``templates/page.html``."""
+def render(picture: Path | None = None, **content: object) -> str:
+    """Fill in ``templates/page.html``; ``picture`` is the file of a PNG."""
     import jinja2
 
     loader = jinja2.PackageLoader('mmlite.analysis', 'templates')
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return pages.get_template('page.html').render(content)
+    encoded = picture and base64.b64encode(picture.read_bytes()).decode()
+    return pages.get_template('page.html').render(content, picture=encoded)
 
 
-def cells(timing: Timing) -> dict[str, object]:
-    """A timing as cells: median, mean, 95th percentile, how many times faster, memory."""
+def time_tables(contestants: Sequence[Contestant], setting: Setting, where: str) -> list[Table]:
+    """A table for each part and batch size: time, how many times faster, memory, rate."""
+    found = []
+    for part, batch_size in product(setting.parts, setting.batch_sizes):
+        timed = [(each, each.timings.get(part, {}).get(batch_size)) for each in contestants]
+        rows = [_row(each, timing, part, batch_size) for each, timing in timed if timing]
+        shape = f'{size(setting.image_size)}, batch {batch_size}, {setting.dtype}'
+        found += [Table(f'{part.capitalize()}, {shape}, {where}', rows)] if rows else []
+    return found
+
+
+def _row(each: Contestant, timing: Timing, part: str, batch_size: int) -> dict[str, object]:
     times = {f'{n} ms': milliseconds(getattr(timing, n)) for n in ('median', 'mean', 'p95')}
     memory = '-' if timing.memory is None else f'{timing.memory / 2**20:.1f}'
-    return {**times, **timing.faster, 'peak MiB': memory}
+    work = each.work(part, batch_size).items()
+    rates = {unit: f'{amount / timing.median:.2f}' for unit, amount in work}
+    return {**each.label(), **times, **timing.faster, 'peak MiB': memory, **rates}
 
 
 def milliseconds(seconds: float) -> str:

@@ -11,10 +11,11 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -78,6 +79,44 @@ class Setting:
         return torch.autocast(kind, dtype, enabled=self.dtype != 'float32')
 
 
+@dataclass(eq=False)
+class Contestant:
+    """What is measured: something with parts that can be called."""
+
+    # Part -> batch size -> what was measured.
+    timings: dict[str, dict[int, Timing]] = field(default_factory=dict, init=False)
+
+    def label(self) -> dict[str, str]:
+        """The first cells of its rows."""
+        raise NotImplementedError
+
+    def call(self, part: str, setting: Setting, batch_size: int) -> Call | None:
+        """What is measured of a part; None where there is no such part."""
+        raise NotImplementedError
+
+    def work(self, part: str, batch_size: int) -> dict[str, float]:
+        """What a call gets done, by the unit of its rate."""
+        return {'images/s': batch_size}
+
+    def as_json(self) -> dict:
+        return {**self.label(), 'timings': self.timings}
+
+
+def take_turns(
+    contestants: Sequence[Contestant], setting: Setting, start: Start = silent, **how: Any
+) -> None:
+    """Measure every part at every batch size; fills :attr:`Contestant.timings`.
+
+    What else is given goes to :func:`measure`.
+    """
+    for part, batch_size in product(setting.parts if setting.rounds else (), setting.batch_sizes):
+        calls = {each: each.call(part, setting, batch_size) for each in contestants}
+        calls = {each: call for each, call in calls.items() if call is not None}
+        timings = measure(calls, setting, start, f'{part}, batch {batch_size}', **how)
+        for each, timing in timings.items():
+            each.timings.setdefault(part, {})[batch_size] = timing
+
+
 def measure(
     contestants: Mapping[Name, Call],
     setting: Setting,
@@ -89,16 +128,10 @@ def measure(
 ) -> dict[Name, Timing]:
     """Measure several calls in turns: time, peak memory, and how many times faster they are.
 
-    Args:
-        contestants (Mapping[Hashable, Call]): Name -> what to measure.
-        setting (Setting): An odd number of rounds is raised to the next even one.
-        start (Start): Shows progress, with ``text`` beside the bar.
-        against (Mapping[str, Callable], optional): Entry of :attr:`Timing.faster` -> function from
-            a name to that of the contestant to compare with.
-        min_seconds (float): Quick calls are repeated until a measurement takes about this long.
-
-    Raises:
-        ValueError: There is nothing to measure or no round to do it in.
+    An odd number of rounds is raised to the next even one. ``start`` shows progress, with ``text``
+    beside the bar. ``against`` has for each entry of :attr:`Timing.faster` a function from a name
+    to that of the contestant to compare with. Quick calls are repeated until a measurement takes
+    about ``min_seconds``. ValueError where there is nothing to measure or no round to do it in.
     """
     if not contestants or setting.rounds < 1:
         raise ValueError('a measurement needs at least one contestant and one round')
@@ -111,10 +144,9 @@ def measure(
         repeats[name] = max(1, round(min_seconds / max(once, 1e-9)))
         step()
     seconds: dict[Name, list[float]] = {name: [] for name in contestants}
-    order = list(contestants)
+    order = list(contestants.items())
     for index in range(rounds):
-        for name in order:
-            call = contestants[name]
+        for name, call in order:
             seconds[name].append(_seconds(call, index, repeats[name], setting.device))
             step()
         order.reverse()
@@ -122,11 +154,10 @@ def measure(
         name: Timing(tuple(seconds[name]), peak_memory(call, setting.device))
         for name, call in contestants.items()
     }
-    for head, other_of in (against or {}).items():
-        for name, timing in timings.items():
-            other = timings.get(other_of(name))
-            if other is not None:
-                timing.faster[head] = speedup(other, timing)
+    for (head, other_of), name in product((against or {}).items(), timings):
+        other = timings.get(other_of(name))
+        if other is not None:
+            timings[name].faster[head] = speedup(other, timings[name])
     return timings
 
 

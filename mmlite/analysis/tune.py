@@ -19,13 +19,14 @@ from mmengine.config import Config
 from torch import nn
 
 from ..export.detector import Detections, Detector, load
-from ..export.int8 import coco_ap, import_nncf, quantize
+from ..export.int8 import coco_ap, quantize
 from ..export.pytorch import pytorch_detector
-from ..export.runtimes import import_runtime
 from ..export.write import export_detector
 from ..models import use_schedule
 from ..nn import InterleavedEncoder
 from ..openmmlab.families import encoder_name, find_holder, type_name
+from .accuracy import Dataset
+from .contestants import FORMATS, need_runtime, session_call
 from .report import Table, milliseconds, size
 from .timing import Call, Setting, Start, measure, silent
 
@@ -151,63 +152,52 @@ def tune(
     decoder_layers: Sequence[int] = (),
     int8: bool = False,
     images: Sequence[np.ndarray] = (),
-    annotated: tuple[Path, Path] | None = None,
+    dataset: Dataset | None = None,
     rounds: int = 4,
     folder: Path = Path('work_dirs/tune'),
     start: Start = silent,
 ) -> list[Point]:
-    """Time and measure every choice that there is.
+    """Time and measure every choice that there is, and give them, the most expensive first.
 
-    Args:
-        model (nn.Module): A Lite detector with its weights, elastic for several schedules.
-        config (Config): Its config.
-        runtime (str): ``'pytorch'``, ``'onnxruntime'`` or ``'openvino'``.
-        image_sizes (Sequence[tuple[int, int]]): (h, w) that images are fitted into.
-        decoder_layers (Sequence[int]): How many layers of the decoder are kept; by default all.
-        int8 (bool): Also in 8 bits, in OpenVINO, calibrated on ``images``.
-        images (Sequence[np.ndarray]): As ``cv2.imread`` gives them. Without ``annotated``, accuracy
-            is how many of the detections of the most expensive choice are found on them.
-        annotated (tuple[Path, Path], optional): COCO annotations and the folder of their images.
-        rounds (int): Measurements of each.
-        folder (Path): Where exports go, each in a folder of its own.
-        start (Start): Shows progress.
-
-    Returns:
-        list[Point]: In the order of the choices, the most expensive first.
+    ``model`` is a Lite detector with its weights, elastic for several schedules, and ``config`` is
+    its config. ``runtime`` is ``'pytorch'``, ``'onnxruntime'`` or ``'openvino'``. Images are fitted
+    into ``image_sizes`` (h, w), and ``decoder_layers`` of the decoder are kept, by default all.
+    With ``int8`` choices also run in 8 bits, in OpenVINO, calibrated on ``images``, which are as
+    ``cv2.imread`` gives them. AP is measured on ``dataset``; without one, accuracy is how many
+    detections of the most expensive choice are found on ``images``. Exports go to ``folder``, each
+    in a folder of its own.
 
     Raises:
         ValueError: There is nothing to choose, or nothing to measure accuracy on.
         ImportError: The runtime is missing.
     """
-    if not images and annotated is None:
+    if not images and dataset is None:
         raise ValueError('accuracy needs images, or annotations with their images')
     if int8 and runtime != 'openvino':
         raise ValueError('8 bits are for OpenVINO; choose --runtime openvino')
     if int8 and not images:
         raise ValueError('8 bits are calibrated on images; give --images')
-    for package in () if runtime == 'pytorch' else ('onnx', 'onnxscript', runtime):
-        import_runtime(package)
-    if int8:
-        import_nncf()
+    if runtime != 'pytorch':
+        need_runtime(runtime, int8)
     depths = sorted(set(decoder_layers) or {len(decoder_of(model).layers)}, reverse=True)
     sizes = sorted(image_sizes, key=lambda each: -each[0] * each[1])
     choices = [Choice(s, i, d) for i, d, s in product(sizes, depths, schedules_of(model))]
     choices += [replace(choice, precision='int8') for choice in choices if int8]
     step = start('preparing', len(choices))
-    detectors = {}
+    detectors, calls = {}, {}
     for choice in choices:
         if runtime == 'pytorch':
             detectors[choice] = tuned(model, config, choice)
         else:
             detectors[choice] = _exported(model, config, choice, runtime, folder, images)
+        calls[choice] = session_call(detectors[choice], choice.image_size)
         step()
-    calls = {choice: _call(detector, choice) for choice, detector in detectors.items()}
     timings = measure(calls, Setting(rounds=rounds, warmup=1), start, 'timing')
     step = start('measuring accuracy', len(choices))
     points, reference = [], None
     for choice, detector in detectors.items():
-        if annotated is not None:
-            accuracy = coco_ap(detector, *annotated)
+        if dataset is not None:
+            accuracy = coco_ap(detector, dataset.annotations, dataset.images)
         else:
             found = [detector.detect(image) for image in images]
             reference = reference or found
@@ -218,14 +208,15 @@ def tune(
 
 
 def _exported(model, config, choice: Choice, runtime: str, folder: Path, images) -> Detector:
+    """The export of a choice, loaded; 8 bits are calibrated on the images."""
     use_schedule(model, choice.schedule)
     model = with_decoder_layers(model, choice.decoder_layers)
     config = with_image_size(config, choice.image_size)
-    path = export_folder(choice, folder)
-    format = 'onnx' if runtime == 'onnxruntime' else runtime
-    fixed = choice.image_size if choice.precision == 'int8' else None
-    source = path.with_name(f'{path.name}-source') if fixed else path
-    export_detector(model, source, format, config, fixed)
+    path = source = export_folder(choice, folder)
+    fixed = None
+    if choice.precision == 'int8':
+        source, fixed = path.with_name(f'{path.name}-source'), choice.image_size
+    export_detector(model, source, FORMATS[runtime], config, fixed)
     if fixed:
         quantize(source, path, images)
     return load(path, torch.get_num_threads())
@@ -234,12 +225,6 @@ def _exported(model, config, choice: Choice, runtime: str, folder: Path, images)
 def export_folder(choice: Choice, folder: Path) -> Path:
     """Where the export of a choice lies."""
     return folder / ''.join(c if c.isalnum() else '-' for c in str(choice))
-
-
-def _call(detector: Detector, choice: Choice) -> Call:
-    image = np.random.default_rng(0).uniform(0, 255, (3, *choice.image_size)).astype(np.float32)
-    arguments = detector.arguments([image], 1)
-    return lambda index: detector.session(*arguments)
 
 
 def agreement(wanted: Sequence[Detections], found: Sequence[Detections]) -> float:
@@ -283,31 +268,24 @@ def choose(points: Sequence[Point], budget: float) -> Point:
 def write_choice(point: Point, model: nn.Module, config: Config, base: str, folder: Path) -> Path:
     """Write a config and the weights of a choice for PyTorch; returns the config's path."""
     choice = point.choice
-    weights = folder / 'weights.pth'
+    weights, written = folder / 'weights.pth', folder / 'tuned.py'
     kept = with_decoder_layers(model, choice.decoder_layers).state_dict()
     torch.save({'state_dict': kept}, weights)
+    sized = with_image_size(config, choice.image_size)
     path, holder, _ = find_holder(config.model)
-    changes: dict = {'encoder': {'schedule': choice.schedule}}
-    elastic = list(map(str, schedules_of(model)))
-    if len(elastic) > 1:
-        changes['encoder']['elastic'] = elastic
-    if 'decoder' in holder:
-        changes['decoder'] = {'num_layers': choice.decoder_layers}
-    for name in reversed(path):
-        changes = {name: changes}
-    if 'decoder' not in holder:
-        changes[path[0]]['transformer_decoder'] = {'num_layers': choice.decoder_layers}
-    pipeline = with_image_size(config, choice.image_size).test_dataloader.dataset.pipeline
-    loader = {'dataset': {'pipeline': [step.to_dict() for step in pipeline]}}
-    lines = [
-        f'# {choice}: {milliseconds(point.seconds)} ms when it was chosen',
-        f'_base_ = {base!r}',
-        f'model = {changes!r}',
-        f'test_dataloader = {loader!r}',
-        f'load_from = {str(weights)!r}',
-    ]
-    written = folder / 'tuned.py'
-    written.write_text('\n'.join(lines) + '\n')
+    at = '.'.join(('model', *path))
+    decoder = f'{at}.decoder' if 'decoder' in holder else f'model.{path[0]}.transformer_decoder'
+    changes = {
+        f'{at}.encoder.schedule': choice.schedule,
+        f'{at}.encoder.elastic': list(map(str, schedules_of(model))),
+        f'{decoder}.num_layers': choice.decoder_layers,
+        'test_dataloader.dataset.pipeline': sized.test_dataloader.dataset.pipeline,
+        'load_from': str(weights),
+    }
+    text = Config()
+    text.merge_from_dict(changes)
+    head = f'# {choice}: {milliseconds(point.seconds)} ms when it was chosen\n_base_ = {base!r}\n'
+    written.write_text(head + text.pretty_text)
     return written
 
 
@@ -330,6 +308,8 @@ def draw(points: Sequence[Point], path: Path, budget: float | None = None) -> No
     figure.savefig(path)
 
 
-def table(points: Sequence[Point], title: str) -> Table:
-    """Points as a table."""
-    return Table(title, [point.cells() for point in points])
+def tables(points: Sequence[Point]) -> list[Table]:
+    """Points as tables: the best of them, and all."""
+    shown = {'What nothing else beats in time and accuracy': front(points)}
+    shown['All that was tried'] = points
+    return [Table(title, [each.cells() for each in rows]) for title, rows in shown.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
 import click
 
@@ -58,3 +59,4 @@ class _Commands(click.Group):
 @click.version_option(package_name='mmlite-detr')
 def main(debug: bool) -> None:
     """Lite DETR for MMDetection: efficient encoders that are fast on the clock."""
+    warnings.filterwarnings('ignore')  # those of the stack about itself bury what is printed

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import shlex
 import sys
-import warnings
 from collections.abc import Callable
 
 import click
@@ -23,7 +22,6 @@ def benchmark() -> None:
     Example:
       mmlite benchmark compare mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py VARIANT.py
     """
-    warnings.filterwarnings('ignore')  # those of the stack about itself bury the table
 
 
 def kind(function: Callable) -> click.Command:
@@ -33,51 +31,34 @@ def kind(function: Callable) -> click.Command:
     ``start``, the progress bar.
     """
 
-    @functools.wraps(function)
-    def run(threads, json_path, markdown_path, html_path=None, train=False, **own) -> None:
-        import torch
+    dtypes, many = click.Choice(['float32', 'bfloat16', 'float16']), 'Of models: one or more.'
 
+    @benchmark.command()
+    @shared.image_size_option()
+    @count_option('--batch-size', 'batch_sizes', default=[1], multiple=True, help=many)
+    @option('--dtype', type=dtypes, default='float32', help='Of operators, or autocast.')
+    @shared.device_option
+    @shared.threads_option
+    @count_option('--rounds', default=10, help='Measurements of each contestant.')
+    @count_option('--warmup', default=2)
+    @shared.json_option
+    @file_option('--markdown', 'markdown_path', help='Write the tables here.')
+    @functools.wraps(function)
+    def run(json_path, markdown_path, html_path=None, train=False, count_only=False, **own) -> None:
         from ..analysis.timing import Setting, describe_machine
 
-        shared.check_device(own['device'])
-        if threads:
-            torch.set_num_threads(threads)
-        if own.pop('count_only', False):
-            own['rounds'] = 0
         names = own.keys() & {field.name for field in dataclasses.fields(Setting)}
         setting = Setting(**{name: own.pop(name) for name in names})
-        if train:
-            setting = dataclasses.replace(setting, parts=(*setting.parts, 'training'))
+        parts = (*setting.parts, 'training') if train else setting.parts
+        rounds = 0 if count_only else setting.rounds
+        setting = dataclasses.replace(setting, parts=parts, rounds=rounds)
         with shared.progress() as start:
             report = function(setting=setting, start=start, **own)
         report.machine = describe_machine(setting.device)
         report.command = shlex.join(['mmlite', *sys.argv[1:]])
-        console = shared.console()
-        console.print(report.machine_line)
-        for table in report.tables:
-            shared.print_table(table.title, table.columns, table.rows, justify='right')
-        for note in report.notes:
-            console.print(note, markup=False, soft_wrap=True)
-        shared.write_json(json_path, report.as_json())
-        if markdown_path:
-            markdown_path.write_text(report.markdown())
-        if html_path:
-            html_path.write_text(report.html())
+        shared.show(report, json_path=json_path, markdown_path=markdown_path, html_path=html_path)
 
-    dtypes, many = click.Choice(['float32', 'bfloat16', 'float16']), 'Of models: one or more.'
-    for add in (
-        file_option('--markdown', 'markdown_path', help='Write the tables here.'),
-        shared.json_option,
-        count_option('--warmup', default=2),
-        count_option('--rounds', default=10, help='Measurements of each contestant.'),
-        shared.threads_option,
-        shared.device_option,
-        option('--dtype', type=dtypes, default='float32', help='Of operators, or autocast.'),
-        count_option('--batch-size', 'batch_sizes', default=[1], multiple=True, help=many),
-        shared.image_size_option(),
-    ):
-        run = add(run)
-    return benchmark.command()(run)
+    return run
 
 
 def several(name: str, choices: str, help: str) -> Callable:
@@ -148,13 +129,10 @@ def encoder(*, setting, schedules, ffn, modes, profile, start):
 @several('--part', 'inference encoder', 'The whole model, or its encoder alone.')
 @train_flag
 @flag('--count-only', help='Count parameters and FLOPs, time nothing.')
-@shared.annotations_option(help='COCO annotations: measure AP of configs with a checkpoint.')
-@option('--images', type=shared.FOLDER, help='Folder of their images.')
+@shared.dataset_options('COCO annotations: measure AP of configs with a checkpoint.', '--images')
 @shared.cfg_options
 @file_option('--html', 'html_path', help='Write a page here.')
-def compare(
-    *, names, preset, framework, schedule, setting, start, annotations, images, cfg_options, **how
-):
+def compare(*, names, preset, framework, schedule, setting, start, dataset, cfg_options, **how):
     """Compare models with the first one: FLOPs, parameters, time, memory, accuracy.
 
     A config is a path, mmdet::folder/config.py or mmlite::folder/config.py; a checkpoint may
@@ -174,12 +152,8 @@ def compare(
       mmlite benchmark compare --framework transformers mask2former
     """
     from ..analysis import comparison
-    from ..analysis.accuracy import Dataset
     from ..analysis.contestants import detectors
 
-    if (annotations is None) != (images is None):
-        raise ValueError('--annotations and --images go together')
-    dataset = Dataset(annotations, images) if annotations else None
     if framework == 'transformers':
         if preset or cfg_options or dataset or 'training' in setting.parts:
             refused = '--preset, --cfg-options, --annotations, --images and --train'

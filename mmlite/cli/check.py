@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import defaultdict
-from pathlib import Path
 
 import click
-from rich.markup import escape
+from rich.text import Text
 
 from . import shared
 
@@ -21,9 +19,7 @@ SHOWN_PLACES = 3
 @shared.cfg_options
 @shared.json_option
 @click.pass_context
-def check(
-    ctx: click.Context, config: str, workers: int, cfg_options: dict, json_path: Path | None
-) -> None:
+def check(ctx: click.Context, config: str, workers: int, cfg_options: dict, json_path) -> None:
     """Read every image and annotation that CONFIG names, then build its model.
 
     CONFIG is a path, or the name of a packaged config such as mmdet::dino/x.py. Found are images
@@ -43,7 +39,6 @@ def check(
     from ..datasets.check import COUNTS, PROBLEMS, REMARKS, check_data, check_model
     from ..openmmlab.build import build_detector
 
-    warnings.filterwarnings('ignore')  # those of the stack about itself, and of Pillow
     places = defaultdict(list)
     with shared.progress() as start:
         data_sets = check_data(cfg, places, workers, start)
@@ -54,12 +49,12 @@ def check(
 
     summaries = [data.as_json() for data in data_sets]
     if summaries:
-        columns = ('data', 'images', 'objects', 'at most in one image', 'annotation file')
         keys = ('name', 'images', 'objects', 'most_objects', 'annotation_file')
-        rows = [[escape(str(summary[key])) for key in keys] for summary in summaries]
+        columns = ('data', 'images', 'objects', 'at most in one image', 'annotation file')
+        rows = [[summary[key] for key in keys] for summary in summaries]
         shared.print_table('Data', columns, rows)
     for summary in summaries:
-        rows = [[escape(str(count[name])) for name in COUNTS] for count in summary['classes']]
+        rows = [[count[name] for name in COUNTS] for count in summary['classes']]
         columns = ('class', *COUNTS[1:])
         shared.print_table(f'Classes of {summary["name"]}', columns, rows, justify='right')
     found = [
@@ -68,13 +63,13 @@ def check(
         if where
     ]
     found.sort(key=lambda finding: not finding['problem'])
-    if found:
-        meanings, rows = {**PROBLEMS, **REMARKS}, []
-        for data, kind, where, problem in (finding.values() for finding in found):
-            text = f'[{"red" if problem else "yellow"}]{kind}[/]\n{meanings[kind]}'
-            shown = [*where[:SHOWN_PLACES], f'and {len(where) - SHOWN_PLACES} more']
-            shown = escape('\n'.join(shown[: len(where)]))
-            rows.append((data, text, str(len(where)), shown))
+    rows, meanings = [], {**PROBLEMS, **REMARKS}
+    for data, kind, where, problem in (finding.values() for finding in found):
+        more = [f'and {len(where) - SHOWN_PLACES} more'] if len(where) > SHOWN_PLACES else []
+        shown = '\n'.join([*where[:SHOWN_PLACES], *more])
+        text = Text.assemble((kind, 'red' if problem else 'yellow'), '\n', meanings[kind])
+        rows.append((data, text, len(where), shown))
+    if rows:
         columns = ('data', 'finding', 'count', 'where')
         shared.print_table('Findings', columns, rows, show_lines=True)
     problems = sum(finding['problem'] for finding in found)

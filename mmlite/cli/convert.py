@@ -7,12 +7,10 @@ import io
 import os
 import shutil
 import sys
-import warnings
 from argparse import Namespace
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -20,63 +18,38 @@ from . import shared
 
 # So many are worth learning from.
 ENOUGH_IMAGES = 32
-
-if TYPE_CHECKING:
-    from torch import nn
+MODELS = click.Choice(['deformable-detr', 'h-deformable-detr', 'dino', 'lite-dino'])
+CLASSES = "Turn the authors' 91 category slots into MMDetection's 80 classes and back, or keep all."
+ITERATIONS = (
+    'With --from-stock: updates of the Lite encoder; 0 fits it alone. Default: 400 with '
+    f'{ENOUGH_IMAGES} images or more, otherwise 0.'
+)
 
 
 @click.command()
 @click.argument('source', type=shared.PATH)
 @click.argument('target', type=shared.PATH)
-@click.option(
-    '--model',
-    'family',
-    type=click.Choice(['deformable-detr', 'h-deformable-detr', 'dino', 'lite-dino']),
-    help='Refuse any other model in the file than this one.',
-)
+@click.option('--model', 'family', type=MODELS, help='Refuse a file of any other model.')
 @click.option('--schedule', help="A Lite model's schedule, for example 'H3L1-(2+1)x3'.")
-@shared.option(
-    '--classes',
-    type=click.Choice(['coco', 'keep']),
-    default='coco',
-    help="Turn the authors' 91 category slots into MMDetection's 80 classes and back, or keep all.",
-)
+@shared.option('--classes', type=click.Choice(['coco', 'keep']), default='coco', help=CLASSES)
 @click.option('--num-queries', type=int, help='Queries at inference, if the file does not say.')
 @shared.flag('--ema', help='Take the averaged weights of the file.')
 @shared.flag('--to-official', help="The way back: to the authors' layout.")
 @click.option(
-    '--from-stock',
-    'lite_config',
+    *('--from-stock', 'lite_config'),
     metavar='CONFIG',
     help='Start the Lite detector of this config from a stock detector.',
 )
 @shared.images_option(
-    help='With --from-stock: images or folders of them to learn from, without labels; can be '
-    'repeated.'
+    help='With --from-stock: images or folders to learn from, without labels; can be repeated.'
 )
-@shared.count_option(
-    '--iterations',
-    help='With --from-stock: updates of the Lite encoder; 0 fits it alone. Default: 400 with '
-    f'{ENOUGH_IMAGES} images or more, otherwise 0.',
-    type=click.IntRange(0),
-)
+@shared.count_option('--iterations', type=click.IntRange(0), help=ITERATIONS)
 @shared.count_option('--batch-size', default=16, help='Images of an update, in each process.')
-@shared.annotations_option(help='COCO annotations: measure AP of both detectors on the way.')
-@shared.option('--annotated-images', type=shared.FOLDER, help='Folder of their images.')
+@shared.dataset_options('COCO annotations: measure AP of both detectors on the way.')
 @shared.cfg_options
 @shared.json_option
 def convert(
-    source: Path,
-    target: Path,
-    lite_config: str | None,
-    image_paths: tuple[Path, ...],
-    iterations: int | None,
-    batch_size: int,
-    annotations: Path | None,
-    annotated_images: Path | None,
-    cfg_options: dict,
-    json_path: Path | None,
-    **options,
+    source: Path, target: Path, lite_config, files, cfg_options, json_path, **options
 ) -> None:
     """Convert a checkpoint of the original authors to MMDetection or back, or start from stock.
 
@@ -103,32 +76,33 @@ def convert(
         raise ValueError(f'{target} is the source; give another name for the converted file')
     if not target.parent.is_dir():
         raise FileNotFoundError(f'{target.parent} does not exist; create the folder first')
-    if not (lite_config or image_paths or cfg_options):
+    training = {name: options.pop(name) for name in ('iterations', 'batch_size', 'dataset')}
+    if not (lite_config or files or cfg_options):
         report = _convert(source, target, **options)
     elif any(options[name] for name in ('to_official', 'family', 'ema', 'num_queries')):
         raise ValueError(
             '--from-stock takes none of --to-official, --model, --ema and --num-queries'
         )
-    elif lite_config and image_paths:
+    elif not (lite_config and files):
+        raise ValueError(
+            'a Lite detector from a stock one needs the config of the Lite one, and images: '
+            '--from-stock CONFIG --images FOLDER'
+        )
+    else:
         config = shared.read_config(lite_config, cfg_options)
         if options['schedule']:
             from ..openmmlab.families import find_holder
 
             find_holder(config.model)[1]['encoder']['schedule'] = options['schedule']
-        files = shared.image_files(image_paths)
-        if iterations is None:
-            iterations = 400 if len(files) >= ENOUGH_IMAGES else 0
-        if iterations:
-            how = (iterations, batch_size, annotations, annotated_images)
-            report = _distill(source, target, config, files, *how)
+        if training['iterations'] is None:
+            training['iterations'] = 400 if len(files) >= ENOUGH_IMAGES else 0
+        if training['iterations']:
+            report = _distill(source, target, config, files, **training)
         else:
             report = _start(source, target, config, files)
-    else:
-        raise ValueError(
-            'a Lite detector from a stock one needs the config of the Lite one, and images: '
-            '--from-stock CONFIG --images FOLDER'
-        )
-    shared.write_json(json_path, report)
+        report = report and {'source': str(source), 'written': [str(target)], **report}
+    if report:
+        shared.write_json(json_path, report)
 
 
 def _convert(source, target, to_official, family, schedule, classes, ema, num_queries) -> dict:
@@ -143,11 +117,11 @@ def _convert(source, target, to_official, family, schedule, classes, ema, num_qu
 
     checkpoint = checkpoints.load_checkpoint(source, allow=[Namespace])
     state, args = checkpoints.unpack(checkpoint, ema)
-    written = [target]
+    written = [str(target)]
     if to_official:
         left = checkpoint.get('official', {}).get('left')
         done = checkpoints.to_official(state, family, classes == 'coco', left)
-        content = dict(model=done.state_dict)
+        content = {'model': done.state_dict}
         if done.schedule:  # under the names of the authors' own run arguments
             high, blocks = done.schedule.num_high_levels, done.schedule.num_blocks
             content['args'] = Namespace(enc_scale=high, num_expansion=blocks)
@@ -156,35 +130,27 @@ def _convert(source, target, to_official, family, schedule, classes, ema, num_qu
         config = checkpoints.official_config(done, args, num_queries)
         checkpoints.check_conversion(done, config)
         is_coco = len(done.state_dict['bbox_head.cls_branches.0.weight']) == 80
-        content = dict(
-            meta=dict(dataset_meta=CocoDataset.METAINFO) if is_coco else {},
-            state_dict=done.state_dict,
-            official=dict(left=done.left),  # makes the way back exact
-        )
-        written.append(target.with_suffix('.py'))
-        written[1].write_text(config)
+        meta = {'dataset_meta': CocoDataset.METAINFO} if is_coco else {}
+        # What is left makes the way back exact.
+        official = {'left': done.left}
+        content = {'meta': meta, 'state_dict': done.state_dict, 'official': official}
+        config_path = target.with_suffix('.py')
+        config_path.write_text(config)
+        written.append(str(config_path))
     torch.save(content, target)
-    layout = done.layout
-    schedule = done.schedule and str(done.schedule)
-    title = ' '.join(filter(None, (FAMILIES[layout.family], schedule)))
+    layout, found = done.layout, done.schedule and str(done.schedule)
+    title = ' '.join(filter(None, (FAMILIES[layout.family], found)))
     click.echo(f'{title}: {len(done.mapped)} entries mapped')
     for what, entries in (('left', done.reasons), ('filled', done.filled)):
         for why, count in Counter(entries.values()).items():
             click.echo(f'{count} entries {what} ({why})')
-    click.echo(f'Wrote {" and ".join(map(str, written))}')
-    return dict(
-        source=str(source),
-        written=list(map(str, written)),
-        model=layout.family,
-        schedule=schedule,
-        layout=vars(layout),
-        mapped=done.mapped,
-        left=done.reasons,
-        filled=done.filled,
-    )
+    click.echo(f'Wrote {" and ".join(written)}')
+    told = {'source': str(source), 'written': written, 'model': layout.family, 'schedule': found}
+    entries = {'mapped': done.mapped, 'left': done.reasons, 'filled': done.filled}
+    return {**told, 'layout': vars(layout), **entries}
 
 
-def _start(source: Path, target: Path, config, images: list[Path]) -> dict:
+def _start(source: Path, target: Path, config, files: list[Path]) -> dict:
     """A Lite detector that is copied and fitted, to be trained."""
     import torch
     from mmdet.registry import DATASETS
@@ -198,50 +164,36 @@ def _start(source: Path, target: Path, config, images: list[Path]) -> dict:
     state, _ = unpack(load_checkpoint(source))
     init_default_scope('mmdet')
     model = build_initialised(config.model)
-    dataset = DATASETS.build(images_without_labels(config, images))
+    dataset = DATASETS.build(images_without_labels(config, files))
     data = model.data_preprocessor(pseudo_collate(list(dataset)), False)
     with shared.console().status('Fitting what is new to the stock detector'):
         report = warm_start(model, config.model, state, data)
-    torch.save(dict(meta={}, state_dict=model.state_dict()), target)
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, target)
     click.echo(f'{report}\nWrote {target}')
-    return dict(source=str(source), written=[str(target)], **asdict(report))
+    return asdict(report)
 
 
-def _distill(
-    source: Path,
-    target: Path,
-    config,
-    files: list[Path],
-    iterations: int,
-    batch_size: int,
-    annotations: Path | None,
-    annotated_images: Path | None,
-) -> dict:
-    """A Lite detector that has learnt from its stock detector."""
+def _distill(source, target, config, files, iterations, batch_size, dataset) -> dict:
+    """A Lite detector that has learnt from its stock detector; the first process alone reports."""
     import torch
     from mmengine.registry import RUNNERS
 
-    from ..analysis.accuracy import Dataset, evaluate_model
+    from ..analysis.accuracy import evaluate_model
     from ..openmmlab.distillation import ProgressHook, check_resumable, distillation_config
 
-    if (annotations is None) != (annotated_images is None):
-        raise ValueError('--annotations and --annotated-images go together')
-    dataset = Dataset(annotations, annotated_images) if annotations else None
-    if dataset is not None:
-        dataset.check()
-    folder = target.with_suffix('.distill')
+    folder, rank = target.with_suffix('.distill'), os.environ.get('RANK')
     settings = distillation_config(config, source, files, iterations, batch_size, folder)
-    if 'RANK' in os.environ:
+    if rank is not None:
         settings.launcher = 'pytorch'
         settings.runner_type = 'Runner' if torch.cuda.is_available() else 'CPURunner'
-    if not int(os.environ.get('RANK', 0)):
+    is_main = not int(rank or 0)
+    if is_main:
         check_resumable(settings)
     settings.log_level = 'ERROR'
-    warnings.filterwarnings('ignore')
     measured: dict[str, float] = {}
     output = sys.stdout  # past what keeps MMEngine quiet
 
-    def measure(name: str, model: nn.Module) -> None:
+    def measure(name: str, model) -> None:
         if dataset is not None and name not in measured:
             measured[name] = evaluate_model(model, config, dataset)['mAP']
             click.echo(f'{name}: {measured[name]:.1f} AP', output)
@@ -250,16 +202,14 @@ def _distill(
         runner = RUNNERS.build(settings)
         runner.register_hook(ProgressHook(start, measure), priority='VERY_LOW')
         runner.train()
-    if int(os.environ.get('RANK', 0)):
+    if not is_main:
         return {}
     model = getattr(runner.model, 'module', runner.model)
     distilled = model.facts(iterations)
-    torch.save(dict(meta=dict(distilled=distilled), state_dict=model.state_dict()), target)
+    torch.save({'meta': {'distilled': distilled}, 'state_dict': model.state_dict()}, target)
     shutil.rmtree(folder)
     click.echo(
         f'{iterations} iterations on {len(files)} images: tokens within {model.distance:.3f} of '
         f"their variance from the stock detector's\nWrote {target}"
     )
-    return dict(
-        source=str(source), written=[str(target)], **distilled, distance=model.distance, ap=measured
-    )
+    return {**distilled, 'distance': model.distance, 'ap': measured}

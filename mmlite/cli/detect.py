@@ -28,7 +28,7 @@ _COLUMNS = ('file_name', 'frame', 'class', 'score')
 @shared.option('--threshold', type=click.FloatRange(0, 1), default=0.3, help='The lowest score.')
 @shared.count_option('--batch-size', default=1)
 @shared.count_option('--max-frames', help='Of a video or camera. Default: to its end, or Ctrl-C.')
-@shared.threads_option
+@shared.count_option('--threads', help='CPU threads. Default: all cores.')
 @shared.device_option
 @shared.cfg_options
 def detect(model, sources, out: Path, threshold, batch_size, max_frames, **options) -> None:
@@ -50,8 +50,6 @@ def detect(model, sources, out: Path, threshold, batch_size, max_frames, **optio
     from .. import load
     from ..export import draw
 
-    if not Path(model).is_dir():
-        shared.check_device(options['device'])
     detector = load(model, changes=options.pop('cfg_options'), **options)
     out.mkdir(parents=True, exist_ok=True)
     unread, entries, writers = [], [], {}

@@ -13,18 +13,30 @@ from .shared import option
 # What float32 leaves of a box, in parts of the image, and of a score. A pixel whose logit is near
 # zero may be on either side of it, and moves the box around a mask by whole pixels.
 TOLERANCE, MASK_TOLERANCE = 1e-4, 1e-2
-_FORMATS = click.Choice(['onnx', 'openvino', 'torch'])
+_FORMATS = click.Choice(['onnx', 'openvino', 'torch', 'web'])
 
 
 @click.command()
 @shared.config_argument
 @click.argument('checkpoint', required=False)
-@option('--format', type=_FORMATS, default='onnx', help='torch: a .pt2 file of torch.export.')
+@option(
+    '--format',
+    type=_FORMATS,
+    default='onnx',
+    help='torch: a .pt2 file of torch.export; web: a page for browsers, with a runtime from npm.',
+)
 @shared.out_option('The folder to write.', required=True)
 @option('--schedule', help='One of those that an elastic detector was trained with.')
 @shared.image_size_option('size', default=None, help='Fit images into a canvas. Default: any size.')
 @option('--batch-size', default='1', metavar='N|any', help='Images at a time.')
-@shared.flag('--portable', help='Use no operators of mmlite: for runtimes that take none. Slower.')
+@click.option(
+    '--portable',
+    type=click.Choice(['best', 'gridsample', 'gather']),
+    is_flag=False,
+    flag_value='best',
+    help='Use no operators of mmlite: for runtimes that take none. Slower. gather does without '
+    'GridSample, too; best is what the runtime is faster with.',
+)
 @option('--opset', default=18, help="Version of ONNX's operators, 18 to 21.")
 @shared.images_option(help='An image or a folder to compare with PyTorch on; can be repeated.')
 @option('--text', help='Of Grounding DINO: "cat . dog". Default: the classes of the config.')
@@ -33,9 +45,10 @@ def export(
     config,
     checkpoint,
     out: Path,
-    schedule: str | None,
+    schedule,
+    portable,
     batch_size: str,
-    image_paths,
+    files,
     text,
     cfg_options,
     **options,
@@ -66,10 +79,10 @@ def export(
 
     if batch_size != 'any' and not (batch_size.isdecimal() and int(batch_size)):
         raise ValueError(f"--batch-size must be a number of images or 'any'; got {batch_size!r}")
+    options['portable'] = portable == 'best' or portable or False
     options['batch'] = None if batch_size == 'any' else int(batch_size)
     if text is not None:
         options['text'] = [name.strip() for name in text.split('.') if name.strip()]
-    files = shared.image_files(image_paths) if image_paths else []
     decoder = preprocessing(cfg)['decoder']
     images = [read_image(file, decoder) for file in files]
     if not images:  # soft random colours

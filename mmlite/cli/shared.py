@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,12 @@ import click
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from mmengine.config import Config
+
+    from ..analysis.report import Report
 
 PATH = click.Path(path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -28,22 +31,72 @@ HELP = {'help_option_names': ['-h', '--help']}
 
 option = partial(click.option, show_default=True)
 count_option = partial(option, type=click.IntRange(1))
-path_option = partial(option, type=PATH)
 file_option = partial(option, type=FILE)
 flag = partial(click.option, is_flag=True)
 
+
+def _use_threads(ctx: click.Context, parameter: click.Parameter, count: int | None) -> None:
+    if count:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def _check_device(ctx: click.Context, parameter: click.Parameter, device: str) -> str:
+    """Refuse a device that is not there before any work is done."""
+    if device == 'cpu':  # exports run there without torch
+        return device
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+        if torch.device(device).type == 'cuda':
+            torch.cuda.set_device(device)  # events and Triton's launches belong to the current one
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition('\n')[0]
+        raise ValueError(f'device {device!r} cannot be used here: {reason}') from error
+    return device
+
+
 # One thing has one spelling in every command.
 config_argument = click.argument('config')
-checkpoint_argument = click.argument('checkpoint', required=False)
-threads_option = count_option('--threads', help='CPU threads. Default: all cores.')
-device_option = option('--device', default='cpu', help='cpu, cuda or cuda:1.')
+threads_option = count_option(
+    '--threads', callback=_use_threads, expose_value=False, help='CPU threads. Default: all cores.'
+)
+device_option = option(
+    '--device', default='cpu', callback=_check_device, help='cpu, cuda or cuda:1.'
+)
 json_option = file_option('--json', 'json_path', help='Write the results here, too.')
-annotations_option = partial(file_option, '--annotations')
-_EXISTING = click.Path(exists=True, path_type=Path)
-images_option = partial(option, '--images', 'image_paths', multiple=True, type=_EXISTING)
+images_option = partial(
+    *(option, '--images', 'files'),
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    callback=lambda ctx, parameter, paths: image_files(paths) if paths else [],
+)
 image_size_option = partial(
     option, '--image-size', nargs=2, type=click.IntRange(1), metavar='H W', default=(800, 1333)
 )
+
+
+def dataset_options(help: str, images: str = '--annotated-images') -> Callable:
+    """``--annotations`` and the folder of their images, as ``dataset``: checked, or None."""
+
+    def add(command: Callable) -> Callable:
+        @file_option('--annotations', help=help)
+        @option(images, 'folder', type=FOLDER, help='Folder of their images.')
+        @wraps(command)
+        def run(annotations: Path | None, folder: Path | None, **values: Any) -> Any:
+            if (annotations is None) != (folder is None):
+                raise ValueError(f'--annotations and {images} go together')
+            if annotations is None:
+                return command(dataset=None, **values)
+            from ..analysis.accuracy import Dataset
+
+            return command(dataset=Dataset(annotations, folder), **values)
+
+        return run
+
+    return add
 
 
 def out_option(help: str, ending: str | None = None, **options) -> Callable:
@@ -97,19 +150,6 @@ def spread(arguments: Sequence[str]) -> list[str]:
     return result
 
 
-class Point(click.ParamType):
-    """A place in an image, written 320,240."""
-
-    name = 'X,Y'
-
-    def convert(self, value, param, ctx) -> tuple[float, float]:
-        try:
-            x, y = map(float, value.split(','))
-        except ValueError:
-            self.fail('write x,y in pixels, for example 320,240')
-        return x, y
-
-
 def read_config(reference: str | Path, changes: dict | None = None) -> Config:
     """A config with the changes of ``--cfg-options``, once MMDetection is known to be there."""
     from ..openmmlab import require
@@ -133,19 +173,6 @@ def image_files(paths: Sequence[Path]) -> list[Path]:
     if not files:
         raise ValueError(f'there are no images in {", ".join(map(str, paths))}')
     return files
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there before any work is done."""
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-        if torch.device(device).type == 'cuda':
-            torch.cuda.set_device(device)  # events and Triton's launches belong to the current one
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition('\n')[0]
-        raise ValueError(f'device {device!r} cannot be used here: {reason}') from error
 
 
 @contextmanager
@@ -179,8 +206,28 @@ def print_table(
     for column in columns[1:]:
         shown.add_column(column, justify=justify, overflow='fold')
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     console().print(shown)
+
+
+def show(
+    report: Report,
+    json_path: Path | None = None,
+    markdown_path: Path | None = None,
+    html_path: Path | None = None,
+) -> None:
+    """Print a report, and write it to the files that are wanted."""
+    out = console()
+    out.print(report.machine_line)
+    for table in report.tables:
+        print_table(table.title, table.columns, table.rows, justify='right')
+    for note in report.notes:
+        out.print(note, markup=False, soft_wrap=True)
+    write_json(json_path, report.as_json())
+    if markdown_path:
+        markdown_path.write_text(report.markdown())
+    if html_path:
+        html_path.write_text(report.html())
 
 
 def write_json(path: Path | None, content: dict) -> None:

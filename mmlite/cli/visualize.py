@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from pathlib import Path
@@ -30,7 +28,6 @@ def visualize() -> None:
       mmlite visualize detections lite.py lite.pth photo.jpg --annotations val.json
       mmlite visualize levels lite.py lite.pth val/
     """
-    warnings.filterwarnings('ignore')  # those of the stack about itself
 
 
 def command(function: Callable) -> click.Command:
@@ -39,35 +36,32 @@ def command(function: Callable) -> click.Command:
     The function gets ``detectors``, what iterates over their models, names and ways to run. It
     returns a figure and its caption.
     """
+    help = 'PNG file to write; the page gets the same name.'
 
+    @visualize.command()
+    @click.argument('model', nargs=-1, required=True, metavar='CONFIG [CHECKPOINT]')
+    @option('--against', multiple=True, metavar='CONFIG[,CHECKPOINT]', help='Another detector.')
+    @shared.cfg_options
+    @shared.device_option
+    @shared.out_option(help, '.png', default=f'{function.__name__}.png')
     @wraps(function)
     def run(model, against, cfg_options, device, out, **own) -> None:
         if len(model) > 2:
             raise ValueError('give one CONFIG and at most one CHECKPOINT')
-        detectors = partial(_detectors, [','.join(model), *against], cfg_options, device)
+        detectors = _detectors([','.join(model), *against], cfg_options, device)
         figure, caption = function(detectors=detectors, **own)
         from ..analysis.report import render
 
-        figure.savefig(out, format='png', dpi=110)
-        picture = base64.b64encode(out.read_bytes()).decode()
+        figure.savefig(out, format='png')
         page = out.with_suffix('.html')
-        page.write_text(render(title=caption, picture=picture))
+        page.write_text(render(title=caption, picture=out))
         click.echo(f'{out} and {page} written')
 
-    help = 'PNG file to write; the page gets the same name.'
-    for add in (
-        click.argument('model', nargs=-1, required=True, metavar='CONFIG [CHECKPOINT]'),
-        option('--against', multiple=True, metavar='CONFIG[,CHECKPOINT]', help='Another detector.'),
-        shared.cfg_options,
-        shared.device_option,
-        shared.out_option(help, '.png', default=f'{function.__name__}.png'),
-    )[::-1]:
-        run = add(run)
-    return visualize.command()(run)
+    return run
 
 
 def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterator[tuple]:
-    """For each detector: model, name, and a function that runs it on an image."""
+    """For each detector: model, name, and a function that runs it on an image's file."""
     from mmdet.apis import inference_detector
 
     from ..analysis.attention import deformable_attentions
@@ -75,9 +69,7 @@ def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterato
     from ..openmmlab.build import DetectorSpec, build_detector
     from ..openmmlab.families import reads_text
 
-    shared.check_device(device)
-    for reference in references:
-        spec = DetectorSpec.parse(reference)
+    for spec in map(DetectorSpec.parse, references):
         model = build_detector(shared.read_config(spec.config, changes), spec.checkpoint, device)
         encoder = find_encoder(model)
         if not any(name.startswith(f'{encoder}.') for name in deformable_attentions(model)):
@@ -87,13 +79,22 @@ def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterato
         name = spec.name if spec.checkpoint else f'{spec.name} (random weights)'
         # A detector that reads a text is asked for the classes of its data.
         text = {'text_prompt': model.dataset_meta['classes'], 'custom_entities': True}
-        run = partial(inference_detector, model, **(text if reads_text(model) else {}))
-        yield model, name, lambda path, run=run: partial(run, str(path))
+        text = text if reads_text(model) else {}
+        yield model, name, partial(inference_detector, model, **text)
+
+
+def place(text: str) -> tuple[float, float]:
+    """A place in an image, written 320,240."""
+    try:
+        x, y = map(float, text.split(','))
+    except ValueError:
+        raise click.BadParameter('write x,y in pixels, for example 320,240') from None
+    return x, y
 
 
 @command
 @click.argument('image', type=IMAGE)
-@click.option('--point', type=shared.Point(), help='Query: a place. Default: the centre.')
+@click.option('--point', type=place, metavar='X,Y', help='Query: a place. Default: the centre.')
 @click.option('--object', 'rank', type=click.IntRange(0), help='Query: a detection, 0 the surest.')
 @option('--layer', type=int, default=-1, help='Negative from the last.')
 @click.option('--level', type=int, help='Of the token at the point, 0 the largest map.')
@@ -115,20 +116,21 @@ def attention(detectors, image, point, rank, layer, level):
         raise ValueError('give a --point or an --object, not both')
     pixels = read_image(image)[..., ::-1]
     point = point or (pixels.shape[1] / 2, pixels.shape[0] / 2)
-    seen = []
-    for model, name, run in detectors():
-        options = {'name': name, 'layer': layer}
+    rows = []
+    for model, name, run in detectors:
+        run = partial(run, str(image))
         if rank is None:
-            seen.append(attention_at_point(model, run(image), point, level=level, **options))
+            seen = attention_at_point(model, run, point, layer, level)
         else:
-            seen.append(attention_of_object(model, run(image), rank, **options))
-    names = ', '.join(one.name for one in seen)
-    return draw_attention(pixels, seen), f'Sampling points of {names} on {image.name}'
+            seen = attention_of_object(model, run, rank, layer)
+        rows.append((name, seen))
+    names = ', '.join(name for name, _ in rows)
+    return draw_attention(pixels, rows), f'Sampling points of {names} on {image.name}'
 
 
 @command
 @click.argument('image', type=IMAGE)
-@shared.annotations_option(help='COCO annotations, to draw what is there, too.')
+@shared.file_option('--annotations', help='COCO annotations, to draw what is there, too.')
 @option('--score', type=click.FloatRange(0, 1), default=0.3)
 def detections(detectors, image, annotations, score):
     """Draw what is detected, beside the ground truth.
@@ -146,8 +148,8 @@ def detections(detectors, image, annotations, score):
     if annotations is not None:
         truth = Dataset(annotations, image.parent).objects(image.name)
         panels.append(('ground truth', draw_objects(pixels, *truth)))
-    for model, name, run in detectors():
-        found = run(image)().pred_instances
+    for model, name, run in detectors:
+        found = run(str(image)).pred_instances
         found = found[found.scores >= score]
         drawn = draw_objects(pixels, found, model.dataset_meta['classes'])
         panels.append((f'{name}, score at least {score:g}', drawn))
@@ -168,24 +170,24 @@ def levels(detectors, images, max_images, json_path):
     Example:
       mmlite visualize levels lite.py lite.pth val/ --max-images 200 --json levels.json
     """
+    import numpy as np
     import torch
 
     from ..analysis.attention import level_masses
     from ..analysis.pictures import draw_level_masses
 
     paths = shared.image_files([images])[:max_images]
-    masses, plain = {}, {}
+    masses = {}
     with shared.progress() as start:
-        for model, name, run in detectors():
+        for model, name, run in detectors:
             step, seen = start(name, len(paths)), []
             for path in paths:
-                seen.append(level_masses(model, run(path)))
+                seen.append(level_masses(model, partial(run, str(path))))
                 step()
             masses[name] = torch.stack(seen).mean(0)
-            plain[name] = [  # null for what a layer does not update
-                [[None if v != v else round(v, 4) for v in row] for row in layer]
-                for layer in masses[name].tolist()
-            ]
+    plain = {name: mass.double().numpy().round(4) for name, mass in masses.items()}
+    # null for what a layer does not update
+    plain = {name: np.where(np.isnan(mass), None, mass).tolist() for name, mass in plain.items()}
     shared.write_json(json_path, {'images': len(paths), 'masses': plain})
     caption = f'Attention of the encoder by level, mean over {len(paths)} images of {images.name}'
     return draw_level_masses(masses), caption

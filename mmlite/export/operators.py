@@ -10,7 +10,8 @@ so that sizes may be dynamic. Without ``key`` the value serves as its own key. B
 ``mmlite::deform_attn`` at locations: in front of the node they are worked out from offsets.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Optional
 
@@ -80,42 +81,94 @@ def attention_as(ms_deform_attn: Callable, key_aware_deform_attn: Callable) -> d
     return _at_locations(either)
 
 
-def portable(query, key, value, spatial_shapes, _, locations, attention_weights) -> Tensor:
-    """The sums of :mod:`mmlite.ops.reference` in another order.
+def portable(sample: Callable, channels: int) -> Callable:
+    """The sums of :mod:`mmlite.ops.reference` in another order, in operators of every runtime.
 
     A runtime would put the samples of all levels together in three copies of the largest tensor of
-    all. Here every level stays as ``grid_sample`` leaves it, points before queries, so that whole
-    rows of queries are multiplied and added at a time. Locations are clamped, but one that is not a
-    number is not caught.
+    all. Here every level stays as ``sample`` leaves it, points before queries, so that whole rows
+    are multiplied and added at a time.
+
+    Args:
+        sample (Callable): Gets tokens (B, S, M, D), level sizes and of every level locations (B*M,
+            P, Q, 2); gives of every level what is at the points, zero outside: (B*M, D, P, Q) or
+            (B*M, P, Q, D).
+        channels (int): The axis of D in it, 1 or 3.
+
+    Returns:
+        Callable: Of the arguments of ``mmlite::deform_attn`` at locations.
     """
-    grids = (2 * locations.clamp(-2.0, 3.0) - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2).unbind(0)
+    queries, points = (2, 2) if channels == 1 else (1, 1)
 
-    def sample(tokens: Tensor) -> list[Tensor]:
-        """What each level has at the points, zero outside: (B*M, D, P, Q)."""
-        maps = tokens.permute(0, 2, 3, 1).flatten(0, 1)  # (B*M, D, S)
-        samples, start = [], 0
-        for grid, height, width in zip(grids, spatial_shapes[::2], spatial_shapes[1::2]):
-            level = maps.narrow(-1, start, height * width).unflatten(-1, (height, width))
-            samples.append(F.grid_sample(level, grid, align_corners=False))
-            start += height * width
-        return samples
+    def by_level(tensor: Tensor, *last: int) -> list[Tensor]:
+        """(B, Q, M, L, P, ...) -> of every level (B*M, P, Q, ...), by way of few axes."""
+        levels, num_points = tensor.shape[3:5]
+        rows = tensor.flatten(3).transpose(1, 2).flatten(0, 1)  # (B*M, Q, L*P*...)
+        pieces = rows.split(rows.shape[-1] // levels, -1)
+        return [piece.unflatten(-1, (num_points, *last)).transpose(1, 2) for piece in pieces]
 
-    samples = sample(value)
-    if query is None:
-        weights = attention_weights.permute(3, 0, 2, 4, 1).flatten(1, 2).unbind(0)  # (B*M, P, Q)
-    else:
-        keys = samples if key is None else sample(key)
-        query = query.permute(0, 2, 3, 1).flatten(0, 1).unsqueeze(2)  # (B*M, D, 1, Q)
-        query = query * query.shape[1] ** -0.5
-        logits = torch.cat([(query * level).sum(1) for level in keys], 1)  # (B*M, L*P, Q)
-        weights = logits.softmax(1).split(locations.shape[4], 1)
-    first, *others = ((one * weight.unsqueeze(1)).sum(2) for one, weight in zip(samples, weights))
-    total = sum(others, first)  # (B*M, D, Q)
-    return total.unflatten(0, (value.shape[0], value.shape[2])).flatten(1, 2).transpose(1, 2)
+    def attention(query, key, value, shapes, _, locations, attention_weights) -> Tensor:
+        sizes = list(zip(shapes[::2], shapes[1::2]))
+        places = [place.clamp(-2.0, 3.0) for place in by_level(locations, 2)]
+        samples = sample(value, sizes, places)
+        if query is None:
+            weights = by_level(attention_weights)
+        else:
+            keys = samples if key is None else sample(key, sizes, places)
+            query = query * query.shape[-1] ** -0.5
+            query = query.permute(0, 2, 3, 1) if channels == 1 else query.transpose(1, 2)
+            query = query.flatten(0, 1).unsqueeze(queries)
+            logits = torch.cat([(query * level).sum(channels) for level in keys], 1)
+            weights = logits.softmax(1).split(locations.shape[4], 1)
+        first, *others = (
+            (one * weight.unsqueeze(channels)).sum(points) for one, weight in zip(samples, weights)
+        )
+        total = sum(others, first).unflatten(0, (value.shape[0], value.shape[2]))
+        return (total.transpose(2, 3) if channels == 1 else total).transpose(1, 2).flatten(2)
+
+    return attention
+
+
+def sampled(tokens: Tensor, sizes: Sequence, places: Sequence[Tensor]) -> list[Tensor]:
+    """By ``grid_sample``: of every level (B*M, D, P, Q).
+
+    Locations that are not a number are not caught.
+    """
+    maps = tokens.permute(0, 2, 3, 1).flatten(0, 1)  # (B*M, D, S)
+    samples, start = [], 0
+    for (height, width), place in zip(sizes, places):
+        level = maps.narrow(-1, start, height * width).unflatten(-1, (height, width))
+        samples.append(F.grid_sample(level, 2 * place - 1, align_corners=False))
+        start += height * width
+    return samples
+
+
+def gathered(tokens: Tensor, sizes: Sequence, places: Sequence[Tensor]) -> list[Tensor]:
+    """By the rows of the four pixels around every point: of every level (B*M, P, Q, D)."""
+    rows = tokens.transpose(1, 2).flatten(0, 2)  # (B*M*S, D)
+    batch, total, heads = tokens.shape[:3]
+    start = (torch.arange(batch * heads, device=tokens.device) * total).view(-1, 1, 1)
+    samples = []
+    for (height, width), place in zip(sizes, places):
+        x, y = place.select(-1, 0) * width - 0.5, place.select(-1, 1) * height - 0.5
+        west, north = x.floor(), y.floor()
+        corners = []
+        for row, column in itertools.product((north, north + 1), (west, west + 1)):
+            share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            index = torch.where(inside, row * width + column, 0.0).long()
+            share = torch.where(inside, share, 0.0).to(tokens.dtype).unsqueeze(-1)
+            corners.append(share * F.embedding(start + index, rows))
+        samples.append(corners[0] + corners[1] + corners[2] + corners[3])
+        start = start + height * width
+    return samples
 
 
 # Our operator as the one at locations, which runtimes know, and in operators that all of them have.
-AT_LOCATIONS, PORTABLE = _at_locations(deform_attn), _at_locations(portable)
+AT_LOCATIONS = _at_locations(deform_attn)
+PORTABLE = {
+    'gridsample': _at_locations(portable(sampled, 1)),
+    'gather': _at_locations(portable(gathered, 3)),
+}
 
 
 class replacing(TorchFunctionMode):

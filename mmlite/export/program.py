@@ -91,13 +91,14 @@ def trace(
     config: Config | None = None,
     size: tuple[int, int] | None = None,
     batch: int | None = 1,
-    portable: bool = False,
+    portable: str | None = None,
     text: Sequence[str] | None = None,
     from_offsets: bool = False,
 ) -> Traced:
     """Trace a detector from images to what it finds; see :func:`mmlite.export.export_detector`.
 
-    With ``from_offsets`` attention takes offsets, as only torch knows it, instead of locations.
+    ``portable`` is one of :data:`.operators.PORTABLE`. With ``from_offsets`` attention takes
+    offsets, as only torch knows it, instead of locations.
     """
     if text is None and reads_text(model):
         text = class_names(config, model)
@@ -136,7 +137,7 @@ def trace(
 
 
 def trace_encoder(
-    model: nn.Module, graph: nn.Module, tokens: Tensor, pos: Tensor, portable: bool = False
+    model: nn.Module, graph: nn.Module, tokens: Tensor, pos: Tensor, portable: str | None = None
 ) -> torch.export.ExportedProgram:
     """Trace for fixed sizes a ``graph`` of tokens and positions that calls a detector's encoder."""
     with exportable(model):
@@ -144,7 +145,7 @@ def trace_encoder(
 
 
 def _export(graph: nn.Module, arguments, portable, from_offsets=False, dynamic=None):
-    table = PORTABLE if portable else ({} if from_offsets else AT_LOCATIONS)
+    table = PORTABLE[portable] if portable else ({} if from_offsets else AT_LOCATIONS)
     # Our operators, where they are built, are what a portable graph is made from, too.
     built = any(backend.name == 'cpu' and backend.available for backend in ops.backends())
     backend = 'cpu' if built or not portable else 'reference'

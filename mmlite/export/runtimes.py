@@ -185,5 +185,5 @@ def _open_torch(model: Path, portable: bool, threads: int | None, *_: Any) -> Se
 
 
 # Format of an export -> what opens its model, and the package that runs it.
-OPEN = {'onnx': _open_onnx, 'openvino': OpenVINOSession, 'torch': _open_torch}
+OPEN = {'onnx': _open_onnx, 'web': _open_onnx, 'openvino': OpenVINOSession, 'torch': _open_torch}
 RUNTIMES = {'onnx': 'onnxruntime', 'openvino': 'openvino', 'torch': 'torch'}

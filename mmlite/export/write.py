@@ -16,12 +16,16 @@ from mmengine.config import Config
 from torch import nn
 
 from .detector import Detector, load, write_description
-from .operators import translation_table
+from .operators import PORTABLE, translation_table
+from .pipeline import preprocessing
 from .program import Traced, trace
 from .runtimes import import_runtime, openvino_core
+from .web import check_web, write_page
 
+# Format -> which portable form its runtime is faster with; docs/deploy.md has the times.
+FASTER = {'onnx': 'gather', 'openvino': 'gridsample', 'torch': 'gridsample', 'web': 'gather'}
 # Format -> what the model is called in its folder.
-FILES = {'onnx': 'model.onnx', 'openvino': 'model.xml', 'torch': 'model.pt2'}
+FILES = {'onnx': 'model.onnx', 'openvino': 'model.xml', 'torch': 'model.pt2', 'web': 'model.onnx'}
 
 
 def export_detector(
@@ -31,7 +35,7 @@ def export_detector(
     config: Config | None = None,
     size: tuple[int, int] | None = None,
     batch: int | None = 1,
-    portable: bool = False,
+    portable: bool | str = False,
     opset: int = 18,
     text: Sequence[str] | None = None,
 ) -> Detector:
@@ -41,11 +45,14 @@ def export_detector(
         model (nn.Module): Deformable DETR, DINO, H-Deformable-DETR, DDQ-DETR, Grounding DINO or
             Mask2Former, stock or Lite.
         folder (str | PathLike): Where ``model.*`` and ``detector.json`` go.
-        format (str): ``'onnx'``, ``'openvino'`` or ``'torch'`` (torch.export).
+        format (str): ``'onnx'``, ``'openvino'``, ``'torch'`` (torch.export) or ``'web'``: an ONNX
+            model and a page that runs it in a browser, always portable.
         config (Config, optional): Where the names of the classes and the test pipeline are read.
         size (tuple[int, int], optional): (h, w) of the canvas that images are fitted into.
         batch (int, optional): Images at a time; None for any number.
-        portable (bool): Use no operators of ours: slower, for runtimes that take none.
+        portable (bool | str): Use no operators of ours: slower, for runtimes that take none.
+            ``'gridsample'`` samples by ``GridSample``, ``'gather'`` by ``Gather`` and arithmetic,
+            for runtimes without it; True takes the faster of the two.
         opset (int): Version of ONNX's operators.
         text (Sequence[str], optional): What Grounding DINO looks for, one name a class; by default
             the classes of ``config``.
@@ -62,7 +69,13 @@ def export_detector(
         raise ValueError(f'format must be one of {", ".join(FILES)}; got {format!r}')
     if opset not in range(18, 22):
         raise ValueError(f'opset {opset} is not supported; choose 18 to 21')
-    traced = trace(model, config, size, batch, portable, text, from_offsets=format == 'torch')
+    if format == 'web':
+        check_web(preprocessing(config), batch)
+        portable = portable or True
+    form = FASTER[format] if portable is True else portable or None
+    if form not in (None, *PORTABLE):
+        raise ValueError(f'portable must be one of {", ".join(PORTABLE)}; got {form!r}')
+    traced = trace(model, config, size, batch, form, text, from_offsets=format == 'torch')
     return write(traced, folder, format, opset)
 
 
@@ -77,8 +90,10 @@ def write(traced: Traced, folder: str | os.PathLike, format: str, opset: int = 1
         # Images of fewer rows or columns are outside what torch.export has traced.
         sides = (int(found.lower) for found in program.range_constraints.values())
         description['input'] = {**description['input'], 'least_side': max(sides, default=1)}
-    elif format == 'onnx':
+    elif format in ('onnx', 'web'):
         to_onnx(program, path, opset)
+        if format == 'web':
+            write_page(folder)
     else:  # by way of ONNX
         openvino = import_runtime('openvino')
         core = openvino_core(with_operators=not description['portable'])

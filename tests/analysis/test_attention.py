@@ -117,6 +117,20 @@ def test_level_masses(update):
     torch.testing.assert_close(masses.sum(-1), expected, equal_nan=True)
 
 
+def test_level_masses_of_layers_that_read_some_levels():
+    """Also of a schedule that was chosen among several."""
+    schedule = 'H3L1-12:12x1+1234x1'
+    encoder = LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg(), elastic=[schedule])
+    encoder.use_schedule(schedule)
+    model = Detector(encoder).eval()
+    with torch.no_grad():
+        masses = level_masses(model, lambda: encoder(**encoder_inputs(SIZES, embed_dims=32)))
+    assert masses[0].isnan().all(1).tolist() == [True, True, False, False]
+    assert (masses[0, 2:, :2] == 0).all()
+    torch.testing.assert_close(masses[0, 2:].sum(-1), torch.ones(2))
+    assert masses[1].min() > 0.1
+
+
 def test_level_masses_of_attention_that_is_known():
     """Standard attention whose weights are fixed by their biases, on some levels of the four."""
     encoder = DeformableDetrTransformerEncoder(num_layers=1, layer_cfg=layer_cfg()).eval()

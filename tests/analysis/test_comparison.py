@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmlite.analysis.compare import time_tables
 from mmlite.analysis.comparison import compare
 from mmlite.analysis.contestants import STOCK, STOCK_FUSED, Encoder, Model, encoders
+from mmlite.analysis.report import time_tables
 from mmlite.analysis.timing import Ratio, Setting, Timing
 from mmlite.nn import LiteEncoder
 

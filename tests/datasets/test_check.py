@@ -261,7 +261,8 @@ def test_splits_that_number_the_labels_differently(config, root):
     ('change', 'text'),
     [
         (None, 'does not exist'),
-        (lambda content: None, ''),  # a copy will do
+        (lambda content: None, ''),  # a copy will do, and so will one of more images
+        (lambda content: content['images'].append({**content['images'][0], 'id': 99}), ''),
         (lambda content: content['categories'].reverse(), 'is not the one of'),
         (lambda content: content['images'].pop(), 'is not the one of'),
     ],

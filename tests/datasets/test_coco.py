@@ -4,6 +4,7 @@ import pytest
 from mmdet.registry import DATASETS
 
 from mmlite.datasets import CLASSES, generate_shapes
+from mmlite.datasets.coco import listed
 
 FILE = 'annotations/instances_train.json'
 
@@ -90,3 +91,8 @@ def test_gives_what_the_stock_data_set_gives(root, classes):
     checked, stock = (build(root, classes, type=t) for t in ('CheckedCocoDataset', 'CocoDataset'))
     for index in range(3):
         assert checked.get_data_info(index) == stock.get_data_info(index)
+
+
+def test_listed():
+    assert listed('abc', 3) == "'a', 'b', 'c'"
+    assert listed('abcde', 3) == "'a', 'b', 'c' and 2 more"

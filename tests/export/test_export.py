@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from exported import SCHEDULE, TEXT, assert_runs_alone, batch_of, export_for_all, needs
+from exported import DETECTORS, SCHEDULE, TEXT, assert_runs_alone, batch_of, export_for_all, needs
 from small_detectors import SMALL, STOCK
 
 from mmlite.cli import main
@@ -132,6 +132,32 @@ def test_padded_batches(family, format_, images):
     if text:
         assert exported.classes == list(text)
         assert exported.description['text']['prompt'].startswith('red circle. green square.')
+
+
+OTHERS = [name for name in DETECTORS if 'Mask2Former' not in name and name != 'LiteDINO']
+
+
+@pytest.mark.parametrize(
+    'name', ['LiteDINO', *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+)
+def test_without_grid_sample(name, detector, images, tmp_path):
+    """By gathers: padded batches of any size, in the runtimes that are there."""
+    model, text = detector(name), TEXT if 'Grounding' in name else None
+    for format in ('onnx', 'openvino'):
+        needs(format)
+        options = dict(batch=None, portable='gather', text=text)
+        exported = export_detector(model, tmp_path / format, format, **options)
+        canvas, sizes = batch_of(images[:2])
+        expected, actual = predict(model, canvas, sizes, text), exported.detect_batch(images[:2])
+        for one, other in zip(expected, actual):
+            assert max(difference(one, other, canvas.shape[-2:])) < 1e-4
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / 'onnx/model.onnx'))
+    kinds = {(node.domain, node.op_type) for node in model.graph.node}
+    assert ('', 'GridSample') not in kinds and {domain for domain, _ in kinds} == {''}
+    shapes = [value.type.tensor_type.shape.dim for value in model.graph.value_info]
+    assert max(map(len, shapes)) <= 5
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def test_agrees_with_the_reference(variant, offsets):
         case.from_offsets(**offsets)
     with use_backend('reference'):
         expected = case.call(case.inputs)
-    for table in (AT_LOCATIONS, PORTABLE):
+    for table in (AT_LOCATIONS, *PORTABLE.values()):
         torch.testing.assert_close(table[deform_attn](*case.arguments), expected)
 
 
@@ -49,7 +49,9 @@ def test_has_no_operator_of_ours(encoder):
         return {str(node.target) for node in program.graph.nodes if 'mmlite' in str(node.target)}
 
     assert ours(trace_encoder(*encoder))
-    assert not ours(trace_encoder(*encoder, portable=True))
+    assert not ours(trace_encoder(*encoder, portable='gridsample'))
+    gather = trace_encoder(*encoder, portable='gather')
+    assert not ours(gather) and 'grid_sampler' not in str(gather.graph)
 
 
 @pytest.mark.slow
@@ -59,7 +61,7 @@ def test_compiled_ahead_of_time(encoder, tmp_path):
     inductor = pytest.importorskip('torch._inductor')
     if not hasattr(inductor, 'aoti_compile_and_package'):
         pytest.skip('this torch has no aoti_compile_and_package')
-    program = trace_encoder(*encoder, portable=True)
+    program = trace_encoder(*encoder, portable='gridsample')
     path = inductor.aoti_compile_and_package(program, package_path=str(tmp_path / 'encoder.pt2'))
     tokens = encoder[2:]
     with torch.inference_mode():

@@ -9,7 +9,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from mmlite import layers
-from mmlite.nn import LiteEncoder, StepTokens, encoder_reference_points
+from mmlite.nn import (
+    KeyAwareDeformableAttention,
+    LiteEncoder,
+    StepTokens,
+    encoder_reference_points,
+)
 from mmlite.openmmlab.checkpoints import convert_encoder_state
 
 OPTIONS = [
@@ -329,6 +334,33 @@ def test_a_training_step_reads_nothing_back(options):
 def test_unfitting_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         LiteEncoder(**{'schedule': 'H3L1-(2+1)x1', **arguments})
+
+
+def test_defaults_are_the_papers():
+    """256 channels, 8 heads, 4 points, an FFN of 2048; a key-aware attention of its own offsets."""
+    layer = LiteEncoder('H3L1-(1+1)x1').layers[0]
+    attention = layer.self_attn
+    assert attention.sampling_offsets.weight.shape == (8 * 4 * 4 * 2, 256)
+    assert layer.ffn.layers[0][0].weight.shape == (2048, 256) and layer.has_small_ffn
+    assert KeyAwareDeformableAttention().sampling_offsets.weight.shape == (8 * 4 * 4 * 2, 256)
+    assert attention.key_proj is None
+
+
+@pytest.mark.parametrize('number', [3, 5])
+def test_unfitting_levels_of_an_attention(number):
+    attention, count = KeyAwareDeformableAttention(32, 4, 4, 2), 30
+    points = torch.rand(1, count, number, 2)
+    with pytest.raises(ValueError, match=f'reference_points is for {number} feature levels'):
+        attention(torch.rand(1, count, 32), reference_points=points, spatial_shapes=[(5, 6)])
+
+
+def test_low_levels_by_ranks():
+    """Where the order of the maps is known beforehand, sizes are not compared."""
+    encoder = LiteEncoder('H2L2-(1+1)x1', **THIN)
+    encoder.level_ranks = (3, 2, 1, 0)
+    assert encoder.low_level_indices([(1, 1)] * 4) == (0, 1)
+    encoder.level_ranks = (0, 1, 2, 3)
+    assert encoder.low_level_indices([(1, 1)] * 4) == (2, 3)
 
 
 def test_unfitting_features():

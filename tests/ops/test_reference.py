@@ -105,3 +105,17 @@ def test_half_precision_is_rounded_once(inputs, half):
         return reference.key_aware_deform_attn(query, key, value, SHAPES, locations)
 
     assert torch.equal(call(half), call(torch.float32).to(half))
+
+
+def test_locations_by_hand():
+    """One point a map: offsets count in pixels around a point, in halves of its size in a box."""
+    offsets = torch.tensor([[1.0, -2.0], [3.0, 0.5]]).view(1, 1, 1, 2, 1, 2)
+    sizes = [(4, 10), (2, 5)]
+    point = torch.tensor([0.5, 0.25]).expand(1, 1, 2, 2)
+    found = reference.sampling_locations(point, offsets, sizes).view(2, 2)
+    expected = [[0.5 + 1 / 10, 0.25 - 2 / 4], [0.5 + 3 / 5, 0.25 + 0.5 / 2]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    box = torch.tensor([0.5, 0.25, 0.2, 0.4]).expand(1, 1, 2, 4)
+    found = reference.sampling_locations(box, offsets, sizes).view(2, 2)
+    expected = [[0.5 + 0.1, 0.25 - 2 * 0.2], [0.5 + 3 * 0.1, 0.25 + 0.5 * 0.2]]
+    torch.testing.assert_close(found, torch.tensor(expected))

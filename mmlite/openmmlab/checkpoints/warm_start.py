@@ -302,14 +302,13 @@ def _fit_small_ffn(
     hidden = stock.ffn.layers[0](tokens)
     wanted = target - tokens
 
-    units = layer.small_ffn.feedforward_channels
+    first, last = layer.small_ffn.layers[0][0], layer.small_ffn.layers[1]
     stock_weight = stock.ffn.layers[1].weight.T
     weight, _ = _least_squares(hidden, wanted, stock_weight)
     contribution = hidden.pow(2).mean(0) * weight.pow(2).sum(1)
-    best = contribution.topk(min(units, len(contribution))).indices
+    best = contribution.topk(min(first.out_features, len(contribution))).indices
     weight, bias = _least_squares(hidden[:, best], wanted, stock_weight[best])
 
-    first, last = layer.small_ffn.layers[0][0], layer.small_ffn.layers[1]
     for parameter in (*first.parameters(), *last.parameters()):
         parameter.zero_()
     first.weight[: len(best)] = stock.ffn.layers[0][0].weight[best]

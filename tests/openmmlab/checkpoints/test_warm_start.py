@@ -13,14 +13,22 @@ from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 from small_detectors import batch, small_config, write_pair
+from torch import nn
 
 from mmlite.cli import main
 from mmlite.models import stock_layers
 from mmlite.nn import DeformableAttention, KeyAwareDeformableAttention
+from mmlite.nn import encoder as nn_encoder
+from mmlite.nn.schedule import EncoderStep
+from mmlite.nn.tokens import StepTokens
 from mmlite.openmmlab.build import build_initialised
 from mmlite.openmmlab.checkpoints import stock_config, warm_start
 from mmlite.openmmlab.checkpoints.hooks import WarmStartHook
-from mmlite.openmmlab.checkpoints.warm_start import _fit_attention, _least_squares
+from mmlite.openmmlab.checkpoints.warm_start import (
+    _fit_attention,
+    _fit_small_ffn,
+    _least_squares,
+)
 from mmlite.openmmlab.detectors.grounding_dino import adapt_bert
 from mmlite.openmmlab.lite_config import lite_change, main_schedule
 
@@ -148,6 +156,48 @@ OTHERS = {
     'Mask2Former': ('Mask2Former', SEGMENTER),
     'panoptic': ('panoptic', SEGMENTER),
 }
+
+
+def small_ffn_alone(hidden_bias, padding_mask=None):
+    """Fit a small FFN of two units to a stock FFN of three; returns it and the stock FFN.
+
+    There is one low-level map of four tokens. The last output is wrong where it is padding.
+    """
+    step = EncoderStep(False, True)
+    dims, tokens = 2, torch.tensor([[[1.0, 2.0], [2.0, -1.0], [-1.0, 3.0], [4.0, -5.0]]])
+    stock = SimpleNamespace(ffn=nn_encoder.FFN(dims, 3), norms=[None, nn.LayerNorm(dims)])
+    first, last = stock.ffn.layers[0][0], stock.ffn.layers[1]
+    first.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    first.bias.data = torch.tensor(hidden_bias)
+    # The last unit says nothing to the output, however large it is.
+    last.weight.data = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    last.bias.data.zero_()
+    attention = KeyAwareDeformableAttention(dims, 1, 1, 1)
+    small = (nn_encoder.FFN(dims, 2), nn.LayerNorm(dims))
+    layer = nn_encoder.LiteEncoderLayer(step, attention, nn.LayerNorm(dims), None, small)
+    target = stock.ffn(tokens).detach()
+    if padding_mask is not None:
+        target[padding_mask] += 1000
+    kept = {
+        layer: (tokens, None, StepTokens(step, [(2, 2)], [0]), padding_mask),
+        stock.norms[1]: (target,),
+    }
+    with torch.no_grad():
+        _fit_small_ffn(layer, stock, kept, layer.norms[0], (), tokens)
+        return layer.small_ffn, stock.ffn, tokens
+
+
+def test_a_small_ffn_takes_the_units_that_the_output_hears():
+    small, stock, tokens = small_ffn_alone([50.0, 60.0, 1000.0])
+    torch.testing.assert_close(small(tokens), stock(tokens), rtol=1e-4, atol=1e-3)
+    assert sorted(small.layers[0][0].bias.tolist()) == [50.0, 60.0]
+
+
+def test_a_small_ffn_is_not_fitted_to_padding():
+    mask = torch.tensor([[False, False, False, True]])
+    small, stock, tokens = small_ffn_alone([50.0, 60.0, 70.0], mask)
+    inner = tokens[:, :3]
+    torch.testing.assert_close(small(inner), stock(inner), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize('case', OTHERS)

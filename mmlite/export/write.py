@@ -131,6 +131,10 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) 
             model = written.model
             # What is folded before need not be rewritten, which takes longest.
             optimizer.fold_constants(model)
+            for node in model.graph:  # two of a row pass through more axes than some runtimes have
+                before = node.inputs[0].producer() if node.op_type == 'Reshape' else None
+                if before is not None and before.op_type == 'Reshape':
+                    node.replace_input_with(0, before.inputs[0])
             optimizer.remove_unused_nodes(model)
             CommonSubexpressionEliminationPass()(model)
             optimizer.optimize(model)

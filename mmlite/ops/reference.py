@@ -93,15 +93,15 @@ def sampling_locations(
     else:
         centre = reference_points.narrow(-1, 0, 2)
         unit = reference_points.narrow(-1, 2, 2) * (0.5 / points)  # (B or 1, Q, L, 2)
-    offsets = sampling_offsets.to(reference_points.dtype)
-    if offsets.shape[3] != levels:
-        offsets = offsets.expand(-1, -1, -1, levels, -1, -1)
     # The last three dimensions are kept flat here: elementwise products over a trailing
-    # dimension of 2 are several times slower on the CPU.
+    # dimension of 2 are several times slower on the CPU, and some runtimes take five at most.
+    offsets = sampling_offsets.to(reference_points.dtype).flatten(3)
+    if sampling_offsets.shape[3] != levels:
+        offsets = offsets.repeat(1, 1, 1, levels)
     unit = _repeat_points(unit, points)
     locations = torch.addcmul(
         _repeat_points(centre, points).unsqueeze(-2),
-        offsets.flatten(3),
+        offsets,
         unit if unit.dim() == 1 else unit.unsqueeze(-2),
     )
     return locations.unflatten(-1, (levels, points, 2))

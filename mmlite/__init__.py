@@ -1,7 +1,7 @@
 """mmlite: Lite DETR encoders and fast key-aware deformable attention.
 
-The verbs below change a model of MMDetection or Hugging Face transformers in place and return it;
-:func:`load` gives a detector that finds objects in images.
+The verbs below change a model of MMDetection, Hugging Face transformers or any PyTorch repository
+in place and return it; :func:`load` gives a detector that finds objects in images.
 Importing mmlite loads nothing but the standard library. What it adds to MMDetection, it adds in
 :func:`mmlite.openmmlab.register.register`.
 """
@@ -12,7 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .openmmlab.register import register
+from .openmmlab.register import fits, register
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -73,11 +73,12 @@ def to_lite(model: torch.nn.Module, schedule: str, **options: Any) -> torch.nn.M
     Query projections of key-aware attention and small FFNs are new: train them.
 
     Args:
-        model (torch.nn.Module): For example a DINO or a Mask2Former; changed in place.
+        model (torch.nn.Module): For example a DINO or a Mask2Former; changed in place. What is of
+            neither framework is read by its structure and tried (:mod:`mmlite.models`).
         schedule (str): For example ``'H3L1-(2+1)x3'``.
         **options: ``key_aware``, ``small_ffn``, ``update``, ``num_cp`` and what else the encoder
-            takes: :class:`mmlite.openmmlab.layers.LiteEncoder`, for transformers
-            :func:`mmlite.huggingface.to_lite`.
+            takes: :class:`mmlite.openmmlab.layers.LiteEncoder`, for other models
+            :class:`mmlite.models.StockLiteEncoder`.
 
     Returns:
         torch.nn.Module: The same model; :func:`restore` undoes the change.
@@ -99,7 +100,7 @@ def fuse(model: torch.nn.Module) -> torch.nn.Module:
         torch.nn.Module: The same model; :func:`restore` undoes the change.
 
     Raises:
-        ValueError: The model has no deformable attention that mmlite knows.
+        ValueError: The model has no deformable attention that mmlite can serve; it says why.
     """
     return _room(model).fuse(model)
 
@@ -148,20 +149,25 @@ def use_schedule(model: torch.nn.Module, schedule: str) -> torch.nn.Module:
 
 def _room(model: torch.nn.Module) -> ModuleType:
     """The package that knows a model, by where the classes of its modules come from."""
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    packages = {cls.__module__.partition('.')[0] for cls in classes}
-    if packages & {'mmdet', 'mmcv'}:  # first, as a Grounding DINO has transformers' BERT
+    from . import models
+
+    every = [*model.modules()]
+    if 'mmdet' in _packages(every) and fits():
         from .openmmlab import verbs
 
         return verbs
-    if 'transformers' in packages:
+    # The authors' Grounding DINO has transformers' BERT, but an attention of its own.
+    attentions = [part for part in every if models.is_deformable_attention(part)]
+    if 'transformers' in _packages(attentions or every):
         from . import huggingface
 
         return huggingface
-    raise ValueError(
-        f'{type(model).__name__} is a model of neither MMDetection nor transformers, which are '
-        'those that mmlite can change'
-    )
+    return models
+
+
+def _packages(modules: list[torch.nn.Module]) -> set[str]:
+    classes = {base for module in modules for base in type(module).__mro__}
+    return {cls.__module__.partition('.')[0] for cls in classes}
 
 
 register()

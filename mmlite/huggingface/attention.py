@@ -18,7 +18,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 
 from .. import ops
-from ..models import changing
+from ..models import Fused, changing
 from ..nn import InterleavedEncoder
 from ..nn.geometry import LevelSizes
 
@@ -45,7 +45,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     check_version()
     stock = {name: part for name, part in model.named_modules() if _fused_class(type(part))}
-    if not stock and not any(isinstance(m, (_Fused, InterleavedEncoder)) for m in model.modules()):
+    if not stock and not any(isinstance(m, (Fused, InterleavedEncoder)) for m in model.modules()):
         raise ValueError(
             f'{type(model).__name__} has no deformable attention of transformers to run on '
             'mmlite.ops; models such as Deformable DETR, Grounding DINO, Mask2Former and RT-DETR do'
@@ -75,25 +75,10 @@ def check_version() -> None:
         raise ImportError(f'transformers {what}; mmlite needs {OLDEST} or later: {how}')
 
 
-class _Fused:
-    """What the subclasses made by :func:`_fused_class` have in common."""
-
-    stock_class: type[nn.Module]
-
-    def __reduce__(self):
-        # The subclass has no name to be found by; it is made again where the pickle is read.
-        return _empty, (self.stock_class,), self.__dict__
-
-
-def _empty(stock: type[nn.Module]) -> nn.Module:
-    fused = _fused_class(stock) or stock
-    return fused.__new__(fused)
-
-
 @cache
 def _fused_class(stock: type[nn.Module]) -> type[nn.Module] | None:
     """The subclass of a module class that samples with our operator; None if it does not sample."""
-    if not stock.__module__.startswith('transformers.') or issubclass(stock, _Fused):
+    if not stock.__module__.startswith('transformers.') or issubclass(stock, Fused):
         return None
     names = getattr(getattr(stock.forward, '__code__', None), 'co_names', ())
     if 'value_spatial_shapes_list' in inspect.signature(stock.forward).parameters:
@@ -107,7 +92,8 @@ def _fused_class(stock: type[nn.Module]) -> type[nn.Module] | None:
         changed = {'forward': _with_samplers(stock.forward)}
     else:
         return None
-    return type(f'Fused{stock.__name__}', (_Fused, stock), {**changed, 'stock_class': stock})
+    changed['made_by'] = (_fused_class, stock)
+    return type(f'Fused{stock.__name__}', (Fused, stock), changed)
 
 
 def _with_samplers(function: FunctionType) -> FunctionType:

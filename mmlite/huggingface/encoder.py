@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models import EncoderLayerParts, changing, stock_layers
-from ..nn import EncoderSchedule, InterleavedEncoder, StepTokens
+from ..models import StockLiteEncoder, changing
+from ..nn import EncoderSchedule, InterleavedEncoder
 from ..nn.geometry import LevelSizes
-from ..nn.schedule import layer_steps
 from .attention import check_version
 
 CONFIG_NAME = 'lite_encoder'  # where `save_pretrained` writes down how it was made
@@ -94,41 +93,15 @@ def load_lite(model_class: type[nn.Module], folder: str, **kwargs: Any) -> nn.Mo
     return model
 
 
-class _Encoder(InterleavedEncoder):
-    """A Lite encoder with the sizes and weights of the stock encoder it replaces."""
+class _Encoder(StockLiteEncoder):
+    """In transformers, which switches checkpointing on and off in a model that is built."""
 
-    smallest_first = False  # the order of the maps in the family's pyramid
+    smallest_first = False
     gradient_checkpointing = False  # transformers sets it in all modules that have it
 
-    def __init__(
-        self,
-        stock: nn.Module,
-        schedule: EncoderSchedule,
-        *,
-        key_aware: bool = True,
-        small_ffn: bool = True,
-        update: str = 'joint',
-        num_cp: int = -1,
-        proj_key: bool = False,
-        same_loc: bool = False,
-        elastic: Sequence[str | EncoderSchedule] = (),
-    ) -> None:
-        if (proj_key or same_loc) and not key_aware:
-            raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
-        parts = [_parts(stock_layer) for stock_layer in stock.layers]
-        schedule.check_fit(len(parts), parts[0].shape[2], update)
-        layer = key_aware, small_ffn, proj_key, same_loc
-        further = [EncoderSchedule.parse(each) for each in elastic]
-        steps = layer_steps([schedule, *further], update)
-        sources = stock_layers(steps)
-        layers = [parts[index].lite(step, *layer) for step, index in zip(steps, sources)]
-        super().__init__(schedule, layers, update, num_cp, elastic=further)
-        ranks = range(schedule.num_levels)
-        self.level_ranks = tuple(ranks if self.smallest_first else ranks[::-1])
-        self.stock_layers = sources
+    def __init__(self, stock: nn.Module, schedule: EncoderSchedule, **options: Any) -> None:
+        super().__init__(stock, schedule, **options)
         self.dropout = nn.Dropout(stock.dropout)  # of the tokens, in Deformable DETR
-        self.to(parts[0].attention.value_proj.weight)
-        self.train(stock.training)
         if getattr(stock.layers[0], 'gradient_checkpointing', False):
             self.gradient_checkpointing = True
             self._gradient_checkpointing_func = stock.layers[0]._gradient_checkpointing_func
@@ -175,11 +148,7 @@ class DeformableDetrLiteEncoder(PixelDecoderLiteEncoder):
 
 
 class GroundingDinoLiteEncoder(_Encoder):
-    """In the place of Grounding DINO's and MM-Grounding DINO's encoder.
-
-    The stock encoder fuses all image tokens with the text before each of its layers. Here only the
-    queries of a layer are: a low-level token meets the text as often as it is updated.
-    """
+    """In the place of Grounding DINO's and MM-Grounding DINO's encoder."""
 
     def __init__(self, stock: nn.Module, *args, **kwargs) -> None:
         super().__init__(stock, *args, **kwargs)
@@ -206,20 +175,21 @@ class GroundingDinoLiteEncoder(_Encoder):
         **kwargs,
     ):
         """Encode the pyramid and the text; masks are True on padding."""
-        text = text_features
-        text_pos = self.text_positions(self, text, text_position_embedding, text_position_ids)
+        text_pos = self.text_positions(
+            self, text_features, text_position_embedding, text_position_ids
+        )
 
-        def fuse(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
-            nonlocal text
-            tokens, mask = step_tokens.pick(memory), step_tokens.pick(vision_attention_mask)
-            arguments = tokens, text, mask, text_attention_mask
-            (tokens, _), (text, _) = self.run(index, self.fusion_layers[index], *arguments)
-            text, _ = self.text_enhancer_layers[index](text, ~text_self_attention_masks, text_pos)
-            return step_tokens.put_back(memory, [run for _, run in step_tokens.split(tokens)])
+        def enhance(index: int, text: Tensor) -> Tensor:
+            return self.text_enhancer_layers[index](text, ~text_self_attention_masks, text_pos)[0]
 
-        inputs = vision_features, vision_position_embedding, spatial_shapes_list
-        masks = dict(padding_mask=vision_attention_mask, valid_ratios=valid_ratios)
-        memory = super().forward(*inputs, **masks, before_layer=fuse)
+        arguments = dict(
+            tokens=vision_features,
+            pos=vision_position_embedding,
+            level_sizes=spatial_shapes_list,
+            padding_mask=vision_attention_mask,
+            valid_ratios=valid_ratios,
+        )
+        memory, text = self.encode_with_text(arguments, text_features, text_attention_mask, enhance)
         if return_dict is False:
             return memory, text
         from transformers.models.grounding_dino import modeling_grounding_dino
@@ -243,20 +213,3 @@ def _lite_class(stock: nn.Module) -> type[_Encoder] | None:
     """What replaces an encoder, by its very class: others may have one of the same name."""
     is_theirs = type(stock).__module__.startswith('transformers.models.')
     return _LITE.get(type(stock).__qualname__) if is_theirs else None
-
-
-def _parts(layer: nn.Module) -> EncoderLayerParts:
-    """What an encoder layer is made of, wherever its family keeps it."""
-    layer = getattr(layer, 'deformable_layer', layer)  # Grounding DINO: beside the text's layers
-    ffn = getattr(layer, 'mlp', layer)  # Deformable DETR
-    attention, activation = layer.self_attn, ffn.activation_fn
-    is_relu = isinstance(activation, nn.ReLU) or not isinstance(activation, nn.Module)
-    return EncoderLayerParts(
-        attention,
-        (attention.d_model, attention.n_heads, attention.n_levels, attention.n_points),
-        (layer.self_attn_layer_norm, layer.final_layer_norm),
-        (ffn.fc1, ffn.fc2),
-        None if is_relu else activation,
-        layer.dropout,
-        ffn.activation_dropout,
-    )

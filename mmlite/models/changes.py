@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 _RECORD = '_mmlite_changes'
-_LOG = logging.getLogger('mmlite')
+LOG = logging.getLogger('mmlite')
 
 
 @dataclass
@@ -56,6 +56,12 @@ class Change:
             (now,) = _get(owner, name) or [None]
             _follow(old[0], now, model)
             setattr(owner, name, old[0])
+
+
+def reasons(left: dict[str, str]) -> str:
+    """Why modules, by their names, were left as they are; each reason once."""
+    names = {why: [name for name in left if left[name] == why] for why in left.values()}
+    return '; '.join(f'{", ".join(names[why])}: {why}' for why in names)
 
 
 @contextmanager
@@ -99,7 +105,7 @@ def restore(model: nn.Module, last: bool = False) -> nn.Module:
     if not done:
         model.__dict__.pop(_RECORD, None)
     what = f'undid {", ".join(verbs)}' if verbs else 'there was nothing to undo'
-    _LOG.info('restore: %s of %s', what, type(model).__name__)
+    LOG.info('restore: %s of %s', what, type(model).__name__)
     return model
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..nn import (
     FFN,
@@ -18,15 +21,28 @@ from ..nn import (
     InterleavedEncoder,
     KeyAwareDeformableAttention,
     LiteEncoderLayer,
+    StepTokens,
+)
+from ..nn.schedule import layer_steps
+from .attention import PROJECTIONS, attention_shape, is_deformable_attention
+
+# Where repositories keep the parts of a layer: attention, two norms, the FFN's two layers and
+# between them the activation; dropout behind the attention, within the FFN and behind it.
+_PLACES = (
+    # Deformable DETR and what was made of it.
+    'self_attn norm1 norm2 linear1 linear2 activation dropout1 dropout2 dropout3',
+    # mmcv 1.x and detrex.
+    'attentions.0 norms.0 norms.1 ffns.0.layers.0.0 ffns.0.layers.1 ffns.0.layers.0.1 '
+    'attentions.0.dropout ffns.0.layers.0.2 ffns.0.layers.2',
+    # transformers: Mask2Former, and Deformable DETR.
+    'self_attn self_attn_layer_norm final_layer_norm fc1 fc2 activation_fn '
+    'dropout activation_dropout dropout',
+    'self_attn self_attn_layer_norm final_layer_norm mlp.fc1 mlp.fc2 mlp.activation_fn '
+    'dropout mlp.activation_dropout dropout',
 )
 
-# The layers of a deformable attention, by the names that all repositories have from the first one.
-_PROJECTIONS = ('sampling_offsets', 'attention_weights', 'value_proj', 'output_proj')
-
-
-def is_deformable_attention(module: nn.Module) -> bool:
-    """Whether a module has the layers of standard deformable attention."""
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in _PROJECTIONS)
+_MODULES = {F.relu: nn.ReLU, F.gelu: nn.GELU, F.selu: nn.SELU, F.silu: nn.SiLU}
+_MODULES[torch.relu] = nn.ReLU
 
 
 @dataclass
@@ -38,18 +54,39 @@ class EncoderLayerParts:
         shape (tuple[int, int, int, int]): Channels, heads, levels and points of the attention.
         norms (tuple[nn.Module, nn.Module]): Behind the attention and behind the FFN.
         linears (tuple[nn.Linear, nn.Linear]): The FFN.
-        activation (nn.Module, optional): Between the two; None is ReLU.
-        dropout (float): Behind the attention and the FFN.
-        activation_dropout (float): Between the two layers of the FFN.
+        activation (nn.Module): Between the two.
+        dropouts (tuple[float, float, float]): Behind the attention, within the FFN, behind it.
+        modules (list): All that was found.
     """
 
     attention: nn.Module
     shape: tuple[int, int, int, int]
     norms: tuple[nn.Module, nn.Module]
     linears: tuple[nn.Linear, nn.Linear]
-    activation: nn.Module | None
-    dropout: float
-    activation_dropout: float
+    activation: nn.Module
+    dropouts: tuple[float, float, float]
+    modules: list[Any]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> EncoderLayerParts:
+        """Read a layer; a ValueError if it has its parts under other names."""
+        layer = getattr(layer, 'deformable_layer', layer)  # Grounding DINO of transformers
+        for places in _PLACES:
+            try:
+                found = attrgetter(*places.split())(layer)
+            except (AttributeError, IndexError):
+                continue
+            attention, norm, ffn_norm, fc1, fc2, activation, *dropouts = found
+            if not isinstance(activation, nn.Module):
+                if activation not in _MODULES:
+                    raise ValueError(f'its activation {activation} is not known')
+                activation = _MODULES[activation]()
+            if is_deformable_attention(attention):
+                rates = tuple(getattr(each, 'p', each) for each in dropouts)
+                shape = attention_shape(attention)
+                pairs = (norm, ffn_norm), (fc1, fc2)
+                return cls(attention, shape, *pairs, activation, rates, list(found))
+        raise ValueError(f'{type(layer).__name__} is no encoder layer of a kind that is known')
 
     def lite(
         self, step: EncoderStep, key_aware: bool, small_ffn: bool, proj_key: bool, same_loc: bool
@@ -59,17 +96,19 @@ class EncoderLayerParts:
         Query projections and small FFNs start at random.
         """
         attention: nn.Module
+        dropout, inner, outer = self.dropouts
         if key_aware:
-            attention = KeyAwareDeformableAttention(*self.shape, self.dropout, proj_key, same_loc)
+            attention = KeyAwareDeformableAttention(*self.shape, dropout, proj_key, same_loc)
         else:
-            attention = DeformableAttention(*self.shape, self.dropout)
-        for name in _PROJECTIONS:
+            attention = DeformableAttention(*self.shape, dropout)
+        for name in PROJECTIONS:
             _copy(getattr(attention, name, None), getattr(self.attention, name))
         norm, ffn_norm = self.norms
 
         def with_norm(channels: int) -> tuple[FFN, nn.Module]:
-            rest = (self.dropout, copy.deepcopy(self.activation), self.activation_dropout)
-            return FFN(self.shape[0], channels, *rest), copy.deepcopy(ffn_norm)
+            is_relu = type(self.activation) is nn.ReLU  # the FFN's own saves memory
+            module = None if is_relu else copy.deepcopy(self.activation)
+            return FFN(self.shape[0], channels, outer, module, inner), copy.deepcopy(ffn_norm)
 
         has_ffn, has_small = step.ffns(small_ffn)
         ffn = with_norm(self.linears[0].out_features) if has_ffn else None
@@ -78,6 +117,73 @@ class EncoderLayerParts:
             _copy(ffn[0].layers[1], self.linears[1])
         small = with_norm(self.shape[0]) if has_small else None
         return LiteEncoderLayer(step, attention, copy.deepcopy(norm), ffn, small, chunk_size=1024)
+
+
+class StockLiteEncoder(InterleavedEncoder):
+    """A Lite encoder with the sizes and weights of the stock encoder it replaces.
+
+    The stock encoder has ``layers`` that :meth:`EncoderLayerParts.of` can read. Options are those
+    of :class:`mmlite.nn.LiteEncoder`; a ValueError says what would fit instead.
+    """
+
+    smallest_first: bool | None = None  # the order of the maps, where it is always the same
+
+    def __init__(
+        self,
+        stock: nn.Module,
+        schedule: EncoderSchedule,
+        *,
+        key_aware: bool = True,
+        small_ffn: bool = True,
+        update: str = 'joint',
+        num_cp: int = -1,
+        proj_key: bool = False,
+        same_loc: bool = False,
+        elastic: Sequence[str | EncoderSchedule] = (),
+    ) -> None:
+        if (proj_key or same_loc) and not key_aware:
+            raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
+        parts = [EncoderLayerParts.of(layer) for layer in stock.layers]  # type: ignore[union-attr]
+        schedule.check_fit(len(parts), parts[0].shape[2], update)
+        layer = key_aware, small_ffn, proj_key, same_loc
+        further = [EncoderSchedule.parse(each) for each in elastic]
+        steps = layer_steps([schedule, *further], update)
+        sources = stock_layers(steps)
+        layers = [parts[index].lite(step, *layer) for step, index in zip(steps, sources)]
+        super().__init__(schedule, layers, update, num_cp, elastic=further)
+        if self.smallest_first is not None:
+            ranks = range(schedule.num_levels)
+            self.level_ranks = tuple(ranks if self.smallest_first else ranks[::-1])
+        self.stock_layers = sources
+        self.to(parts[0].attention.value_proj.weight)
+        self.train(stock.training)
+
+    def encode_with_text(
+        self, arguments: dict[str, Any], text: Tensor, text_mask: Tensor, enhance: Callable
+    ) -> tuple[Tensor, Tensor]:
+        """Memory and text of an encoder that fuses both before each layer, as Grounding DINO.
+
+        The stock encoder fuses all image tokens with the text. Here only the queries of a layer
+        are: a low-level token meets the text as often as it is updated. ``arguments`` are those of
+        :meth:`InterleavedEncoder.forward`; ``enhance`` gets the number of a layer and the text,
+        (bs, num_words, channels).
+        """
+
+        def fuse(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
+            nonlocal text
+            if len(self.fusion_layers):  # type: ignore[arg-type]
+                mask = step_tokens.pick(arguments['padding_mask'])
+                inputs = step_tokens.pick(memory), text, mask, text_mask
+                fused = self.run(index, self.fusion_layers[index], *inputs)  # type: ignore[index]
+                # Of transformers each with its attention weights.
+                tokens, text = (each[0] if isinstance(each, tuple) else each for each in fused)
+                runs = [run for _, run in step_tokens.split(tokens)]
+                memory = step_tokens.put_back(memory, runs)
+            text = enhance(index, text)
+            return memory
+
+        memory = InterleavedEncoder.forward(self, **arguments, before_layer=fuse)
+        return memory, text
 
 
 def use_schedule(model: nn.Module, schedule: str | EncoderSchedule) -> nn.Module:

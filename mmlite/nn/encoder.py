@@ -264,6 +264,7 @@ class InterleavedEncoder(nn.Module):
         padding_mask: Tensor | None = None,
         valid_ratios: Tensor | None = None,
         before_layer: BeforeLayer | None = None,
+        reference_points: Tensor | None = None,
     ) -> Tensor:
         """Encode a flattened pyramid.
 
@@ -279,6 +280,8 @@ class InterleavedEncoder(nn.Module):
             before_layer (Callable, optional): A step of one's own before each layer, such as
                 fusing with text: called with the number of the layer, all tokens and the layer's
                 :class:`StepTokens`, returns all tokens.
+            reference_points (Tensor, optional): Where the tokens lie on each level, shape
+                (bs or 1, num_tokens, num_levels, 2); by default as ``valid_ratios`` says.
 
         Returns:
             Tensor: The memory, shape (bs, num_tokens, embed_dims), in the order of the tokens.
@@ -297,7 +300,9 @@ class InterleavedEncoder(nn.Module):
         if self.training and len(self.schedules) > 1:
             self.training_calls += 1
         low_levels = self.low_level_indices(level_sizes, schedule)
-        reference_points = encoder_reference_points(level_sizes, valid_ratios, device=tokens.device)
+        if reference_points is None:
+            device = tokens.device
+            reference_points = encoder_reference_points(level_sizes, valid_ratios, device=device)
         memory = tokens
         for index, (step, layer) in enumerate(zip(schedule.steps(self.update), self.layers)):
             step_tokens = StepTokens(step, level_sizes, low_levels, self.level_ranks)

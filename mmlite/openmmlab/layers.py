@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from .. import nn
-from ..models import Change, changing
+from ..models import Change, changing, level_sizes, remember_level_sizes
 from ..nn import EncoderSchedule, EncoderStep
 from .families import num_levels_of
 
@@ -37,27 +37,6 @@ __all__ = [
     'level_sizes',
     'remember_level_sizes',
 ]
-
-
-def level_sizes(spatial_shapes: Tensor | Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The (h, w) of every level as Python ints.
-
-    Reading a tensor on a GPU waits for the device. So it happens once for a tensor, and not at all
-    where the detector has called :func:`remember_level_sizes`.
-    """
-    if isinstance(spatial_shapes, Tensor):
-        if getattr(spatial_shapes, '_level_sizes', None) is None:
-            remember_level_sizes(spatial_shapes, spatial_shapes.tolist())
-        return spatial_shapes._level_sizes
-    sizes = [(height, width) for height, width in spatial_shapes]
-    if torch.jit.is_tracing():  # where sizes are tensors, which no operator takes
-        sizes = [(int(height), int(width)) for height, width in sizes]
-    return tuple(sizes)
-
-
-def remember_level_sizes(spatial_shapes: Tensor, sizes: Sequence[tuple[int, int]]) -> None:
-    """Tell :func:`level_sizes` what a tensor (num_levels, 2) holds, so that it need not be read."""
-    spatial_shapes._level_sizes = level_sizes(sizes)
 
 
 class _MmcvCall:

@@ -68,6 +68,11 @@ def register() -> None:
         when_imported('mmengine.runner.checkpoint', _add_loader)
 
 
+def fits() -> bool:
+    """Whether MMDetection and what it needs are there, in versions that fit."""
+    return not any(_check_stack())
+
+
 def require() -> None:
     """Check that MMDetection and what it needs are there.
 

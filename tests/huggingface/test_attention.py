@@ -20,6 +20,7 @@ import mmlite
 from mmlite import ops
 from mmlite.huggingface import attention as adapter
 from mmlite.huggingface import fuse
+from mmlite.models import Fused
 
 # Every model folder of transformers that has deformable attention, with the class it calls it.
 ATTENTIONS = {
@@ -77,7 +78,7 @@ def run_attention(module: nn.Module, coordinates: int = 4, call=None) -> list[to
 
 
 def count_fused(model: nn.Module) -> int:
-    return sum(isinstance(part, adapter._Fused) for part in model.modules())
+    return sum(isinstance(part, Fused) for part in model.modules())
 
 
 @pytest.fixture

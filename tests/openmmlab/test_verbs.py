@@ -92,7 +92,7 @@ def test_what_has_no_lite_variant():
     other = MODELS.build(other)
     linear = torch.nn.Linear(1, 1)
     refusals = [
-        (mmlite.to_lite, linear, 'Linear is a model of neither'),
+        (mmlite.to_lite, linear, 'Linear has no encoder that'),
         (mmlite.to_lite, other, 'DETR has no Lite variant'),
         (mmlite.to_lite, own, 'Own has no Lite variant'),
         (mmlite.to_lite, model, 'makes 6 layers, but num_layers is 2'),

@@ -1,0 +1,160 @@
+import copy
+import pickle
+
+import other_repositories as others
+import pytest
+import torch
+from other_repositories import MSDeformAttnFunction
+from torch import nn
+
+import mmlite
+from mmlite.models.lite import AnyLiteEncoder
+from mmlite.nn import StepTokens
+
+SMALLEST_FIRST = dict(sizes=[(2, 3), (4, 3), (6, 8)])
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch):
+    """The compiled operator runs."""
+    monkeypatch.setattr(MSDeformAttnFunction, 'runs', True)
+
+
+def run(model: nn.Module) -> list[torch.Tensor]:
+    return [*model(*others.inputs(model))]
+
+
+def assert_same(actual, expected) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'kind, options',
+    [
+        *((kind, {}) for kind in others.KINDS),
+        ('original', SMALLEST_FIRST),
+        ('original', dict(layer=dict(activation=torch.nn.functional.gelu))),
+        ('original', dict(layer=dict(activation=nn.PReLU()))),
+        ('dino', dict(norm=nn.LayerNorm(others.DIMS), enc_layer_dropout_prob=[0.0] * 4)),
+        ('grounding', dict(use_checkpoint=True)),
+        ('sequence_first', dict(post_norm_layer=nn.LayerNorm(others.DIMS))),
+    ],
+)
+def test_every_level_in_every_layer_is_the_stock_model(kind, options):
+    model = others.build(kind, **options)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    before, names = run(model), [*model.state_dict()]
+    levels = f'H{len(model.sizes) - 1}L1'
+    assert mmlite.to_lite(model, f'{levels}-(1+1)x4', key_aware=False, small_ffn=False) is model
+    assert_same(run(model), before)
+    assert model.encoder.num_layers == 4 or kind in ('by_name', 'sequence_first')
+
+    mmlite.to_lite(mmlite.restore(model), f'{levels}-(2+1)x2', update='sequential').train()
+    sum(output.square().mean() for output in run(model)).backward()
+    for name, parameter in model.encoder.named_parameters():
+        assert parameter.grad is not None, name
+    model.eval()
+    expected = run(model)
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert_same(run(each), expected)
+        mmlite.restore(each)
+        assert [*each.state_dict()] == names
+        assert all(map(torch.equal, run(each), before))
+
+
+def test_low_level_maps_are_the_largest():
+    for options, waits in (({}, 6 * 8), (SMALLEST_FIRST, 6 * 8)):
+        model = mmlite.to_lite(others.build(**options), f'H{2 + (not options)}L1-(2+1)x2')
+        low = model.encoder.low_level_indices(model.sizes)
+        runs = StepTokens(model.encoder.steps[0], model.sizes, low).runs
+        assert [run.stop - run.start for run in runs if not run.is_updated] == [waits]
+
+
+def test_it_is_called_and_seen_as_the_stock_encoder():
+    model = others.build('dino')
+    seen = []
+    handle = model.encoder.register_forward_hook(lambda *each: seen.append(each))
+    mmlite.to_lite(model, 'H3L1-(2+1)x2', num_cp=1, elastic=['H2L2-(2+1)x2'])
+    memory = run(model)[0]
+    (module, _, output) = seen.pop()
+    assert module is model.encoder and output[0] is memory and output[1:] == (None, None)
+    handle.remove()
+    mmlite.use_schedule(model, 'H2L2-(2+1)x2')
+    assert not torch.equal(run(model)[0], memory) and not seen
+    given = [*others.inputs(model)[:3]]
+    with pytest.raises(ValueError, match='does not know what to do with ref_token_index'):
+        shapes = torch.tensor(others.SIZES)
+        model.encoder(*given[:2], shapes, None, None, given[2], ref_token_index=given[2])
+    with pytest.raises(ValueError, match='Model has a Lite encoder already'):
+        mmlite.to_lite(model, 'H3L1-(2+1)x2')
+
+
+def shared() -> nn.Module:
+    model = others.build('dino')
+    model.encoder.layers = nn.ModuleList([model.encoder.layers[0]] * 4)
+    return model
+
+
+def with_part(path: str, part: nn.Module, kind: str = 'dino') -> nn.Module:
+    model = others.build(kind)
+    model.encoder.get_submodule(path).more = part
+    return model
+
+
+def replaced() -> nn.Module:
+    model = others.build('dino')
+    model.encoder.layers[0].forward = lambda *args, **kwargs: args[0]
+    return model
+
+
+class Twice(others.DinoEncoder):
+    @staticmethod
+    def reference_points(shapes, ratios):
+        return others.Encoder.reference_points(shapes, ratios) / 2
+
+
+def twice() -> nn.Module:
+    model = others.build('dino')
+    model.encoder.__class__ = Twice
+    return model
+
+
+@pytest.mark.parametrize(
+    'build, sentence',
+    [
+        (lambda: others.build(attention=others.SigmoidAttn), 'encoder: it computes something else'),
+        (lambda: others.build(attention=others.SwappedAttn), 'encoder: it computes something else'),
+        (lambda: others.build('dino', enc_layer_dropout_prob=[0.0, 0.1, 0.1, 0.1]), 'at random'),
+        (
+            lambda: others.build('original', layer=dict(activation=torch.nn.functional.glu)),
+            'its activation',
+        ),
+        (lambda: others.build('original', layer=dict(activation=nn.GLU())), 'could not be tried'),
+        (lambda: others.build('original', layer=dict(activation=nn.Softmax(1))), 'something else'),
+        (twice, 'encoder: it computes something else'),
+        (shared, 'its layers share their weights'),
+        (lambda: with_part('layers.1', nn.LayerNorm(4)), 'its parts layers.1.more have no'),
+        (lambda: with_part('layers.1', nn.Dropout(0.1)), 'its parts layers.1.more have no'),
+        (lambda: with_part('', nn.Linear(4, 4)), 'its parts more have no counterpart'),
+        (replaced, 'was replaced in this instance alone'),
+        (lambda: others.build('dino').encoder, 'the model: it is the model itself; give'),
+        (lambda: others.build(sizes=others.SIZES[1:]), 'num_levels=3; use H2L1-'),
+        (lambda: nn.Linear(1, 1), 'Linear has no encoder .* none of its modules'),
+    ],
+)
+def test_refusals(build, sentence):
+    model = build()
+    before = [type(part) for part in model.modules()]
+    with pytest.raises(ValueError, match=sentence):
+        mmlite.to_lite(model, 'H3L1-(2+1)x2')
+    assert [type(part) for part in model.modules()] == before
+
+
+def test_one_encoder_of_two(caplog):
+    model = nn.ModuleDict({'a': others.build(), 'b': shared()})
+    mmlite.to_lite(model, 'H3L1-(2+1)x2')
+    assert isinstance(model.a.encoder, AnyLiteEncoder)
+    assert isinstance(model.b.encoder, others.DinoEncoder)
+    assert 'left as it is: b.encoder: its layers share' in caplog.text

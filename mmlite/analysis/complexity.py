@@ -33,10 +33,12 @@ from .inputs import encoder_inputs, image_batch, pyramid_sizes
 # Stage -> names of its modules, MMDetection's and Hugging Face's; the first that fits decides.
 _STAGE_OF = {
     'backbone': r'(model\.)?backbone|model\.pixel_level_module\.encoder',
-    'neck': r'neck|panoptic_head\.pixel_decoder|model\.input_proj(_vision)?',
+    'neck': r'neck|(panoptic|decode)_head\.pixel_decoder|model\.input_proj(_vision)?',
     'encoder': r'(model\.)?encoder',
-    'decoder': r'(model\.)?decoder|panoptic_head\.transformer_decoder|model\.transformer_module',
-    'head': r'(bbox_|panoptic_|track_)?head|(class|bbox)_embed|class_predictor',
+    'decoder': (
+        r'(model\.)?decoder|(panoptic|decode)_head\.transformer_decoder|model\.transformer_module'
+    ),
+    'head': r'(bbox_|panoptic_|track_|decode_)?head|(class|bbox)_embed|class_predictor',
 }
 STAGES = (*_STAGE_OF, 'other')
 
@@ -96,7 +98,9 @@ def count_detector(
     if call is None:
         images, samples = image_batch(1, image_size, device=next(model.parameters()).device)
         # A detector that reads text has no other way to it.
-        mode = 'predict' if reads_text(model) else 'tensor'
+        # MMSegmentation's Mask2Former has no mode 'tensor' that works.
+        predicts = reads_text(model) or hasattr(model, 'decode_head')
+        mode = 'predict' if predicts else 'tensor'
         call = {'inputs': images, 'data_samples': samples, 'mode': mode}
         encoder_at = find_encoder(model)
     encoder = nn.Module() if encoder_at is None else model.get_submodule(encoder_at)

@@ -90,6 +90,11 @@ def convert(
         )
     else:
         config = shared.read_config(lite_config, cfg_options)
+        if training['dataset'] is not None and 'decode_head' in config.model:
+            raise ValueError(
+                '--annotations measures AP of boxes, and a model of MMSegmentation gives maps: '
+                'leave it out, and test the result with mim test mmsegmentation'
+            )
         if options['schedule']:
             from ..openmmlab.families import find_holder
 
@@ -162,7 +167,7 @@ def _start(source: Path, target: Path, config, files: list[Path]) -> dict:
     from ..openmmlab.distillation import images_without_labels
 
     state, _ = unpack(load_checkpoint(source))
-    init_default_scope('mmdet')
+    init_default_scope(config.get('default_scope') or 'mmdet')
     model = build_initialised(config.model)
     dataset = DATASETS.build(images_without_labels(config, files))
     data = model.data_preprocessor(pseudo_collate(list(dataset)), False)

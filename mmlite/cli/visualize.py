@@ -71,6 +71,8 @@ def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterato
 
     for spec in map(DetectorSpec.parse, references):
         model = build_detector(shared.read_config(spec.config, changes), spec.checkpoint, device)
+        if hasattr(model, 'decode_head'):
+            raise ValueError('MMSegmentation reads images in its own way, which is not served here')
         encoder = find_encoder(model)
         if not any(name.startswith(f'{encoder}.') for name in deformable_attentions(model)):
             raise ValueError(

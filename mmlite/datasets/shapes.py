@@ -43,6 +43,7 @@ def generate_shapes(
 ) -> None:
     """Draw a data set: ``root/<split>/*.png`` and ``root/annotations/instances_<split>.json``.
 
+    ``root/semantic/<split>/*.png`` are maps of classes, of uint8: 0 is background, then as listed.
     ``splits`` gives each its number of images, as in ``{'train': 600, 'val': 100}``; ``image_size``
     is their width and height in pixels, at least 128 for shapes, else a ValueError. The same
     arguments draw the same pixels, and no two splits share an image. ``progress`` is called after
@@ -59,10 +60,15 @@ def generate_shapes(
             rng = np.random.default_rng((seed, number, index))
             pixels, objects = style.draw(rng, image_size)
             name = f'{index:05d}.png'
-            path = Path(root, split, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # imencode, as imwrite only returns False where it cannot write
-            path.write_bytes(cv2.imencode('.png', pixels)[1].tobytes())
+            semantic = np.zeros((image_size, image_size), np.uint8)
+            for label, _, _, polygon in objects:
+                corners = np.array(polygon).reshape(-1, 2) - 0.5
+                cv2.fillPoly(semantic, [np.int32((corners * 16).round())], label + 1, shift=4)
+            for folder, picture in ((split, pixels), (f'semantic/{split}', semantic)):
+                path = Path(root, folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # imencode, as imwrite only returns False where it cannot write
+                path.write_bytes(cv2.imencode('.png', picture)[1].tobytes())
             size = {'width': image_size, 'height': image_size}
             images.append({'id': index, 'file_name': name, **size})
             for label, box, area, polygon in objects:

@@ -155,7 +155,8 @@ class _Pass:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.encoder = model.get_submodule(encoder_name(model))
-        self.head = getattr(model, 'bbox_head', None) or model.panoptic_head
+        heads = ('bbox_head', 'panoptic_head', 'decode_head')
+        self.head = next(getattr(model, name) for name in heads if hasattr(model, name))
         self.features = self.padding = None
         self.chosen: dict[str, Tensor] = {}
 
@@ -379,7 +380,7 @@ def distillation_config(
     rise = max(iterations // 20, 1)
     changes = {
         'model': {
-            'type': 'DistilledDetector',
+            'type': 'mmdet.DistilledDetector',
             'detector': result.pop('model'),
             'teacher': str(teacher),
         },
@@ -393,14 +394,14 @@ def distillation_config(
         'optim_wrapper': {
             'type': 'OptimWrapper',
             **wrapper,
-            'optimizer': {'type': 'EncoderOptimizer', 'lr': 6e-3},
+            'optimizer': {'type': 'mmdet.EncoderOptimizer', 'lr': 6e-3},
             'clip_grad': {'max_norm': 1.0},
         },
         'param_scheduler': [
             {'type': 'LinearLR', 'start_factor': 0.05, 'by_epoch': False, 'end': rise},
             {'type': 'CosineAnnealingLR', 'by_epoch': False, 'T_max': iterations},
         ],
-        'custom_hooks': [{'type': 'DistillHook'}],
+        'custom_hooks': [{'type': 'mmdet.DistillHook'}],
         'work_dir': str(work_dir),
         'resume': True,
         'load_from': None,
@@ -411,7 +412,7 @@ def distillation_config(
         for name in ('cfg', 'dataloader', 'evaluator'):
             result.pop(f'{kind}_{name}', None)
     checkpoint = {
-        'type': 'SafeCheckpointHook',
+        'type': 'mmdet.SafeCheckpointHook',
         'by_epoch': False,
         'interval': max(iterations // 10, 25),
         'max_keep_ckpts': 1,
@@ -446,11 +447,15 @@ def images_without_labels(
             steps[index] = max(resizes, key=lambda resize: len(resize['scales']))
     if training:
         steps.insert(-1, {'type': 'RandomFlip', 'prob': 0.5})
+    if 'decode_head' in config.model:  # MMSegmentation batches images of one size alone
+        height, width = config.model.data_preprocessor.get('size') or (512, 512)
+        steps.insert(-1, {'type': 'RandomCrop', 'crop_size': (height, width)})
+        steps.insert(-1, {'type': 'Pad', 'size': (width, height)})
     classes = None
     if find_holder(config.model)[2].reads_text:
         classes = (tested.get('metainfo') or CocoDataset.METAINFO)['classes']
     files = [str(file) for file in files]
-    return {'type': 'ImageFiles', 'files': files, 'pipeline': steps, 'classes': classes}
+    return {'type': 'mmdet.ImageFiles', 'files': files, 'pipeline': steps, 'classes': classes}
 
 
 def _choices(config: Any) -> Iterator[dict]:

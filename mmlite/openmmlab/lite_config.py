@@ -72,7 +72,10 @@ def lite_change(model_config: dict, schedule: str | EncoderSchedule) -> dict:
     schedule = EncoderSchedule.parse(schedule)
     levels, layers = _levels_and_layers(model_config)
     schedule.check_fit(layers, levels)
-    change: dict = {'type': family.lite, 'encoder': {'schedule': str(schedule)}}
+    change: dict = {
+        'type': _scoped(family.lite, part['type']),
+        'encoder': {'schedule': str(schedule)},
+    }
     for name in reversed(path):
         change = {name: change}
     return change
@@ -108,6 +111,7 @@ def lite_config(
     entries.merge_from_dict(changes or {})
     # A list of a config takes the place of its base's, so the base's imports are kept.
     imports = (config.get('custom_imports') or {}).get('imports', ())
+    imports = [imports] if isinstance(imports, str) else imports
     imports = list(dict.fromkeys([*imports, 'mmlite']))
     is_python = bool(config.filename) and Config._is_lazy_import(str(config.filename))
     lines = [f'custom_imports = dict(imports={imports!r})\n']
@@ -125,6 +129,11 @@ def lite_config(
         f'with read_base():\n    from {_module(str(base))} import *\n\n'
         + text.replace(f'type={lite!r}', f'type={lite}')
     )
+
+
+def _scoped(name: str, like: str | type) -> str:
+    """The name with the scope that another type has: MMSegmentation says ``'mmdet.'``."""
+    return f'mmdet.{name}' if isinstance(like, str) and like.startswith('mmdet.') else name
 
 
 def _module(base: str) -> str:
@@ -159,7 +168,7 @@ def stock_config(model_config: ConfigDict) -> ConfigDict:
             f'{family.stock} is no Lite detector; a warm start needs the config of the Lite model '
             'that is to be trained'
         )
-    holder['type'] = family.stock
+    holder['type'] = _scoped(family.stock, holder['type'])
     holder['encoder'] = {k: v for k, v in holder['encoder'].items() if k in STOCK_ENCODER}
     attentions = [holder['encoder']['layer_cfg'].get('self_attn_cfg')]
     if 'decoder' in holder:

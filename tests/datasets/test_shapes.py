@@ -29,7 +29,7 @@ def test_same_seed_same_files(drawn, tmp_path):
     for seed in (3, 4):
         generate_shapes(tmp_path / str(seed), {'train': 60, 'val': 20}, seed=seed)
     assert contents(tmp_path / '3') == contents(drawn) != contents(tmp_path / '4')
-    images = [content for path, content in contents(drawn).items() if path.endswith('.png')]
+    images = [content for path, content in contents(drawn).items() if path[0] in 'tv']
     assert len(set(images)) == 80
     with pytest.raises(ValueError, match='at least 128'):
         generate_shapes(tmp_path / 'small', {'train': 1}, image_size=100)
@@ -46,6 +46,22 @@ def test_all_classes_and_sizes_occur(drawn):
     for image in content['images']:
         pixels = cv2.imread(str(drawn / 'train' / image['file_name']))
         assert pixels.shape[:2] == (image['height'], image['width']) == (128, 128)
+
+
+def test_semantic_maps_are_the_masks(drawn):
+    content = annotations(drawn, 'instances_val')
+    for image in content['images']:
+        found = cv2.imread(str(drawn / 'semantic/val' / image['file_name']), cv2.IMREAD_UNCHANGED)
+        assert found.dtype == np.uint8 and found.shape == (128, 128)
+        expected = np.zeros_like(found)
+        for each in content['annotations']:
+            if each['image_id'] == image['id']:
+                encoded = coco_mask.frPyObjects(each['segmentation'], 128, 128)
+                expected[coco_mask.decode(encoded).any(2)] = each['category_id']
+        # The edges of a filled polygon are its own in OpenCV.
+        assert (found != expected).mean() < 0.05 and set(np.unique(found)) == set(
+            np.unique(expected)
+        )
 
 
 def test_boxes_fit_the_drawing(monkeypatch):

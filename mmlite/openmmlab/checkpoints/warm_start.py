@@ -42,7 +42,7 @@ class Agreement:
     """How close a Lite detector is to its stock detector on some images.
 
     ``found`` asks for the 20 best detections of each image, by their class and an IoU of at least
-    0.5. It and ``score`` are None where the two detectors have other classes.
+    0.5. It and ``score`` are None where the two have other classes, or give semantic maps.
     """
 
     memory: float  # norm of the difference of the encoders' outputs, relative to the stock's
@@ -73,6 +73,8 @@ class WarmStart:
                 f'{text}; {len(self.fresh)} entries start at random, as the weights have another '
                 f'number of classes or queries: {", ".join(self.fresh)}'
             )
+        if after.found is None:
+            return text
         return (
             f'{text}, {after.found:.1%} of its detections found ({before.found:.1%}), scores '
             f'within {after.score:.3f}'
@@ -171,12 +173,15 @@ def _teacher_config(model_config: ConfigDict, state: Mapping[str, Tensor]) -> Co
     config = stock_config(model_config)
     path, holder, family = find_holder(config)
     rows = {name: len(value) for name, value in state.items() if value.dim()}
-    if path and 'num_things_classes' in config[path[0]]:  # Mask2Former
+    if path and path[-1] == 'pixel_decoder':  # Mask2Former
         test_cfg, head = config.get('test_cfg'), config[path[0]]
         head.num_queries = rows.get(f'{path[0]}.query_embed.weight', head.get('num_queries', 100))
-        classes = head.num_things_classes + head.num_stuff_classes
+        semantic = 'num_classes' in head
+        classes = head.num_classes if semantic else head.num_things_classes + head.num_stuff_classes
         given = rows.get(f'{path[0]}.cls_embed.bias', classes + 1) - 1  # the last is no object
-        if given != classes:
+        if semantic:
+            head.num_classes = given
+        elif given != classes:
             for part in (head, config.get('panoptic_fusion_head') or {}):
                 part.update(num_things_classes=given, num_stuff_classes=0)
         most = given * head.num_queries
@@ -349,15 +354,16 @@ def _outputs(model: nn.Module, data: dict, hooks: Iterable = ()) -> tuple[Tensor
         stack.enter_context(
             _encoder(model).register_forward_hook(lambda _, args, output: memories.append(output))
         )
-        results = model.predict(data['inputs'], copy.deepcopy(data['data_samples']), rescale=False)
+        options = {} if hasattr(model, 'decode_head') else {'rescale': False}
+        results = model.predict(data['inputs'], copy.deepcopy(data['data_samples']), **options)
     # Grounding DINO's encoder gives that of the text, too.
     memory = memories[0] if isinstance(memories[0], Tensor) else memories[0][0]
-    return memory, [result.pred_instances for result in results]
+    return memory, [result.get('pred_instances') for result in results]
 
 
 def _agreement(expected: tuple, actual: tuple, same_classes: bool) -> Agreement:
     memory = float((actual[0] - expected[0]).norm() / expected[0].norm())
-    if not same_classes:
+    if not same_classes or None in expected[1]:
         return Agreement(memory, None, None)
     wanted, found = 0, []
     for stock, lite in zip(expected[1], actual[1]):

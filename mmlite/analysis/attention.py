@@ -215,7 +215,8 @@ def attention_of_object(
     layer = _index('layer', layer, len(model.decoder.layers))
     attention = f'decoder.layers.{layer}.cross_attn'
     recording = record_attention(model, {attention: torch.arange})
-    with keep_outputs([model.bbox_head]) as scores, called_with(model) as call, recording as maps:
+    head = model.get_submodule('bbox_head')
+    with keep_outputs([head]) as scores, called_with(model) as call, recording as maps:
         found = run().pred_instances
     _index('object', rank, len(found), least=0)
     logits = scores[0][-1][0]  # last layer, first image

@@ -63,7 +63,9 @@ def generate_shapes(
             semantic = np.zeros((image_size, image_size), np.uint8)
             for label, _, _, polygon in objects:
                 corners = np.array(polygon).reshape(-1, 2) - 0.5
-                cv2.fillPoly(semantic, [np.int32((corners * 16).round())], label + 1, shift=4)
+                cv2.fillPoly(
+                    semantic, [(corners * 16).round().astype(np.int32)], label + 1, shift=4
+                )
             for folder, picture in ((split, pixels), (f'semantic/{split}', semantic)):
                 path = Path(root, folder, name)
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import torch
 from mmdet.registry import MODELS
 from mmdet_tools import TOOLS, run_python
 from mmengine.config import Config
+from small_detectors import small_model, write_pair
 
 from mmlite.datasets import generate_shapes
 from mmlite.openmmlab.checkpoints import load_checkpoint
@@ -85,6 +86,28 @@ def test_two_processes_end_with_the_same_weights(folder):
     # The running statistics of BatchNorm are each process's own; what is learned is shared.
     assert differ and all('running_' in name for name in differ)
     assert len(first.keys() - differ) > 100
+
+
+@pytest.mark.slow
+def test_two_processes_convert_an_elastic_encoder(folder, tmp_path):
+    """In an iteration most of what only other schedules need gets no gradient."""
+    schedules = ['H3L1-(2+1)x1', 'H3L1-(1+1)x2', 'H4L0-1234x2']
+    resize = {'type': 'Resize', 'scale': (64, 64), 'keep_ratio': True}
+    steps = [{'type': 'LoadImageFromFile'}, resize, {'type': 'PackDetInputs'}]
+    changes = {'test_dataloader.dataset.pipeline': steps, 'train_dataloader.num_workers': 0}
+    write_pair(tmp_path, 'DINO', **changes)
+    torch.save(small_model('DINO', std=0.1).state_dict(), tmp_path / 'stock.pth')
+    options = [f'model.encoder.elastic={schedules}'.replace(' ', '')]
+    printed = run_python(
+        *('-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2'),
+        *('-m', 'mmlite.cli', 'convert', 'stock.pth', 'out.pth', '--from-stock', 'lite.py'),
+        *('--images', folder / 'data/shapes/train', '--iterations', '3', '--batch-size', '2'),
+        *('--cfg-options', *options),
+        cwd=tmp_path,
+    )
+    assert 'Wrote out.pth' in printed
+    content = torch.load(tmp_path / 'out.pth')
+    assert sorted(content['meta']['distilled']['schedules']) == sorted(schedules)
 
 
 @pytest.mark.slow

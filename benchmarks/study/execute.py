@@ -19,6 +19,7 @@ from mmengine.config import Config
 
 from mmlite.analysis.timing import Start
 from mmlite.datasets import STYLES, generate_shapes
+from mmlite.openmmlab.distillation import distillation_config
 
 from .plan import Data, Plan, Run, fingerprint
 from .run import CONFIG, PROGRESS, RESULT, WEIGHTS
@@ -102,10 +103,17 @@ class Study:
         }
         _place(config, self.data_root(run.data))
         hooks = list(config.get('custom_hooks') or ())
-        if run.row.warm_start is not None:
-            teacher = Run(run.data, self.plan.rows[run.row.warm_start], run.seed)
-            weights = str((self.folder_of(teacher) / WEIGHTS).resolve())
+        checkpoint = {'type': 'SafeCheckpointHook', 'interval': 1, 'max_keep_ckpts': 1}
+        source = self.waits_for(run)
+        weights = str((self.folder_of(source) / WEIGHTS).resolve()) if source else None
+        if run.row.warm_start:
             hooks.append({'type': 'WarmStartHook', 'checkpoint': weights})
+        elif run.row.evaluate:
+            study['evaluate'] = weights
+        elif run.row.convert:
+            config = _conversion(config, weights)
+            hooks += config.custom_hooks
+            checkpoint = config.default_hooks.checkpoint.to_dict()
         config.merge_from_dict(
             {
                 'study': study,
@@ -114,14 +122,7 @@ class Study:
                 'load_from': None,
                 'log_level': 'WARNING',
                 'randomness': {'seed': run.seed},
-                'default_hooks': {
-                    'checkpoint': {
-                        '_delete_': True,
-                        'type': 'SafeCheckpointHook',
-                        'interval': 1,
-                        'max_keep_ckpts': 1,
-                    }
-                },
+                'default_hooks': {'checkpoint': {'_delete_': True, **checkpoint}},
             }
         )
         config.custom_hooks = hooks
@@ -159,8 +160,8 @@ class Study:
 
     def waits_for(self, run: Run) -> Run | None:
         """The run whose weights a run starts from."""
-        teacher = run.row.warm_start
-        return None if teacher is None else Run(run.data, self.plan.rows[teacher], run.seed)
+        source = run.row.source
+        return None if source is None else Run(run.data, self.plan.rows[source], run.seed)
 
 
 def execute(
@@ -293,6 +294,19 @@ def _files(config: Config, root: Path) -> list[Path]:
         dataset = _innermost(config[f'{split}_dataloader'].dataset)
         found += [root / dataset.ann_file, root / dataset.data_prefix.img]
     return found
+
+
+def _conversion(config: Config, teacher: str) -> Config:
+    """Training without labels on the same images, evaluated at each quarter."""
+    data, how = _innermost(config.train_dataloader.dataset), config.convert
+    root = Path(data.data_root)
+    listed = json.loads((root / data.ann_file).read_text())['images']
+    files = [root / data.data_prefix.img / image['file_name'] for image in listed]
+    result = distillation_config(config, teacher, files, how.iterations, how.batch_size)
+    for name in ('val_cfg', 'val_dataloader', 'val_evaluator'):
+        result[name] = config[name]
+    result.train_cfg.val_interval = -(-how.iterations // 4)
+    return result
 
 
 def _place(config: Config, root: Path) -> None:

@@ -27,7 +27,8 @@ SHIPPED = Path(__file__).parent / 'configs'
 
 _PLAN_KEYS = ('name', 'title', 'baseline', 'metric', 'seeds', 'data', 'rows', 'first', 'set')
 _DATA_KEYS = ('title', 'root', 'draw', 'config', 'set')
-_ROW_KEYS = ('config', 'set', 'warm_start')
+_ROW_KEYS = ('config', 'set', 'data', 'warm_start', 'convert', 'evaluate')
+_CONVERT_KEYS = ('teacher', 'iterations', 'batch_size')
 _FIRST_KEYS = ('data', 'rows')
 _SPLITS = ('train', 'val', 'test')
 
@@ -51,7 +52,15 @@ class Row:
     name: str
     config: str | None = None
     set: Mapping[str, Any] = field(default_factory=dict)
+    data: Sequence[str] = ()  # the data sets that it is run on; none: all
     warm_start: str | None = None  # the row whose trained weights it starts from
+    convert: Mapping[str, Any] | None = None  # teacher (a row), iterations, batch_size: no labels
+    evaluate: str | None = None  # the row whose weights it takes as they are
+
+    @property
+    def source(self) -> str | None:
+        """The row whose weights it needs."""
+        return self.warm_start or (self.convert or {}).get('teacher') or self.evaluate
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,8 @@ class Plan:
             for data in group.get('data', self.data):
                 for seed in self.seeds:
                     for row in group.get('rows', self.rows):
-                        yield Run(self.data[data], self.rows[row], seed)
+                        if data in (self.rows[row].data or self.data):
+                            yield Run(self.data[data], self.rows[row], seed)
 
     def config_reference(self, run: Run) -> str:
         """The config of a run, as for :func:`mmlite.openmmlab.build.load_config`."""
@@ -126,6 +136,8 @@ class Plan:
                     f'plan {self.path}: the overrides of {run.title} do not fit '
                     f'{reference}: {error}'
                 ) from error
+        if run.row.convert:
+            config.convert = _plain(run.row.convert)
         return config
 
 
@@ -188,10 +200,18 @@ def _plan(path: Path, content: Any, roots: Mapping[str, Path], seeds: Sequence[i
     if len(slugs) < len(rows):
         raise _PlanError('two rows have names that differ in punctuation alone')
     for row in rows.values():
-        if row.warm_start is not None:
-            _known('row', row.warm_start, rows)
-            if rows[row.warm_start].warm_start is not None:
-                raise _PlanError(f'{row.name} starts from {row.warm_start}, a warm start itself')
+        if row.convert is not None:
+            _entries(f'convert of {row.name}', row.convert, _CONVERT_KEYS, needed=_CONVERT_KEYS)
+        for name in row.data:
+            _known('data set', name, data)
+        if row.source is not None:
+            _known('row', row.source, rows)
+            before = rows[row.source]
+            if before.evaluate or (before.source and not row.evaluate):
+                raise _PlanError(
+                    f'{row.name} starts from {before.name}, which needs the weights of another row '
+                    'itself'
+                )
         without = [one.name for one in data.values() if not (row.config or one.config)]
         if without:
             raise _PlanError(f'neither row {row.name} nor data set {without[0]} has a config')

@@ -79,14 +79,18 @@ def train(
     runner.register_hook(recorder, priority='VERY_LOW')
     problem = None
     try:
-        runner.train()
+        if 'evaluate' in facts:
+            runner.load_checkpoint(facts.pop('evaluate'))
+            runner.val()
+        else:
+            runner.train()
     except NonFiniteLoss as error:
         problem = str(error)
     if not is_main_process():
         return
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     result = {**facts, 'finite': problem is None, 'problem': problem, **recorder.result()}
-    result.update(_cost(model, config))
+    result.update(_cost(getattr(model, 'student', model), config))
     write = AtomicBackend().put
     if problem is None:
         torch.save({'state_dict': model.state_dict()}, folder / f'.{WEIGHTS}')
@@ -94,7 +98,7 @@ def train(
     lines = [f'{json.dumps(name)}: {json.dumps(value)}' for name, value in result.items()]
     write(('{\n' + ',\n'.join(lines) + '\n}\n').encode(), folder / RESULT)
     # With the optimiser's state, which nothing needs any more.
-    for outdated in [*folder.glob('epoch_*.pth'), folder / 'last_checkpoint']:
+    for outdated in [*folder.glob('*_*.pth'), folder / 'last_checkpoint']:
         outdated.unlink(missing_ok=True)
 
 

@@ -205,10 +205,11 @@ class _FlopCounter(TorchDispatchMode):
         if is_attention:
             # From the shapes: backends run different operators, and mmcv's on CUDA is not seen.
             query = args[0] if args else kwargs['query']
+            levels = kwargs.get('levels')  # that it reads, where those are not all
             self.flops[name] += deform_attn_flops(
                 query.shape[0] * query.shape[1],
                 module.num_heads,
-                module.num_levels * module.num_points,
+                (module.num_levels if levels is None else len(levels)) * module.num_points,
                 module.value_proj.out_features // module.num_heads,
                 key_aware=isinstance(module, KeyAwareDeformableAttention),
             )

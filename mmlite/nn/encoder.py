@@ -297,8 +297,9 @@ class InterleavedEncoder(nn.Module):
                 f'{tokens.shape[1]} tokens'
             )
         schedule = self.next_schedule
-        if self.training and len(self.schedules) > 1:
-            self.training_calls += 1
+        if self.training and len(self.schedules) > 1:  # a compiled one is compiled for each turn
+            turns = 3 * (len(self.schedules) - 2 or len(self.schedules))
+            self.training_calls = (self.training_calls + 1) % turns
         low_levels = self.low_level_indices(level_sizes, schedule)
         if reference_points is None:
             device = tokens.device

@@ -30,7 +30,9 @@ class CPURunner(_OpensGroup, Runner):
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """As MMEngine's; the wrapper takes the device that the model is on."""
         if model_wrapper_cfg is None and self.distributed and not torch.cuda.is_available():
+            unused = self.cfg.get('find_unused_parameters', False)
             model_wrapper_cfg = {'device_ids': None, 'broadcast_buffers': False}
+            model_wrapper_cfg['find_unused_parameters'] = unused
         return super().wrap_model(model_wrapper_cfg, model)
 
 

@@ -97,6 +97,23 @@ def test_lite_encoder_matches_formula(schedule, key_aware):
 
 
 @pytest.mark.parametrize('key_aware', [True, False])
+def test_a_schedule_that_names_its_layers_is_counted_layer_by_layer(key_aware):
+    """What a layer costs is the paper's layer over the maps that it updates and reads."""
+    named = 'H4L0-1:1+12:12+12+123:123+1234x2'
+    found = count_flops(lite(named, ffn=1024, key_aware=key_aware), **encoder_inputs(TINY)).total
+    tokens = [height * width for height, width in reversed(TINY)]  # the smallest first
+    expected = 0
+    for updated, read in ((1, 1), (2, 2), (2, 4), (3, 3), (4, 4), (4, 4)):
+        points = read * POINTS
+        attend = DIMS * HEADS * LEVELS * POINTS * 2  # offsets
+        attend += DIMS * DIMS + 2 * 5 * DIMS + DIMS * points * (10 if key_aware else 4)
+        attend += DIMS * (DIMS if key_aware else HEADS * LEVELS * POINTS)
+        expected += sum(tokens[:read]) * DIMS * DIMS
+        expected += sum(tokens[:updated]) * (attend + 2 * DIMS * 1024)
+    assert found == expected
+
+
+@pytest.mark.parametrize('key_aware', [True, False])
 def test_neither_backend_nor_arithmetic_changes_the_count(key_aware):
     encoder, inputs = lite(key_aware=key_aware), encoder_inputs(TINY)
     counts = [count_flops(encoder, compute=True, **inputs)]

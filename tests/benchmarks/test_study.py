@@ -91,10 +91,40 @@ def test_trains_reports_and_does_nothing_twice(tmp_path):
     assert json.loads(path.read_text())['problem'] == 'the loss is nan'
 
 
+def test_converts_without_labels_and_evaluates_what_came_out(tmp_path):
+    schedules = ['H3L1-(2+1)x1', 'H3L1-(1+1)x2']
+
+    def elastic(schedule: str) -> dict:
+        encoder = {'schedule': schedule, 'elastic': schedules}
+        return {'set': {'model': {'type': 'LiteNarrowDINO', 'encoder': encoder}}}
+
+    how = {'teacher': 'stock', 'iterations': 5, 'batch_size': 4}
+    rows = {
+        'stock': None,
+        'lite': {'convert': how, **elastic(schedules[0])},
+        'same': {'evaluate': 'lite', **elastic(schedules[0])},
+        'other': {'evaluate': 'lite', **elastic(schedules[1])},
+    }
+    result = run(write(tmp_path, rows=rows), '--out', tmp_path / 'out')
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / 'out/tiny/drawn'
+    found = {row: json.loads((folder / row / 'seed0/result.json').read_text()) for row in rows}
+    assert [point['iteration'] for point in found['lite']['curve']] == [2, 4, 5]
+    assert found['lite']['metrics'] == found['same']['metrics']
+    assert found['lite']['encoder_gflops'] == found['same']['encoder_gflops']
+    assert found['other']['encoder_gflops'] > found['same']['encoder_gflops']
+    stock, lite, same = (
+        torch.load(folder / row / 'seed0/weights.pth')['state_dict'] for row in list(rows)[:3]
+    )
+    assert all(torch.equal(lite[name], value) for name, value in same.items())
+    for name in set(stock) & set(lite):  # nothing but the encoder was trained
+        assert name.startswith('encoder.') or torch.equal(stock[name], lite[name]), name
+
+
 @pytest.mark.parametrize(
     ('arguments', 'sentence'),
     [
-        (['nothing'], 'these ship: coco, small'),
+        (['nothing'], 'these ship: coco, conversion, small'),
         (['small', '--data', 'details=x'], 'those that take one are: bccd'),
         (['small', '--report'], 'run the study first'),
         (['coco'], 'instances_train2017.json does not exist'),
@@ -116,6 +146,12 @@ def test_runs_go_seed_by_seed_and_the_first_come_first(tmp_path):
     ]
     stock, lite, _, _, warm, _ = (fingerprint(plan.config(run)) for run in plan.runs)
     assert stock != lite == warm
+    data = {name: PLAN['data']['drawn'] for name in ('drawn', 'again')}
+    rows = {'stock': None, 'lite': {**LITE, 'data': ['again']}}
+    plan = read_plan(write(tmp_path, data=data, rows=rows))
+    assert [run.name for run in plan.runs] == [
+        *('drawn/stock/seed0', 'again/stock/seed0', 'again/lite/seed0'),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +162,15 @@ def test_runs_go_seed_by_seed_and_the_first_come_first(tmp_path):
         ({'seeds': 3}, 'seeds are a list'),
         ({'rows': {'stock': {'overrides': {}}}}, "no entry of row stock called 'overrides'"),
         ({'rows': {'stock': {'warm_start': 'teacher'}}}, "no row called 'teacher'"),
+        (
+            {'rows': {'stock': {'convert': {'teacher': 'stock'}}}},
+            'convert of stock needs iterations',
+        ),
+        ({'rows': {'stock': {'data': ['drwn']}}}, "no data set called 'drwn'; did you mean drawn"),
+        (
+            {'rows': {**PLAN['rows'], 'twice': {'warm_start': 'warm'}}},
+            'twice starts from warm, which needs the weights of another row itself',
+        ),
         ({'data': {'drawn': {'config': 'a.py'}}}, 'either root, its folder, or draw'),
         ({'data': {'a': {'root': 'a', 'config': 'missing.py'}}}, r'missing\.py does not exist'),
         ({'rows': {'stock': {'set': {'max_epochs': {'a': 1}}}}}, 'seed 0 do not fit'),

@@ -9,7 +9,16 @@ import cv2
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from exported import DETECTORS, SCHEDULE, TEXT, assert_runs_alone, batch_of, export_for_all, needs
+from exported import (
+    DETECTORS,
+    LITE,
+    SCHEDULE,
+    TEXT,
+    assert_runs_alone,
+    batch_of,
+    export_for_all,
+    needs,
+)
 from small_detectors import SMALL, STOCK
 
 from mmlite.cli import main
@@ -39,6 +48,19 @@ def test_any_size(format_, exported_lite_dino, images, tmp_path):
     assert_agrees(model, exported, images[:2])
     assert exported.description['schedule'] == 'H3L1-(2+1)x1'
     assert_runs_alone(exported, folder / format_, images[0], tmp_path)
+
+
+def test_a_schedule_that_names_its_layers(detector, images, tmp_path, monkeypatch):
+    for format_ in ('onnx', 'openvino'):
+        needs(format_)
+    lite = LITE | dict(encoder=dict(schedule='H4L0-12:12+1234'))
+    monkeypatch.setitem(DETECTORS, 'named layers', ('DINO', lite))
+    model = detector('named layers')
+    export_for_all(model, tmp_path)
+    for format_ in ('onnx', 'openvino'):
+        exported = load(tmp_path / format_)
+        assert_agrees(model, exported, images[:2])
+        assert exported.description['schedule'] == 'H4L0-12:12+1234'
 
 
 def test_threads_share_a_detector(format_, exported_lite_dino, images):

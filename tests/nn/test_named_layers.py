@@ -160,6 +160,22 @@ def test_training_takes_the_schedules_in_turn_and_prediction_the_chosen_one():
     assert torch.equal(encoder.eval()(**inputs()), expected[ELASTIC[1]])
 
 
+def test_a_compiled_elastic_encoder_is_compiled_for_each_turn_once():
+    encoder = randomised(LiteEncoder(ELASTIC[1], **THIN, elastic=ELASTIC)).train()
+    expected = [encoder(**inputs()) for _ in range(3)]
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(encoder, backend=keep)
+    for _ in range(3):
+        for memory in expected:
+            torch.testing.assert_close(compiled(**inputs()), memory)
+    assert len(graphs) == 3
+
+
 def test_what_a_schedule_costs():
     """In tokens of the smallest map, each map having four times those of the next smaller."""
     costs = {

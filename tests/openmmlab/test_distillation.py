@@ -159,6 +159,7 @@ def test_runs_resumes_and_says_what_it_is(images, tmp_path):
 
     def trained(iterations: int) -> dict:
         settings = distillation_config(config, teacher, images, 4, 2, tmp_path / 'work')
+        assert not settings.find_unused_parameters
         settings.default_hooks.checkpoint.interval = 2
         settings.train_cfg.max_iters = iterations
         Runner.from_cfg(Config(settings.to_dict())).train()
@@ -185,6 +186,7 @@ def test_elastic_students_are_fitted_and_learn_their_schedules_in_turn(tmp_path)
     schedules = ['H3L1-(2+1)x1', 'H3L1-(1+1)x2', 'H4L0-1234x2']
     config, teacher = teacher_file(tmp_path, 'DINO')
     config.model.encoder.update(schedule=schedules[0], elastic=schedules)
+    assert distillation_config(config, teacher, []).find_unused_parameters
     model = DistilledDetector(config.model, teacher)
     data = batch(model.student)
     before = [model.encoder.layers[i].small_ffn.layers[1].weight.clone() for i in (0, 1)]

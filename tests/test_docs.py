@@ -38,7 +38,7 @@ def test_lines_of_python_draw_the_picture(tmp_path, monkeypatch):
     small = ('--epochs', '1', '--train-images', '8', '--val-images', '6')
     result = CliRunner().invoke(main, ['demo', *small])
     assert result.exit_code == 0, result.output
-    Path('work_dirs/demo/epoch_1.pth').rename('work_dirs/demo/epoch_7.pth')
+    Path('work_dirs/demo/epoch_1.pth').rename('work_dirs/demo/epoch_8.pth')
 
     exec(python_blocks('README.md')[1], {})
     assert cv2.imread('shapes.png').shape == (384, 384, 3)

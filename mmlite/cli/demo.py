@@ -22,12 +22,12 @@ from .shared import count_option, option, print_table, progress
 # Task -> its config, that of --full, and which of COCO's metrics evaluate it.
 TASKS = {
     'detection': (
-        'lite-dino-4scale_r18_h3l1-2p1x1_1xb8-7e_large-shapes',
+        'lite-dino-4scale_r18_h3l1-2p1x1_1xb8-8e_large-shapes',
         'lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes',
         'bbox',
     ),
     'segmentation': (
-        'lite-mask2former_r18_h2l1-2p1x1_1xb8-6e_large-shapes',
+        'lite-mask2former_r18_h2l1-2p1x1_1xb8-10e_large-shapes',
         'lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes',
         'segm',
     ),

@@ -1,14 +1,28 @@
 # The small segmenter that `mmlite demo --task segmentation` trains from scratch in minutes: a
-# quarter of ResNet-18's channels, two encoder and three decoder layers, images of 96x96.
+# quarter of ResNet-18's channels, 64 in the transformer, two encoder and three decoder layers,
+# images of 96x96.
 _base_ = './lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes.py'
 
+channels = 64
+attention = dict(embed_dims=channels, num_heads=4)
+ffn_cfg = dict(embed_dims=channels, feedforward_channels=128)
+positional_encoding = dict(num_feats=channels // 2)
+layer_cfg = dict(self_attn_cfg=attention, ffn_cfg=ffn_cfg)
 model = dict(
     backbone=dict(base_channels=16),
     panoptic_head=dict(
         in_channels=[16, 32, 64, 128],
+        feat_channels=channels,
+        out_channels=channels,
         num_queries=12,
-        pixel_decoder=dict(encoder=dict(schedule='H2L1-(2+1)x1', num_layers=2)),
+        pixel_decoder=dict(
+            encoder=dict(schedule='H2L1-(2+1)x1', num_layers=2, layer_cfg=layer_cfg),
+            positional_encoding=positional_encoding,
+        ),
+        positional_encoding=positional_encoding,
+        transformer_decoder=dict(layer_cfg=dict(cross_attn_cfg=attention, **layer_cfg)),
     ),
+    train_cfg=dict(num_points=256),
     test_cfg=dict(max_per_image=12),
 )
 
@@ -22,7 +36,7 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_epochs = 6
+max_epochs = 10
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 # Muon learns convolutions and matrices in half the iterations of AdamW.
 optim_wrapper = dict(

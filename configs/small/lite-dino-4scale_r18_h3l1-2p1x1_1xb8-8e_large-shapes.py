@@ -1,11 +1,11 @@
 # The small detector that `mmlite demo` trains from scratch in minutes: a quarter of ResNet-18's
-# channels, 128 in the transformer, two encoder and two decoder layers, images of 96x96.
+# channels, 64 in the transformer, two encoder and two decoder layers, images of 96x96.
 _base_ = '../_base_/dino-4scale_r18_1xb8-14e_shapes.py'
 
-channels = 128
+channels = 64
 num_queries = 30
-attention = dict(embed_dims=channels)
-ffn_cfg = dict(embed_dims=channels, feedforward_channels=256)
+attention = dict(embed_dims=channels, num_heads=4)
+ffn_cfg = dict(embed_dims=channels, feedforward_channels=128)
 model = dict(
     type='LiteDINO',
     num_queries=num_queries,
@@ -22,7 +22,7 @@ model = dict(
         layer_cfg=dict(self_attn_cfg=attention, cross_attn_cfg=attention, ffn_cfg=ffn_cfg),
     ),
     positional_encoding=dict(num_feats=channels // 2),
-    bbox_head=dict(embed_dims=channels),
+    bbox_head=dict(embed_dims=channels, loss_cls=dict(loss_weight=2.0)),
     dn_cfg=dict(group_cfg=dict(num_dn_queries=10)),
     test_cfg=dict(max_per_img=num_queries),
 )
@@ -37,7 +37,7 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_epochs = 7
+max_epochs = 8
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 # Muon learns convolutions and matrices in half the iterations of AdamW.
 optim_wrapper = dict(

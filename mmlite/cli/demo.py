@@ -93,9 +93,9 @@ def demo(task, full: bool, out: Path | None, epochs, train_images, val_images: i
     }
     shared.write_json(out / 'results.json', results)
     of = 'boxes' if measured == 'bbox' else 'masks'
-    title = f'COCO metrics of {of} after {results["epochs"]} epochs, {seconds} s'
+    click.echo(f'COCO metrics of {of} after {runner.max_epochs} epochs, {seconds} s, seed {seed}')
     shown = {name: results[name] for name in METRICS if results[name] >= 0}  # else of no objects
-    print_table(title, list(shown), [[f'{100 * value:.1f}' for value in shown.values()]])
+    print_table('', list(shown), [[f'{100 * value:.1f}' for value in shown.values()]])
     click.echo(
         'Encoder of as many layers, {0}x{0}: MMDetection {stock_encoder_ms:.0f} ms and '
         '{stock_encoder_gflops:.1f} GFLOPs, Lite {encoder_ms:.0f} ms and {encoder_gflops:.1f} '

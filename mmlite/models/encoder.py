@@ -34,6 +34,9 @@ _PLACES = (
     # mmcv 1.x and detrex.
     'attentions.0 norms.0 norms.1 ffns.0.layers.0.0 ffns.0.layers.1 ffns.0.layers.0.1 '
     'attentions.0.dropout ffns.0.layers.0.2 ffns.0.layers.2',
+    # MMDetection 3 and what was made of it: MMPose.
+    'self_attn norms.0 norms.1 ffn.layers.0.0 ffn.layers.1 ffn.layers.0.1 '
+    'self_attn.dropout ffn.layers.0.2 ffn.layers.2',
     # transformers: Mask2Former, and Deformable DETR.
     'self_attn self_attn_layer_norm final_layer_norm fc1 fc2 activation_fn '
     'dropout activation_dropout dropout',

@@ -49,6 +49,8 @@ class Call(NamedTuple):
         meanings = {n: m for n, m in _MEANINGS.items() if n in known and m not in unknown}
         if 'query_key_padding_mask' in names:  # the other mask is of the keys that decoders have
             del meanings['key_padding_mask']
+        if 'valid_ratios' in names and 'reference_points' not in names:  # made of the ratios
+            meanings.pop('reference_points', None)
         required = [name for name in names if kinds[name].default is inspect.Parameter.empty]
         return cls(names, meanings, required)
 

@@ -133,7 +133,7 @@ def lite_config(
 
 def _scoped(name: str, like: str | type) -> str:
     """The name with the scope that another type has: MMSegmentation says ``'mmdet.'``."""
-    return f'mmdet.{name}' if isinstance(like, str) and like.startswith('mmdet.') else name
+    return f'mmdet.{name}' if str(like).rpartition('.')[0] == 'mmdet' else name
 
 
 def _module(base: str) -> str:

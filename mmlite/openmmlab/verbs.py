@@ -10,6 +10,7 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from ..models import changing, copy_counterparts
+from ..models import to_lite as to_lite_by_structure
 from ..nn import EncoderSchedule
 from .families import FAMILIES, encoder_name, family_of, find_holder, is_lite
 from .layers import fuse
@@ -21,18 +22,22 @@ __all__ = ['fuse', 'to_lite']
 def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -> nn.Module:
     """Turn a built model of MMDetection into its Lite variant; see :func:`mmlite.to_lite`.
 
+    A detector of a class that mmlite has no variant of is changed by its structure.
+
     Where the model has a ``cfg``, one with the same change takes its place. Training goes on from
     there; :func:`mmlite.openmmlab.checkpoints.warm_start` fits the new parts to images first.
     """
+    if not any(family_of(part, subclasses=False) for part in model.modules()):
+        return to_lite_by_structure(model, schedule, **options)
     name = encoder_name(model)
     holder_name = name.rpartition('.')[0]
     holder, stock = model.get_submodule(holder_name), model.get_submodule(name)
     family = family_of(holder, subclasses=False)
     if family is None or is_lite(holder):
-        kind = type(holder).__name__
-        already = f'{kind} is Lite already' if is_lite(holder) else f'{kind} has no Lite variant'
+        already = 'is Lite already' if is_lite(holder) else 'has no Lite variant'
         raise ValueError(
-            f'{already}; to_lite takes a stock {", ".join(family.stock for family in FAMILIES)}'
+            f'{type(holder).__name__} {already}; to_lite takes a stock '
+            f'{", ".join(family.stock for family in FAMILIES)}'
         )
 
     arguments = {name: getattr(stock, name) for name in STOCK_ENCODER if hasattr(stock, name)}

@@ -83,18 +83,31 @@ def test_what_was_done_is_undone(name):
     predict(changed)
 
 
+def test_a_class_of_ones_own_is_changed_by_its_structure():
+    model = stock_model('DINO')
+    model.__class__ = type('Own', (type(model),), {})
+    expected, stock = predict(model), model.encoder
+    mmlite.to_lite(model, 'H3L1-(1+1)x2', key_aware=False, small_ffn=False)
+    assert type(model).__name__ == 'Own' and model.encoder is not stock
+    for ours, theirs, atol in zip(predict(model), expected, (1e-5, 1e-2)):
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
+    mmlite.restore(model)
+    mmlite.to_lite(model, 'H3L1-(2+1)x1')
+    assert without_gradient(model, batch(model)) == []
+    with pytest.raises(ValueError, match='has a Lite encoder already'):
+        mmlite.to_lite(model, 'H3L1-(2+1)x1')
+
+
 def test_what_has_no_lite_variant():
-    model, own = stock_model('DINO'), stock_model('DINO')
+    model = stock_model('DINO')
     kinds = [type(part) for part in model.modules()]
-    own.__class__ = type('Own', (type(own),), {})
     other = get_config('mmdet::detr/detr_r50_8xb2-150e_coco.py').model  # one map
     other.backbone.init_cfg = None
     other = MODELS.build(other)
     linear = torch.nn.Linear(1, 1)
     refusals = [
         (mmlite.to_lite, linear, 'Linear has no encoder that'),
-        (mmlite.to_lite, other, 'DETR has no Lite variant'),
-        (mmlite.to_lite, own, 'Own has no Lite variant'),
+        (mmlite.to_lite, other, 'DETR has no encoder that the Lite encoder can replace'),
         (mmlite.to_lite, model, 'makes 6 layers, but num_layers is 2'),
         (mmlite.fuse, other, 'DETR has no deformable attention'),
     ]

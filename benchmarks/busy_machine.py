@@ -117,7 +117,7 @@ def serve(seconds: float) -> None:
 
     with tempfile.TemporaryDirectory() as folder, _quiet():
         generate_shapes(Path(folder) / 'data', {'train': 8, 'val': 8})
-        runner = _build(TASKS['detection'][0], Path(folder), 1, 0)
+        runner = _build(f'small/{TASKS["detection"][1]}.py', Path(folder), 1, 0)
         optim_wrapper = runner.build_optim_wrapper(runner.cfg.optim_wrapper)
         (batch,) = runner.build_dataloader(runner.cfg.train_dataloader)
     runner.model.init_weights()

@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -79,7 +80,8 @@ def demo(task, full: bool, out: Path | None, epochs, train_images, val_images: i
         style = STYLES['shapes' if full else 'large-shapes']
         generate_shapes(out / 'data', splits, seed=seed, progress=step, style=style)
     runner = _build(f'small/{long if full else quick}.py', out, epochs, seed)
-    _train(runner)
+    with _threads(None if full else 1):
+        _train(runner)
     click.echo('Evaluating on the held-out images')
     with _quiet():
         metrics = runner.val()
@@ -133,6 +135,17 @@ def _sleep_while_waiting() -> None:
     """Let threads without work sleep, before torch is imported: other processes may be busy."""
     if 'GOMP_SPINCOUNT' not in os.environ:
         os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute on so many threads: small operations lose more to a second one than it saves."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    yield
+    torch.set_num_threads(before)
 
 
 def _build(config: str, out: Path, epochs: int | None, seed: int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +17,10 @@ from .compare import predict
 from .detector import Detector
 from .pipeline import class_names, preprocessing
 
+# Parts of some detectors, such as DDQ-DETR's, speak through the model while it predicts, and models
+# may share modules. So one predicts at a time, on all threads of torch.
+_TURN = threading.Lock()
+
 
 class PyTorchSession:
     """A detector of MMDetection as the session of a :class:`~.detector.Detector`."""
@@ -24,9 +29,16 @@ class PyTorchSession:
         self.model, self.text, self.schedule = model, text, schedule
 
     def __call__(self, images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
-        if self.schedule is not None:  # models of several sessions may share their modules
-            use_schedule(self.model, self.schedule)
-        found = predict(self.model, images, np.asarray(sizes).tolist(), self.text)
+        with _TURN:
+            if self.schedule is not None:
+                use_schedule(self.model, self.schedule)
+            try:
+                found = predict(self.model, images, np.asarray(sizes).tolist(), self.text)
+            except RuntimeError as error:
+                if 'selected index k out of range' not in str(error):
+                    raise
+                size = ' x '.join(map(str, images.shape[2:]))
+                raise ValueError(f'an image of {size} pixels is too small for the model') from error
         pairs = zip(zip(*found), (0, -1, 0, False, 0))  # what there is not scores -1
         return [_stacked(arrays, fill) for arrays, fill in pairs if arrays[0] is not None]
 

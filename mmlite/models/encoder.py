@@ -194,8 +194,10 @@ def use_schedule(model: nn.Module, schedule: str | EncoderSchedule) -> nn.Module
     encoders = [part for part in model.modules() if isinstance(part, InterleavedEncoder)]
     if not encoders:
         raise ValueError(f'{type(model).__name__} has no Lite encoder; to_lite gives it one')
-    for encoder in encoders:
-        encoder.use_schedule(schedule)
+    chosen = EncoderSchedule.parse(schedule)
+    # One that has no weights for it comes first, and refuses before any is changed.
+    for encoder in sorted(encoders, key=lambda each: chosen in each.schedules):
+        encoder.use_schedule(chosen)
     return model
 
 

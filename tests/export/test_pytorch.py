@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import cv2
 import numpy as np
 import pytest
@@ -7,6 +10,8 @@ from PIL import Image
 from small_detectors import write_pair
 
 import mmlite
+from mmlite.export import pytorch
+from mmlite.export.detector import Detections
 from mmlite.openmmlab.build import build_detector, load_config
 
 PAD = dict(type='Pad', size_divisor=32, pad_val=dict(img=114))
@@ -72,3 +77,31 @@ def test_what_is_no_detector_is_refused(tmp_path):
         mmlite.load(tmp_path)
     with pytest.raises(ValueError, match='takes no checkpoint'):
         mmlite.load(tmp_path, 'x.pth')
+
+
+def test_threads_take_turns(monkeypatch):
+    """Parts of a detector may speak through it while it predicts."""
+    inside, seen = [], []
+
+    def predict(model, images, sizes, text):
+        inside.append(model)
+        time.sleep(0.01)
+        seen.append(len(inside))
+        inside.pop()
+        return [Detections(np.zeros((1, 4)), np.zeros(1), np.zeros(1, int))]
+
+    monkeypatch.setattr(pytorch, 'predict', predict)
+    session = pytorch.PyTorchSession(torch.nn.Identity(), None, None)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: session(np.zeros((1, 3, 8, 8)), np.array([[8, 8]])), range(8)))
+    assert seen == [1] * 8
+
+
+def test_too_few_tokens_for_the_queries(monkeypatch):
+    def predict(*arguments):
+        torch.zeros(3).topk(4)
+
+    monkeypatch.setattr(pytorch, 'predict', predict)
+    session = pytorch.PyTorchSession(torch.nn.Identity(), None, None)
+    with pytest.raises(ValueError, match='an image of 1 x 300 pixels is too small for the model'):
+        session(np.zeros((1, 3, 1, 300)), np.array([[1, 300]]))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from thin_encoder import SIZES, THIN, inputs, randomised
 
+from mmlite.models import use_schedule
 from mmlite.nn import EncoderSchedule, EncoderStep, LiteEncoder
 from mmlite.nn.schedule import decode_schedules, encode_schedules, layer_steps
 
@@ -129,6 +130,15 @@ def test_compiles_and_exports_whole():
 
 
 ELASTIC = ['H3L1-(1+1)x4', 'H3L1-(2+1)x2', 'H2L2-(4+1)x1']
+
+
+def test_all_encoders_of_a_model_change_or_none():
+    both = torch.nn.ModuleList([LiteEncoder(ELASTIC[0], **THIN, elastic=ELASTIC[1:])])
+    both.append(LiteEncoder(ELASTIC[0], **THIN))
+    with pytest.raises(ValueError, match='has no trained weights here'):
+        use_schedule(both, ELASTIC[1])
+    assert [str(encoder.schedule) for encoder in both] == ELASTIC[:1] * 2
+    assert str(use_schedule(both[:1], ELASTIC[1])[0].schedule) == ELASTIC[1]
 
 
 def test_one_set_of_weights_serves_several_schedules():

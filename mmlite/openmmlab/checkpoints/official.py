@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...nn.schedule import decode_schedules
 from ..layers import EncoderSchedule
 
 # The 80 categories of COCO among the 91 slots of the original class layers.
@@ -237,9 +238,12 @@ def to_official(
     reasons = {name: "the authors' norms count no batches" for name in state if _COUNTER in name}
     if _SCHEDULE in state:
         reasons[_SCHEDULE] = 'is among the arguments of the run there'
-        schedule, update = EncoderSchedule.decode(state[_SCHEDULE])
+        (schedule, *others), update = decode_schedules(state[_SCHEDULE])
         if update != 'joint':
             raise ValueError(f'there is no original layout for {update} updates')
+        if others or schedule.layers:
+            names = ' and '.join(map(str, (schedule, *others)))
+            raise ValueError(f'there is no original layout for {names}: it has one of HxLy-(A+1)xB')
     backwards = [(mmdet, authors) for authors, mmdet in _table(state)]
     mapped = _rename([name for name in state if name not in reasons], backwards, known)
     official = {new_name: state[name] for name, new_name in mapped.items()}

@@ -16,6 +16,7 @@ from mmengine.config import Config
 from small_detectors import small_config
 
 import mmlite  # noqa: F401
+from mmlite.nn import EncoderSchedule
 from mmlite.openmmlab.checkpoints import (
     check_conversion,
     convert_encoder_state,
@@ -334,6 +335,8 @@ def test_refusals(name, change, message):
 def test_no_way_there_or_back():
     dino, lite = (trained(name)[2].state_dict() for name in ('dino', 'lite-dino'))
     sequential = torch.tensor([3, 1, 2, 1, 1])
+    several = torch.tensor([3, 1, 2, 1, 0, -1, 2, 2, 2, 1, 0])
+    named = EncoderSchedule.parse('H3L1-1x2+1234').encode()
     for convert, state, message in (
         *(
             (convert_encoder_state, {name: ONE}, 'no place in the authors')
@@ -344,6 +347,8 @@ def test_no_way_there_or_back():
         (to_official, {**dino, 'text_feat_map.weight': ONE}, 'no place in .*DINO'),
         (to_official, official_state('refine'), "MMDetection's layout"),
         (to_official, {**lite, 'encoder.schedule_code': sequential}, 'for sequential updates'),
+        (to_official, {**lite, 'encoder.schedule_code': several}, r'for H3L1-\(2\+1\)x1 and H2L2'),
+        (to_official, {**lite, 'encoder.schedule_code': named}, r'for H3L1-1x2\+1234: it has one'),
         (from_official, dino, '--to-official'),
     ):
         with pytest.raises(ValueError, match=message):

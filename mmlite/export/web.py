@@ -13,7 +13,7 @@ RUNTIME = 'onnxruntime-web@1.30.0'
 _BINARIES = ('ort-wasm-simd-threaded', 'ort-wasm-simd-threaded.asyncify')
 _FILES = [f'ort.{kind}.min.mjs' for kind in ('wasm', 'webgpu')]
 _FILES += [f'{name}.{kind}' for name in _BINARIES for kind in ('mjs', 'wasm')]
-_PAGE = Path(__file__).with_name('site')
+_PAGE = Path(__file__).with_name('page')
 
 
 def check_web(preprocessing: dict, batch: int | None) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/decompositions.py --rounds 5 --threads 2
 
-All tokens of an image attend to all four maps. `levels, queries last` is the form of
+All tokens of an image attend to all four maps. `gridsample` and `gather` are the forms of
 mmlite/export/operators.py.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mmlite.analysis.inputs import OperatorShape
 from mmlite.export import openvino_core
-from mmlite.export.operators import portable
+from mmlite.export.operators import PORTABLE
 from mmlite.ops import reference
 
 SIZES: list[tuple[int, int]] = []  # of the maps; main() fills it in
@@ -49,40 +49,22 @@ def levels_points_last(value: Tensor, locations: Tensor, weights: Tensor) -> Ten
     return total.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
 
 
-def gather(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """The four corners' rows taken out of the whole pyramid, then one matrix product a query."""
-    batch, tokens, heads, dim = value.shape
-    queries = locations.shape[1]
-    locations = locations.permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
-    weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)
-    places, factors, start = [], [], 0
-    for location, weight, (height, width) in zip(locations, weights, SIZES):
-        x, y = location[..., 0] * width - 0.5, location[..., 1] * height - 0.5
-        for dy in (0, 1):
-            for dx in (0, 1):
-                column, row = x.floor() + dx, y.floor() + dy
-                inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-                share = (1 - (x - column).abs()) * (1 - (y - row).abs())
-                place = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-                places.append(place.long() + start)
-                factors.append(share * inside * weight)
-        start += height * width
-    first = torch.arange(batch * heads).view(-1, 1, 1) * tokens
-    rows = value.transpose(1, 2).reshape(-1, dim)
-    corners = F.embedding(torch.stack(places, -1).flatten(2) + first, rows)
-    output = torch.stack(factors, -1).flatten(2).unsqueeze(-2) @ corners
-    return output.view(batch, heads, queries, dim).transpose(1, 2).flatten(2)
+def shipped(name: str, query, value: Tensor, locations: Tensor, weights) -> Tensor:
+    """A form of ``mmlite export --portable``."""
+    (form,) = PORTABLE[name].values()
+    return form(query, None, value, flat(), None, locations, weights)
 
 
 STANDARD = {
     "MMCV's": lambda v, x, w: multi_scale_deformable_attn_pytorch(v, SIZES, x, w),
-    'levels, queries last': lambda v, x, w: portable(None, None, v, flat(), None, x, w),
-    'levels, points last': levels_points_last,
-    'rows gathered': gather,
+    'gridsample': lambda v, x, w: shipped('gridsample', None, v, x, w),
+    'points last': levels_points_last,
+    'gather': lambda v, x, w: shipped('gather', None, v, x, w),
 }
 KEY_AWARE = {
     'samples of all levels': lambda v, x, q: reference.key_aware_deform_attn(q, None, v, SIZES, x),
-    'levels, queries last': lambda v, x, q: portable(q, None, v, flat(), None, x, None),
+    'gridsample': lambda v, x, q: shipped('gridsample', q, v, x, None),
+    'gather': lambda v, x, q: shipped('gather', q, v, x, None),
 }
 
 

@@ -38,4 +38,4 @@ class NarrowDINO(DINO):
 
 @MODELS.register_module()
 class LiteNarrowDINO(LiteDINO, NarrowDINO):
-    """:class:`LiteDINO` beside it, which is at any ``embed_dims``."""
+    """The Lite variant of :class:`NarrowDINO`."""

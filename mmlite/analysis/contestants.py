@@ -22,7 +22,7 @@ from ..export.int8 import import_nncf, quantize
 from ..export.operators import attention_as
 from ..export.program import Traced, trace
 from ..export.runtimes import import_runtime, library
-from ..export.write import FASTER, write
+from ..export.write import write
 from ..openmmlab.build import DetectorSpec, build_detector, load_config
 from ..openmmlab.layers import LiteEncoder
 from ..openmmlab.lite_config import stock_config
@@ -256,7 +256,7 @@ def _export(model: nn.Module, folder: Path, format: str, form: str, size: tuple[
             write(trace(model, size=size), source, format)
             quantize(source, folder, [image])
         return
-    traced = trace(model, portable=FASTER[format] if form == PORTABLE else None)
+    traced = trace(model, portable='gridsample' if form == PORTABLE else None)
     if form == PLAIN:
         from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from .attention import attention_at_point, level_masses
 from .complexity import count_detector
-from .pictures import draw_attention, draw_level_masses, pixels_of
 from .report import giga, size
 
 
@@ -80,6 +79,8 @@ class AttentionMapHook(Hook):
         is_due = batch_idx < self.num_images and runner.epoch % self.interval == 0
         if not is_due or not is_main_process():
             return
+        from .pictures import draw_attention, pixels_of  # late: it loads what draws
+
         model = _detector(runner)
 
         def run() -> DetDataSample:
@@ -101,6 +102,8 @@ class AttentionMapHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         if self._masses:
+            from .pictures import draw_level_masses, pixels_of
+
             masses = {type(_detector(runner)).__name__: torch.stack(self._masses).mean(0)}
             picture = pixels_of(draw_level_masses(masses))
             runner.visualizer.add_image('attention_levels', picture, step=runner.epoch)

@@ -31,11 +31,11 @@ _FORMATS = click.Choice(['onnx', 'openvino', 'torch', 'web'])
 @option('--batch-size', default='1', metavar='N|any', help='Images at a time.')
 @click.option(
     '--portable',
-    type=click.Choice(['best', 'gridsample', 'gather']),
+    type=click.Choice(['gridsample', 'gather']),
     is_flag=False,
-    flag_value='best',
-    help='Use no operators of mmlite: for runtimes that take none. Slower. gather does without '
-    'GridSample, too; best is what the runtime is faster with.',
+    flag_value='gridsample',
+    help='Use no operators of mmlite: for runtimes that take none. Slower. gather is for those '
+    'without GridSample, too. Alone: gridsample.',
 )
 @option('--opset', default=18, help="Version of ONNX's operators, 18 to 21.")
 @shared.images_option(help='An image or a folder to compare with PyTorch on; can be repeated.')
@@ -79,7 +79,7 @@ def export(
 
     if batch_size != 'any' and not (batch_size.isdecimal() and int(batch_size)):
         raise ValueError(f"--batch-size must be a number of images or 'any'; got {batch_size!r}")
-    options['portable'] = portable == 'best' or portable or False
+    options['portable'] = portable or False
     options['batch'] = None if batch_size == 'any' else int(batch_size)
     if text is not None:
         options['text'] = [name.strip() for name in text.split('.') if name.strip()]

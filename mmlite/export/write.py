@@ -22,8 +22,6 @@ from .program import Traced, trace
 from .runtimes import import_runtime, openvino_core
 from .web import check_web, write_page
 
-# Format -> which portable form its runtime is faster with; docs/deploy.md has the times.
-FASTER = {'onnx': 'gather', 'openvino': 'gridsample', 'torch': 'gridsample', 'web': 'gather'}
 # Format -> what the model is called in its folder.
 FILES = {'onnx': 'model.onnx', 'openvino': 'model.xml', 'torch': 'model.pt2', 'web': 'model.onnx'}
 
@@ -52,7 +50,7 @@ def export_detector(
         batch (int, optional): Images at a time; None for any number.
         portable (bool | str): Use no operators of ours: slower, for runtimes that take none.
             ``'gridsample'`` samples by ``GridSample``, ``'gather'`` by ``Gather`` and arithmetic,
-            for runtimes without it; True takes the faster of the two.
+            for runtimes without it; True is the first.
         opset (int): Version of ONNX's operators.
         text (Sequence[str], optional): What Grounding DINO looks for, one name a class; by default
             the classes of ``config``.
@@ -71,8 +69,8 @@ def export_detector(
         raise ValueError(f'opset {opset} is not supported; choose 18 to 21')
     if format == 'web':
         check_web(preprocessing(config), batch)
-        portable = portable or True
-    form = FASTER[format] if portable is True else portable or None
+        portable = portable or 'gather'
+    form = 'gridsample' if portable is True else portable or None
     if form not in (None, *PORTABLE):
         raise ValueError(f'portable must be one of {", ".join(PORTABLE)}; got {form!r}')
     traced = trace(model, config, size, batch, form, text, from_offsets=format == 'torch')
@@ -131,7 +129,8 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path, opset: int = 18) 
             model = written.model
             # What is folded before need not be rewritten, which takes longest.
             optimizer.fold_constants(model)
-            for node in model.graph:  # two of a row pass through more axes than some runtimes have
+            # Of two reshapes in a row the first may have more axes than some runtimes take.
+            for node in model.graph:
                 before = node.inputs[0].producer() if node.op_type == 'Reshape' else None
                 if before is not None and before.op_type == 'Reshape':
                     node.replace_input_with(0, before.inputs[0])

@@ -159,7 +159,7 @@ heavy = ('matplotlib', 'jinja2', 'onnx', 'openvino', 'mmlite.export', 'mmlite.an
 loaded = [name for name in set(sys.modules) - before if name.startswith(heavy)]
 print(loaded, environment == dict(os.environ) and packages == MODULE2PACKAGE)
 HOOKS.build(dict(type='EfficiencyHook'))
-print('mmlite.analysis.hooks' in sys.modules)
+print('mmlite.analysis.hooks' in sys.modules and 'mmlite.analysis.pictures' not in sys.modules)
 """)
     assert output[-2:] == ['[] True', 'True']
 

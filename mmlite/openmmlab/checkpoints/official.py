@@ -243,7 +243,9 @@ def to_official(
             raise ValueError(f'there is no original layout for {update} updates')
         if others or schedule.layers:
             names = ' and '.join(map(str, (schedule, *others)))
-            raise ValueError(f'there is no original layout for {names}: it has one of HxLy-(A+1)xB')
+            raise ValueError(
+                f'the original layout has one schedule of the form HxLy-(A+1)xB, not {names}'
+            )
     backwards = [(mmdet, authors) for authors, mmdet in _table(state)]
     mapped = _rename([name for name in state if name not in reasons], backwards, known)
     official = {new_name: state[name] for name, new_name in mapped.items()}

@@ -13,10 +13,11 @@ from . import shared
 @click.command()
 @click.argument('stock')
 @click.option('--schedule', help="Such as 'H2L2-(2+1)x3'. With --out alone: the main that fits.")
+@click.option('--backbone', help='NAME or NAME,CHECKPOINT of timm, in place of its own.')
 @shared.out_option('Write the config here. Default: print it.', '.py')
 @shared.image_size_option(help='What GFLOPs are counted at.')
 @shared.cfg_options
-def lite_config(stock: str, schedule, out: Path | None, image_size, cfg_options) -> None:
+def lite_config(stock: str, schedule, backbone, out: Path | None, image_size, cfg_options) -> None:
     """Write the Lite config of a STOCK config, or say why there is none.
 
     STOCK is a path or mmdet::folder/config.py. Without --schedule and --out the schedules that fit
@@ -25,11 +26,14 @@ def lite_config(stock: str, schedule, out: Path | None, image_size, cfg_options)
     \b
     Example:
       mmlite lite-config mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py -o lite.py
+      mmlite lite-config dino.py --backbone tf_efficientnet_lite0,weights.pth -o lite.py
     """
     config = shared.read_config(stock, cfg_options)
+    from ..openmmlab.lite_config import backbone_change, main_schedule
     from ..openmmlab.lite_config import lite_config as text_of
-    from ..openmmlab.lite_config import main_schedule
 
+    if backbone:
+        cfg_options = {**cfg_options, **backbone_change(config.model, *backbone.split(',', 1))}
     if schedule is None and out is None:
         _show(config, image_size)
         return

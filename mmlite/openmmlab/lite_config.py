@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,47 @@ def lite_config(
         f'with read_base():\n    from {_module(str(base))} import *\n\n'
         + text.replace(f'type={lite!r}', f'type={lite}')
     )
+
+
+def backbone_change(model_config: dict, model_name: str, checkpoint: str = '') -> dict[str, Any]:
+    """What gives a model a backbone of timm, and its neck and pixels what goes with it.
+
+    With a checkpoint the backbone's first stages are frozen and its norms evaluated, as those of
+    MMDetection's ResNets. The result is for ``changes`` of :func:`lite_config`.
+
+    Raises:
+        ImportError: timm cannot be imported.
+        ValueError: timm has no such network, or it lacks a map that the neck takes.
+    """
+    from .backbones import import_timm
+
+    timm = import_timm()
+    readers = (
+        name
+        for name, part in model_config.items()
+        if isinstance(part, dict) and isinstance(part.get('in_channels'), Sequence)
+    )
+    neck = next(readers)
+    strides = [4, 8, 16, 32][-len(model_config[neck]['in_channels']) :]
+    try:
+        net = timm.create_model(model_name, features_only=True)
+    except RuntimeError as error:
+        raise ValueError(f'timm makes no feature maps of {model_name}: {error}') from error
+    maps = {each['reduction']: each for each in net.feature_info.info}
+    if not maps.keys() >= set(strides):
+        raise ValueError(
+            f'{model_name} has maps of strides {sorted(maps)}; the {neck} takes {strides}'
+        )
+    backbone: dict[str, Any] = dict(_delete_=True, type='TimmBackbone', model_name=model_name)
+    backbone['out_indices'] = [maps[stride]['index'] for stride in strides]
+    if checkpoint:
+        backbone.update(checkpoint=checkpoint, frozen_stages=maps[4]['index'], norm_eval=True)
+    pixels = {name: [255 * part for part in net.pretrained_cfg[name]] for name in ('mean', 'std')}
+    return {
+        'model.backbone': backbone,
+        f'model.{neck}.in_channels': [maps[stride]['num_chs'] for stride in strides],
+        **{f'model.data_preprocessor.{name}': value for name, value in pixels.items()},
+    }
 
 
 def _scoped(name: str, like: str | type) -> str:

@@ -26,6 +26,7 @@ _CONTINUATION_TORCH = '>=2.3'
 # registries import theirs when they are first asked for a component.
 _FOLLOWERS = {
     'mmdet.models': (
+        'mmlite.openmmlab.backbones',
         'mmlite.openmmlab.layers',
         'mmlite.openmmlab.detectors',
         'mmlite.openmmlab.distillation',

@@ -9,6 +9,7 @@ indices here, and Swin's patch merging concatenates its four neighbours in anoth
 from __future__ import annotations
 
 import re
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -366,6 +367,12 @@ def _find_schedule(
     # A small FFN ends each block. Models without tell their blocks in the arguments at best.
     ends = [i for i in range(layers) if f'transformer.encoder.layers.{i}.linear12.weight' in state]
     high, blocks = (getattr(args, name, None) for name in ('enc_scale', 'num_expansion'))
+    if high == 1:
+        warnings.warn(
+            "the file's enc_scale=1 means H1: one high-level map. The authors' README calls it "
+            'H2L2, which is enc_scale=2 in their code; evaluate both if H2L2 is what you expect',
+            stacklevel=2,
+        )
     updates = [
         n
         for n in range(1, layers + 1)

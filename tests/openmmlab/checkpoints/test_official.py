@@ -398,3 +398,6 @@ def test_stored_arguments_decide_the_schedule():
     assert 'decoder.norm.weight' in averaged.state_dict
     with pytest.raises(ValueError, match=r'enc_scale=2, which is H2L2-\(2\+1\)x1'):
         from_official(checkpoint, schedule='H3L1-(2+1)x1')
+    checkpoint['args'].enc_scale = 1
+    with pytest.warns(UserWarning, match='H2L2, which is enc_scale=2'):
+        assert str(from_official(checkpoint, ema=True).schedule) == 'H1L3-(2+1)x1'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from ..models import changing, restore
 from ..openmmlab.layers import fuse_into
@@ -42,9 +45,16 @@ def optimize(model: nn.Module) -> nn.Module:
         for name, _ in model.named_modules():
             change.set(model, name, 'training', False)
         fuse_into(change, model)
-        pairs = _norms_of_convolutions(model)
-        for part in ('backbone', 'neck') if model.with_neck else ('backbone',):
-            change.set(model, '', part, _folded(getattr(model, part), pairs))
+        image = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+        image = image.to(next(model.parameters()))
+        pairs, expected = _norms_of_convolutions(model, image)
+        names = ('backbone', 'neck') if model.with_neck else ('backbone',)
+        parts = {name: getattr(model, name) for name in names}
+        for chosen in (pairs, {}):  # none, where folding shows after all
+            for name, part in parts.items():
+                change.set(model, '', name, _folded(part, chosen))
+            if _agree(model, image, expected):
+                break
         change.set(model, '', 'predict', partial(_predict, model))
     logging.getLogger('mmlite').info('optimize: %s predicts faster', type(model).__name__)
     return model
@@ -63,37 +73,71 @@ def _predict(model: nn.Module, batch_inputs: Tensor, batch_data_samples, rescale
     return model.add_pred_to_datasample(batch_data_samples, results)
 
 
-def _norms_of_convolutions(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Batch norms that get just what a convolution gives, as they run on an image."""
-    kept: list[tuple[Tensor, nn.Module]] = []
-    pairs: dict[nn.Module, nn.Module] = {}
+class _Reads(TorchDispatchMode):
+    """Counts the operations that get a tensor, by its id."""
 
-    def look(norm: nn.Module, args: tuple) -> None:
-        pairs.update((norm, conv) for output, conv in kept if output is args[0])
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given, _ = tree_flatten((args, kwargs))
+        self.counts.update(id(each) for each in given if isinstance(each, Tensor))
+        return function(*args, **(kwargs or {}))
+
+
+def _norms_of_convolutions(
+    model: nn.Module, image: Tensor
+) -> tuple[dict[nn.Module, nn.Module], tuple[Tensor, ...]]:
+    """Batch norms that alone get what a convolution gives, as they run once; and the features."""
+    given: dict[nn.Module, list[Tensor]] = {}  # to norms
+    gave: dict[nn.Module, list[Tensor]] = {}
+    reads = _Reads()
+
+    def keep(conv: nn.Module, args: tuple, output: Tensor) -> None:
+        gave.setdefault(conv, []).append(output)
+        reads.counts[id(output)] = 0  # of one that is gone
 
     with ExitStack() as stack:
         for module in model.modules():
+            # What may change input, weights or output, such as weight norm, is left alone.
+            if module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module):
+                continue
             if type(module) is nn.Conv2d:  # subclasses may do more, such as an activation
-                hook = module.register_forward_hook(lambda m, _, output: kept.append((output, m)))
-                stack.enter_context(hook)
+                stack.enter_context(module.register_forward_hook(keep))
             elif type(module) is nn.BatchNorm2d and module.track_running_stats:
-                stack.enter_context(module.register_forward_pre_hook(look))
-        with torch.no_grad():
-            model.extract_feat(next(model.parameters()).new_zeros(1, 3, 128, 128))
-    return pairs
+                hook = module.register_forward_pre_hook(
+                    lambda norm, args: given.setdefault(norm, []).extend(args)
+                )
+                stack.enter_context(hook)
+        with torch.no_grad(), reads:
+            features = model.extract_feat(image)
+    source = {id(each[0]): conv for conv, each in gave.items() if len(each) == 1}
+    return {
+        norm: source[id(each[0])]
+        for norm, each in given.items()
+        if len(each) == 1 and id(each[0]) in source and reads.counts[id(each[0])] == 1
+    }, features
+
+
+def _agree(model: nn.Module, image: Tensor, expected: tuple[Tensor, ...]) -> bool:
+    """Whether a model's features are the expected ones but for rounding."""
+    with torch.no_grad():
+        pairs = zip(model.extract_feat(image), expected)
+    error = torch.finfo(image.dtype).eps ** 0.5
+    return all((new - old).abs().max() <= error * old.abs().max() for new, old in pairs)
 
 
 def _folded(part: nn.Module, pairs: dict[nn.Module, nn.Module]) -> nn.Module:
     """A channels-last copy, each batch norm folded into the convolution before it."""
-    names = {module: name for name, module in part.named_modules()}
-    part = copy.deepcopy(part).to(memory_format=torch.channels_last)
-    for norm, conv in pairs.items():
-        if norm in names and conv in names:
-            both = [part.get_submodule(names[module]) for module in (conv, norm)]
-            for module, new in zip((conv, norm), (fuse_conv_bn_eval(*both), nn.Identity().eval())):
-                parent, _, name = names[module].rpartition('.')
-                setattr(part.get_submodule(parent), name, new)
-    return part
+    folded = copy.deepcopy(part).to(memory_format=torch.channels_last)
+    copies = dict(zip(part.modules(), folded.modules()))
+    for norm, conv in ((copies.get(n), copies.get(c)) for n, c in pairs.items()):
+        if norm and conv:
+            stats = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *stats)
+            norm.__class__ = nn.Identity  # under each of its names
+    return folded
 
 
 class OptimizeHook(Hook):

@@ -10,6 +10,7 @@ import torch
 from exported import batch_of
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
+from torch.nn.utils import prune
 
 import mmlite
 from mmlite.export.compare import difference, predict
@@ -106,23 +107,62 @@ def test_threads_share_an_optimised_detector(detector, images):
                     np.testing.assert_allclose(array, right, atol=1e-4)
 
 
-def test_a_norm_that_runs_before_its_convolution_is_not_folded(detector, images):
-    class NormFirst(torch.nn.Module):
-        def __init__(self, conv):
-            super().__init__()
-            self.first = torch.nn.Conv2d(3, 3, 1)
-            self.conv, self.norm = conv, torch.nn.BatchNorm2d(3)  # registered after, run before
-            torch.nn.init.uniform_(self.norm.running_mean, 20, 60)
+class Stem(torch.nn.Module):
+    """A convolution and norms in the place of one; ``way`` says how they are connected."""
 
-        def forward(self, maps):
-            return self.conv(self.norm(self.first(maps).relu()))
+    def __init__(self, last: torch.nn.Module, way: str) -> None:
+        super().__init__()
+        self.conv, self.last, self.way = torch.nn.Conv2d(3, 3, 1), last, way
+        self.norm, self.other = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
+        self.alias = self.norm
+        for norm in (self.norm, self.other):
+            torch.nn.init.uniform_(norm.running_mean, 20, 60)
+        for each in (self.conv, self.norm):
+            if way == 'hooks':
+                each.register_forward_hook(lambda module, args, output: output.abs())
+            if way == 'forward':
+                each.forward = lambda maps, forward=each.forward: forward(maps).abs()
+        if way in ('weight_norm', 'spectral_norm'):
+            getattr(torch.nn.utils, way)(self.conv)
+        elif way == 'parametrized':
+            torch.nn.utils.parametrizations.orthogonal(self.conv)
+        elif way == 'pruned':
+            prune.l1_unstructured(self.conv, 'weight', 0.5)
 
-    model = detector('LiteDINO')
-    model.backbone.conv1 = NormFirst(model.backbone.conv1).eval()
-    batch = batch_of(images[:1])
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        if self.way == 'norm first':
+            return self.last(self.conv(self.norm(maps.clone()).relu()))
+        found = self.conv(maps)
+        if self.way == 'in place':
+            found.relu_()
+        normed = (self.alias if self.way == 'two names' else self.norm)(found)
+        if self.way == 'another reader':
+            normed = normed + found
+        elif self.way == 'bias read':
+            normed = normed + self.conv.bias.sum()
+        elif self.way == 'another norm':
+            normed = normed + self.other(found)
+        elif self.way == 'twice':
+            normed = self.norm(self.conv(normed))
+        elif self.way == 'two norms':
+            normed = self.other(self.conv(normed))
+        return self.last(normed)
+
+
+@pytest.mark.parametrize(
+    'way',
+    'norm first, in place, another reader, bias read, another norm, twice, two norms, hooks, '
+    'forward, weight_norm, spectral_norm, parametrized, pruned, two names'.split(', '),
+)
+def test_a_norm_is_folded_where_that_changes_nothing(way, detector, images):
+    model, batch = detector('LiteDINO'), batch_of(images[:1])
+    model.backbone.conv1 = Stem(model.backbone.conv1, way).eval()
     expected = predict(model, *batch)
     mmlite.optimize(model)
-    assert type(model.backbone.conv1.norm) is torch.nn.BatchNorm2d
+    is_folded = type(model.backbone.conv1.norm) is torch.nn.Identity
+    assert is_folded == (way == 'two names')
+    has_none = way == 'bias read'  # is seen by its result alone
+    assert (type(model.backbone.layer1[0].bn1) is torch.nn.BatchNorm2d) == has_none
     assert_same(expected, predict(model, *batch), batch[0])
 
 

@@ -149,7 +149,7 @@ class StockLiteEncoder(InterleavedEncoder):
         parts = [EncoderLayerParts.of(layer) for layer in stock.layers]  # type: ignore[union-attr]
         schedule.check_fit(len(parts), parts[0].shape[2], update)
         layer = key_aware, small_ffn, proj_key, same_loc
-        further = [EncoderSchedule.parse(each) for each in elastic]
+        further = EncoderSchedule.parse_all(elastic)
         steps = layer_steps([schedule, *further], update)
         sources = stock_layers(steps)
         layers = [parts[index].lite(step, *layer) for step, index in zip(steps, sources)]

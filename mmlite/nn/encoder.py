@@ -241,12 +241,14 @@ class InterleavedEncoder(nn.Module):
             theirs, update = decode_schedules(state_dict[key])
             if update != self.update or not set(self.schedules) <= set(theirs):
                 names, ours = (' and '.join(map(str, each)) for each in (theirs, self.schedules))
+                others = [*map(str, theirs[1:])]
+                elastic = f', elastic={others}' if others or len(self.schedules) > 1 else ''
                 raise ValueError(
                     f'the weights were trained with schedule {names} and {update} updates, but '
                     f"this encoder's is {ours} with {self.update} updates; set "
-                    f"encoder=dict(schedule='{theirs[0]}', update='{update}')"
+                    f"encoder=dict(schedule='{theirs[0]}'{elastic}, update='{update}')"
                 )
-            # A code that was averaged would be cut off to other integers, and saved so.
+            # Other weights may have more schedules, or integers, as version 0.1.0 wrote.
             code = encode_schedules(self.schedules, update)
             state_dict[key] = code.to(state_dict[key].device)
         super()._load_from_state_dict(
@@ -379,7 +381,7 @@ class LiteEncoder(InterleavedEncoder):
         elastic: Sequence[str | EncoderSchedule] = (),
     ) -> None:
         schedule = EncoderSchedule.parse(schedule)
-        further = [EncoderSchedule.parse(each) for each in elastic]
+        further = EncoderSchedule.parse_all(elastic)
         if (proj_key or same_loc) and not key_aware:
             raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
         attention = (embed_dims, num_heads, schedule.num_levels, num_points, dropout)

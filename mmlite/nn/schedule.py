@@ -121,6 +121,12 @@ class EncoderSchedule:
         return cls._of_layers(high, low, tuple(layers))
 
     @classmethod
+    def parse_all(cls, several: str | Iterable[str | EncoderSchedule]) -> list[EncoderSchedule]:
+        """:meth:`parse` of each, or of the one that it is."""
+        several = [several] if isinstance(several, (str, cls)) else several
+        return [cls.parse(each) for each in several]
+
+    @classmethod
     def _of_layers(cls, high: int, low: int, layers: tuple[EncoderStep, ...]) -> EncoderSchedule:
         """The schedule of these layers, of the paper's form where it has one."""
         general = cls(high, low, 0, 0, layers)
@@ -235,12 +241,12 @@ class EncoderSchedule:
             )
 
     def encode(self, update: str = 'joint') -> Tensor:
-        """For a checkpoint: int64 (x, y, A, B, index of ``update`` in ``UPDATES``).
+        """For a checkpoint: float32 (x, y, A, B, index of ``update`` in ``UPDATES``).
 
         For named layers A and B are 0, and behind these numbers stand two of each layer, for the
         maps that it updates and reads: the sum of 2 to the power of their numbers from 0.
         """
-        return torch.tensor(self._numbers(update))
+        return encode_schedules([self], update)
 
     def _numbers(self, update: str) -> list[int]:
         numbers = [self.num_high_levels, self.num_low_levels, self.high_updates, self.num_blocks]
@@ -266,15 +272,25 @@ class EncoderSchedule:
         """The schedule and the update that :meth:`encode` made the numbers of.
 
         They may have been cast to another dtype or averaged, as people do to whole checkpoints.
+
+        Raises:
+            ValueError: The numbers are those of no schedule, or of several.
         """
-        high, low, updates, blocks, update, *layers = code.double().round().long().tolist()
-        if not layers:
-            return cls(high, low, updates, blocks), UPDATES[update]
-        total, named = high + low, []
-        for pair in zip(layers[::2], layers[1::2]):
-            levels, reads = ([n for n in range(total) if bits >> n & 1] for bits in pair)
-            named.append(_step(levels, reads, high, total))
-        return cls(high, low, 0, 0, tuple(named)), UPDATES[update]
+        numbers = code.double().round().long().tolist()
+        try:
+            high, low, updates, blocks, update, *layers = numbers
+            named = []
+            for pair in zip(layers[::2], layers[1::2]):
+                levels, reads = ([n for n in range(b.bit_length()) if b >> n & 1] for b in pair)
+                named.append(_step(levels, reads, high, high + low))
+            if layers:
+                updates = blocks = 0
+            found = cls(high, low, updates, blocks, tuple(named)), UPDATES[update]
+            if found[0]._numbers(found[1]) == numbers:
+                return found
+        except (IndexError, ValueError):
+            pass
+        raise ValueError(f'{numbers} is the code of no schedule; see EncoderSchedule.encode')
 
     def __str__(self) -> str:
         name = f'H{self.num_high_levels}L{self.num_low_levels}-'
@@ -289,9 +305,12 @@ class EncoderSchedule:
 
 
 def encode_schedules(schedules: Sequence[EncoderSchedule], update: str) -> Tensor:
-    """The codes of several schedules one after the other, -1 between them."""
+    """The codes of several schedules one after the other, -1 between them.
+
+    As floats, which averages of whole checkpoints do not cut off.
+    """
     codes = [schedule._numbers(update) for schedule in schedules]
-    return torch.tensor([number for code in codes for number in (-1, *code)][1:])
+    return torch.tensor([float(number) for code in codes for number in (-1, *code)][1:])
 
 
 def decode_schedules(code: Tensor) -> tuple[list[EncoderSchedule], str]:

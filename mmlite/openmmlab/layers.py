@@ -258,7 +258,7 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
         chunk_size: int | None = 1024,
         elastic: Sequence[str | EncoderSchedule] = (),
     ) -> None:
-        schedule, *further = map(EncoderSchedule.parse, (schedule, *elastic))
+        schedule, further = EncoderSchedule.parse(schedule), EncoderSchedule.parse_all(elastic)
         layer_cfg = layer_cfg or {}
         schedule.check_fit(num_layers, num_levels_of({'layer_cfg': layer_cfg}), update)
         options = dict(key_aware=key_aware, small_ffn=small_ffn, chunk_size=chunk_size)

@@ -7,6 +7,7 @@ from mmdet.models.layers import DeformableDetrTransformerEncoder
 from thin_encoder import SIZES, THIN, inputs, randomised
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim.swa_utils import AveragedModel
 
 from mmlite import layers
 from mmlite.nn import (
@@ -379,8 +380,29 @@ def test_a_code_that_was_averaged_is_saved_right(assign):
     state = {name: value.float() - 0.01 for name, value in encoder.state_dict().items()}
     encoder.load_state_dict(state, **assign)
     assert encoder.schedule_code.tolist() == [2, 2, 3, 1, 0]
-    assert encoder.schedule_code.dtype == torch.int64
     assert state['schedule_code'][0] < 2  # the caller's stay as they are
+
+
+@pytest.mark.parametrize('decay', [0.9, 0.9995])
+def test_averages_of_the_whole_state_keep_the_schedule(decay):
+    encoder = LiteEncoder('H3L1-(2+1)x3', **THIN)
+    average = AveragedModel(encoder, avg_fn=lambda old, new, _: old * decay + new * (1 - decay))
+    average.use_buffers = True
+    for _ in range(50):
+        average.update_parameters(encoder)
+    torch.testing.assert_close(average.module.schedule_code, encoder.schedule_code)
+    LiteEncoder('H3L1-(2+1)x3', **THIN).load_state_dict(average.module.state_dict())
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.float16, torch.bfloat16])
+@pytest.mark.filterwarnings('error')
+def test_codes_of_any_dtype_are_loaded(dtype):
+    encoder = LiteEncoder('H3L1-(2+1)x1', **THIN)
+    state = encoder.state_dict()
+    state['schedule_code'] = state['schedule_code'].to(dtype)
+    encoder.load_state_dict(state)
+    encoder.half().load_state_dict(encoder.state_dict())
+    assert encoder.schedule_code.tolist() == [3, 1, 2, 1, 0]
 
 
 @pytest.mark.parametrize(

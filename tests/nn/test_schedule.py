@@ -60,3 +60,23 @@ def test_code_is_exact(update, dtype):
     assert EncoderSchedule.decode(code) == (schedule, update)
     if dtype.is_floating_point:  # an average that is a little off
         assert EncoderSchedule.decode(code - 0.01) == (schedule, update)
+
+
+@pytest.mark.parametrize(
+    'numbers',
+    [
+        (3, 1, 2, 3),
+        (3, 1, 2, 3, -1),
+        (3, 1, 2, 3, 2),
+        (3, 1, 2, 3, 0, 1),
+        (3, 1, 0, 0, 0, 15, 15, 7),
+        (3, 1, 0, 0, 0, 15, -1),
+        (3, 1, 0, 0, 0, 31, 15),
+        (3, 1, 2, 3, 0, 15, 15),
+        (3, 1, 2, 3, 0, -1, 2, 2, 2, 3, 0),
+        (float('nan'),) * 5,
+    ],
+)
+def test_what_is_no_code_is_refused(numbers):
+    with pytest.raises(ValueError, match='is the code of no schedule'):
+        EncoderSchedule.decode(torch.tensor(numbers))

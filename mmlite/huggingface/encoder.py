@@ -41,7 +41,9 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
     """
     check_version()
     schedule, kind = EncoderSchedule.parse(schedule), type(model).__name__
-    stock = {name: part for name, part in model.named_modules() if name and _lite_class(part)}
+    if 'elastic' in options:  # as a JSON file may hold it
+        options['elastic'] = [*map(str, EncoderSchedule.parse_all(options['elastic']))]
+    stock = [part for name, part in model.named_modules() if name and _lite_class(part)]
     if not stock and any(isinstance(part, InterleavedEncoder) for part in model.modules()):
         raise ValueError(f'{kind} has a Lite encoder already')
     if not stock:
@@ -50,9 +52,8 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
             'Deformable DETR, Grounding DINO, MM-Grounding DINO, Mask2Former and OneFormer do'
         )
     with changing(model, 'to_lite') as change:
-        for name, part in stock.items():
-            parent, _, attribute = name.rpartition('.')
-            change.set(model, parent, attribute, _lite_class(part)(part, schedule, **options))
+        for part in stock:
+            change.replace(model, part, _lite_class(part)(part, schedule, **options))
         if hasattr(model, 'config'):
             change.set(model, 'config', CONFIG_NAME, {'schedule': str(schedule), **options})
     log = logging.getLogger('mmlite')

@@ -45,6 +45,13 @@ class Change:
         self.entries.append((path, name, _get(owner, name)))
         setattr(owner, name, new)
 
+    def replace(self, model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+        """Put a module in the place of another, under each of its names."""
+        for path, part in list(model.named_modules(remove_duplicate=False)):
+            if part is old:
+                parent, _, name = path.rpartition('.')
+                self.set(model, parent, name, new)
+
     def undo(self, model: nn.Module) -> None:
         """Set everything back, the last change first."""
         while self.entries:

@@ -58,8 +58,7 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
         raise ValueError(f'{kind} has no encoder that the Lite encoder can replace: {why}')
     with changing(model, 'to_lite') as change:
         for name, part in lite.items():
-            parent, _, attribute = name.rpartition('.')
-            change.set(model, parent, attribute, part)
+            change.replace(model, model.get_submodule(name), part)
     LOG.info('to_lite: %s has schedule %s; train what is new', ', '.join(lite), schedule)
     if left:
         LOG.warning('to_lite: left as it is: %s', reasons(left))

@@ -40,6 +40,8 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
             f'{", ".join(family.stock for family in FAMILIES)}'
         )
 
+    if 'elastic' in options:  # as a config may hold it
+        options['elastic'] = [*map(str, EncoderSchedule.parse_all(options['elastic']))]
     arguments = {name: getattr(stock, name) for name in STOCK_ENCODER if hasattr(stock, name)}
     if stock.num_cp > 0:
         arguments['num_cp'] = stock.num_cp
@@ -49,7 +51,7 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
     like = next(stock.parameters())
     encoder.to(like.device, like.dtype).train(stock.training)
     with changing(model, 'to_lite') as change:
-        change.set(model, holder_name, 'encoder', encoder)
+        change.replace(model, stock, encoder)
         change.set(model, holder_name, '__class__', lite_class)
         if 'model' in (getattr(model, 'cfg', None) or {}):
             cfg = copy.deepcopy(model.cfg)

@@ -75,11 +75,13 @@ def test_low_level_maps_are_the_largest():
 def test_it_is_called_and_seen_as_the_stock_encoder():
     model = others.build('dino')
     seen = []
+    model.other = model.encoder
     handle = model.encoder.register_forward_hook(lambda *each: seen.append(each))
-    mmlite.to_lite(model, 'H3L1-(2+1)x2', num_cp=1, elastic=['H2L2-(2+1)x2'])
+    mmlite.to_lite(model, 'H3L1-(2+1)x2', num_cp=1, elastic='H2L2-(2+1)x2')
     memory = run(model)[0]
     (module, _, output) = seen.pop()
-    assert module is model.encoder and output[0] is memory and output[1:] == (None, None)
+    assert module is model.encoder is model.other
+    assert output[0] is memory and output[1:] == (None, None)
     handle.remove()
     mmlite.use_schedule(model, 'H2L2-(2+1)x2')
     assert not torch.equal(run(model)[0], memory) and not seen

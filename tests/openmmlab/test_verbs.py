@@ -9,6 +9,8 @@ from mmengine.hub import get_config
 from small_detectors import batch, small_config, small_model, without_gradient
 
 import mmlite
+from mmlite.nn import EncoderSchedule
+from mmlite.openmmlab.families import encoder_name
 
 LITE = {'DINO': 'LiteDINO', 'DDQ': 'LiteDDQDETR', 'Mask2Former': 'Mask2Former'}
 LEVELS = {'DINO': 'H3L1', 'DDQ': 'H3L1', 'Mask2Former': 'H2L1'}
@@ -43,7 +45,9 @@ def test_every_level_in_every_layer_is_the_same_model(name):
 def test_trains_from_there(name):
     model = stock_model(name)
     config, before = model.cfg, json.dumps(model.cfg.model, default=str)
-    lite = mmlite.to_lite(model, f'{LEVELS[name]}-(2+1)x1')
+    schedule = EncoderSchedule.parse(f'{LEVELS[name]}-(2+1)x1')
+    lite = mmlite.to_lite(model, schedule, elastic=schedule)
+    assert lite.cfg.dump().count(str(schedule)) == 2
     assert without_gradient(lite, batch(lite)) == []
     assert json.dumps(config.model, default=str) == before
     # The changed config builds the same model.
@@ -60,22 +64,25 @@ def test_takes_the_dtype_of_the_model(dtype):
     model = small_model('DINO').to(dtype)
     lite = mmlite.to_lite(model, 'H3L1-(2+1)x1')
     assert {parameter.dtype for parameter in lite.parameters()} == {dtype}
-    assert lite.encoder.schedule_code.dtype == torch.int64
+    assert lite.encoder.schedule_code.tolist() == [3, 1, 2, 1, 0]
 
 
 @pytest.mark.parametrize('name', LITE)
 def test_what_was_done_is_undone(name):
     model = stock_model(name)
+    model.other = model.get_submodule(encoder_name(model))
     config, before = model.cfg, predict(model)
     kinds = {name: type(part) for name, part in model.named_modules()}
     mmlite.fuse(model)
     mmlite.to_lite(model, f'{LEVELS[name]}-(2+1)x1')
     changed = pickle.loads(pickle.dumps(copy.deepcopy(model).half())).float()
+    assert model.other is model.get_submodule(encoder_name(model))
     assert any('schedule_code' in name for name in model.state_dict())
     for each in (changed, model):
         mmlite.restore(each)
         assert {name: type(part) for name, part in each.named_modules()} == kinds
         assert not any('schedule_code' in name for name in each.state_dict())
+        assert each.other is each.get_submodule(encoder_name(each))
     assert model.cfg is config
     for ours, theirs in zip(predict(model), before):
         assert torch.equal(ours, theirs)

@@ -52,7 +52,7 @@ def detect(model, sources, out: Path, threshold, batch_size, max_frames, **optio
 
     detector = load(model, changes=options.pop('cfg_options'), **options)
     out.mkdir(parents=True, exist_ok=True)
-    unread, entries, writers = [], [], {}
+    unread, entries, writers = {}, [], {}
     frames = chain.from_iterable(_frames(one, detector, max_frames, unread) for one in sources)
     began, busy, count = time.perf_counter(), 0.0, 0
     try:
@@ -60,9 +60,9 @@ def detect(model, sources, out: Path, threshold, batch_size, max_frames, **optio
             step = start('Detecting', None if any(map(_is_video, sources)) else len(sources))
             while batch := list(islice(frames, batch_size)):
                 before = time.perf_counter()
-                results = detector.detect_batch([image for image, *_ in batch], threshold)
+                results = _detected(detector, batch, threshold, unread)
                 busy += time.perf_counter() - before
-                for (image, source, *place), found in zip(batch, results):
+                for (image, source, *place), found in results:
                     count += 1
                     picture = draw(image, found, detector.classes)
                     _write(targets[source], picture, place, writers)
@@ -82,7 +82,8 @@ def detect(model, sources, out: Path, threshold, batch_size, max_frames, **optio
         f'a second, {count / (time.perf_counter() - began):.1f} with reading, drawing and writing'
     )
     if unread:
-        raise ValueError(f'{len(unread)} of {len(sources)} images were left out: {unread[0]}')
+        why = '; '.join([*unread.values()][:3])
+        raise ValueError(f'{len(unread)} of {len(sources)} images were left out: {why}')
 
 
 def _is_video(source: str) -> bool:
@@ -114,13 +115,13 @@ def _targets(sources: Sequence[str], out: Path) -> dict[str, Path]:
     return targets
 
 
-def _frames(source: str, detector, most: int | None, unread: list[str]) -> Iterator[tuple]:
+def _frames(source: str, detector, most: int | None, unread: dict[str, str]) -> Iterator[tuple]:
     """Images with their source, of videos also number and frames a second."""
     if not _is_video(source):
         try:
             yield detector.read(source), source
         except ValueError as error:
-            unread.append(str(error))
+            unread[source] = str(error)
         return
     import cv2
 
@@ -131,6 +132,17 @@ def _frames(source: str, detector, most: int | None, unread: list[str]) -> Itera
     while is_there and number != most:
         yield image, source, number, video.get(cv2.CAP_PROP_FPS) or 25.0
         number, (is_there, image) = number + 1, video.read()
+
+
+def _detected(detector, batch: list[tuple], threshold, unread: dict[str, str]) -> list[tuple]:
+    """Each of a batch with what was found; an image that is too small is left out."""
+    try:
+        return [*zip(batch, detector.detect_batch([image for image, *_ in batch], threshold))]
+    except ValueError as error:
+        if len(batch) > 1:  # some of it
+            return [pair for one in batch for pair in _detected(detector, [one], threshold, unread)]
+        unread[batch[0][1]] = f'{batch[0][1]}: {error}'
+        return []
 
 
 def _write(target: Path, picture: np.ndarray, place: Sequence, writers: dict) -> None:

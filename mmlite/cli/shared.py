@@ -48,13 +48,11 @@ def _check_device(ctx: click.Context, parameter: click.Parameter, device: str) -
         return device
     import torch
 
-    try:
-        torch.empty(1, device=device)
-        if torch.device(device).type == 'cuda':
-            torch.cuda.set_device(device)  # events and Triton's launches belong to the current one
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition('\n')[0]
-        raise ValueError(f'device {device!r} cannot be used here: {reason}') from error
+    from ..export.runtimes import check_device
+
+    check_device(device)
+    if torch.device(device).type == 'cuda':
+        torch.cuda.set_device(device)  # events and Triton's launches belong to the current one
     return device
 
 

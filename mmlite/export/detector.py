@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .runtimes import OPEN, Session, processor_gains
+from .runtimes import OPEN, Session, check_threads, processor_gains
 
 DESCRIPTION = 'detector.json'
 # Counts up whenever what the files of an export mean changes.
@@ -100,6 +100,7 @@ def open_session(
     folder: str | os.PathLike, threads: int | None = None, precision='float32', profile=False
 ) -> Session:
     """Open the model of a folder alone; with ``profile`` OpenVINO times every node."""
+    check_threads(threads)
     description = read_description(folder)
     model, portable = Path(folder) / description['model'], bool(description['portable'])
     return OPEN[description['format']](model, portable, threads, precision, profile)

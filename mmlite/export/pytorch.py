@@ -16,6 +16,7 @@ from ..openmmlab.families import reads_text
 from .compare import predict
 from .detector import Detector
 from .pipeline import class_names, preprocessing
+from .runtimes import check_device, check_threads
 
 # Parts of some detectors, such as DDQ-DETR's, speak through the model while it predicts, and models
 # may share modules. So one predicts at a time, on all threads of torch.
@@ -74,6 +75,8 @@ def load_pytorch(
     config: str, checkpoint: str | None, device: str, threads: int | None, changes: dict | None
 ) -> Detector:
     """Build the detector of a config and a checkpoint; see :func:`mmlite.load`."""
+    check_device(device)
+    check_threads(threads)
     spec = DetectorSpec(config, checkpoint) if checkpoint else DetectorSpec.parse(config)
     cfg = load_config(spec.config, changes)
     if spec.checkpoint is None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,26 @@ def openvino_core(with_operators: bool = False) -> Any:
 @cache
 def _make_once(make: Callable, *arguments: Any) -> Any:
     return make(*arguments)
+
+
+def check_threads(threads: int | None) -> None:
+    """Refuse with a ValueError what is no number of threads; None is the runtime's choice."""
+    if threads is not None and not (isinstance(threads, Integral) and threads > 0):
+        raise ValueError(f'threads must be a whole number from 1, or None; got {threads!r}')
+
+
+def check_device(device: str) -> None:
+    """Refuse with a ValueError a device that torch cannot use here."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition('\n')[0]
+        raise ValueError(
+            f"device {device!r} cannot be used here: {reason}; 'cpu' can, and where there are GPUs "
+            "'cuda' and 'cuda:1'"
+        ) from error
 
 
 def processor_gains() -> dict[str, tuple[bool, str]]:

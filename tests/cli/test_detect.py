@@ -39,6 +39,8 @@ def fake(monkeypatch, *maps: np.ndarray) -> list[dict]:
     asked = []
 
     def session(images, sizes):
+        if sizes.min() < 9:
+            raise ValueError('an image is too small')
         count, scores = len(images), images[:, 0, :1, 0] / 100
         boxes = np.tile(np.float32([(4, 6, 14, 36), (0, 0, 9, 9), (1, 1, 2, 2)]), (count, 1, 1))
         scores = np.column_stack([scores, np.full(count, 0.04), np.full(count, -1)])
@@ -121,9 +123,11 @@ def test_masks(folder, monkeypatch):
 
 def test_what_cannot_be_read_is_left_out_and_told(folder):
     Path('a/0.png').write_bytes(b'no image')
-    result = run('a', '--threshold', '0.05')
+    cv2.imwrite('a/3.png', np.zeros((8, 90, 3), np.uint8))
+    result = run('a', '--threshold', '0.05', '--batch-size', '3')
     assert result.exit_code == 1
-    assert '1 of 3 images were left out: a/0.png cannot be read' in result.output
+    why = 'a/0.png cannot be read as an image; a/3.png: an image is too small'
+    assert f'2 of 4 images were left out: {why}' in ' '.join(result.output.split())
     assert [entry['file_name'] for entry in coco()] == ['a/1.png', 'a/2.jpg']
 
 

@@ -64,6 +64,9 @@ def test_a_schedule_that_names_its_layers(detector, images, tmp_path, monkeypatc
 
 
 def test_threads_share_a_detector(format_, exported_lite_dino, images):
+    for threads in (-1, 0, '2'):
+        with pytest.raises(ValueError, match=f'whole number from 1, or None; got {threads!r}'):
+            load(exported_lite_dino[1] / format_, threads)
     exported = load(exported_lite_dino[1] / format_, threads=1)
     images = [image[:140, :150] for image in images]
     expected = [exported.detect(image) for image in images]

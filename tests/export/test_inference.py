@@ -151,8 +151,11 @@ class Stem(torch.nn.Module):
 
 @pytest.mark.parametrize(
     'way',
-    'norm first, in place, another reader, bias read, another norm, twice, two norms, hooks, '
-    'forward, weight_norm, spectral_norm, parametrized, pruned, two names'.split(', '),
+    [
+        *('norm first', 'in place', 'another reader', 'bias read', 'another norm', 'twice'),
+        *('two norms', 'hooks', 'forward', 'weight_norm', 'spectral_norm', 'parametrized'),
+        *('pruned', 'two names'),
+    ],
 )
 def test_a_norm_is_folded_where_that_changes_nothing(way, detector, images):
     model, batch = detector('LiteDINO'), batch_of(images[:1])

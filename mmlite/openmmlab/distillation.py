@@ -443,6 +443,11 @@ def images_without_labels(
     """
     from mmdet.datasets import CocoDataset  # late: it loads what draws
 
+    if 'track_head' in config.model:
+        raise ValueError(
+            f'{type_name(config.model.type)} reads videos, not images: train its Lite config with '
+            'load_from, the stock weights, or give mmlite.to_lite the stock model'
+        )
     tested = config.test_dataloader.dataset
     steps = [s for s in tested.pipeline if not type_name(s['type']).endswith('Annotations')]
     steps = copy.deepcopy(steps)

@@ -219,6 +219,8 @@ def test_wrong_teachers_are_refused(tmp_path):
     with pytest.raises(ValueError, match='the weights are not those of the DINO behind'):
         DistilledDetector(config.model, str(tmp_path / 'other.pth'))
     stock = small_config('DINO').model
+    with pytest.raises(ValueError, match='VIS reads videos, not images'):
+        images_without_labels(Config({'model': {'type': 'VIS', 'track_head': {}}}), [])
     with pytest.raises(ValueError, match='no Lite detector'):
         DistilledDetector(stock, str(tmp_path / 'stock.pth'))
 

@@ -20,3 +20,7 @@ class LiteDDQDETR(LiteDetectorMixin, DDQDETR):
         self.query_embedding = None  # queries are tokens of the memory
         self._init_memory_trans()
         self.query_map = nn.Linear(self.embed_dims, self.embed_dims)
+
+    def pre_decoder(self, *args, **kwargs):
+        """As the stock detector's, which fills up queries where there are too few tokens."""
+        return DDQDETR.pre_decoder(self, *args, **kwargs)

@@ -206,6 +206,8 @@ def test_more_queries_than_tokens_and_more_levels_than_maps(build):
     encoder = dict(schedule='H3L1-(2+1)x1', layer_cfg=dict(self_attn_cfg=dict(num_levels=4)))
     with pytest.raises(ValueError, match='encoder of 4 levels, but only 3 maps'):
         LiteMSDeformAttnPixelDecoder([8, 8, 8], encoder=encoder)
+    model = build('DDQ', LITE, num_queries=2000).eval()  # which fills up what is missing
+    assert len(model(**batch(model), mode='predict')[0].pred_instances)
 
 
 @pytest.mark.parametrize('name', ['DINO', 'DDQ'])

@@ -192,8 +192,8 @@ def trained(name: str):
     config.model.merge(copy.deepcopy(changes))
     torch.manual_seed(0)
     model = MODELS.build(config.model)
-    for value in model.state_dict().values():
-        if value.is_floating_point():
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and 'schedule_code' not in name:
             value.uniform_(0.1, 1)
     return family, config.model, model
 

@@ -210,11 +210,21 @@ def stock_layers(steps: Iterable[EncoderStep]) -> list[int]:
     return layers
 
 
+def attribute(module: nn.Module, path: str) -> Any:
+    """What a path of attributes leads to; None where it leads nowhere."""
+    try:
+        return attrgetter(path)(module)
+    except AttributeError:
+        return None
+
+
 @torch.no_grad()
 def copy_counterparts(
     lite: nn.Module, stock: nn.Module, encoder: str = ''
 ) -> tuple[list[str], list[str]]:
     """Copy into a Lite model what its stock model has, too, by names and shapes.
+
+    Weights that are computed, such as by weight norm, are copied as they are now.
 
     Args:
         lite (nn.Module): The Lite model or its encoder, changed in place.
@@ -224,7 +234,7 @@ def copy_counterparts(
     Returns:
         tuple[list[str], list[str]]: Names of the entries copied, and of those that are new.
     """
-    source, copied, new = stock.state_dict(), [], []
+    copied, new = [], []
     stock_layer_of = stock_layers(lite.get_submodule(encoder).steps)
     prefix = encoder and f'{encoder}.'
     # Grounding DINO has layers of three kinds.
@@ -232,8 +242,9 @@ def copy_counterparts(
     for name, value in lite.state_dict().items():
         match = of_layer.fullmatch(name)
         theirs = f'{match[1]}.{stock_layer_of[int(match[2])]}.{match[3]}' if match else name
-        if theirs in source and source[theirs].shape == value.shape:
-            value.copy_(source[theirs])
+        given = attribute(stock, theirs)
+        if isinstance(given, Tensor) and given.shape == value.shape:
+            value.copy_(given)
             copied.append(name)
         elif name != f'{prefix}schedule_code':
             new.append(name)
@@ -243,4 +254,5 @@ def copy_counterparts(
 @torch.no_grad()
 def _copy(target: nn.Module | None, source: nn.Module) -> None:
     if target is not None and target.weight.shape == source.weight.shape:  # not with same_loc
-        target.load_state_dict(source.state_dict())
+        for name, value in target.named_parameters():
+            value.copy_(getattr(source, name))

@@ -162,8 +162,8 @@ def _replacement(stock: nn.Module, schedule: EncoderSchedule, options: dict) -> 
     names = {name for part in (stock, stock.layers[0]) for name in _code_names(part)}
     if (dropped and any(dropped)) or (dropped == 0 and names & _CHANCE):
         raise ValueError('it leaves out layers at random or computes something else in training')
-    lite = AnyLiteEncoder(stock, schedule, **options)
     try:
+        lite = AnyLiteEncoder(stock, schedule, **options)
         lite.behind = _compare(trial_copy(stock))
     except ValueError:
         raise

@@ -39,6 +39,8 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
             f'{type(holder).__name__} {already}; to_lite takes a stock '
             f'{", ".join(family.stock for family in FAMILIES)}'
         )
+    if any(not type(part).__module__.startswith('mmdet.') for part in (stock, *stock.layers)):
+        return to_lite_by_structure(model, schedule, **options)
 
     if 'elastic' in options:  # as a config may hold it
         options['elastic'] = [*map(str, EncoderSchedule.parse_all(options['elastic']))]

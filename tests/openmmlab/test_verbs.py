@@ -67,6 +67,22 @@ def test_takes_the_dtype_of_the_model(dtype):
     assert lite.encoder.schedule_code.tolist() == [3, 1, 2, 1, 0]
 
 
+def test_computed_weights_are_copied_and_other_encoders_refused():
+    model = stock_model('DINO')
+    layer = model.encoder.layers[0]
+    torch.nn.utils.weight_norm(layer.self_attn.value_proj)
+    torch.nn.utils.parametrizations.weight_norm(layer.ffn.layers[1])
+    expected = layer.self_attn.value_proj.weight, layer.ffn.layers[1].weight
+    mmlite.to_lite(model, 'H3L1-(1+1)x2')
+    layer = model.encoder.layers[0]
+    for actual, wanted in zip((layer.self_attn.value_proj, layer.ffn.layers[1]), expected):
+        torch.testing.assert_close(actual.weight, wanted)
+    kind = type(mmlite.restore(model).encoder)
+    model.encoder.__class__ = type('Mine', (kind,), {'forward': lambda *args, **kwargs: None})
+    with pytest.raises(ValueError, match='has no encoder that the Lite encoder can replace'):
+        mmlite.to_lite(model, 'H3L1-(1+1)x2')
+
+
 @pytest.mark.parametrize('name', LITE)
 def test_what_was_done_is_undone(name):
     model = stock_model(name)

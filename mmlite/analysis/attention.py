@@ -17,7 +17,7 @@ from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from ..nn import InterleavedEncoder, StepTokens
+from ..nn import InterleavedEncoder
 from ..nn.attention import DeformableAttention, SamplingAttention
 from ..nn.distill import keep_outputs
 from ..openmmlab.families import encoder_name
@@ -242,8 +242,7 @@ def _levels(
     levels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes).prod(1))
     if not isinstance(encoder, InterleavedEncoder):  # a stock one
         return levels, range(len(sizes))
-    low_levels = encoder.low_level_indices(sizes)
-    tokens = StepTokens(encoder.steps[layer], sizes, low_levels, encoder.level_ranks)
+    tokens = encoder.step_tokens(layer, sizes)
     return tokens.pick(levels[None])[0], tokens.read or range(len(sizes))
 
 

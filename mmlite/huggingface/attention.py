@@ -8,7 +8,6 @@ subclass of its own class: all else stays, and the way back is to give it its cl
 from __future__ import annotations
 
 import inspect
-import logging
 from functools import cache
 from types import FunctionType
 
@@ -17,9 +16,8 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor, nn
 
-from .. import ops
-from ..models import Fused, changing
-from ..nn import InterleavedEncoder
+from .. import models, ops
+from ..models import Fused
 from ..nn.geometry import LevelSizes
 
 # The oldest version that was tried with success: earlier ones name and call things differently.
@@ -29,38 +27,23 @@ OLDEST = Version('5.18')
 def fuse(model: nn.Module) -> nn.Module:
     """Let a model's deformable attention run on our operators; see :func:`mmlite.fuse`.
 
-    Parameters, their names and the numbers stay the same, in training and inference, and so do
-    saving, loading, copying and pickling.
-
-    Args:
-        model (nn.Module): A model of transformers, or one that has it inside; changed in place.
-
-    Returns:
-        nn.Module: The same model; :func:`mmlite.restore` undoes the change.
-
-    Raises:
-        ValueError: The model has no deformable attention, or one that reads the nearest pixel
-            (``decoder_method='discrete'``), which is another function.
-        ImportError: The installed transformers is too old.
+    Saving, loading, copying and pickling go on working. An attention that reads the nearest pixel
+    (``decoder_method='discrete'``) is another function, and refused; an ImportError says that the
+    installed transformers is too old.
     """
     check_version()
-    stock = {name: part for name, part in model.named_modules() if _fused_class(type(part))}
-    if not stock and not any(isinstance(m, (Fused, InterleavedEncoder)) for m in model.modules()):
+    return models.fuse(model, _serve)
+
+
+def _serve(module: nn.Module) -> type[nn.Module] | None:
+    fused = _fused_class(type(module))
+    method = getattr(module, 'method', getattr(module, 'decoder_method', 'default'))
+    if fused and method != 'default':
         raise ValueError(
-            f'{type(model).__name__} has no deformable attention of transformers to run on '
-            'mmlite.ops; models such as Deformable DETR, Grounding DINO, Mask2Former and RT-DETR do'
+            "it reads the nearest pixel and mmlite.ops interpolates; only decoder_method='default' "
+            'can be served'
         )
-    methods = (getattr(p, 'method', getattr(p, 'decoder_method', None)) for p in stock.values())
-    if not {*methods} <= {None, 'default'}:
-        raise ValueError(
-            f'the deformable attention of {type(model).__name__} reads the nearest pixel and '
-            "mmlite.ops interpolates: only models with decoder_method='default' can be served"
-        )
-    with changing(model, 'fuse') as change:
-        for name, part in stock.items():
-            change.set(model, name, '__class__', _fused_class(type(part)))
-    logging.getLogger('mmlite').info('fuse: %d deformable attentions run on mmlite.ops', len(stock))
-    return model
+    return fused
 
 
 def check_version() -> None:
@@ -78,7 +61,7 @@ def check_version() -> None:
 @cache
 def _fused_class(stock: type[nn.Module]) -> type[nn.Module] | None:
     """The subclass of a module class that samples with our operator; None if it does not sample."""
-    if not stock.__module__.startswith('transformers.') or issubclass(stock, Fused):
+    if not stock.__module__.startswith('transformers.'):
         return None
     names = getattr(getattr(stock.forward, '__code__', None), 'co_names', ())
     if 'value_spatial_shapes_list' in inspect.signature(stock.forward).parameters:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models import StockLiteEncoder, changing
-from ..nn import EncoderSchedule, InterleavedEncoder
-from ..nn.geometry import LevelSizes
+from ..models import StockLiteEncoder, changing, encode_with_text, replace_encoders
+from ..nn import EncoderSchedule
 from .attention import check_version
 
 CONFIG_NAME = 'lite_encoder'  # where `save_pretrained` writes down how it was made
@@ -21,43 +19,18 @@ CONFIG_NAME = 'lite_encoder'  # where `save_pretrained` writes down how it was m
 def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -> nn.Module:
     """Give a built model the Lite encoder in place of its own; see :func:`mmlite.to_lite`.
 
-    With a schedule that updates every level in every layer, such as ``'H3L1-(1+1)x6'``, and
-    ``key_aware`` and ``small_ffn`` off, the model computes exactly what it did.
-
-    Args:
-        model (nn.Module): Deformable DETR, Grounding DINO, MM-Grounding DINO, Mask2Former or
-            OneFormer of transformers. Changed in place.
-        schedule (str | EncoderSchedule): A * B is the number of layers of the stock encoder.
-        **options: ``key_aware``, ``small_ffn``, ``update``, ``num_cp``, ``proj_key``,
-            ``same_loc`` and ``elastic`` of :class:`mmlite.nn.LiteEncoder`.
-
-    Returns:
-        nn.Module: ``model``.
-
-    Raises:
-        ValueError: The model has no such encoder or a Lite one, or the schedule does not fit;
-            the message says what would. Nothing is changed then.
-        ImportError: The installed transformers is too old.
+    Of transformers, Deformable DETR, Grounding DINO, MM-Grounding DINO, Mask2Former and OneFormer
+    have one. Options and errors are those of :func:`mmlite.models.to_lite`; an ImportError says
+    that the installed transformers is too old.
     """
     check_version()
-    schedule, kind = EncoderSchedule.parse(schedule), type(model).__name__
+    schedule = EncoderSchedule.parse(schedule)
     if 'elastic' in options:  # as a JSON file may hold it
         options['elastic'] = [*map(str, EncoderSchedule.parse_all(options['elastic']))]
-    stock = [part for name, part in model.named_modules() if name and _lite_class(part)]
-    if not stock and any(isinstance(part, InterleavedEncoder) for part in model.modules()):
-        raise ValueError(f'{kind} has a Lite encoder already')
-    if not stock:
-        raise ValueError(
-            f'{kind} holds no encoder that the Lite encoder can replace; '
-            'Deformable DETR, Grounding DINO, MM-Grounding DINO, Mask2Former and OneFormer do'
-        )
     with changing(model, 'to_lite') as change:
-        for part in stock:
-            change.replace(model, part, _lite_class(part)(part, schedule, **options))
+        replace_encoders(change, model, schedule, options, _replacement, _NONE)
         if hasattr(model, 'config'):
             change.set(model, 'config', CONFIG_NAME, {'schedule': str(schedule), **options})
-    log = logging.getLogger('mmlite')
-    log.info('to_lite: %s with schedule %s; train what is new', kind, schedule)
     return model
 
 
@@ -94,11 +67,20 @@ def load_lite(model_class: type[nn.Module], folder: str, **kwargs: Any) -> nn.Mo
     return model
 
 
+_OURS = ('tokens', 'pos', 'level_sizes', 'padding_mask', 'valid_ratios')
+_PIXEL_DECODER = ('inputs_embeds', 'position_embeddings', 'spatial_shapes_list')
+_PIXEL_DECODER += ('attention_mask', 'valid_ratios')
+_GROUNDING_DINO = ('vision_features', 'vision_position_embedding', 'spatial_shapes_list')
+_GROUNDING_DINO += ('vision_attention_mask', 'valid_ratios')
+
+
 class _Encoder(StockLiteEncoder):
     """In transformers, which switches checkpointing on and off in a model that is built."""
 
     smallest_first = False
     gradient_checkpointing = False  # transformers sets it in all modules that have it
+    # What tokens, positions, level sizes, padding mask and valid ratios are called there.
+    names = _PIXEL_DECODER
 
     def __init__(self, stock: nn.Module, schedule: EncoderSchedule, **options: Any) -> None:
         super().__init__(stock, schedule, **options)
@@ -113,43 +95,41 @@ class _Encoder(StockLiteEncoder):
             return self._gradient_checkpointing_func(module, *arguments)
         return super().run(index, module, *arguments)
 
+    def ours(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of :meth:`mmlite.nn.InterleavedEncoder.forward` among those given."""
+        return dict(zip(_OURS, map(given.get, self.names)))
+
 
 class PixelDecoderLiteEncoder(_Encoder):
     """In the place of Mask2Former's and OneFormer's ``...PixelDecoderEncoderOnly``."""
 
     smallest_first = True
 
-    def forward(  # type: ignore[override]
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_embeddings: Tensor | None,
-        spatial_shapes_list: LevelSizes,
-        valid_ratios: Tensor | None,
-        **kwargs,
-    ):
+    def forward(self, **given: Any):  # type: ignore[override]
         """Encode the pyramid; the attention mask is True on padding."""
         from transformers.modeling_outputs import BaseModelOutput
 
-        masks = dict(padding_mask=attention_mask, valid_ratios=valid_ratios)
-        memory = super().forward(inputs_embeds, position_embeddings, spatial_shapes_list, **masks)
-        return BaseModelOutput(last_hidden_state=memory)
+        return BaseModelOutput(last_hidden_state=super().forward(**self.ours(given)))
 
 
 class DeformableDetrLiteEncoder(PixelDecoderLiteEncoder):
     """In the place of ``DeformableDetrEncoder``."""
 
     smallest_first = False
+    names = ('inputs_embeds', 'spatial_position_embeddings', *_PIXEL_DECODER[2:])
 
-    def forward(self, inputs_embeds, attention_mask=None, **kwargs):
+    def forward(self, **given: Any):  # type: ignore[override]
         """Encode the pyramid; the attention mask is True on what is real."""
-        padding = None if attention_mask is None else ~attention_mask
-        pos = kwargs.pop('spatial_position_embeddings')
-        return super().forward(self.dropout(inputs_embeds), padding, pos, **kwargs)
+        mask = given.get('attention_mask')
+        given['attention_mask'] = None if mask is None else ~mask
+        given['inputs_embeds'] = self.dropout(given['inputs_embeds'])
+        return super().forward(**given)
 
 
 class GroundingDinoLiteEncoder(_Encoder):
     """In the place of Grounding DINO's and MM-Grounding DINO's encoder."""
+
+    names = _GROUNDING_DINO
 
     def __init__(self, stock: nn.Module, *args, **kwargs) -> None:
         super().__init__(stock, *args, **kwargs)
@@ -160,38 +140,19 @@ class GroundingDinoLiteEncoder(_Encoder):
         self.d_model = self.embed_dims
         self.text_positions = type(stock.layers[0]).get_text_position_embeddings
 
-    def forward(  # type: ignore[override]
-        self,
-        vision_features: Tensor,
-        vision_attention_mask: Tensor,
-        vision_position_embedding: Tensor,
-        spatial_shapes_list: LevelSizes,
-        valid_ratios: Tensor,
-        text_features: Tensor,
-        text_attention_mask: Tensor,
-        text_self_attention_masks: Tensor,
-        text_position_embedding: Tensor | None = None,
-        text_position_ids: Tensor | None = None,
-        return_dict: bool | None = True,
-        **kwargs,
-    ):
-        """Encode the pyramid and the text; masks are True on padding."""
-        text_pos = self.text_positions(
-            self, text_features, text_position_embedding, text_position_ids
-        )
+    def forward(self, **given: Any):  # type: ignore[override]
+        """Encode the pyramid and the text, as the stock encoder; masks are True on padding."""
+        text = given['text_features']
+        places = map(given.get, ('text_position_embedding', 'text_position_ids'))
+        text_pos = self.text_positions(self, text, *places)
+        blocked = ~given['text_self_attention_masks']
 
         def enhance(index: int, text: Tensor) -> Tensor:
-            return self.text_enhancer_layers[index](text, ~text_self_attention_masks, text_pos)[0]
+            return self.text_enhancer_layers[index](text, blocked, text_pos)[0]
 
-        arguments = dict(
-            tokens=vision_features,
-            pos=vision_position_embedding,
-            level_sizes=spatial_shapes_list,
-            padding_mask=vision_attention_mask,
-            valid_ratios=valid_ratios,
-        )
-        memory, text = self.encode_with_text(arguments, text_features, text_attention_mask, enhance)
-        if return_dict is False:
+        mask = given['text_attention_mask']
+        memory, text = encode_with_text(self, self.ours(given), text, mask, enhance)
+        if given.get('return_dict') is False:
             return memory, text
         from transformers.models.grounding_dino import modeling_grounding_dino
 
@@ -208,9 +169,11 @@ _LITE = {
     'Mask2FormerPixelDecoderEncoderOnly': PixelDecoderLiteEncoder,
     'OneFormerPixelDecoderEncoderOnly': PixelDecoderLiteEncoder,
 }
+_NONE = 'Deformable DETR, Grounding DINO, MM-Grounding DINO, Mask2Former and OneFormer have one'
 
 
-def _lite_class(stock: nn.Module) -> type[_Encoder] | None:
+def _replacement(stock: nn.Module, schedule: EncoderSchedule, options: dict) -> _Encoder | None:
     """What replaces an encoder, by its very class: others may have one of the same name."""
     is_theirs = type(stock).__module__.startswith('transformers.models.')
-    return _LITE.get(type(stock).__qualname__) if is_theirs else None
+    lite_class = _LITE.get(type(stock).__qualname__) if is_theirs else None
+    return lite_class and lite_class(stock, schedule, **options)

@@ -1,5 +1,6 @@
 """Models of any framework: parts found by their structure, changes that can be undone."""
 
+from ..nn.schedule import stock_layers
 from .attention import (
     Fused,
     fuse,
@@ -9,25 +10,25 @@ from .attention import (
 )
 from .changes import Change, changing, restore
 from .encoder import (
-    EncoderLayerParts,
     StockLiteEncoder,
     copy_counterparts,
-    stock_layers,
+    encode_with_text,
     use_schedule,
 )
-from .lite import to_lite
+from .lite import replace_encoders, to_lite
 
 __all__ = [
     'Change',
-    'EncoderLayerParts',
     'Fused',
     'StockLiteEncoder',
     'changing',
     'copy_counterparts',
+    'encode_with_text',
     'fuse',
     'is_deformable_attention',
     'level_sizes',
     'remember_level_sizes',
+    'replace_encoders',
     'restore',
     'stock_layers',
     'to_lite',

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..nn.attention import SamplingAttention
-from ..nn.geometry import LevelSizes
 from .changes import LOG, changing, reasons
 from .trial import Call, is_same, run, trial_copy
 
@@ -69,37 +68,6 @@ def as_wide(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, other.dtype))
 
 
-def fuse(model: nn.Module) -> nn.Module:
-    """Run a model's deformable attention on our operators; see :func:`mmlite.fuse`.
-
-    Returns:
-        nn.Module: The same model. The log names what was left as it was, and why.
-
-    Raises:
-        ValueError: Nothing could be served; the message says why.
-    """
-    found, left, has_ours = {}, {}, False
-    for name, part in model.named_modules():
-        if isinstance(part, (Fused, SamplingAttention)):
-            has_ours = True
-        elif is_deformable_attention(part):
-            try:
-                found[name] = serve(part)
-            except ValueError as error:
-                left[name or 'it'] = str(error)
-    if not found and not has_ours:
-        why = reasons(left) or f'no module of it has layers {", ".join(PROJECTIONS)}'
-        kind = type(model).__name__
-        raise ValueError(f'{kind} has no deformable attention that mmlite.ops can serve: {why}')
-    with changing(model, 'fuse') as change:
-        for name, fused in found.items():
-            change.set(model, name, '__class__', fused)
-    LOG.info('fuse: %d deformable attentions run on mmlite.ops', len(found))
-    if left:
-        LOG.warning('fuse: left as it is: %s', reasons(left))
-    return model
-
-
 # ------------------------------------------------------------------------- classes made at run time
 
 
@@ -133,8 +101,10 @@ def _decorated_like(function: Any, new: Callable) -> Callable:
 
 
 @torch.inference_mode(False)
-def serve(attention: nn.Module) -> type[nn.Module]:
+def serve(attention: nn.Module) -> type[nn.Module] | None:
     """The class by which an attention runs on our operators; a ValueError if a trial fails."""
+    if not is_deformable_attention(attention):
+        return None
     stock, known = type(attention), {*PROJECTIONS}
     call, fused = Call.of(stock.forward), _fused_class(stock)
     if 'identity' in call.names:
@@ -172,26 +142,16 @@ def _fused_class(stock: type[nn.Module]) -> type[nn.Module]:
         # On other devices there may be kernels of theirs.
         if unknown or not (known['query'].is_cpu or known['query'].is_cuda):
             return inspect.unwrap(stock.forward)(self, *args, **kwargs)
-        return _attend(self, 'identity' in call.names, **known)
+        return _attend(self, known, 'identity' in call.names)
 
     members = {'forward': _decorated_like(stock.forward, forward), 'made_by': (_fused_class, stock)}
     return type(f'Fused{stock.__name__}', (Fused, stock), members)
 
 
-def _attend(
-    self: Any,
-    adds_identity: bool,
-    *,
-    query: Tensor,
-    points: Tensor,
-    sizes: Tensor | LevelSizes,
-    value: Tensor | None = None,
-    mask: Tensor | None = None,
-    pos: Tensor | None = None,
-    identity: Tensor | None = None,
-    **unused: Any,
-) -> Tensor:
-    """Standard attention with the layers of a stock module."""
+def _attend(self: Any, known: dict[str, Any], adds_identity: bool) -> Tensor:
+    """Standard attention with the layers of a stock module, of arguments by their meaning."""
+    query, points, sizes = (known[name] for name in ('query', 'points', 'sizes'))
+    value, pos, mask, identity = map(known.get, ('value', 'pos', 'mask', 'identity'))
     value = query if value is None else value
     identity = query if identity is None else identity
     query = query if pos is None else query + pos
@@ -214,3 +174,41 @@ def _attend(
     output = self.output_proj(output)
     output = output.transpose(0, 1) if swaps else output
     return self.dropout(output) + identity if adds_identity else output
+
+
+def fuse(
+    model: nn.Module, serve: Callable[[nn.Module], type[nn.Module] | None] = serve
+) -> nn.Module:
+    """Run a model's deformable attention on our operators; see :func:`mmlite.fuse`.
+
+    Args:
+        model (nn.Module): Changed in place.
+        serve (Callable): Gives the class by which a module runs on our operators, None for what is
+            no attention. A ValueError says why one cannot be served.
+
+    Returns:
+        nn.Module: The same model. The log names what was left as it was, and why.
+
+    Raises:
+        ValueError: Nothing could be served; the message says why.
+    """
+    found, left, has_ours = {}, {}, False
+    for name, part in model.named_modules():
+        try:
+            if isinstance(part, (Fused, SamplingAttention)):
+                has_ours = True
+            elif fused := serve(part):
+                found[name] = fused
+        except ValueError as error:
+            left[name or 'it'] = str(error)
+    if not found and not has_ours:
+        why = reasons(left) or f'no module of it has layers {", ".join(PROJECTIONS)}'
+        kind = type(model).__name__
+        raise ValueError(f'{kind} has no deformable attention that mmlite.ops can serve: {why}')
+    with changing(model, 'fuse') as change:
+        for name, fused in found.items():
+            change.set(model, name, '__class__', fused)
+    LOG.info('fuse: %d deformable attentions run on mmlite.ops', len(found))
+    if left:
+        LOG.warning('fuse: left as it is: %s', reasons(left))
+    return model

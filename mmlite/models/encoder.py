@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from ..nn import (
     FFN,
-    DeformableAttention,
     EncoderSchedule,
     EncoderStep,
     InterleavedEncoder,
-    KeyAwareDeformableAttention,
     LiteEncoderLayer,
     StepTokens,
 )
-from ..nn.schedule import layer_steps
+from ..nn.attention import make_attention
 from .attention import PROJECTIONS, attention_shape, is_deformable_attention
 
 # Where repositories keep the parts of a layer: attention, two norms, the FFN's two layers and
@@ -98,28 +96,24 @@ class EncoderLayerParts:
 
         Query projections and small FFNs start at random.
         """
-        attention: nn.Module
         dropout, inner, outer = self.dropouts
-        if key_aware:
-            attention = KeyAwareDeformableAttention(*self.shape, dropout, proj_key, same_loc)
-        else:
-            attention = DeformableAttention(*self.shape, dropout)
+        attention = make_attention(key_aware, self.shape, dropout, proj_key, same_loc)
         for name in PROJECTIONS:
             _copy(getattr(attention, name, None), getattr(self.attention, name))
         norm, ffn_norm = self.norms
 
-        def with_norm(channels: int) -> tuple[FFN, nn.Module]:
+        def make_ffn(channels: int | None) -> tuple[FFN, nn.Module]:
             is_relu = type(self.activation) is nn.ReLU  # the FFN's own saves memory
             module = None if is_relu else copy.deepcopy(self.activation)
-            return FFN(self.shape[0], channels, outer, module, inner), copy.deepcopy(ffn_norm)
+            hidden = channels or self.linears[0].out_features
+            ffn = FFN(self.shape[0], hidden, outer, module, inner)
+            if channels is None:
+                _copy(ffn.layers[0][0], self.linears[0])  # type: ignore[index]
+                _copy(ffn.layers[1], self.linears[1])
+            return ffn, copy.deepcopy(ffn_norm)
 
-        has_ffn, has_small = step.ffns(small_ffn)
-        ffn = with_norm(self.linears[0].out_features) if has_ffn else None
-        if ffn:
-            _copy(ffn[0].layers[0][0], self.linears[0])  # type: ignore[index]
-            _copy(ffn[0].layers[1], self.linears[1])
-        small = with_norm(self.shape[0]) if has_small else None
-        return LiteEncoderLayer(step, attention, copy.deepcopy(norm), ffn, small, chunk_size=1024)
+        norm = copy.deepcopy(norm)
+        return LiteEncoderLayer(step, attention, norm, make_ffn, small_ffn, chunk_size=1024)
 
 
 class StockLiteEncoder(InterleavedEncoder):
@@ -134,7 +128,7 @@ class StockLiteEncoder(InterleavedEncoder):
     def __init__(
         self,
         stock: nn.Module,
-        schedule: EncoderSchedule,
+        schedule: str | EncoderSchedule,
         *,
         key_aware: bool = True,
         small_ffn: bool = True,
@@ -144,49 +138,50 @@ class StockLiteEncoder(InterleavedEncoder):
         same_loc: bool = False,
         elastic: Sequence[str | EncoderSchedule] = (),
     ) -> None:
-        if (proj_key or same_loc) and not key_aware:
-            raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
         parts = [EncoderLayerParts.of(layer) for layer in stock.layers]  # type: ignore[union-attr]
-        schedule.check_fit(len(parts), parts[0].shape[2], update)
-        layer = key_aware, small_ffn, proj_key, same_loc
-        further = EncoderSchedule.parse_all(elastic)
-        steps = layer_steps([schedule, *further], update)
-        sources = stock_layers(steps)
-        layers = [parts[index].lite(step, *layer) for step, index in zip(steps, sources)]
-        super().__init__(schedule, layers, update, num_cp, elastic=further)
+        levels = parts[0].shape[2]
+        EncoderSchedule.parse(schedule).check_fit(len(parts), levels, update)
+
+        def make_layer(step: EncoderStep, index: int) -> LiteEncoderLayer:
+            return parts[index].lite(step, key_aware, small_ffn, proj_key, same_loc)
+
+        super().__init__(schedule, make_layer, update, num_cp, elastic=elastic)
         if self.smallest_first is not None:
-            ranks = range(schedule.num_levels)
-            self.level_ranks = tuple(ranks if self.smallest_first else ranks[::-1])
-        self.stock_layers = sources
+            self.level_ranks = tuple(range(levels)[:: 1 if self.smallest_first else -1])
         self.to(parts[0].attention.value_proj.weight)
         self.train(stock.training)
 
-    def encode_with_text(
-        self, arguments: dict[str, Any], text: Tensor, text_mask: Tensor, enhance: Callable
-    ) -> tuple[Tensor, Tensor]:
-        """Memory and text of an encoder that fuses both before each layer, as Grounding DINO.
 
-        The stock encoder fuses all image tokens with the text. Here only the queries of a layer
-        are: a low-level token meets the text as often as it is updated. ``arguments`` are those of
-        :meth:`InterleavedEncoder.forward`; ``enhance`` gets the number of a layer and the text,
-        (bs, num_words, channels).
-        """
+def encode_with_text(
+    encoder: InterleavedEncoder,
+    arguments: dict[str, Any],
+    text: Tensor,
+    text_mask: Tensor | None,
+    enhance: Callable[[int, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Memory and text of an encoder that fuses both before each layer, as Grounding DINO.
 
-        def fuse(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
-            nonlocal text
-            if len(self.fusion_layers):  # type: ignore[arg-type]
-                mask = step_tokens.pick(arguments['padding_mask'])
-                inputs = step_tokens.pick(memory), text, mask, text_mask
-                fused = self.run(index, self.fusion_layers[index], *inputs)  # type: ignore[index]
-                # Of transformers each with its attention weights.
-                tokens, text = (each[0] if isinstance(each, tuple) else each for each in fused)
-                runs = [run for _, run in step_tokens.split(tokens)]
-                memory = step_tokens.put_back(memory, runs)
-            text = enhance(index, text)
-            return memory
+    The stock encoder fuses all image tokens with the text. Here only the queries of a layer are, by
+    the layer's own of ``encoder.fusion_layers`` where it has them: a low-level token meets the text
+    as often as it is updated. ``arguments`` are those of :meth:`InterleavedEncoder.forward`;
+    ``enhance`` gets the number of a layer and the text, (bs, num_words, channels).
+    """
+    padding = arguments['padding_mask']
 
-        memory = InterleavedEncoder.forward(self, **arguments, before_layer=fuse)
-        return memory, text
+    def fuse(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
+        nonlocal text
+        if len(encoder.fusion_layers):  # type: ignore[arg-type]
+            mask = None if padding is None else step_tokens.pick(padding)
+            inputs = step_tokens.pick(memory), text, mask, text_mask
+            fused = encoder.run(index, encoder.fusion_layers[index], *inputs)  # type: ignore[index]
+            # Of transformers each with its attention weights.
+            tokens, text = (each[0] if isinstance(each, tuple) else each for each in fused)
+            memory = step_tokens.put_back(memory, [run for _, run in step_tokens.split(tokens)])
+        text = enhance(index, text)
+        return memory
+
+    memory = InterleavedEncoder.forward(encoder, **arguments, before_layer=fuse)
+    return memory, text
 
 
 def use_schedule(model: nn.Module, schedule: str | EncoderSchedule) -> nn.Module:
@@ -199,15 +194,6 @@ def use_schedule(model: nn.Module, schedule: str | EncoderSchedule) -> nn.Module
     for encoder in sorted(encoders, key=lambda each: chosen in each.schedules):
         encoder.use_schedule(chosen)
     return model
-
-
-def stock_layers(steps: Iterable[EncoderStep]) -> list[int]:
-    """For each Lite layer the stock layer that has updated the high-level tokens as often."""
-    layers, updates = [], -1
-    for step in steps:
-        updates += step.updates_high
-        layers.append(max(updates, 0))
-    return layers
 
 
 def attribute(module: nn.Module, path: str) -> Any:
@@ -235,7 +221,7 @@ def copy_counterparts(
         tuple[list[str], list[str]]: Names of the entries copied, and of those that are new.
     """
     copied, new = [], []
-    stock_layer_of = stock_layers(lite.get_submodule(encoder).steps)
+    stock_layer_of = lite.get_submodule(encoder).stock_layers
     prefix = encoder and f'{encoder}.'
     # Grounding DINO has layers of three kinds.
     of_layer = re.compile(rf'({re.escape(prefix)}(?:\w+_)?layers)\.(\d+)\.(.+)')

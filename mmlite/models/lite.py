@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from ..nn import EncoderSchedule, InterleavedEncoder
 from .attention import as_wide, is_deformable_attention, level_sizes
-from .changes import LOG, changing, reasons
-from .encoder import EncoderLayerParts, StockLiteEncoder
+from .changes import LOG, Change, changing, reasons
+from .encoder import EncoderLayerParts, StockLiteEncoder, encode_with_text
 from .trial import Call, is_same, run, trial_copy
 
 # What the layers take from elsewhere, and an encoder whose layers attend to themselves does not.
@@ -41,28 +42,46 @@ def to_lite(model: nn.Module, schedule: str | EncoderSchedule, **options: Any) -
     Raises:
         ValueError: No encoder can be replaced; the message says why. Nothing is changed then.
     """
+    with changing(model, 'to_lite') as change:
+        replace_encoders(change, model, schedule, options, _replacement)
+    return model
+
+
+def replace_encoders(
+    change: Change,
+    model: nn.Module,
+    schedule: str | EncoderSchedule,
+    options: dict[str, Any],
+    replacement: Callable[[nn.Module, EncoderSchedule, dict], nn.Module | None],
+    none: str = 'none of its modules has layers of deformable attention',
+) -> None:
+    """Give every encoder of a model that can be replaced its Lite one, and log it.
+
+    ``replacement`` makes the Lite encoder of a module, or gives None where that is no encoder; a
+    ValueError says why it cannot. ``none`` is what to say where there is no encoder. Raises as
+    :func:`to_lite`.
+    """
     schedule, kind = EncoderSchedule.parse(schedule), type(model).__name__
     lite, left = {}, {}
     for name, part in model.named_modules():
-        if _is_encoder(part):
-            try:
-                if not name:
-                    raise ValueError('it is the model itself; give to_lite the model that holds it')
-                lite[name] = _replacement(part, schedule, options)
-            except ValueError as error:
-                left[name or 'the model'] = str(error)
+        try:
+            made = replacement(part, schedule, options)
+            if made is not None and not name:
+                raise ValueError('it is the model itself; give to_lite the model that holds it')
+            if made is not None:
+                lite[name] = made
+        except ValueError as error:
+            left[name or 'the model'] = str(error)
     if not lite:
         if any(isinstance(part, InterleavedEncoder) for part in model.modules()):
             raise ValueError(f'{kind} has a Lite encoder already')
-        why = reasons(left) or 'none of its modules has layers of deformable attention'
+        why = reasons(left) or none
         raise ValueError(f'{kind} has no encoder that the Lite encoder can replace: {why}')
-    with changing(model, 'to_lite') as change:
-        for name, part in lite.items():
-            change.replace(model, model.get_submodule(name), part)
+    for name, made in lite.items():
+        change.replace(model, model.get_submodule(name), made)
     LOG.info('to_lite: %s has schedule %s; train what is new', ', '.join(lite), schedule)
     if left:
         LOG.warning('to_lite: left as it is: %s', reasons(left))
-    return model
 
 
 class AnyLiteEncoder(StockLiteEncoder):
@@ -78,7 +97,8 @@ class AnyLiteEncoder(StockLiteEncoder):
             if name.startswith(('_forward', '_backward')):  # hooks and their handles
                 self.__dict__[name] = value
         self.call = Call.of(type(stock).forward, _UNKNOWN)
-        self.swaps = _swaps(stock)
+        attention = EncoderLayerParts.of(stock.layers[0]).attention
+        self.swaps = not getattr(attention, 'batch_first', True)  # the axis of the tokens is first
         norms = [getattr(stock, name) for name in _NORMS if getattr(stock, name, None) is not None]
         self.norm = copy.deepcopy(norms[0]) if norms else None
         self.behind: list[None] | None = None  # what the stock encoder returns beside the memory
@@ -119,7 +139,7 @@ class AnyLiteEncoder(StockLiteEncoder):
 
     def _with_text(self, known, text, text_mask, text_pos, may_attend, numbers):
         if not self.text_layers:
-            return self.encode_with_text(known, text, text_mask, lambda index, text: text)
+            return encode_with_text(self, known, text, text_mask, lambda index, text: text)
         if numbers is None and text_pos is None:
             numbers = torch.arange(text.shape[1], device=text.device).float()
             numbers = numbers.expand(text.shape[0], -1)
@@ -132,12 +152,7 @@ class AnyLiteEncoder(StockLiteEncoder):
             layer, pos = self.text_layers[index], text_pos.transpose(0, 1)
             return layer(src=text.transpose(0, 1), **masks, pos=pos).transpose(0, 1)
 
-        return self.encode_with_text(known, text, text_mask, enhance)
-
-
-def _swaps(stock: nn.Module) -> bool:
-    """Whether an encoder has the axis of the tokens first."""
-    return not getattr(EncoderLayerParts.of(stock.layers[0]).attention, 'batch_first', True)
+        return encode_with_text(self, known, text, text_mask, enhance)
 
 
 def _is_encoder(module: nn.Module) -> bool:
@@ -152,8 +167,12 @@ def _is_encoder(module: nn.Module) -> bool:
 
 
 @torch.inference_mode(False)
-def _replacement(stock: nn.Module, schedule: EncoderSchedule, options: dict) -> AnyLiteEncoder:
+def _replacement(
+    stock: nn.Module, schedule: EncoderSchedule, options: dict
+) -> AnyLiteEncoder | None:
     """The Lite encoder for a stock one; a ValueError if that is another than those known here."""
+    if not _is_encoder(stock):
+        return None
     if unknown := _unknown_parts(stock):
         raise ValueError(f'its parts {", ".join(unknown)} have no counterpart in the Lite encoder')
     if len(set(stock.layers)) < len(stock.layers):
@@ -175,19 +194,17 @@ def _replacement(stock: nn.Module, schedule: EncoderSchedule, options: dict) -> 
 def _compare(stock: nn.Module) -> list[None] | None:
     """Compare an encoder with the Lite one of its schedule; what it returns behind the memory."""
     shape = EncoderLayerParts.of(stock.layers[0]).shape
-    call = Call.of(type(stock).forward, _UNKNOWN)
-    arguments = call.draw(stock, shape, _swaps(stock))
-    if 'memory_text' in call.names:
+    all_levels = EncoderSchedule(shape[2] - 1, 1, 1, len(stock.layers))
+    ours = AnyLiteEncoder(stock, all_levels, key_aware=False, small_ffn=False)
+    arguments = ours.call.draw(stock, shape, ours.swaps)
+    if ours.has_text:
         device = arguments['spatial_shapes'].device
         is_end = torch.tensor([[False, False, False, each] for each in (False, True)])
         may_attend = torch.eye(4, dtype=torch.bool).expand(2, 4, 4)
         text = torch.rand(2, 4, shape[0], dtype=torch.float64), is_end, None, may_attend, None
         arguments.update(zip(_TEXT, (each if each is None else each.to(device) for each in text)))
     theirs = run(stock, arguments)
-    all_levels = EncoderSchedule(shape[2] - 1, 1, 1, len(stock.layers))
-    ours = AnyLiteEncoder(stock, all_levels, key_aware=False, small_ffn=False)
-    is_alone = isinstance(theirs[0], Tensor)
-    ours.behind = None if is_alone else [None] * (len(theirs[0]) - 1)
+    ours.behind = None if isinstance(theirs[0], Tensor) else [None] * (len(theirs[0]) - 1)
     if not is_same(run(ours, arguments), theirs):
         raise ValueError('it computes something else than an encoder of standard attention')
     return ours.behind

@@ -6,7 +6,7 @@ that everything compiles, exports and can be captured.
 
 from .attention import DeformableAttention, KeyAwareDeformableAttention, directional_grid
 from .encoder import FFN, InterleavedEncoder, LiteEncoder, LiteEncoderLayer
-from .geometry import encoder_reference_points, sampling_locations
+from .geometry import encoder_reference_points
 from .schedule import EncoderSchedule, EncoderStep
 from .tokens import StepTokens, TokenRun
 
@@ -23,5 +23,4 @@ __all__ = [
     'TokenRun',
     'directional_grid',
     'encoder_reference_points',
-    'sampling_locations',
 ]

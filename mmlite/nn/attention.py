@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.reference import sample
-from .geometry import LevelSizes, sampling_locations
+from ..ops.reference import sample, sampling_locations
+from .geometry import LevelSizes
+
+Levels = Optional[Sequence[int]]
 
 
 class SamplingAttention(nn.Module):
@@ -85,7 +88,7 @@ class SamplingAttention(nn.Module):
         *,
         reference_points: Tensor,
         spatial_shapes: LevelSizes,
-        levels: Sequence[int] | None = None,
+        levels: Levels = None,
     ) -> Tensor:
         """Attend to sampled points, and add the outcome to the identity.
 
@@ -116,27 +119,15 @@ class SamplingAttention(nn.Module):
         )
         return self.dropout(self.output_proj(output)) + identity
 
-    def attend(
-        self,
-        query: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        points: Tensor,
-        sizes: LevelSizes,
-        levels: Sequence[int] | None = None,
-    ) -> Tensor:
-        """What :meth:`forward` sends through the output layer, of the query with its position."""
+    def attend(self, query, value, mask, points, sizes, levels=None) -> Tensor:
+        """What :meth:`forward` sends through the output layer.
+
+        This and what follows takes the query with its position added; ``mask``, ``points`` and
+        ``sizes`` are the padding mask, reference points and spatial shapes of :meth:`forward`.
+        """
         raise NotImplementedError
 
-    def logits(
-        self,
-        query: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        points: Tensor,
-        sizes: LevelSizes,
-        levels: Sequence[int] | None = None,
-    ) -> Tensor:
+    def logits(self, query, value, mask, points, sizes, levels=None) -> Tensor:
         """The attention weights before the softmax, (bs, num_queries, num_heads, all points)."""
         raise NotImplementedError
 
@@ -148,11 +139,7 @@ class SamplingAttention(nn.Module):
         return projected.unflatten(-1, (self.num_heads, -1))
 
     def offsets(
-        self,
-        query: Tensor,
-        points: Tensor,
-        sizes: LevelSizes,
-        levels: Sequence[int] | None = None,
+        self, query: Tensor, points: Tensor, sizes: LevelSizes, levels: Levels = None
     ) -> Tensor:
         """The queries' offsets from their reference points, as the operators take them.
 
@@ -167,23 +154,16 @@ class SamplingAttention(nn.Module):
                     f'{name} is for {number} feature levels, '
                     f'but the attention has num_levels={wanted}'
                 )
-        offsets = self.sampling_offsets(query).unflatten(
-            -1, (self.num_heads, -1, self.num_points, 2)
-        )
+        shape = (self.num_heads, -1, self.num_points, 2)
+        offsets = self.sampling_offsets(query).unflatten(-1, shape)
         return offsets if levels is None or self.same_loc else offsets[:, :, :, list(levels)]
 
     def locate(
-        self,
-        query: Tensor,
-        points: Tensor,
-        sizes: LevelSizes,
-        levels: Sequence[int] | None = None,
+        self, query: Tensor, points: Tensor, sizes: LevelSizes, levels: Levels = None
     ) -> Tensor:
-        """Where the queries look; see :func:`mmlite.nn.sampling_locations`."""
-        offsets = self.sampling_offsets(query)
-        if levels is not None:
-            offsets = self.offsets(query, points, sizes, levels).flatten(2)
-        return sampling_locations(offsets, points, sizes, self.num_heads, self.num_points)
+        """Where the queries look; see :func:`mmlite.ops.reference.sampling_locations`."""
+        offsets = SamplingAttention.offsets(self, query, points, sizes, levels)
+        return sampling_locations(points, offsets, sizes)
 
 
 class DeformableAttention(SamplingAttention):
@@ -291,6 +271,25 @@ class KeyAwareDeformableAttention(SamplingAttention):
         sampled = sample(key, sizes, self.locate(query, points, sizes, levels))
         query = self.query_proj(query).unflatten(-1, (self.num_heads, -1))
         return (query.unsqueeze(-2) * sampled).sum(-1) * query.shape[-1] ** -0.5
+
+
+def make_attention(
+    key_aware: bool,
+    shape: tuple[int, int, int, int],
+    dropout: float = 0.0,
+    proj_key: bool = False,
+    same_loc: bool = False,
+) -> SamplingAttention:
+    """Key-aware or standard attention of so many channels, heads, levels and points.
+
+    Raises:
+        ValueError: ``proj_key`` or ``same_loc`` of standard attention, or the channels do not fit.
+    """
+    if key_aware:
+        return KeyAwareDeformableAttention(*shape, dropout, proj_key, same_loc)
+    if proj_key or same_loc:
+        raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
+    return DeformableAttention(*shape, dropout)
 
 
 def directional_grid(num_heads: int, num_points: int) -> Tensor:

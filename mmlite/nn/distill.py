@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoder import InterleavedEncoder
+from .schedule import stock_layers
 
 
 def distill(
@@ -23,7 +24,6 @@ def distill(
     batches: Iterable[Any],
     iterations: int = 400,
     lr: float = 6e-3,
-    output_loss: Callable[[Any, Any], Tensor] | None = None,
     report: Callable[[int, float], None] = lambda iteration, loss: None,
 ) -> None:
     """Train the encoder of a student to follow its teacher, in place.
@@ -39,8 +39,6 @@ def distill(
             tuple; gone through again and again.
         iterations (int): Updates of the student.
         lr (float): The highest learning rate.
-        output_loss (Callable, optional): Gets what student and teacher return, and gives a scalar
-            that is added to the distance of the tokens.
         report (Callable): Told the number of iterations done and the loss of the last.
 
     Raises:
@@ -65,14 +63,11 @@ def distill(
     for iteration, batch in enumerate(_repeated(batches, iterations)):
         ours, theirs = zip(*compared_layers(encoder))
         with torch.no_grad(), keep_outputs(layers[i] for i in theirs) as wanted:
-            expected = _call(teacher, batch)
-        with keep_outputs(
-            (encoder.layers[i] for i in ours), fed(wanted, iteration, iterations)
-        ) as kept:
-            output = _call(student, batch)
+            _call(teacher, batch)
+        own, instead = (encoder.layers[i] for i in ours), fed(wanted, iteration, iterations)
+        with keep_outputs(own, instead) as kept:
+            _call(student, batch)
         loss = token_distance(kept, wanted)
-        if output_loss is not None:
-            loss = loss + output_loss(output, expected)
         for group, rate in zip(optimizer.param_groups, rates):
             group['lr'] = rate * learning_rate(iteration, iterations)
         optimizer.zero_grad()
@@ -176,15 +171,12 @@ def compared_layers(student: InterleavedEncoder) -> list[tuple[int, int]]:
         list[tuple[int, int]]: Numbers of a layer of the student and of the teacher's layer that
         has updated the high-level tokens as often.
     """
-    schedule, updates = student.next_schedule, -1
-    pairs: list[tuple[int, int]] = []
+    schedule = student.next_schedule
     largest, is_low = schedule.num_levels - 1, schedule.num_low_levels > 0
     steps = schedule.steps(student.update)
-    for index, step in enumerate(steps):
-        updates += step.updates_high
-        if step.updates(largest, is_low) or index == len(steps) - 1:
-            pairs.append((index, max(updates, 0)))
-    return pairs
+    pairs = list(enumerate(stock_layers(steps)))
+    compared = [pair for pair, step in zip(pairs, steps[:-1]) if step.updates(largest, is_low)]
+    return [*compared, pairs[-1]]
 
 
 def fed(wanted: Sequence[Tensor], iteration: int, iterations: int) -> Sequence[Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import DeformableAttention, KeyAwareDeformableAttention
+from .attention import make_attention
 from .geometry import LevelSizes, encoder_reference_points
 from .schedule import (
     EncoderSchedule,
@@ -16,6 +16,8 @@ from .schedule import (
     decode_schedules,
     encode_schedules,
     layer_steps,
+    level_ranks,
+    stock_layers,
 )
 from .tokens import StepTokens
 
@@ -72,9 +74,9 @@ class LiteEncoderLayer(nn.Module):
         step (EncoderStep): Which tokens the layer updates.
         self_attn (nn.Module): The attention; adds its input to its output.
         norm (nn.Module): The norm behind it.
-        ffn (tuple[nn.Module, nn.Module], optional): The FFN, which adds its input to its output,
-            and its norm. :meth:`EncoderStep.ffns` says which of the two a step needs.
-        small_ffn (tuple[nn.Module, nn.Module], optional): The same for the low-level tokens.
+        make_ffn (Callable): Makes an FFN, which adds its input to its output, and its norm: called
+            with the number of hidden channels, None for those of the stock layer.
+        small_ffn (bool): Whether low-level tokens have a small one.
         chunk_size (int, optional): See :class:`LiteEncoder`.
     """
 
@@ -83,8 +85,8 @@ class LiteEncoderLayer(nn.Module):
         step: EncoderStep,
         self_attn: nn.Module,
         norm: nn.Module,
-        ffn: tuple[nn.Module, nn.Module] | None = None,
-        small_ffn: tuple[nn.Module, nn.Module] | None = None,
+        make_ffn: Callable[[int | None], tuple[nn.Module, nn.Module]],
+        small_ffn: bool = True,
         chunk_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -93,12 +95,12 @@ class LiteEncoderLayer(nn.Module):
         self.self_attn = self_attn
         self.embed_dims: int = self_attn.embed_dims  # type: ignore[assignment]
         self.norms = nn.ModuleList([norm])
-        if ffn is not None:
-            self.ffn = ffn[0]
-            self.norms.append(ffn[1])
-        self.has_small_ffn = small_ffn is not None
-        if small_ffn is not None:
-            self.small_ffn, self.small_norm = small_ffn
+        has_ffn, self.has_small_ffn = step.ffns(small_ffn)
+        if has_ffn:
+            self.ffn, norm = make_ffn(None)
+            self.norms.append(norm)
+        if self.has_small_ffn:
+            self.small_ffn, self.small_norm = make_ffn(self.embed_dims)
 
     def forward(
         self,
@@ -123,17 +125,16 @@ class LiteEncoderLayer(nn.Module):
         Returns:
             Tensor: All tokens with those of the step updated, a new tensor.
         """
-        points, options = step_tokens.pick(reference_points), {}
+        pick, keys, options = step_tokens.pick, step_tokens.keys, {}
+        points = pick(reference_points)
         if step_tokens.read is not None:
             points, options['levels'] = points[:, :, list(step_tokens.read)], step_tokens.read
             spatial_shapes = [spatial_shapes[level] for level in step_tokens.read]
         query = self.self_attn(
-            step_tokens.pick(memory),
-            value=step_tokens.keys(memory),
-            query_pos=None if query_pos is None else step_tokens.pick(query_pos),
-            key_padding_mask=None
-            if key_padding_mask is None
-            else step_tokens.keys(key_padding_mask),
+            pick(memory),
+            value=keys(memory),
+            query_pos=None if query_pos is None else pick(query_pos),
+            key_padding_mask=None if key_padding_mask is None else keys(key_padding_mask),
             reference_points=points,
             spatial_shapes=spatial_shapes,
             **options,
@@ -141,66 +142,71 @@ class LiteEncoderLayer(nn.Module):
         query = self.norms[0](query)
         updated = []
         for run, tokens in step_tokens.split(query):
-            if run.is_low and self.has_small_ffn:
-                modules = (self.small_ffn, self.small_norm)
-            else:
-                modules = (self.ffn, self.norms[1])
-            updated.append(in_chunks(modules, tokens, self.chunk_size))
+            is_small = run.is_low and self.has_small_ffn
+            ffn = (self.small_ffn, self.small_norm) if is_small else (self.ffn, self.norms[1])
+            updated.append(self._feed(tokens, *ffn))
         return step_tokens.put_back(memory, updated)
+
+    def _feed(self, tokens: Tensor, ffn: nn.Module, norm: nn.Module) -> Tensor:
+        """An FFN and its norm on every token; see ``chunk_size`` of :class:`LiteEncoder`."""
+        size, is_tracing = self.chunk_size, _is_compiling() or torch.jit.is_tracing()
+        if size is None or tokens.device.type != 'cpu' or is_tracing or tokens.shape[1] <= size:
+            return norm(ffn(tokens))
+        return torch.cat([norm(ffn(chunk)) for chunk in tokens.split(size, 1)], 1)
 
 
 class InterleavedEncoder(nn.Module):
-    """The interleaved encoder over layers that are ready (Lite DETR, section 4).
+    """The interleaved encoder over layers of any make (Lite DETR, section 4).
 
     High-level tokens (the few of the small maps) are updated in every layer, low-level tokens
     (the many of the largest maps) once in a block. Every layer reads all tokens, unless the
     schedule names what it reads. Needs nothing but PyTorch; compiles and exports whole.
 
     Args:
-        schedule (EncoderSchedule): Which tokens are updated when.
-        layers (Sequence[nn.Module]): A :class:`LiteEncoderLayer` for each of its steps.
+        schedule (str | EncoderSchedule): Which tokens are updated when.
+        make_layer (Callable): Makes a :class:`LiteEncoderLayer`: called with its step, and the
+            number of the stock layer that has updated the high-level tokens as often.
         update (str): ``'joint'`` or ``'sequential'``; see :meth:`EncoderSchedule.steps`.
         num_cp (int): Layers, counted from the first, whose activations are recomputed in the
             backward pass of training (torch's checkpointing). -1 for none.
         low_levels (Collection[int], optional): Indices of the low-level maps among the levels. By
             default the largest maps, as many as the schedule says.
-        elastic (Sequence[EncoderSchedule]): Further schedules that the layers serve. In training
-            every call takes another one: see :attr:`next_schedule`.
+        elastic (Sequence[str | EncoderSchedule]): Further schedules that the layers serve. In
+            training every call takes another one: see :attr:`next_schedule`.
 
     Attributes:
         schedule (EncoderSchedule): The one that is computed; :meth:`use_schedule` chooses it.
         schedules (tuple[EncoderSchedule, ...]): All that there are weights for.
         level_ranks (tuple[int, ...], optional): Of every level, how many are smaller, where that
             is known beforehand. Otherwise the sizes of the maps say so.
+        stock_layers (list[int]): For each layer the stock layer that it was made for.
 
     Raises:
-        ValueError: ``low_levels``, the number of layers or a further schedule does not fit.
+        ValueError: A schedule is malformed, or ``low_levels`` or a further schedule does not fit.
     """
 
     def __init__(
         self,
-        schedule: EncoderSchedule,
-        layers: Sequence[nn.Module],
+        schedule: str | EncoderSchedule,
+        make_layer: Callable[[EncoderStep, int], nn.Module],
         update: str = 'joint',
         num_cp: int = -1,
         low_levels: Collection[int] | None = None,
-        elastic: Sequence[EncoderSchedule] = (),
+        elastic: Sequence[str | EncoderSchedule] = (),
     ) -> None:
         super().__init__()
-        if low_levels is not None:
-            schedule.check_low_levels(low_levels)
-        self.schedules = tuple(dict.fromkeys((schedule, *elastic)))
+        every = EncoderSchedule.parse(schedule), *EncoderSchedule.parse_all(elastic)
+        self.schedules = tuple(dict.fromkeys(every))
         self.update = update
         self.use_schedule(schedule)
-        if len(layers) != len(layer_steps(self.schedules, update)):
-            raise ValueError(
-                f'schedule {schedule} takes {len(self.steps)} layers, not {len(layers)}'
-            )
         self.num_cp = num_cp
-        self.low_levels = None if low_levels is None else tuple(low_levels)
         self.level_ranks: tuple[int, ...] | None = None
-        self.layers = nn.ModuleList(layers)
-        self.embed_dims: int = layers[0].embed_dims  # type: ignore[assignment]
+        if low_levels is not None:
+            self.level_ranks = self.schedule.chosen_ranks(low_levels)
+        steps = layer_steps(self.schedules, update)
+        self.stock_layers = stock_layers(steps)
+        self.layers = nn.ModuleList(map(make_layer, steps, self.stock_layers))
+        self.embed_dims: int = self.layers[0].embed_dims  # type: ignore[assignment]
         self.training_calls = 0  # which says whose turn it is
         # Weights fit several schedules (H3L1 and H2L2 have the same names and shapes) and are right
         # for some, so they carry them. As a buffer they are in every checkpoint.
@@ -302,30 +308,23 @@ class InterleavedEncoder(nn.Module):
         if self.training and len(self.schedules) > 1:  # a compiled one is compiled for each turn
             turns = 3 * (len(self.schedules) - 2 or len(self.schedules))
             self.training_calls = (self.training_calls + 1) % turns
-        low_levels = self.low_level_indices(level_sizes, schedule)
+        ranks = self.level_ranks or level_ranks(level_sizes)
         if reference_points is None:
             device = tokens.device
             reference_points = encoder_reference_points(level_sizes, valid_ratios, device=device)
         memory = tokens
         for index, (step, layer) in enumerate(zip(schedule.steps(self.update), self.layers)):
-            step_tokens = StepTokens(step, level_sizes, low_levels, self.level_ranks)
+            step_tokens = StepTokens(step, level_sizes, ranks, schedule.num_high_levels)
             if before_layer is not None:
                 memory = before_layer(index, memory, step_tokens)
             arguments = (memory, pos, step_tokens, padding_mask, reference_points, level_sizes)
             memory = self.run(index, layer, *arguments)
         return memory
 
-    def low_level_indices(
-        self, level_sizes: LevelSizes, schedule: EncoderSchedule | None = None
-    ) -> tuple[int, ...]:
-        """Indices of the low-level maps of a pyramid, by default those of the chosen schedule."""
-        schedule = schedule or self.schedule
-        if self.low_levels is not None:
-            return self.low_levels
-        if self.level_ranks is None:
-            return schedule.low_levels(level_sizes)
-        high = schedule.num_high_levels
-        return tuple(level for level, rank in enumerate(self.level_ranks) if rank >= high)
+    def step_tokens(self, index: int, level_sizes: LevelSizes) -> StepTokens:
+        """What a layer updates and reads of such a pyramid, by the chosen schedule."""
+        ranks = self.level_ranks or level_ranks(level_sizes)
+        return StepTokens(self.steps[index], level_sizes, ranks, self.schedule.num_high_levels)
 
     def run(self, index: int, module: nn.Module, *arguments):
         """Call what belongs to layer ``index``; ``num_cp`` says if activations are recomputed."""
@@ -345,17 +344,13 @@ class LiteEncoder(InterleavedEncoder):
         feedforward_channels (int): Hidden channels of the FFN.
         key_aware (bool): Key-aware deformable attention (KDA), or standard.
         small_ffn (bool): Give low-level tokens an FFN of ``embed_dims`` hidden channels.
-        update (str): See :class:`InterleavedEncoder`.
-        proj_key (bool): See :class:`KeyAwareDeformableAttention`; needs ``key_aware``.
-        same_loc (bool): The same.
-        num_cp (int): See :class:`InterleavedEncoder`.
+        update, num_cp, low_levels, elastic: See :class:`InterleavedEncoder`.
+        proj_key, same_loc (bool): See :class:`KeyAwareDeformableAttention`; need ``key_aware``.
         dropout (float): Dropout behind the attention and in the FFNs.
-        low_levels (Collection[int], optional): See :class:`InterleavedEncoder`.
         chunk_size (int, optional): On a CPU, so many tokens at a time go through the FFNs: their
             hidden features then stay in the cache (8 MB at 2048 channels, where all tokens of an
             800x1333 image make 180 MB). Other devices and traced graphs take all at once, and so
             does None.
-        elastic (Sequence[str | EncoderSchedule]): See :class:`InterleavedEncoder`.
 
     Raises:
         ValueError: The schedule is malformed, or an argument does not fit it.
@@ -381,41 +376,15 @@ class LiteEncoder(InterleavedEncoder):
         elastic: Sequence[str | EncoderSchedule] = (),
     ) -> None:
         schedule = EncoderSchedule.parse(schedule)
-        further = EncoderSchedule.parse_all(elastic)
-        if (proj_key or same_loc) and not key_aware:
-            raise ValueError('proj_key and same_loc are of key-aware attention; set key_aware=True')
-        attention = (embed_dims, num_heads, schedule.num_levels, num_points, dropout)
+        shape = (embed_dims, num_heads, schedule.num_levels, num_points)
 
-        def with_norm(channels: int) -> tuple[nn.Module, nn.Module]:
-            return FFN(embed_dims, channels, dropout), nn.LayerNorm(embed_dims)
+        def make_ffn(channels: int | None) -> tuple[nn.Module, nn.Module]:
+            ffn = FFN(embed_dims, channels or feedforward_channels, dropout)
+            return ffn, nn.LayerNorm(embed_dims)
 
-        layers = []
-        for step in layer_steps([schedule, *further], update):
-            has_ffn, has_small_ffn = step.ffns(small_ffn)
-            layers.append(
-                LiteEncoderLayer(
-                    step,
-                    KeyAwareDeformableAttention(*attention, proj_key, same_loc)
-                    if key_aware
-                    else DeformableAttention(*attention),
-                    nn.LayerNorm(embed_dims),
-                    with_norm(feedforward_channels) if has_ffn else None,
-                    with_norm(embed_dims) if has_small_ffn else None,
-                    chunk_size,
-                )
-            )
-        super().__init__(schedule, layers, update, num_cp, low_levels, further)
+        def make_layer(step: EncoderStep, stock: int) -> nn.Module:
+            attention = make_attention(key_aware, shape, dropout, proj_key, same_loc)
+            norm = nn.LayerNorm(embed_dims)
+            return LiteEncoderLayer(step, attention, norm, make_ffn, small_ffn, chunk_size)
 
-
-def in_chunks(modules: Sequence[nn.Module], tokens: Tensor, size: int | None) -> Tensor:
-    """One module after the other on every token; see ``chunk_size`` of :class:`LiteEncoder`."""
-
-    def through(tokens: Tensor) -> Tensor:
-        for module in modules:
-            tokens = module(tokens)
-        return tokens
-
-    is_tracing = _is_compiling() or torch.jit.is_tracing()
-    if size is None or tokens.device.type != 'cpu' or is_tracing or tokens.shape[1] <= size:
-        return through(tokens)
-    return torch.cat([through(chunk) for chunk in tokens.split(size, 1)], 1)
+        super().__init__(schedule, make_layer, update, num_cp, low_levels, elastic)

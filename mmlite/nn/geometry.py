@@ -1,4 +1,4 @@
-"""Where queries lie and where they look: reference points and sampling locations.
+"""Where queries lie: reference points.
 
 Level sizes are Python ints throughout, and every constant is made on its device: nothing is
 copied from the host and nothing is read back. Tensors are cut by methods rather than by indexing,
@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from ..ops import reference
 
 LevelSizes = Sequence[tuple[int, int]]
 
@@ -51,39 +49,3 @@ def encoder_reference_points(
     if valid_ratios is None:
         return points.expand(-1, -1, len(level_sizes), -1)
     return points * valid_ratios.unsqueeze(1)
-
-
-def sampling_locations(
-    offsets: Tensor,
-    reference_points: Tensor,
-    level_sizes: LevelSizes,
-    num_heads: int,
-    num_points: int,
-) -> Tensor:
-    """Offsets around the reference points (Deformable DETR, section 4.1 and appendix A.4).
-
-    Args:
-        offsets (Tensor): shape (bs, num_queries, num_heads * num_levels * num_points * 2), in
-            pixels of each level; or without num_levels: one set for every level.
-        reference_points (Tensor): Normalised (x, y), or (cx, cy, w, h) of boxes, shape
-            (bs or 1, num_queries, num_levels, 2 or 4). Offsets from a box count in halves of its
-            size over ``num_points``.
-        level_sizes (Sequence[tuple[int, int]]): (h, w) of every level.
-        num_heads (int): Attention heads.
-        num_points (int): Sampling points per head and level.
-
-    Returns:
-        Tensor: Normalised (x, y), dtype of ``reference_points``, shape
-        (bs, num_queries, num_heads, num_levels, num_points, 2).
-
-    Raises:
-        ValueError: The reference points do not fit.
-    """
-    levels, numbers = reference_points.shape[-2:]
-    if levels != len(level_sizes) or numbers not in (2, 4):
-        raise ValueError(
-            f'reference_points must hold 2 (x, y) or 4 (cx, cy, w, h) numbers for each of '
-            f'{len(level_sizes)} feature levels; got shape {tuple(reference_points.shape)}'
-        )
-    offsets = offsets.unflatten(-1, (num_heads, -1, num_points, 2))
-    return reference.sampling_locations(reference_points, offsets, level_sizes)

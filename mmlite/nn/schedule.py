@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -138,6 +138,16 @@ class EncoderSchedule:
                 return cls(high, low, updates, blocks)
         return general
 
+    @classmethod
+    def fitting(cls, num_levels: int, num_layers: int) -> list[EncoderSchedule]:
+        """Those of the paper's form for so many maps and layers, with few low-level maps first."""
+        return [
+            cls(num_levels - low, low, updates, num_layers // updates)
+            for low in range(1, num_levels)
+            for updates in range(1, num_layers + 1)
+            if num_layers % updates == 0
+        ]
+
     @property
     def num_levels(self) -> int:
         """Number of feature levels, x + y."""
@@ -174,34 +184,22 @@ class EncoderSchedule:
         last = EncoderStep(updates_high=False, updates_low=True)
         return ((high_only,) * self.high_updates + (last,)) * self.num_blocks
 
-    def low_levels(self, level_sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-        """Which levels are the low-level maps: the y largest.
-
-        Args:
-            level_sizes (Sequence[tuple[int, int]]): (h, w) of every level, in any order.
-
-        Returns:
-            tuple[int, ...]: Their indices, ascending.
-        """
-        return tuple(
-            level
-            for level, rank in enumerate(level_ranks(level_sizes))
-            if rank >= self.num_high_levels
-        )
-
-    def check_low_levels(self, low_levels: Collection[int]) -> None:
-        """Check a choice of low-level maps.
+    def chosen_ranks(self, low_levels: Collection[int]) -> tuple[int, ...]:
+        """What :func:`level_ranks` gives where these are the low-level maps, whatever their sizes.
 
         Raises:
-            ValueError: They are not as many different levels as the schedule says.
+            ValueError: They are not as many different levels as the schedule says, or it names its
+                layers, and with them sizes.
         """
-        if len(set(low_levels)) != self.num_low_levels or not all(
-            0 <= level < self.num_levels for level in low_levels
-        ):
+        high = [level for level in range(self.num_levels) if level not in low_levels]
+        numbers = len(high), len({*low_levels})
+        if self.layers or numbers != (self.num_high_levels, self.num_low_levels):
             raise ValueError(
                 f'schedule {self} has {self.num_low_levels} low-level of {self.num_levels} maps; '
-                f'low_levels={list(low_levels)} must name as many, counted from 0'
+                f'low_levels={list(low_levels)} must name as many, counted from 0, and no layers'
             )
+        order = [*high, *low_levels]
+        return tuple(map(order.index, range(self.num_levels)))
 
     def check_fit(self, num_layers: int | None, num_levels: int, update: str = 'joint') -> None:
         """Check that the schedule fits the encoder it is put into.
@@ -214,26 +212,18 @@ class EncoderSchedule:
         Raises:
             ValueError: It does not; the message says what would fit.
         """
-        levels = f'H{self.num_high_levels}L{self.num_low_levels}'
         if num_layers is not None and num_layers not in (self.num_layers, len(self.steps(update))):
-            if self.layers:
-                raise ValueError(
-                    f'schedule {self} names {self.num_layers} layers, but num_layers is '
-                    f'{num_layers}; name as many, or set num_layers={self.num_layers}'
-                )
-            fitting = ', '.join(
-                f'{levels}-({num_layers // blocks}+1)x{blocks}'
-                for blocks in range(num_layers, 0, -1)
-                if num_layers % blocks == 0
-            )
+            all_fitting = [] if self.layers else self.fitting(self.num_levels, num_layers)
+            same = (str(s) for s in all_fitting if s.num_low_levels == self.num_low_levels)
+            how = 'name as many' if self.layers else f'use one of {", ".join(same)}'
             raise ValueError(
                 f'schedule {self} makes {self.num_layers} layers, but num_layers is '
-                f'{num_layers}; use one of {fitting}, or num_layers={self.num_layers}'
+                f'{num_layers}; {how}, or num_layers={self.num_layers}'
             )
         if self.num_levels != num_levels:
-            blocks = f'({self.high_updates}+1)x{self.num_blocks}'
-            lows = () if self.layers else range(1, min(num_levels, 3))
-            fitting = ', '.join(f'H{num_levels - low}L{low}-{blocks}' for low in lows)
+            all_fitting = self.fitting(num_levels, self.high_updates * self.num_blocks)
+            same = (str(s) for s in all_fitting if s.num_blocks == self.num_blocks)
+            fitting = ', '.join([*same][:2])  # one low-level map, or two
             raise ValueError(
                 f'schedule {self} is for {self.num_levels} feature levels, but the '
                 f"encoder's attention has num_levels={num_levels}; use "
@@ -259,13 +249,8 @@ class EncoderSchedule:
     @property
     def cost(self) -> int:
         """Tokens that all layers update, of a pyramid whose smallest map has one."""
-        levels = range(self.num_levels)
-        return sum(
-            4**rank
-            for step in self.steps()
-            for rank in levels
-            if step.updates(rank, rank >= self.num_high_levels)
-        )
+        ranks = [(rank, rank >= self.num_high_levels) for rank in range(self.num_levels)]
+        return sum(4 ** rank[0] for step in self.steps() for rank in ranks if step.updates(*rank))
 
     @classmethod
     def decode(cls, code: Tensor) -> tuple[EncoderSchedule, str]:
@@ -340,11 +325,9 @@ def layer_steps(
             tokens in other layers.
     """
     all_steps = [schedule.steps(update) for schedule in schedules]
-    first = schedules[0]
-    for schedule, steps in zip(schedules, all_steps):
-        if schedule.num_levels != first.num_levels or [step.updates_high for step in steps] != [
-            step.updates_high for step in all_steps[0]
-        ]:
+    first, kinds = schedules[0], [[step.updates_high for step in steps] for steps in all_steps]
+    for schedule, kind in zip(schedules, kinds):
+        if schedule.num_levels != first.num_levels or kind != kinds[0]:
             raise ValueError(
                 f'one set of weights cannot serve {first} and {schedule}: they must have as many '
                 'maps and layers, and update high-level maps in the same layers'
@@ -353,6 +336,12 @@ def layer_steps(
         EncoderStep(any(s.updates_high for s in steps), any(s.updates_low for s in steps))
         for steps in zip(*all_steps)
     )
+
+
+def stock_layers(steps: Iterable[EncoderStep]) -> list[int]:
+    """For each Lite layer the stock layer that has updated the high-level tokens as often."""
+    updates = accumulate(step.updates_high for step in steps)
+    return [max(number - 1, 0) for number in updates]
 
 
 def level_ranks(level_sizes: Sequence[tuple[int, int]]) -> tuple[int, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .schedule import EncoderStep, level_ranks
+from .schedule import EncoderStep
 
 
 class TokenRun(NamedTuple):
@@ -36,9 +36,9 @@ class StepTokens:
     Args:
         step (EncoderStep): What is updated.
         level_sizes (Sequence[tuple[int, int]]): (h, w) of every level, in the order of the tokens.
-        low_levels (Collection[int]): Indices of the low-level maps.
-        ranks (Sequence[int], optional): Of every level, how many are smaller; by default as
-            :func:`mmlite.nn.schedule.level_ranks` finds.
+        ranks (Sequence[int]): Of every level, how many are smaller; see
+            :func:`mmlite.nn.schedule.level_ranks`.
+        num_high_levels (int): So many of the smallest are the high-level maps.
 
     Attributes:
         read (tuple[int, ...], optional): Indices of the levels that the step reads; None: all.
@@ -48,16 +48,14 @@ class StepTokens:
         self,
         step: EncoderStep,
         level_sizes: Sequence[tuple[int, int]],
-        low_levels: Collection[int],
-        ranks: Sequence[int] | None = None,
+        ranks: Sequence[int],
+        num_high_levels: int,
     ) -> None:
-        is_named = step.levels is not None or step.reads is not None
-        if ranks is None:
-            ranks = level_ranks(level_sizes) if is_named else (0,) * len(level_sizes)
         runs: list[TokenRun] = []
         self.starts = [0]
-        for level, (height, width) in enumerate(level_sizes):
-            kind = (level in low_levels, step.updates(ranks[level], level in low_levels))
+        for rank, (height, width) in zip(ranks, level_sizes):
+            is_low = rank >= num_high_levels
+            kind = (is_low, step.updates(rank, is_low))
             start, stop = self.starts[-1], self.starts[-1] + height * width
             if runs and runs[-1][2:] == kind:
                 runs[-1] = runs[-1]._replace(stop=stop)
@@ -111,10 +109,6 @@ class StepTokens:
         """
         fresh = iter(updated)
         return _cat([next(fresh) if run.is_updated else _cut(tokens, run) for run in self.runs])
-
-    def indices(self, device: torch.device | str = 'cpu') -> Tensor:
-        """Where the queries are among all tokens, int64, shape (num_queries, )."""
-        return torch.cat([torch.arange(run.start, run.stop, device=device) for run in self.queries])
 
 
 def _cut(tokens: Tensor, run: TokenRun) -> Tensor:

@@ -22,7 +22,7 @@ from torch import nn
 
 from .checkpoints.loading import load_checkpoint
 from .detectors.grounding_dino import adapt_bert
-from .families import reads_text, type_name
+from .families import parts_of, reads_text, type_name
 
 # mmengine's initialisation from a checkpoint: its registered name and its class.
 _PRETRAINED = ('Pretrained', 'PretrainedInit')
@@ -156,16 +156,11 @@ def _need_no_text_weights(model_config: ConfigDict, checkpoint: str | None, fold
 
 def _forget_pretraining(config: Any) -> None:
     """Remove from a config, in place, all that would fetch weights from somewhere."""
-    if isinstance(config, (list, tuple)):
-        for value in config:
-            _forget_pretraining(value)
-    elif isinstance(config, dict):
-        for name, value in list(config.items()):
+    for _, part in parts_of(config):
+        for name, value in list(part.items()):
             kind = type_name(value.get('type')) if isinstance(value, dict) else None
             if name == 'pretrained' or kind in _PRETRAINED:
-                del config[name]
-            else:
-                _forget_pretraining(value)
+                del part[name]
 
 
 def _one_line(error: Exception) -> str:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ..nn.distill import EncoderOptimizer, compared_layers, fed, keep_outputs, token_distance
 from .checkpoints.loading import load_checkpoint
 from .checkpoints.official import unpack
-from .families import encoder_name, find_holder, type_name
+from .families import encoder_name, find_holder, parts_of, type_name
 from .layers import fuse_attention
 
 if TYPE_CHECKING:
@@ -157,8 +157,9 @@ class _Pass:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.encoder = model.get_submodule(encoder_name(model))
-        heads = ('bbox_head', 'panoptic_head', 'decode_head')
-        self.head = next(getattr(model, name) for name in heads if hasattr(model, name))
+        # Mask2Former's encoder is in its head.
+        outer, _, inner = encoder_name(model).partition('.')
+        self.head = getattr(model, outer if inner else 'bbox_head')
         self.features = self.padding = None
         self.chosen: dict[str, Tensor] = {}
 
@@ -451,10 +452,11 @@ def images_without_labels(
     tested = config.test_dataloader.dataset
     steps = [s for s in tested.pipeline if not type_name(s['type']).endswith('Annotations')]
     steps = copy.deepcopy(steps)
-    resizes = list(_choices(config.get('train_dataloader') or {})) if training else []
+    training_parts = parts_of(config.get('train_dataloader')) if training else ()
+    resizes = [s for _, s in training_parts if type_name(s.get('type')) == 'RandomChoiceResize']
     for index, step in enumerate(steps):
         if resizes and type_name(step['type']) in ('Resize', 'FixScaleResize'):
-            steps[index] = max(resizes, key=lambda resize: len(resize['scales']))
+            steps[index] = copy.deepcopy(max(resizes, key=lambda resize: len(resize['scales'])))
     if training:
         steps.insert(-1, {'type': 'RandomFlip', 'prob': 0.5})
     if 'decode_head' in config.model:  # MMSegmentation batches images of one size alone
@@ -466,13 +468,3 @@ def images_without_labels(
         classes = (tested.get('metainfo') or CocoDataset.METAINFO)['classes']
     files = [str(file) for file in files]
     return {'type': 'mmdet.ImageFiles', 'files': files, 'pipeline': steps, 'classes': classes}
-
-
-def _choices(config: Any) -> Iterator[dict]:
-    if isinstance(config, dict):
-        if 'type' in config and type_name(config['type']) == 'RandomChoiceResize':
-            yield copy.deepcopy(config)
-        config = list(config.values())
-    if isinstance(config, (list, tuple)):
-        for part in config:
-            yield from _choices(part)

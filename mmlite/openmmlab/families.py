@@ -123,22 +123,26 @@ def find_holder(model_config: dict) -> tuple[tuple[str, ...], dict, Family]:
     Raises:
         ValueError: There is no such part.
     """
-    found = next(_holders(model_config, ()), None)
-    if found is None:
-        kind = type_name(model_config.get('type', 'the model'))
-        raise ValueError(
-            f'{kind} has no deformable encoder that mmlite can replace; it serves '
-            f'{", ".join(family.stock for family in FAMILIES)}'
-        )
-    return found
-
-
-def _holders(config: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict, Family]]:
-    if isinstance(config, dict):
+    for path, part in parts_of(model_config):
         # Only what has an encoder is looked up: types of other registries would be sought in vain.
-        if 'encoder' in config and 'type' in config:
-            family = family_of(config['type'], subclasses=False)
+        if 'encoder' in part and 'type' in part:
+            family = family_of(part['type'], subclasses=False)
             if family is not None:
-                yield path, config, family
-        for name, value in config.items():
-            yield from _holders(value, (*path, name))
+                return path, part, family
+    kind = type_name(model_config.get('type', 'the model'))
+    raise ValueError(
+        f'{kind} has no deformable encoder that mmlite can replace; it serves '
+        f'{", ".join(family.stock for family in FAMILIES)}'
+    )
+
+
+def parts_of(config: Any, path: tuple = ()) -> Iterator[tuple[tuple, dict]]:
+    """Every dict in a config, the outer ones first, behind the keys that lead to it."""
+    if isinstance(config, dict):
+        yield path, config
+    elif isinstance(config, (list, tuple)):
+        config = dict(enumerate(config))
+    else:
+        return
+    for name, value in list(config.items()):
+        yield from parts_of(value, (*path, name))

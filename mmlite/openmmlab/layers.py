@@ -208,18 +208,11 @@ class LiteEncoderLayer(nn.LiteEncoderLayer, BaseModule):
         def norm() -> torch.nn.Module:
             return build_norm_layer(norm_cfg or {'type': 'LN'}, dims)[1]
 
-        def ffn(**changes) -> tuple[torch.nn.Module, torch.nn.Module]:
+        def make_ffn(channels: int | None) -> tuple[torch.nn.Module, torch.nn.Module]:
+            changes = {'feedforward_channels': channels} if channels else {}
             return FFN(**{**(ffn_cfg or {}), **changes}), norm()
 
-        has_ffn, has_small_ffn = step.ffns(small_ffn)
-        super().__init__(
-            step,
-            self_attn,
-            norm(),
-            ffn() if has_ffn else None,
-            ffn(feedforward_channels=dims) if has_small_ffn else None,
-            chunk_size,
-        )
+        super().__init__(step, self_attn, norm(), make_ffn, small_ffn, chunk_size)
         self.init_cfg = copy.deepcopy(init_cfg)
 
 
@@ -258,15 +251,16 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
         chunk_size: int | None = 1024,
         elastic: Sequence[str | EncoderSchedule] = (),
     ) -> None:
-        schedule, further = EncoderSchedule.parse(schedule), EncoderSchedule.parse_all(elastic)
-        layer_cfg = layer_cfg or {}
+        schedule, layer_cfg = EncoderSchedule.parse(schedule), layer_cfg or {}
         schedule.check_fit(num_layers, num_levels_of({'layer_cfg': layer_cfg}), update)
-        options = dict(key_aware=key_aware, small_ffn=small_ffn, chunk_size=chunk_size)
-        steps = nn.schedule.layer_steps([schedule, *further], update)
-        layers = [LiteEncoderLayer(step, **options, **layer_cfg) for step in steps]
-        super().__init__(schedule, layers, update, num_cp, low_levels, further)
+        options = dict(key_aware=key_aware, small_ffn=small_ffn, chunk_size=chunk_size, **layer_cfg)
+
+        def make_layer(step: EncoderStep, stock: int) -> LiteEncoderLayer:
+            return LiteEncoderLayer(step, **options)
+
+        super().__init__(schedule, make_layer, update, num_cp, low_levels, elastic)
         self.init_cfg = copy.deepcopy(init_cfg)
-        self.num_layers = len(layers)
+        self.num_layers = len(self.layers)
         self.key_aware = key_aware
         self.small_ffn = small_ffn
 
@@ -278,7 +272,6 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
         spatial_shapes: Tensor | Sequence[tuple[int, int]],
         level_start_index: Tensor | None = None,
         valid_ratios: Tensor | None = None,
-        before_layer: nn.encoder.BeforeLayer | None = None,
         **kwargs,
     ) -> Tensor:
         """Encode the flattened pyramid; see :meth:`mmlite.nn.LiteEncoder.forward`.
@@ -293,5 +286,4 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
             level_sizes(spatial_shapes),
             padding_mask=key_padding_mask,
             valid_ratios=valid_ratios,
-            before_layer=before_layer,
         )

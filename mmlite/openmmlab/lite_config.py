@@ -35,12 +35,8 @@ def fitting_schedules(model_config: dict) -> list[str]:
             'the encoder sees a single map; an interleaved encoder needs two or more '
             '(num_levels of its self_attn_cfg, num_outs of the neck)'
         )
-    return [
-        f'H{levels - low}L{low}-({updates}+1)x{layers // updates}'
-        for low in range(1, min(levels, 3))
-        for updates in range(2, layers + 1)
-        if layers % updates == 0
-    ]
+    fitting = EncoderSchedule.fitting(levels, layers)
+    return [str(s) for s in fitting if s.num_low_levels <= 2 <= s.high_updates]
 
 
 def main_schedule(model_config: dict) -> str:

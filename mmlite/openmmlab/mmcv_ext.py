@@ -40,36 +40,20 @@ def get_compiling_cuda_version() -> str:
     return 'not available'
 
 
-def ms_deform_attn_forward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: int,
-) -> Tensor:
-    """Deformable attention, which mmcv calls on GPUs alone."""
-    from mmlite.ops import ms_deform_attn
-
-    return ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights)
-
-
-def ms_deform_attn_backward(
-    value: Tensor,
-    spatial_shapes: Tensor,
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    grad_output: Tensor,
-    *grads: Tensor,
-    im2col_step: int,
-) -> None:
-    """The gradients of value, locations and weights, written into ``grads``."""
+def ms_deform_attn_forward(value: Tensor, *others: Tensor, im2col_step: int) -> Tensor:
+    """Deformable attention, which mmcv calls on GPUs alone; see :mod:`mmlite.models.standins`."""
     from mmlite.models import standins
 
-    points = sampling_locations, attention_weights
-    found = standins.ms_deform_attn_backward(value, spatial_shapes, *points, grad_output)
-    for target, grad in zip(grads, found):
+    return standins.ms_deform_attn_forward(value, *others)
+
+
+def ms_deform_attn_backward(value: Tensor, *others: Tensor, im2col_step: int) -> None:
+    """The gradients of value, locations and weights, written into the last three tensors."""
+    from mmlite.models import standins
+
+    *given, grad_value, grad_locations, grad_weights = others
+    found = standins.ms_deform_attn_backward(value, *given)
+    for target, grad in zip((grad_value, grad_locations, grad_weights), found):
         target.copy_(grad)
 
 

@@ -29,14 +29,8 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64:
 _STANDARD, _KEY_AWARE, _SHARED = 0, 1, 2  # Operator of csrc/problem.h
 # The operator's tensors in their order, by their names in `Problem`.
 _INPUTS = ('query', 'key', 'value', 'reference', 'locations', 'weights')
-_GRADS = {
-    'grad_query': 1,
-    'grad_key': 2,
-    'grad_value': 4,
-    'grad_locations': 8,
-    'grad_weights': 16,
-    'grad_reference': 32,
-}
+_WANTED = ('query', 'key', 'value', 'locations', 'weights', 'reference')
+_GRADS = {f'grad_{name}': 1 << bit for bit, name in enumerate(_WANTED)}  # Grad of csrc/problem.h
 _ISAS = {'baseline': 0, 'avx2': 1, 'avx512': 2}
 _SUFFIX = {'darwin': 'dylib', 'win32': 'dll'}.get(sys.platform, 'so')
 # Another build of the kernels, a sanitized one for instance, can be named in the environment.
@@ -210,28 +204,16 @@ def _problem(rows: Mapping[str, Tensor], spatial_shapes: Sequence[int]) -> _Prob
     if reference is not None:
         sampling, reference_batch = reference.shape[3] // 2, reference.shape[0]
     op = _STANDARD if 'weights' in rows else _KEY_AWARE if 'key' in rows else _SHARED
-    grads = 0
-    for name in rows:
-        grads |= _GRADS.get(name, 0)
+    grads = sum(_GRADS.get(name, 0) for name in rows)
     sizes = _sizes(tuple(spatial_shapes))
     numbers: list[int] = [batch, tokens, queries, heads, dim, len(spatial_shapes) // 2, points]
     numbers.append(ctypes.addressof(sizes))
     for name in _ROWS:
         numbers += _rows(rows.get(name))
-    problem = _Problem.from_buffer_copy(
-        _pack(
-            *numbers,
-            reference_batch,
-            offset_levels,
-            op,
-            _DTYPES[value.dtype],
-            _DTYPES[locations.dtype],
-            grads,
-            _choice.isa,
-            torch.get_num_threads(),
-            sampling,
-        )
-    )
+    numbers += [reference_batch, offset_levels]
+    numbers += [op, _DTYPES[value.dtype], _DTYPES[locations.dtype], grads]
+    numbers += [_choice.isa, torch.get_num_threads(), sampling]
+    problem = _Problem.from_buffer_copy(_pack(*numbers))
     problem.sizes = sizes
     return problem
 
@@ -257,10 +239,7 @@ def _run(function: Callable[[_Problem], int], problem: _Problem) -> None:
 def _inputs(query, key, value, reference_points, sampling, attention_weights) -> dict[str, Tensor]:
     """The tensors of a call, by their names in ``Problem``, as the kernels read them."""
     if value.shape[3] > _MAX_HEAD_DIM:
-        raise ValueError(
-            f'the CPU kernels serve heads of up to {_MAX_HEAD_DIM} numbers, and these have '
-            f"{value.shape[3]}; use_backend('reference') takes them"
-        )
+        raise ValueError(f"{why_not(value, 0)}; use_backend('reference') takes them")
     if attention_weights is not None and attention_weights.dtype != sampling.dtype:
         dtype = torch.promote_types(attention_weights.dtype, sampling.dtype)
         sampling, attention_weights = sampling.to(dtype), attention_weights.to(dtype)
@@ -271,37 +250,28 @@ def _inputs(query, key, value, reference_points, sampling, attention_weights) ->
     return {name: _packed(tensor) for name, tensor in zip(_INPUTS, tensors) if tensor is not None}
 
 
-def forward(query, key, value, spatial_shapes, reference_points, sampling, attention_weights):
+def forward(*arguments: Any) -> Tensor:
     """The operator; see :mod:`mmlite.ops.operator`."""
-    rows = _inputs(query, key, value, reference_points, sampling, attention_weights)
-    rows['output'] = output = value.new_empty(*sampling.shape[:3], value.shape[3])
-    _run(_kernels.mmlite_forward, _problem(rows, spatial_shapes))
+    rows = _inputs(*operator.tensors_of(arguments))
+    value, shape = rows['value'], rows['locations'].shape
+    rows['output'] = output = value.new_empty(*shape[:3], value.shape[3])
+    _run(_kernels.mmlite_forward, _problem(rows, arguments[3]))
     return output.flatten(2)
 
 
-def backward(
-    grad_output,
-    query,
-    key,
-    value,
-    spatial_shapes,
-    reference_points,
-    sampling,
-    attention_weights,
-    output_mask,
-):
+def backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of the operator's tensors in their order, empty where not wanted."""
-    tensors = (query, key, value, reference_points, sampling, attention_weights)
+    tensors = operator.tensors_of(arguments)
     rows = _inputs(*tensors)
-    wanted = {name for name, is_wanted in zip(_INPUTS, output_mask) if is_wanted}
+    wanted = {name for name, is_wanted in zip(_INPUTS, arguments[-1]) if is_wanted}
     grads = {name: row.new_empty(row.shape) for name, row in rows.items() if name in wanted}
     if grads:
-        shape = (*sampling.shape[:3], value.shape[3])
+        shape = (*rows['locations'].shape[:3], rows['value'].shape[3])
         rows['grad_output'] = _packed(grad_output.reshape(shape))
         rows |= {f'grad_{name}': grad for name, grad in grads.items()}
-        _run(_kernels.mmlite_backward, _problem(rows, spatial_shapes))
+        _run(_kernels.mmlite_backward, _problem(rows, arguments[3]))
     return tuple(
-        grads[name].to(tensor.dtype) if name in grads else value.new_empty(0)
+        grads[name].to(tensor.dtype) if name in grads else grad_output.new_empty(0)
         for name, tensor in zip(_INPUTS, tensors)
     )
 

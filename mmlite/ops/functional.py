@@ -161,9 +161,9 @@ def key_aware_deform_attn_from_offsets(
 ) -> Tensor:
     """Key-aware deformable attention around reference points (Deformable DETR, appendix A.4).
 
-    What :func:`key_aware_deform_attn` computes at :func:`mmlite.nn.sampling_locations`, forward
-    and backward, with the locations worked out inside the kernels. They are formed in float32
-    (float64 for float64) whatever the dtypes.
+    What :func:`key_aware_deform_attn` computes at :func:`mmlite.ops.reference.sampling_locations`,
+    forward and backward, with the locations worked out inside the kernels. They are formed in
+    float32 (float64 for float64) whatever the dtypes.
 
     ``query``, ``key``, ``value``, ``spatial_shapes``, the result and the errors are as there.
 
@@ -187,9 +187,9 @@ def ms_deform_attn_from_offsets(
 ) -> Tensor:
     """Multi-scale deformable attention around reference points (Deformable DETR, appendix A.4).
 
-    What :func:`ms_deform_attn` computes at :func:`mmlite.nn.sampling_locations`. ``value``,
-    ``attention_weights`` and the errors are as there; level sizes, reference points and offsets
-    are as in :func:`key_aware_deform_attn_from_offsets`.
+    What :func:`ms_deform_attn` computes at :func:`mmlite.ops.reference.sampling_locations`.
+    ``value``, ``attention_weights`` and the errors are as there; level sizes, reference points and
+    offsets are as in :func:`key_aware_deform_attn_from_offsets`.
 
     Returns:
         Tensor: shape (B, Q, M*D), dtype of ``value``.

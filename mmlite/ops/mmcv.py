@@ -21,16 +21,6 @@ from . import reference
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def status() -> tuple[bool, str]:
-    """Whether the operator is there, and what runs or why not."""
-    problem = _problem()
-    if problem:
-        return False, problem
-    if not torch.cuda.is_available():
-        return False, 'PyTorch sees no CUDA device'
-    return True, f'mmcv {sys.modules["mmcv"].__version__}, ms_deform_attn alone'
-
-
 def why_not(value: Tensor) -> str:
     """Why this backend refuses ``value``, or ''."""
     if not value.is_cuda:

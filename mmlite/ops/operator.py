@@ -46,6 +46,11 @@ deform_attn_backward = torch.ops.mmlite.deform_attn_backward.default
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def tensors_of(arguments: Sequence) -> tuple:
+    """The six tensors among the operator's arguments."""
+    return (*arguments[:3], *arguments[4:7])
+
+
 def implement(dispatch_key: str, forward: Callable, backward: Callable) -> None:
     """Register a backend's functions for a device (``'CPU'``, ``'CUDA'``), with checks before."""
 
@@ -70,11 +75,10 @@ def _output(query, key, value, spatial_shapes, reference_points, sampling, atten
     return value.new_empty(batch, queries, heads * value.shape[3])
 
 
-def _grads(grad_output, query, key, value, spatial_shapes, *arguments):
-    *others, output_mask = arguments
+def _grads(grad_output, *arguments):
     return tuple(
-        tensor.new_empty(tensor.shape) if wanted and tensor is not None else value.new_empty(0)
-        for tensor, wanted in zip((query, key, value, *others), output_mask)
+        grad_output.new_empty(0) if tensor is None or not wanted else tensor.new_empty(tensor.shape)
+        for tensor, wanted in zip(tensors_of(arguments), arguments[-1])
     )
 
 
@@ -87,7 +91,7 @@ implement('Meta', _output, _grads)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        ctx.save_for_backward(*arguments[:3], *arguments[4:])
+        ctx.save_for_backward(*tensors_of(arguments))
         ctx.spatial_shapes = arguments[3]
         with torch._C._AutoDispatchBelowAutograd():
             return deform_attn(*arguments)

@@ -346,6 +346,11 @@ class Model(nn.Module):
         return [memory, output, *(each for each in more if each is not None)]
 
 
+def assert_same(actual, expected) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def inputs(model):
     """Two images, one of them padded; a text of four words, and one of three."""
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ import pickle
 import other_repositories as others
 import pytest
 import torch
+from other_repositories import assert_same
 from torch import nn
 
 import mmlite
@@ -25,11 +26,6 @@ def run(model: nn.Module) -> tuple[list, dict]:
     model.zero_grad()
     sum(output.square().mean() for output in found).backward()
     return [*found], {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def assert_same(actual, expected) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def note(module: nn.Module, *args) -> None:

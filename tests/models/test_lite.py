@@ -4,12 +4,11 @@ import pickle
 import other_repositories as others
 import pytest
 import torch
-from other_repositories import MSDeformAttnFunction
+from other_repositories import MSDeformAttnFunction, assert_same
 from torch import nn
 
 import mmlite
 from mmlite.models.lite import AnyLiteEncoder
-from mmlite.nn import StepTokens
 
 SMALLEST_FIRST = dict(sizes=[(2, 3), (4, 3), (6, 8)])
 
@@ -22,11 +21,6 @@ def compiled(monkeypatch):
 
 def run(model: nn.Module) -> list[torch.Tensor]:
     return [*model(*others.inputs(model))]
-
-
-def assert_same(actual, expected) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +61,7 @@ def test_every_level_in_every_layer_is_the_stock_model(kind, options):
 def test_low_level_maps_are_the_largest():
     for options, waits in (({}, 6 * 8), (SMALLEST_FIRST, 6 * 8)):
         model = mmlite.to_lite(others.build(**options), f'H{2 + (not options)}L1-(2+1)x2')
-        low = model.encoder.low_level_indices(model.sizes)
-        runs = StepTokens(model.encoder.steps[0], model.sizes, low).runs
+        runs = model.encoder.step_tokens(0, model.sizes).runs
         assert [run.stop - run.start for run in runs if not run.is_updated] == [waits]
 
 

@@ -101,21 +101,6 @@ def test_blocks_learn_alone_at_first_and_together_then():
         assert (first is None or not first.any()) == alone
 
 
-def test_an_output_loss_is_added():
-    seen = []
-
-    def output_loss(found, wanted):
-        seen.append((found.shape, wanted.shape))
-        return (found - wanted).abs().mean() * 0 + 7
-
-    losses = []
-    student = LiteEncoder('H3L1-(2+1)x1', **THIN)
-    arguments = inputs()
-    distill(student, Stock(), [arguments] * 2, 3, 0.0, output_loss, lambda i, x: losses.append(x))
-    assert seen == [(arguments['tokens'].shape,) * 2] * 3
-    assert all(7 < loss < 9.5 for loss in losses)
-
-
 def test_an_elastic_student_learns_every_schedule():
     schedules = ['H3L1-(1+1)x2', 'H2L2-(2+1)x1', 'H3L1-(2+1)x1']
     student = LiteEncoder(schedules[0], **THIN, elastic=schedules[1:])

@@ -28,24 +28,10 @@ def test_names(text, name, layers):
         assert EncoderSchedule.decode(cast(schedule.encode())) == (schedule, 'joint')
 
 
-@pytest.mark.parametrize(
-    ('text', 'problem'),
-    [
-        ('H3L0-1:1x3', 'must update each of its 3 maps'),
-        ('H3L0-12x3+4', 'layer 4 .* some of the 3 maps'),
-        ('H3L0-11+123', 'layer 1 .* each named once'),
-        ('H3L0-123:5', 'layer 1 '),
-        ('H3L0-123x0', 'not of the form'),
-        ('H3L0-', 'not of the form'),
-    ],
-)
-def test_malformed(text, problem):
-    with pytest.raises(ValueError, match=problem):
-        EncoderSchedule.parse(text)
-
-
 def test_fit_to_an_encoder():
-    with pytest.raises(ValueError, match=r'names 5 layers, but num_layers is 6; .*num_layers=5'):
+    with pytest.raises(
+        ValueError, match=r'makes 5 layers, but num_layers is 6; name .*num_layers=5'
+    ):
         EncoderSchedule.parse(PRO_SCALE).check_fit(6, 4)
     EncoderSchedule.parse(PRO_SCALE).check_fit(5, 4)
 
@@ -102,31 +88,6 @@ def test_a_layer_reads_only_what_its_schedule_says(key_aware, order):
     whole = attention.logits(tokens + pos, value, None, every, sizes).unflatten(-1, (4, -1))
     torch.testing.assert_close(logits, whole[..., small, :].flatten(-2))
     assert found.shape == tokens.shape
-
-
-def test_gradients_reach_every_parameter_of_a_named_schedule():
-    encoder = randomised(LiteEncoder(PRO_SCALE, **THIN))
-    encoder(**inputs()).sum().backward()
-    assert all(parameter.grad is not None for parameter in encoder.parameters())
-
-
-def test_compiles_and_exports_whole():
-    encoder = randomised(LiteEncoder(PRO_SCALE, **THIN)).eval()
-    arguments = inputs()
-    sizes = tuple(arguments.pop('level_sizes'))
-
-    class Fixed(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = encoder
-
-        def forward(self, tokens, pos, padding_mask, valid_ratios):
-            return self.encoder(
-                tokens, pos, sizes, padding_mask=padding_mask, valid_ratios=valid_ratios
-            )
-
-    program = torch.export.export(Fixed(), (), kwargs=arguments)
-    torch.testing.assert_close(program.module()(**arguments), Fixed()(**arguments))
 
 
 ELASTIC = ['H3L1-(1+1)x4', 'H3L1-(2+1)x2', 'H2L2-(4+1)x1']

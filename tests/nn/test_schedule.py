@@ -27,10 +27,13 @@ def test_parse_and_str(text, fields):
     [
         *((text, 'not of the form HxLy') for text in ('', 'H3L1', 'H3L1-(2+2)x3', 3, None)),
         ('H3L1-(2+1)x3 x', 'not of the form HxLy-\\(A\\+1\\)xB, for example'),
-        ('H0L1-(2+1)x3', 'needs at least one'),
-        ('H3L0-(2+1)x3', 'needs at least one'),
-        ('H3L1-(0+1)x3', 'needs at least one'),
-        ('H3L1-(2+1)x0', 'needs at least one'),
+        *((text, 'needs at least one') for text in ('H0L1-(2+1)x3', 'H3L0-(2+1)x3')),
+        *((f'H3L1-{text}', 'needs at least one') for text in ('(0+1)x3', '(2+1)x0')),
+        ('H3L0-1:1x3', 'must update each of its 3 maps'),
+        ('H3L0-12x3+4', 'layer 4 .* some of the 3 maps'),
+        ('H3L0-11+123', 'layer 1 .* each named once'),
+        ('H3L0-123:5', 'layer 1 '),
+        *((f'H3L0-{text}', 'not of the form') for text in ('123x0', '')),
     ],
 )
 def test_malformed(text, problem):

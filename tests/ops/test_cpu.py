@@ -97,15 +97,9 @@ def test_operator_refuses_what_does_not_fit(index, wrong, message):
 def test_the_widest_head(isa):
     """Heads of 256 numbers run; wider ones are left to the formulation, or refused where forced."""
     TESTS.check(Case('standard', batch=1, heads=1, dim=256))
-    assert cpu.why_not(torch.empty(1, 9, 1, 256), 1) == ''
-    assert 'up to 256 numbers, and these have 257' in cpu.why_not(torch.empty(1, 9, 1, 257), 1)
     wide = Case('standard', batch=1, heads=1, dim=257)
     with pytest.raises(ValueError, match='up to 256 numbers, and these have 257'):
         cpu.forward(*wide.arguments)
-
-
-def test_status_names_the_kernels_and_threads(isa):
-    assert cpu.status() == (True, f'{isa} kernels on {torch.get_num_threads()} threads')
 
 
 def test_interface_refuses_what_does_not_fit():
@@ -195,7 +189,7 @@ def test_says_what_runs_and_why_not(isa):
     assert cpu.status() == (True, f'{isa} kernels on {torch.get_num_threads()} threads')
     with pytest.raises(ValueError, match='isa must be one of'), cpu.use_isa('mmx'):
         pass
-    assert cpu.why_not(torch.zeros(1, 1, 1, 64), 100) == ''
+    assert cpu.why_not(torch.zeros(1, 1, 1, 256), 100) == ''
     assert 'up to 256 numbers' in cpu.why_not(torch.zeros(1, 1, 1, 257), 1)
     assert 'complex64' in cpu.why_not(torch.zeros(1, 1, 1, 64, dtype=torch.complex64), 1)
     assert 'meta' in cpu.why_not(torch.zeros(1, 1, 1, 64, device='meta'), 1)

@@ -373,17 +373,12 @@ def _find_schedule(
             'H2L2, which is enc_scale=2 in their code; evaluate both if H2L2 is what you expect',
             stacklevel=2,
         )
-    updates = [
-        n
-        for n in range(1, layers + 1)
-        if layers % n == 0
-        and (ends == [*range(n - 1, layers, n)] if ends else blocks in (None, layers // n))
-    ]
     fitting = [
-        EncoderSchedule(x, levels - x, n, layers // n)
-        for x in range(levels - 1, 0, -1)
-        for n in updates
-        if high in (None, x)
+        s
+        for s in EncoderSchedule.fitting(levels, layers)
+        if high in (None, s.num_high_levels)
+        and (ends or blocks in (None, s.num_blocks))
+        and ends in ([], [*range(s.high_updates - 1, layers, s.high_updates)])
     ]
     listed = ' or '.join(map(str, fitting)) or 'no schedule'
     if wanted is None and len(fitting) > 1:

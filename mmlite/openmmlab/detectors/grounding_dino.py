@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmdet.models.detectors import GroundingDINO
@@ -17,8 +17,8 @@ from mmengine.config import ConfigDict
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 
-from ...nn import StepTokens
-from ..layers import LiteEncoder
+from ...models import encode_with_text
+from ..layers import LiteEncoder, level_sizes
 from .lite import LiteDetectorMixin
 
 
@@ -56,7 +56,10 @@ class LiteGroundingDINOEncoder(LiteEncoder):
         query: Tensor,
         query_pos: Tensor,
         key_padding_mask: Tensor | None,
-        *args,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        level_start_index: Tensor | None = None,
+        valid_ratios: Tensor | None = None,
+        *,
         memory_text: Tensor,
         text_attention_mask: Tensor,
         position_ids: Tensor,
@@ -80,27 +83,19 @@ class LiteGroundingDINOEncoder(LiteEncoder):
             position_ids[..., None], num_pos_feats=self.embed_dims, exchange_xy=False
         )
 
-        def fuse(index: int, memory: Tensor, step_tokens: StepTokens) -> Tensor:
-            nonlocal memory_text
-            padding = None if key_padding_mask is None else step_tokens.pick(key_padding_mask)
-            image, memory_text = self.run(
-                index,
-                self.fusion_layers[index],
-                step_tokens.pick(memory),
-                memory_text,
-                padding,
-                text_attention_mask,
-            )
+        def enhance(index: int, text: Tensor) -> Tensor:
             layer = self.text_layers[index]
-            heads = layer.self_attn_cfg['num_heads']
-            blocked = ~text_self_attention_masks.repeat(heads, 1, 1)
-            memory_text = layer(memory_text, text_pos, key_padding_mask=None, attn_mask=blocked)
-            return step_tokens.put_back(memory, [run for _, run in step_tokens.split(image)])
+            blocked = ~text_self_attention_masks.repeat(layer.self_attn_cfg['num_heads'], 1, 1)
+            return layer(text, text_pos, key_padding_mask=None, attn_mask=blocked)
 
-        memory = super().forward(
-            query, query_pos, key_padding_mask, *args, before_layer=fuse, **kwargs
+        arguments = dict(
+            tokens=query,
+            pos=query_pos,
+            level_sizes=level_sizes(spatial_shapes),
+            padding_mask=key_padding_mask,
+            valid_ratios=valid_ratios,
         )
-        return memory, memory_text
+        return encode_with_text(self, arguments, memory_text, text_attention_mask, enhance)
 
 
 @MODELS.register_module()

@@ -28,16 +28,46 @@ _SIZES = [f'size{level}' for level in range(8)]
 
 
 @triton.jit
-def _block(num_queries, num_heads, BLOCK_Q: tl.constexpr):
-    """Image, head and first query of this program.
+def _tile(
+    num_queries, num_tokens, num_heads, reference_stride,
+    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, REF_DIM: tl.constexpr, SAME_LOC: tl.constexpr,
+):  # fmt: skip
+    """What a program works on, and where in memory that lies.
 
     Neighbouring programs take neighbouring queries, then the next head, then the next image, so
     that those running at the same time share few maps in the second-level cache.
+
+    Returns image and head; number of each query in the block, and whether there is one; of a tile
+    which channels are there, the points' numbers, and which of them are there. Then the places of
+    the features of the image, of its first query and head, of the queries with a mask, of the
+    points among weights and in ``sampling``, and of the reference points.
     """
     blocks = tl.cdiv(num_queries, BLOCK_Q)
     program = tl.program_id(0)
     batch = (program // blocks // num_heads).to(tl.int64)
-    return batch, (program // blocks) % num_heads, (program % blocks) * BLOCK_Q
+    head = (program // blocks) % num_heads
+    first = (program % blocks) * BLOCK_Q
+    line = tl.arange(0, BLOCK_Q)
+    is_line = first + line < num_queries
+    channel = tl.arange(0, DIM)
+    is_channel = channel < D
+    point = tl.arange(0, POINTS)[:, None]
+    valid = is_line[None, :] & (point < P)
+
+    image = batch * num_tokens * num_heads * D + head * D + channel[None, None, :]
+    pair = (batch * num_queries + first) * num_heads + head
+    vector = pair * D + line[:, None] * num_heads * D + channel[None, :]
+    vector_mask = is_line[:, None] & is_channel[None, :]
+    location = pair * (L * P) + line[None, :] * num_heads * (L * P) + point
+    place = location
+    if SAME_LOC:
+        place = pair * P + line[None, :] * num_heads * P + point
+    centre = batch * reference_stride + (first + line[None, :]) * (L * REF_DIM)
+    return (
+        batch, head, line, is_line, is_channel, point, valid,
+        image, pair, vector, vector_mask, location, place, centre,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -78,18 +108,9 @@ def _size(level, L: tl.constexpr, s0, s1, s2, s3, s4, s5, s6, s7):
 
 @triton.jit
 def _locate(
-    sampling,
-    place,
-    valid,
-    reference,
-    centre,
-    is_query,
-    height,
-    width,
-    start,
-    REF_DIM: tl.constexpr,
-    P: tl.constexpr,
-):
+    sampling, place, valid, reference, centre, is_query, height, width, start,
+    REF_DIM: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     """Where the points fall in their map.
 
     Returns the token of each point's north-west pixel; the fractions of a pixel that the point
@@ -185,62 +206,28 @@ def _store_pair(target, x, y, mask):
 
 @triton.jit(do_not_specialize=_NUMBERS + _SIZES)
 def forward(
-    query,
-    key,
-    value,
-    reference,
-    sampling,
-    attention_weights,
-    output,
+    query, key, value, reference, sampling, attention_weights, output,
     scale,
-    size0,
-    size1,
-    size2,
-    size3,
-    size4,
-    size5,
-    size6,
-    size7,
-    num_queries,
-    num_tokens,
-    num_heads,
-    reference_stride,
-    L: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    POINTS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    INDEX: tl.constexpr,
-    REF_DIM: tl.constexpr,
-    SAME_LOC: tl.constexpr,
-):
+    size0, size1, size2, size3, size4, size5, size6, size7,
+    num_queries, num_tokens, num_heads, reference_stride,
+    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, INDEX: tl.constexpr, REF_DIM: tl.constexpr, SAME_LOC: tl.constexpr,
+):  # fmt: skip
     """Sample, weigh, sum.
 
     With a ``query`` the weights are the softmax of its products with the keys, built up level by
     level with a running maximum. Otherwise ``attention_weights`` are given. Without a ``key`` one
     sample serves as both. ``INDEX`` is an integer type that can index the features of one image.
     """
-    batch, head, first = _block(num_queries, num_heads, BLOCK_Q)
-    line = tl.arange(0, BLOCK_Q)
-    is_line = first + line < num_queries
-    is_query = is_line[None, :]
-    channel = tl.arange(0, DIM)
-    is_channel = channel < D
-    point = tl.arange(0, POINTS)[:, None]
-    valid = is_query & (point < P)
-
     stride = (num_heads * D).to(INDEX)
-    image = batch * num_tokens * num_heads * D + head * D + channel[None, None, :]
-    pair = (batch * num_queries + first) * num_heads + head
-    vector = pair * D + line[:, None] * num_heads * D + channel[None, :]
-    vector_mask = is_line[:, None] & is_channel[None, :]
-    location = pair * (L * P) + line[None, :] * num_heads * (L * P) + point
-    place = location
-    if SAME_LOC:
-        place = pair * P + line[None, :] * num_heads * P + point
-    # Of the reference points: by image, query and level.
-    centre = batch * reference_stride + (first + line[None, :]) * (L * REF_DIM)
+    (
+        _batch, _head, _line, is_line, is_channel, point, valid,
+        image, _pair, vector, vector_mask, location, place, centre,
+    ) = _tile(
+        num_queries, num_tokens, num_heads, reference_stride,
+        L, P, D, POINTS, DIM, BLOCK_Q, REF_DIM, SAME_LOC,
+    )  # fmt: skip
+    is_query = is_line[None, :]
 
     result = tl.zeros([BLOCK_Q, DIM], dtype=tl.float32)
     if query is not None:
@@ -282,47 +269,15 @@ def forward(
 
 @triton.jit(do_not_specialize=_NUMBERS + _SIZES)
 def backward(
-    grad_output,
-    query,
-    key,
-    value,
-    reference,
-    sampling,
-    attention_weights,
-    grad_query,
-    grad_key,
-    grad_value,
-    grad_reference,
-    grad_sampling,
-    grad_weights,
-    value_coefficients,
-    query_coefficients,
-    pixel_rows,
-    pixel_weights,
+    grad_output, query, key, value, reference, sampling, attention_weights,
+    grad_query, grad_key, grad_value, grad_reference, grad_sampling, grad_weights,
+    value_coefficients, query_coefficients, pixel_rows, pixel_weights,
     scale,
-    size0,
-    size1,
-    size2,
-    size3,
-    size4,
-    size5,
-    size6,
-    size7,
-    num_queries,
-    num_tokens,
-    num_heads,
-    num_rows,
-    reference_stride,
-    L: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    POINTS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    INDEX: tl.constexpr,
-    REF_DIM: tl.constexpr,
-    SAME_LOC: tl.constexpr,
-):
+    size0, size1, size2, size3, size4, size5, size6, size7,
+    num_queries, num_tokens, num_heads, num_rows, reference_stride,
+    L: tl.constexpr, P: tl.constexpr, D: tl.constexpr, POINTS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr, INDEX: tl.constexpr, REF_DIM: tl.constexpr, SAME_LOC: tl.constexpr,
+):  # fmt: skip
     """All gradients, the samples formed anew.
 
     Let g be the output's gradient, v and k a point's sampled value and key, w its weight, and
@@ -337,26 +292,15 @@ def backward(
     weights of the four pixels. Rows are numbered (batch, head, token); ``num_rows`` stands for
     outside the map.
     """
-    batch, head, first = _block(num_queries, num_heads, BLOCK_Q)
-    line = tl.arange(0, BLOCK_Q)
-    is_line = first + line < num_queries
-    is_query = is_line[None, :]
-    channel = tl.arange(0, DIM)
-    is_channel = channel < D
-    point = tl.arange(0, POINTS)[:, None]
-    valid = is_query & (point < P)
-
     stride = (num_heads * D).to(INDEX)
-    image = batch * num_tokens * num_heads * D + head * D + channel[None, None, :]
-    pair = (batch * num_queries + first) * num_heads + head
-    vector = pair * D + line[:, None] * num_heads * D + channel[None, :]
-    vector_mask = is_line[:, None] & is_channel[None, :]
-    location = pair * (L * P) + line[None, :] * num_heads * (L * P) + point
-    place = location
-    if SAME_LOC:
-        place = pair * P + line[None, :] * num_heads * P + point
-    # Of the reference points: by image, query and level.
-    centre = batch * reference_stride + (first + line[None, :]) * (L * REF_DIM)
+    (
+        batch, head, line, is_line, is_channel, point, valid,
+        image, pair, vector, vector_mask, location, place, centre,
+    ) = _tile(
+        num_queries, num_tokens, num_heads, reference_stride,
+        L, P, D, POINTS, DIM, BLOCK_Q, REF_DIM, SAME_LOC,
+    )  # fmt: skip
+    is_query = is_line[None, :]
 
     g = tl.load(grad_output + vector, mask=vector_mask, other=0.0).to(tl.float32)[None, :, :]
     if query is not None:
@@ -447,21 +391,13 @@ def backward(
                 grad_x = tl.where(inside, slope_x * width, 0.0)
                 grad_y = tl.where(inside, slope_y * height, 0.0)
                 target = (pair + line * num_heads) * (L * REF_DIM) + level * REF_DIM
-                _store_pair(
-                    grad_reference + target,
-                    tl.sum(grad_x, axis=0),
-                    tl.sum(grad_y, axis=0),
-                    is_line,
-                )
+                target = grad_reference + target
+                _store_pair(target, tl.sum(grad_x, axis=0), tl.sum(grad_y, axis=0), is_line)
                 if REF_DIM == 4:
                     grad_x = tl.where(inside, grad_x * x * (0.5 / P), 0.0)
                     grad_y = tl.where(inside, grad_y * y * (0.5 / P), 0.0)
-                    _store_pair(
-                        grad_reference + target + 2,
-                        tl.sum(grad_x, axis=0),
-                        tl.sum(grad_y, axis=0),
-                        is_line,
-                    )
+                    sum_w, sum_h = tl.sum(grad_x, axis=0), tl.sum(grad_y, axis=0)
+                    _store_pair(target + 2, sum_w, sum_h, is_line)
 
         if grad_value is not None or grad_key is not None:
             if pixel_rows is not None:
@@ -504,23 +440,11 @@ def backward(
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def ordered_sum(
-    grad_output,
-    query,
-    value_coefficients,
-    query_coefficients,
-    pixel_weights,
-    order,
-    row_starts,
-    grad_key,
-    grad_value,
-    num_tokens,
-    num_heads,
-    num_rows,
-    LP: tl.constexpr,
-    D: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    grad_output, query, value_coefficients, query_coefficients, pixel_weights, order, row_starts,
+    grad_key, grad_value,
+    num_tokens, num_heads, num_rows,
+    LP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     """The gradients of the features, each row's summands added in the order of ``order``.
 
     ``order`` lists the pixels that :func:`backward` wrote down, sorted by row; those of row r are

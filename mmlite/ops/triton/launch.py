@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..operator import tensors_of
 
 MAX_LEVELS = 8  # of the sizes among the kernels' arguments
 _INT32_ELEMENTS = 2**31
 _ORDERED_ROWS = 16  # of a program that adds up in order
 
 
-def forward(query, key, value, spatial_shapes, reference_points, sampling, attention_weights):
+def forward(*arguments: Any) -> Tensor:
     """The operator; see :mod:`mmlite.ops.operator`."""
     from . import kernels
 
-    tensors = (query, key, value, reference_points, sampling, attention_weights)
+    _, _, value, _, _, sampling, _ = arguments
     batch, _, heads, dim = value.shape
     output = value.new_empty(batch, sampling.shape[1], heads * dim)
     if output.numel():
-        grid, arguments = _prepare(value, spatial_shapes, reference_points, sampling)
+        grid, options = _prepare(*arguments[2:6])
         with _on_device_of(value):
-            kernels.forward[grid](*_contiguous(tensors), output, **arguments)
+            kernels.forward[grid](*_contiguous(tensors_of(arguments)), output, **options)
     return output
 
 
-def backward(
-    grad_output,
-    query,
-    key,
-    value,
-    spatial_shapes,
-    reference_points,
-    sampling,
-    attention_weights,
-    output_mask,
-):
+def backward(grad_output: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of the operator's tensors in their order, empty where not wanted."""
     from . import kernels
 
-    inputs = (query, key, value, reference_points, sampling, attention_weights)
+    _, key, value, spatial_shapes, reference_points, sampling, _, output_mask = arguments
+    inputs = tensors_of(arguments)
     wanted = [tensor if is_wanted else None for tensor, is_wanted in zip(inputs, output_mask)]
     grads = [_empty_like(tensor) for tensor in wanted]
     grad_output, *tensors = _contiguous((grad_output, *inputs))
@@ -69,10 +63,9 @@ def backward(
     with _on_device_of(value):
         if sampling.numel():
             wide = key is None and _capability_of(value) < (9, 0)
-            grid, arguments = _prepare(value, spatial_shapes, reference_points, sampling, wide)
-            kernels.backward[grid](
-                grad_output, *tensors, *grads, *summands, num_rows=rows, **arguments
-            )
+            grid, options = _prepare(value, spatial_shapes, reference_points, sampling, wide)
+            everything = (grad_output, *tensors, *grads, *summands)
+            kernels.backward[grid](*everything, num_rows=rows, **options)
         if ordered and rows:
             value_coefficients, query_coefficients, pixel_rows, pixel_weights = summands
             sorted_rows, order = torch.sort(pixel_rows, stable=True)

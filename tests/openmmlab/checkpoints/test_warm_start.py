@@ -16,7 +16,6 @@ from small_detectors import batch, small_config, write_pair
 from torch import nn
 
 from mmlite.cli import main
-from mmlite.models import stock_layers
 from mmlite.nn import DeformableAttention, KeyAwareDeformableAttention
 from mmlite.nn import encoder as nn_encoder
 from mmlite.nn.schedule import EncoderStep
@@ -99,7 +98,7 @@ def test_new_parts_come_close(stock, changes):
     model, report = start(stock, **changes)
     # A fresh attention weighs all points alike, which is no bad start.
     assert report.result.memory < 0.98 * report.copied_only.memory
-    state, layers = model.state_dict(), stock_layers(model.encoder.steps)
+    state, layers = model.state_dict(), model.encoder.stock_layers
     for name in report.copied:
         source = name.split('.')
         if name.startswith('encoder.layers.'):
@@ -173,13 +172,14 @@ def small_ffn_alone(hidden_bias, padding_mask=None):
     last.weight.data = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     last.bias.data.zero_()
     attention = KeyAwareDeformableAttention(dims, 1, 1, 1)
-    small = (nn_encoder.FFN(dims, 2), nn.LayerNorm(dims))
-    layer = nn_encoder.LiteEncoderLayer(step, attention, nn.LayerNorm(dims), None, small)
+    layer = nn_encoder.LiteEncoderLayer(
+        step, attention, nn.LayerNorm(dims), lambda _: (nn_encoder.FFN(dims, 2), nn.LayerNorm(dims))
+    )
     target = stock.ffn(tokens).detach()
     if padding_mask is not None:
         target[padding_mask] += 1000
     kept = {
-        layer: (tokens, None, StepTokens(step, [(2, 2)], [0]), padding_mask),
+        layer: (tokens, None, StepTokens(step, [(2, 2)], [0], 0), padding_mask),
         stock.norms[1]: (target,),
     }
     with torch.no_grad():

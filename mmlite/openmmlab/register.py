@@ -25,6 +25,7 @@ _CONTINUATION_TORCH = '>=2.3'
 # A module of the stack -> ours that builds on it and is imported right after it. MMDetection's
 # registries import theirs when they are first asked for a component.
 _FOLLOWERS = {
+    'mmengine.registry': ('mmlite.openmmlab.by_structure',),
     'mmdet.models': (
         'mmlite.openmmlab.backbones',
         'mmlite.openmmlab.layers',

@@ -9,6 +9,7 @@ from torch import nn
 
 import mmlite
 from mmlite.models.lite import AnyLiteEncoder
+from mmlite.nn.distill import distill
 
 SMALLEST_FIRST = dict(sizes=[(2, 3), (4, 3), (6, 8)])
 
@@ -56,6 +57,15 @@ def test_every_level_in_every_layer_is_the_stock_model(kind, options):
         mmlite.restore(each)
         assert [*each.state_dict()] == names
         assert all(map(torch.equal, run(each), before))
+
+
+@pytest.mark.parametrize('kind', ['original', 'sequence_first'])
+def test_it_learns_from_the_stock_model(kind):
+    model, losses = others.build(kind), []
+    teacher = copy.deepcopy(model)
+    mmlite.to_lite(model, 'H3L1-(2+1)x2')
+    distill(model, teacher, [others.inputs(model)], 40, report=lambda _, loss: losses.append(loss))
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_low_level_maps_are_the_largest():

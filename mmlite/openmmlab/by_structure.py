@@ -1,4 +1,4 @@
-"""The config's word for :func:`mmlite.to_lite`, which loads no MMDetection: ``type='ToLite'``."""
+"""``type='ToLite'``: in a config of any OpenMMLab package, what ``mmlite.to_lite`` is in Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build_lite(stock: str | type, lite: dict[str, Any], **config: Any) -> nn.Mod
 
     Args:
         stock (str | type): The ``type`` of the stock config.
-        lite (dict): Arguments of :func:`mmlite.to_lite`.
+        lite (dict): Arguments of :func:`mmlite.models.to_lite`.
         **config: What else the stock config says of the model.
 
     Returns:
@@ -32,7 +32,7 @@ def build_lite(stock: str | type, lite: dict[str, Any], **config: Any) -> nn.Mod
     Raises:
         ValueError: The model has no encoder to replace, or the schedule does not fit it.
     """
-    from .. import to_lite
+    from ..models import to_lite  # late: it loads torch
 
     model = to_lite(MODELS.build({'type': stock, **config}), **lite)
     model.init_weights = partial(_initialise, model, lite)
@@ -41,7 +41,7 @@ def build_lite(stock: str | type, lite: dict[str, Any], **config: Any) -> nn.Mod
 
 def _initialise(model: nn.Module, lite: dict[str, Any]) -> None:
     """Initialise as the stock model does, whose code knows the attention of its own encoder."""
-    from .. import restore, to_lite
+    from ..models import restore, to_lite
 
     fresh = restore(copy.deepcopy(model))
     type(fresh).init_weights(fresh)

@@ -132,7 +132,7 @@ def find_holder(model_config: dict) -> tuple[tuple[str, ...], dict, Family]:
     kind = type_name(model_config.get('type', 'the model'))
     raise ValueError(
         f'{kind} has no deformable encoder that mmlite can replace; it serves '
-        f'{", ".join(family.stock for family in FAMILIES)}'
+        f'{", ".join(family.stock for family in FAMILIES)}; docs/any-model.md is for others'
     )
 
 

@@ -30,9 +30,9 @@ def operators(image_size: tuple[int, int]) -> dict[str, Callable[[], object]]:
     import torch
 
     from mmlite import ops
-    from mmlite.analysis.inputs import OperatorShape
+    from mmlite.analysis.inputs import operator_inputs
 
-    x = OperatorShape(image_size).inputs()
+    x = operator_inputs(image_size)
     inputs = [x.query, x.value, x.sampling_locations, x.attention_weights]
 
     def key_aware():

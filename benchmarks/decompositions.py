@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from torch import Tensor, nn
 
-from mmlite.analysis.inputs import OperatorShape
+from mmlite.analysis.inputs import operator_inputs
 from mmlite.export import openvino_core
 from mmlite.export.operators import PORTABLE
 from mmlite.ops import reference
@@ -102,7 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     logging.disable(logging.WARNING)  # the exporter's, of torchvision
-    x = OperatorShape(tuple(arguments.image_size)).inputs()
+    x = operator_inputs(tuple(arguments.image_size))
     SIZES[:] = x.level_sizes
     value, locations = x.value, x.sampling_locations
     runs = {}

@@ -1,23 +1,22 @@
-"""COCO's metrics of a detector on a data set, by MMDetection's own evaluation."""
+"""COCO's metrics of a detector on a data set, in PyTorch or exported, by pycocotools."""
 
 from __future__ import annotations
 
-import copy
 import io
 from contextlib import redirect_stdout
-from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.evaluator import Evaluator
-from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import nn
 
 from ..datasets.coco import read_annotations
+from ..export.detector import Detector
+from ..export.pytorch import pytorch_detector
 
-# COCO's name -> MMDetection's.
+# COCO's name -> MMDetection's, in the order of pycocotools.
 METRICS = {
     'AP': 'mAP',
     **{f'AP{iou}': f'mAP_{iou}' for iou in (50, 75)},
@@ -55,26 +54,38 @@ class Dataset:
         names = [category['name'] for category in coco.cats.values()]
         return InstanceData(bboxes=boxes, labels=labels), names
 
+    def evaluate(self, detector: Detector) -> dict[str, float]:
+        """Metrics of boxes: MMDetection's names of :data:`METRICS`, in percent.
 
-@torch.no_grad()
+        -100 stands where there are no such objects. ValueError where the annotations lack a class
+        of the detector.
+        """
+        from pycocotools.cocoeval import COCOeval
+
+        category = {entry['name']: number for number, entry in self.coco.cats.items()}
+        if missing := [name for name in detector.classes if name not in category]:
+            what = f'no category {missing[0]!r}, a class of the model'
+            raise ValueError(f'{self.annotations} has {what}')
+        numbers = np.array([category[name] for name in detector.classes])
+        rows = []
+        for image, entry in self.coco.imgs.items():
+            boxes, scores, labels = detector.detect(self.images / entry['file_name'])[:3]
+            sides = boxes[:, 2:] - boxes[:, :2]
+            place = np.full(len(boxes), image)
+            rows.append(np.column_stack([place, boxes[:, :2], sides, scores, numbers[labels]]))
+        with redirect_stdout(io.StringIO()):
+            found = self.coco.loadRes(np.concatenate(rows))
+            evaluation = COCOeval(self.coco, found, 'bbox')
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return dict(zip(METRICS.values(), (100 * evaluation.stats[:6]).tolist()))
+
+
 def evaluate_model(model: nn.Module, config: Config, dataset: Dataset) -> dict[str, float]:
-    """Test a detector on ``dataset`` as MMDetection does, with the test pipeline of its config.
-
-    Returns:
-        dict[str, float]: MMDetection's names of :data:`METRICS`, in percent; -100 where there are
-        no such objects.
-    """
-    loader = copy.deepcopy(config.test_dataloader)
-    annotations, images = str(dataset.annotations), {'img': str(dataset.images)}
-    loader.dataset.update(ann_file=annotations, data_root='', data_prefix=images)
-    loader.update(num_workers=0, persistent_workers=False)
+    """:meth:`Dataset.evaluate` of a built detector; its config says how images are prepared."""
     training = model.training
-    model.eval()
-    with redirect_stdout(io.StringIO()):
-        loader = Runner.build_dataloader(loader)
-        evaluator = Evaluator({'type': 'CocoMetric', 'ann_file': annotations, 'metric': 'bbox'})
-        evaluator.dataset_meta = loader.dataset.metainfo
-        found = chain.from_iterable(map(model.test_step, loader))
-        metrics = evaluator.offline_evaluate(found)
-    model.train(training)
-    return {name: 100 * metrics[f'coco/bbox_{name}'] for name in METRICS.values()}
+    try:
+        return dataset.evaluate(pytorch_detector(model.eval(), config))
+    finally:
+        model.train(training)

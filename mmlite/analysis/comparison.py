@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
@@ -11,7 +10,7 @@ import torch
 
 from .. import ops
 from .accuracy import Dataset, evaluate_model
-from .contestants import EAGER, STOCK_FUSED, Model, exported
+from .contestants import EAGER, FUSED, Model, exported
 from .report import Report, Table, giga, size, time_tables
 from .timing import Setting, Start, silent, take_turns
 
@@ -33,7 +32,6 @@ def compare(
     runtimes: Sequence[str] = ('pytorch',),
     int8: bool = False,
     dataset: Dataset | None = None,
-    profile: bool = False,
     start: Start = silent,
 ) -> Report:
     """Measure groups of models, in all modes that they can run in, against the first of each.
@@ -41,8 +39,7 @@ def compare(
     One group is in memory at a time, and counted before anything is timed, so bad input costs no
     work. ``modes`` are of :data:`~mmlite.analysis.contestants.MODES`. ``runtimes`` other than
     ``'pytorch'`` run exports of the models in every form, OpenVINO with ``int8`` also in 8 bits.
-    The accuracy of models with a checkpoint is measured on ``dataset``. With ``profile`` the tables
-    of torch's profiler are among the notes.
+    The accuracy of models with a checkpoint is measured on ``dataset``.
     """
     others = [runtime for runtime in runtimes if runtime != 'pytorch'] if setting.rounds else []
     if int8 and 'openvino' not in runtimes:
@@ -50,6 +47,7 @@ def compare(
     models: list[Model] = []
     notes: list[str] = []
     for group in groups:
+        notes += [each.note for each in group if each.note]
         step = start('counting', len(group))
         for each in group:
             each.cost = each.count(setting)
@@ -61,20 +59,17 @@ def compare(
             running += _in_modes(group, modes if setting.rounds else (EAGER,), notes)
         if others:
             running += exported(group, others, int8, setting.image_size, start)
-        for each in running:
-            each.baseline = running[0]
-        fused = next((each for each in running if each.name == STOCK_FUSED), None)
+        fused = next((each for each in running if each.mode == FUSED), None)
         against = {
             'faster': lambda each: each.baseline,
             'faster than stock, our op': lambda each, fused=fused: fused,
         }
+        for each in running:
+            each.baseline = running[0]
         take_turns(running, setting, start, against=against)
         for each in running:
-            notes += [_profile(each, setting)] if profile else []
             each.model = None
         models += running
-    if any(each.published for each in models):
-        notes.append("Published figures are the paper's; none of them was measured here.")
     kernels = next(backend for backend in ops.backends() if backend.name == 'cpu')
     if torch.device(setting.device).type == 'cpu' and not kernels.available:
         notes.append(f'Our CPU kernels did not run: {kernels.detail}.')
@@ -93,31 +88,20 @@ def _in_modes(group: Sequence[Model], modes: Sequence[str], notes: list[str]) ->
     return list(dict.fromkeys(running))
 
 
-def _profile(each: Model, setting: Setting) -> str:
-    """The table of torch's profiler, of one call."""
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it would report that it runs
-    call = each.call('inference', setting, setting.batch_sizes[0])
-    with torch.profiler.profile() as run:
-        call(0)
-    order = f'self_{torch.device(setting.device).type}_time_total'
-    table = run.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=40)
-    return f'Profile of {each.name}:\n\n```\n{table}\n```\n'
-
-
 def _tables(models: Sequence[Model], setting: Setting) -> list[Table]:
-    """Cost first, then time and memory, accuracy and the published figures."""
-    cost = [_cost(each) for each in models if each.cost]
+    """Cost first, then time and memory, and accuracy."""
     accuracy = [
         {**each.label(), **{metric: f'{value:.1f}' for metric, value in each.accuracy.items()}}
         for each in models
         if each.accuracy
     ]
-    published = [_published(each) for each in models if each.published]
+    image = setting.image_size
+    what = f'one image of {size(image)}' if image else 'the given inputs'
+    cost = [_cost(each) for each in models if each.cost]
     tables = [
-        Table(f'GFLOPs, whole and by stage, one image of {size(setting.image_size)}', cost),
+        Table(f'GFLOPs, whole and by stage, {what}', cost),
         *time_tables(models, setting, setting.device),
         Table('Accuracy, measured', accuracy),
-        Table('Published (the paper) beside measured (another image size and rule)', published),
     ]
     return [table for table in tables if table.cells]
 
@@ -130,19 +114,3 @@ def _cost(each: Model) -> dict:
     # Mask2Former starts with the smallest map.
     tokens = ' + '.join(map(str, sorted(cost.level_tokens, reverse=True)))
     return {**each.label(), **whole, **stages, 'tokens by level': tokens or '-'}
-
-
-def _published(each: Model) -> dict:
-    paper, first, cost = each.published, each.baseline, each.cost
-    encoder = cost.stage_flops['encoder']
-    theirs = paper['encoder_gflops'] / first.published['encoder_gflops']
-    ours = encoder / first.cost.stage_flops['encoder']
-    row = {**each.label(), 'published AP': f'{paper["ap"]:.1f}'}
-    for what, published, measured in (
-        ('GFLOPs', f'{paper["gflops"]:g}', giga(cost.flops)),
-        ('encoder', f'{paper["encoder_gflops"]:g}', giga(encoder)),
-        ('encoder saving', f'{1 - theirs:.0%}', f'{1 - ours:.0%}'),
-        ('params M', f'{paper["params"]:g}', f'{cost.params / 1e6:.1f}'),
-    ):
-        row |= {f'published {what}': published, f'measured {what}': measured}
-    return row

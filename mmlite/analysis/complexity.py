@@ -15,20 +15,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
-from mmdet.models.layers import DeformableDetrTransformerEncoder
-from mmdet.models.layers.transformer import GroundingDinoTransformerEncoder
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ..nn.attention import KeyAwareDeformableAttention, SamplingAttention
-from ..openmmlab.families import encoder_name, find_holder, is_lite, reads_text, resolve
+from ..openmmlab.families import encoder_name, reads_text
 from ..openmmlab.flops import deform_attn_flops, operator_rules
 from ..openmmlab.layers import level_sizes
-from .inputs import encoder_inputs, image_batch, pyramid_sizes
+from .inputs import image_batch
 
 # Stage -> names of its modules, MMDetection's and Hugging Face's; the first that fits decides.
 _STAGE_OF = {
@@ -59,7 +58,7 @@ class FlopCount:
 class Complexity:
     """What a detector costs on one image size."""
 
-    image_size: tuple[int, int]  # height and width in pixels
+    image_size: tuple[int, int] | None  # height and width in pixels, where the model follows one
     flops: int  # of the network, post-processing apart
     params: int  # shared ones counted once, frozen ones included
     stage_flops: dict[str, int]  # of each of STAGES
@@ -86,29 +85,25 @@ def count_flops(module: nn.Module, *args, compute: bool = False, **kwargs) -> Fl
 
 def count_detector(
     model: nn.Module,
-    image_size: tuple[int, int],
-    call: Mapping | None = None,
+    image_size: tuple[int, int] | None,
+    arguments: Mapping | tuple | None = None,
     encoder_at: str | None = '',
+    compute: bool = False,
 ) -> Complexity:
     """Count what a model costs on one image; it is run in eval mode and left as it was.
 
     ``image_size`` is the height and width of the input in pixels. A model that is no detector of
-    mmdet needs keyword arguments for its ``call``, and the name of its multi-scale encoder.
+    mmdet needs the ``arguments`` of its call, by name or by position, and the name of its
+    multi-scale encoder. ``compute`` is that of :func:`count_flops`.
     """
-    if call is None:
-        images, samples = image_batch(1, image_size, device=next(model.parameters()).device)
-        # A detector that reads text has no other way to it.
-        # MMSegmentation's Mask2Former has no mode 'tensor' that works.
-        predicts = reads_text(model) or hasattr(model, 'decode_head')
-        mode = 'predict' if predicts else 'tensor'
-        call = {'inputs': images, 'data_samples': samples, 'mode': mode}
-        encoder_at = find_encoder(model)
+    if arguments is None:
+        arguments, encoder_at = detector_arguments(model, image_size), find_encoder(model)
     encoder = nn.Module() if encoder_at is None else model.get_submodule(encoder_at)
     was_training = model.training
     model.eval()
     try:
         with called_with(encoder) as encoder_call:
-            count = count_flops(model, **call)
+            count = call_with(partial(count_flops, model, compute=compute), arguments)
     finally:
         model.train(was_training)
     stages = dict.fromkeys(STAGES, 0)
@@ -119,45 +114,37 @@ def count_detector(
     return Complexity(image_size, count.total, params, stages, tokens)
 
 
-def encoder_of(model_config: dict, image_size: tuple[int, int]) -> tuple[nn.Module, dict]:
-    """The multi-scale encoder of a config, and what it is called with for an image.
+def detector_arguments(model: nn.Module, image_size: tuple[int, int], batch_size: int = 1) -> dict:
+    """What a detector of mmdet takes to run on drawn images of (h, w)."""
+    images, samples = image_batch(batch_size, image_size, next(model.parameters()).device)
+    # A detector that reads text has no other way to it, and MMSegmentation's Mask2Former no mode
+    # 'tensor' that works.
+    predicts = reads_text(model) or hasattr(model, 'decode_head')
+    mode = 'predict' if predicts else 'tensor'
+    return {'inputs': images, 'data_samples': samples, 'mode': mode}
 
-    The model around it is not built. ``model_config`` is the ``model`` of a config, stock or Lite,
-    ``image_size`` height and width in pixels. ValueError where the config has no such encoder.
+
+class _Called(Exception):
+    """Ends a run of a model where a part of it is called."""
+
+
+def encoder_call(model: nn.Module, image_size: tuple[int, int]) -> dict:
+    """What the encoder of a detector of mmdet is called with for an image of (h, w), by name.
+
+    The detector runs up to there as :func:`count_flops` runs it, so the values are not those of a
+    picture. ValueError where it has no multi-scale encoder.
     """
-    _, holder, family = find_holder(model_config)
-    config = {name: value for name, value in holder['encoder'].items() if name != 'num_cp'}
-    stock = DeformableDetrTransformerEncoder, GroundingDinoTransformerEncoder
-    kind = stock[family.reads_text]
-    if is_lite(holder['type']):
-        kind = resolve(holder['type']).encoder_class
-    attention = config['layer_cfg'].get('self_attn_cfg') or {}
-    dims = attention.get('embed_dims', 256)
-    sizes = pyramid_sizes(image_size, strides(model_config, attention.get('num_levels', 4)))
-    inputs = encoder_inputs(sizes[::-1] if family.smallest_first else sizes, dims)
-    if family.reads_text:
-        words = 200  # about what the names of COCO's 80 classes are
-        places = torch.zeros(1, words, dtype=torch.long)
-        inputs |= {'memory_text': torch.zeros(1, words, dims), 'position_ids': places}
-        inputs['text_attention_mask'] = places.bool()
-        inputs['text_self_attention_masks'] = torch.ones(1, words, words, dtype=torch.bool)
-    return kind(**config).eval(), inputs
 
+    def stop(*call) -> None:
+        raise _Called(named_arguments(*call))
 
-def encoder_flops(model_config: dict, image_size: tuple[int, int]) -> int:
-    """FLOPs of the encoder of a config on one image; see :func:`encoder_of`."""
-    encoder, inputs = encoder_of(model_config, image_size)
-    return count_flops(encoder, **inputs).total
-
-
-def strides(model_config: dict, num_levels: int) -> Sequence[int]:
-    """Strides of the encoder's levels, largest map first, read off backbone and neck."""
-    indices = model_config['backbone'].get('out_indices', (0, 1, 2, 3))
-    found = [4 * 2**index for index in indices]
-    if find_holder(model_config)[2].smallest_first:
-        return found[-num_levels:]
-    # What is missing is made by strided convolutions.
-    return [*found, *(found[-1] * 2**i for i in range(1, num_levels))][:num_levels]
+    encoder = model.get_submodule(encoder_name(model))
+    with encoder.register_forward_pre_hook(stop, with_kwargs=True):
+        try:
+            count_flops(model.eval(), **detector_arguments(model, image_size))
+        except _Called as called:
+            return called.args[0]
+    raise ValueError(f'{type(model).__name__} does not run its encoder')
 
 
 def find_encoder(model: nn.Module) -> str | None:
@@ -179,13 +166,24 @@ def stage_of(module_name: str, encoder: str | None = 'encoder') -> str:
     return next(stages, 'other')
 
 
+def call_with(function: Callable, arguments: Mapping | tuple) -> Any:
+    """Call a module or a function with arguments by position, a tuple, or by name."""
+    return function(*arguments) if isinstance(arguments, tuple) else function(**arguments)
+
+
+def named_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """What a module is called with, by the names of its ``forward``."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    return dict(zip(names, args), **kwargs)
+
+
 @contextmanager
 def called_with(module: nn.Module) -> Iterator[dict]:
     """Catch the arguments that a module is called with in the ``with`` block, by their names."""
     caught: dict = {}
-    names = inspect.signature(module.forward).parameters
     with module.register_forward_pre_hook(
-        lambda module, args, kwargs: caught.update(zip(names, args), **kwargs), with_kwargs=True
+        lambda *call: caught.update(named_arguments(*call)), with_kwargs=True
     ):
         yield caught
 
@@ -204,8 +202,8 @@ class _FlopCounter(TorchDispatchMode):
         self.running.append((name, is_attention))
         if is_attention:
             # From the shapes: backends run different operators, and mmcv's on CUDA is not seen.
-            query = args[0] if args else kwargs['query']
-            levels = kwargs.get('levels')  # that it reads, where those are not all
+            call = named_arguments(module, args, kwargs)
+            query, levels = call['query'], call.get('levels')  # that it reads, if not all
             self.flops[name] += deform_attn_flops(
                 query.shape[0] * query.shape[1],
                 module.num_heads,

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from mmdet.models.layers import DeformableDetrTransformerEncoder
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .. import __version__, fuse, optimize
 from ..export.detector import DESCRIPTION, load
@@ -27,9 +30,14 @@ from ..openmmlab.build import DetectorSpec, build_detector, load_config
 from ..openmmlab.layers import LiteEncoder
 from ..openmmlab.lite_config import stock_config
 from ..ops import reference
-from .complexity import Complexity, called_with, count_detector, find_encoder
-from .inputs import encoder_inputs, image_batch, pyramid_sizes
-from .published import preset as published_rows
+from .complexity import (
+    Complexity,
+    call_with,
+    count_detector,
+    detector_arguments,
+    find_encoder,
+)
+from .inputs import encoder_inputs, pyramid_sizes
 from .report import size
 from .timing import Call, Contestant, Setting, Start
 
@@ -45,6 +53,11 @@ STOCK, STOCK_FUSED = 'stock (mmcv)', 'stock (ms_deform_attn)'
 EMBED_DIMS = 256
 
 
+# Arguments of a model, by position or by name; or what makes them of an image size (h, w) and a
+# number of images. None: drawn images for a detector of mmdet.
+Inputs = tuple | dict | Callable[[tuple[int, int], int], 'tuple | dict'] | None
+
+
 @dataclass(eq=False)
 class Model(Contestant):
     """A model as it runs somewhere."""
@@ -52,9 +65,11 @@ class Model(Contestant):
     name: str  # what tables call it
     model: nn.Module | None = None
     encoder_at: str | None = None  # name of its multi-scale encoder, '' where it is one itself
+    inputs: Inputs = None
+    loss: Callable[[nn.Module, Any], Tensor] | None = None  # of a model and its arguments
     checkpoint: str | None = None  # the file of its weights, if they are trained
-    published: dict | None = None  # what the paper reports of it
     mode: str = EAGER
+    note: str = ''  # for below the tables
     cost: Complexity | None = None  # none of an export
     accuracy: dict[str, float] | None = None  # COCO's metrics in percent
     baseline: Model | None = None
@@ -63,47 +78,59 @@ class Model(Contestant):
         return {'model': self.name}
 
     def as_json(self) -> dict:
-        facts = {'complexity': self.cost, 'published': self.published, 'accuracy': self.accuracy}
+        facts = {'complexity': self.cost, 'accuracy': self.accuracy}
         return {'name': self.name, **facts, 'timings': self.timings}
 
-    def arguments(self, setting: Setting, batch_size: int = 1) -> dict:
-        """Keyword arguments of a prediction."""
-        raise NotImplementedError
-
-    def loss(self, arguments: dict) -> Tensor:
-        """What a training step minimises, of the arguments of a prediction."""
-        raise NotImplementedError
+    def arguments(self, setting: Setting, batch_size: int = 1) -> tuple | dict:
+        """What a prediction takes, by position or by name."""
+        given = self.inputs
+        if given is None:
+            drawn = detector_arguments(self.model, setting.image_size, batch_size)
+            return {**drawn, 'mode': 'predict'}
+        given = given(setting.image_size, batch_size) if callable(given) else given
+        return tree_map_only(Tensor, lambda tensor: tensor.to(setting.device), given)
 
     def count(self, setting: Setting) -> Complexity | None:
-        """What one image costs."""
-        arguments = self.arguments(setting)
-        return count_detector(self.model, setting.image_size, arguments, self.encoder_at)
+        """What one image costs; ValueError where the model does not run on it."""
+        arguments = None if self.inputs is None else self.arguments(setting)
+        for compute in (False, True):  # a model may look at values, which the first leaves at zero
+            try:
+                given = self.model, setting.image_size, arguments, self.encoder_at
+                return count_detector(*given, compute=compute)
+            except Exception as error:  # of a stranger's code
+                reason = str(error).partition('\n')[0]
+        what = f'an image of {size(setting.image_size)}' if setting.image_size else 'its inputs'
+        raise ValueError(f'{self.name} does not run on {what}: {reason}')
 
     def call(self, part: str, setting: Setting, batch_size: int) -> Call | None:
         """Of ``'inference'``, ``'encoder'`` in it, or ``'training'``: forward and backward."""
         module, arguments = self.model, self.arguments(setting, batch_size)
-        if part == 'encoder':
-            if self.encoder_at is None or self.mode == OPTIMIZED:  # that runs it in pieces
-                return None
-            module = self.model.get_submodule(self.encoder_at)
-            with called_with(module) as arguments:
-                self.call('inference', setting, batch_size)(0)
+        run = partial(call_with, module, arguments)
 
         def predict(index: int) -> object:
             module.eval()
             with torch.no_grad(), setting.autocast():
-                return module(**arguments)
+                return run()
 
         def train(index: int) -> None:
             module.train()
             with setting.autocast():
-                loss = self.loss(arguments)
+                loss = self.loss(module, arguments)
             loss.backward()
             module.zero_grad(set_to_none=True)
 
-        if part != 'training':
+        if part == 'inference':
             return predict
-        return train if self.mode in (EAGER, COMPILED) else None
+        if self.mode == OPTIMIZED or (part == 'encoder' and self.encoder_at is None):
+            return None  # what is optimised runs its encoder in pieces
+        if part == 'training':
+            return train
+        module, seen = module.get_submodule(self.encoder_at), []
+        with module.register_forward_pre_hook(lambda _, *call: seen.append(call), with_kwargs=True):
+            predict(0)
+        args, kwargs = seen[-1]
+        run = partial(module, *args, **kwargs)
+        return predict
 
     def in_mode(self, mode: str) -> Model:
         """The same in another of :data:`MODES`, or itself; ValueError where it does not run so."""
@@ -121,35 +148,16 @@ class Model(Contestant):
         return other
 
 
-class Detector(Model):
-    """A detector of MMDetection or mmlite."""
-
-    def arguments(self, setting, batch_size=1) -> dict:
-        images, samples = image_batch(batch_size, setting.image_size, setting.device)
-        return {'inputs': images, 'data_samples': samples, 'mode': 'predict'}
-
-    def count(self, setting) -> Complexity:
-        try:
-            return count_detector(self.model, setting.image_size)
-        except (RuntimeError, AttributeError, TypeError) as error:
-            what = f'{self.name} does not run on an image of {size(setting.image_size)}'
-            raise ValueError(f'{what}: {str(error).splitlines()[0]}') from error
-
-    def loss(self, arguments) -> Tensor:
-        return self.model.parse_losses(self.model(**{**arguments, 'mode': 'loss'}))[0]
+def detector_loss(model: nn.Module, arguments: dict) -> Tensor:
+    """What a training step of a detector of mmdet minimises."""
+    return model.parse_losses(model(**{**arguments, 'mode': 'loss'}))[0]
 
 
-class Encoder(Model):
-    """An encoder alone, over four levels."""
-
-    def arguments(self, setting, batch_size=1) -> dict:
-        sizes = pyramid_sizes(setting.image_size)
-        return encoder_inputs(sizes, EMBED_DIMS, batch_size, setting.device)
-
-    def loss(self, arguments) -> Tensor:
-        query = arguments['query'].detach().requires_grad_()  # the backbone learns, too
-        memory = self.model(**{**arguments, 'query': query})
-        return (memory * memory.detach()).sum()
+def encoder_loss(model: nn.Module, arguments: dict) -> Tensor:
+    """A loss of an encoder alone, for which the backbone learns, too."""
+    query = arguments['query'].detach().requires_grad_()
+    memory = model(**{**arguments, 'query': query})
+    return (memory * memory.detach()).sum()
 
 
 @dataclass(eq=False)
@@ -181,41 +189,29 @@ def session_call(exported: ExportedDetector, size: tuple[int, int]) -> Call:
     return lambda index: exported.session(*arguments)
 
 
-def detectors(
-    names: Sequence[str], preset: str | None, changes: dict | None, device: str, start: Start
-) -> Iterator[list[Model]]:
-    """Detectors of configs, and exports; or of a table of the paper: groups, baselines first.
+def detectors(names: Sequence[str], changes: dict | None, device: str, start: Start) -> list[Model]:
+    """Detectors of configs, the baseline first, and folders of exports.
 
     A Lite config that is the only one gets its stock one as baseline.
     """
-    if bool(names) == bool(preset):
-        raise ValueError('give either configs, the baseline first, or a --preset')
     exports = [name for name in names if Path(name).is_dir()]
-    if exports and exports[0] == names[0]:
-        raise ValueError('give the config of the baseline first; exports are compared with it')
-    if preset:
-        groups = [
-            [(f'{row.model}, {row.backbone}', row.config, {'published': vars(row)}) for row in rows]
-            for rows in published_rows(preset)
-        ]
-    else:
-        specs = [DetectorSpec.parse(name) for name in names if name not in exports]
-        groups = [[(spec.name, spec.config, {'checkpoint': spec.checkpoint}) for spec in specs]]
-    step = start('building', sum(map(len, groups)))
-    for group in groups:
-        wanted = [(name, load_config(config, changes), facts) for name, config, facts in group]
-        if len(wanted) == 1:
-            stock = copy.deepcopy(wanted[0][1])
-            with suppress(ValueError):  # it is stock itself
-                stock.model = stock_config(stock.model)
-                wanted.insert(0, ('stock', stock, {}))
-        found: list[Model] = []
-        for name, config, facts in wanted:
-            torch.manual_seed(0)
-            model = build_detector(config, facts.get('checkpoint'), device)
-            found.append(Detector(name, model, find_encoder(model), **facts))
-            step()
-        yield found + [Exported(name, folder=Path(name)) for name in exports]
+    if not names or names[0] in exports:
+        raise ValueError('give the config of the baseline first; others are compared with it')
+    specs = [DetectorSpec.parse(name) for name in names if name not in exports]
+    wanted = [(spec.name, load_config(spec.config, changes), spec.checkpoint) for spec in specs]
+    if len(wanted) == 1:
+        stock = copy.deepcopy(wanted[0][1])
+        with suppress(ValueError):  # it is stock itself
+            stock.model = stock_config(stock.model)
+            wanted.insert(0, ('stock', stock, None))
+    step, found = start('building', len(wanted)), []
+    for name, config, checkpoint in wanted:
+        torch.manual_seed(0)
+        model = build_detector(config, checkpoint, device)
+        at = find_encoder(model)
+        found.append(Model(name, model, at, loss=detector_loss, checkpoint=checkpoint))
+        step()
+    return found + [Exported(name, folder=Path(name)) for name in exports]
 
 
 def exported(
@@ -282,9 +278,13 @@ def encoders(schedules: Sequence[str], ffn_channels: int, device: str = 'cpu') -
         'ffn_cfg': {**dims, 'feedforward_channels': ffn_channels, 'ffn_drop': 0.0},
     }
     options = {'num_layers': 6, 'layer_cfg': layer_cfg}
-    found = {name: DeformableDetrTransformerEncoder(**options) for name in (STOCK, STOCK_FUSED)}
-    fuse(found[STOCK_FUSED])
+    found = {STOCK: DeformableDetrTransformerEncoder(**options)}
     for schedule in schedules:
         found[f'Lite {schedule}'] = LiteEncoder(schedule, **options)
         found[f'Lite {schedule}, no KDA'] = LiteEncoder(schedule, **options, key_aware=False)
-    return [Encoder(name, encoder.to(device), '') for name, encoder in found.items()]
+
+    def inputs(image_size: tuple[int, int], batch_size: int) -> dict:
+        return encoder_inputs(pyramid_sizes(image_size), EMBED_DIMS, batch_size)
+
+    stock, *lite = (Model(n, e.to(device), '', inputs, encoder_loss) for n, e in found.items())
+    return [stock, replace(stock.in_mode(FUSED), name=STOCK_FUSED), *lite]

@@ -1,27 +1,29 @@
-"""Hooks of mmengine that bring costs and pictures into the training log.
+"""Hooks of mmengine that show costs, pictures and progress of a training.
 
-Both write through the runner's visualizer, hence to every backend that the config names.
+Costs and pictures go through the runner's visualizer, hence to every backend that the config names.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
-from .attention import attention_at_point, level_masses
+from .attention import attention_at_point
 from .complexity import count_detector
 from .report import giga, size
+from .timing import Start
 
 
 class EfficiencyHook(Hook):
@@ -57,8 +59,7 @@ class AttentionMapHook(Hook):
     """Draws, while validating, where the encoder looks.
 
     For the first images of the data set: the sampling points of the token in the middle of the
-    surest detection (``attention_<i>``), and over these images how the attention is spread over
-    the levels (``attention_levels``).
+    surest detection (``attention_<i>``).
 
     Args:
         interval (int): Draw at every so many epochs of validation.
@@ -70,10 +71,6 @@ class AttentionMapHook(Hook):
         self.interval = interval
         self.num_images = num_images
         self.layer = layer
-        self._masses: list[Tensor] = []
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        self._masses = []
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         is_due = batch_idx < self.num_images and runner.epoch % self.interval == 0
@@ -82,11 +79,6 @@ class AttentionMapHook(Hook):
         from .pictures import draw_attention, pixels_of  # late: it loads what draws
 
         model = _detector(runner)
-
-        def run() -> DetDataSample:
-            with torch.no_grad():
-                return model.val_step(data_batch)[0]
-
         image = cv2.imread(outputs[0].img_path)[..., ::-1]
         last = torch.tensor([image.shape[1] - 1, image.shape[0] - 1])
         found, middle = outputs[0].pred_instances, last / 2
@@ -95,18 +87,46 @@ class AttentionMapHook(Hook):
             middle = (box[:2] + box[2:]) / 2
         # A box may reach beyond the image.
         point = tuple(middle.clamp(torch.zeros(2), last).tolist())
-        seen = attention_at_point(model, run, point, self.layer)
+        with torch.no_grad():
+            run = partial(model.val_step, data_batch)
+            seen = attention_at_point(model, run, point, self.layer)
         picture = pixels_of(draw_attention(image, [(type(model).__name__, seen)]))
         runner.visualizer.add_image(f'attention_{batch_idx}', picture, step=runner.epoch)
-        self._masses.append(level_masses(model, run))
 
-    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        if self._masses:
-            from .pictures import draw_level_masses, pixels_of
 
-            masses = {type(_detector(runner)).__name__: torch.stack(self._masses).mean(0)}
-            picture = pixels_of(draw_level_masses(masses))
-            runner.visualizer.add_image('attention_levels', picture, step=runner.epoch)
+class ProgressHook(Hook):
+    """Shows how far a training is.
+
+    Args:
+        start (Callable): Begins a bar of so many iterations, with ``text`` beside it.
+        note (Callable): What stands behind the bar, of a runner.
+        report (Callable): Called with a runner and the number of iterations done: before training,
+            and after each of so many ``parts`` of it.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(
+        self,
+        start: Start,
+        text: str,
+        note: Callable[[Runner], str],
+        report: Callable[[Runner, int], None],
+        parts: int,
+    ) -> None:
+        self.start, self.text, self.note, self.report, self.parts = start, text, note, report, parts
+
+    def before_train(self, runner: Runner) -> None:
+        self.report(runner, runner.iter)
+        self.step = self.start(self.text, runner.max_iters)
+        for _ in range(runner.iter):
+            self.step()
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
+        self.step(self.note(runner))
+        done = runner.iter + 1
+        if done % max(runner.max_iters // self.parts, 1) == 0:
+            self.report(runner, done)
 
 
 def _detector(runner: Runner) -> nn.Module:

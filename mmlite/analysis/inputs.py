@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -37,59 +36,48 @@ class OperatorInputs(NamedTuple):
     attention_weights: Tensor  # sum to 1 over levels and points, (B, Q, M, L, P)
 
 
-@dataclass(frozen=True)
-class OperatorShape:
-    """What an encoder layer over the pyramid of an image hands to the operators."""
+def operator_inputs(
+    image_size: tuple[int, int],
+    batch_size: int = 1,
+    num_queries: int | None = None,
+    num_heads: int = 8,
+    head_dim: int = 32,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = 'cpu',
+    seed: int = 0,
+) -> OperatorInputs:
+    """What an encoder layer over the pyramid of an image of (h, w) hands to the operators.
 
-    image_size: tuple[int, int] = (800, 1333)  # height and width in pixels; strides are 8 to 64
-    batch_size: int = 1  # B
-    num_queries: int | None = None  # so many tokens, drawn at random, ask; by default all
-    num_heads: int = 8  # M
-    head_dim: int = 32  # D
-    num_points: int = 4  # of a head on a level, P
-    # 'grid': around the query's own place, along the directions of the initial offsets, with a
-    # pixel of noise; 'uniform': anywhere, the worst case for caches.
-    locations: str = 'grid'
-    dtype: torch.dtype = torch.float32  # of query, value and weights
-    device: str = 'cpu'
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(h * w for h, w in pyramid_sizes(self.image_size))
-
-    def inputs(self, seed: int = 0) -> OperatorInputs:
-        """Draw the inputs; ValueError for more queries than tokens or unknown locations."""
-        generator = torch.Generator().manual_seed(seed)
-        sizes, tokens = pyramid_sizes(self.image_size), self.num_tokens
-        queries = self.num_queries or tokens
-        if queries > tokens:
-            raise ValueError(f'queries must be at most {tokens}, all tokens; got {queries}')
-        shapes = torch.tensor(sizes, dtype=torch.int64)
-        size = (self.batch_size, queries, self.num_heads, len(sizes), self.num_points)
-        if self.locations == 'uniform':
-            points = torch.rand(*size, 2, generator=generator)
-        elif self.locations == 'grid':
-            chosen = torch.randperm(tokens, generator=generator)[:queries].sort().values
-            centres = encoder_reference_points(sizes)[:, chosen, None, :, None]
-            pixels = directional_grid(self.num_heads, self.num_points)[:, None]  # (M, 1, P, 2)
-            pixels = pixels + torch.randn(*size, 2, generator=generator)
-            points = centres + pixels / shapes.flip(-1)[:, None]
-        else:
-            raise ValueError(f"locations must be 'grid' or 'uniform'; got {self.locations!r}")
-        heads = (self.num_heads, self.head_dim)
-        query = torch.randn(self.batch_size, queries, *heads, generator=generator)
-        value = torch.randn(self.batch_size, tokens, *heads, generator=generator)
-        weights = torch.randn(size, generator=generator).flatten(-2).softmax(-1).reshape(size)
-        query, value, weights = (t.to(self.device, self.dtype) for t in (query, value, weights))
-        shapes, points = shapes.to(self.device), points.to(self.device)
-        return OperatorInputs(query, value, sizes, shapes, points, weights)
+    Four points of a head on a level lie as in a model at its start: around the query's own place,
+    along the directions of the initial offsets, with a pixel of noise. ``num_queries`` tokens,
+    drawn at random, ask; by default all. ValueError for more queries than tokens. ``dtype`` is that
+    of query, value and weights.
+    """
+    generator, num_points = torch.Generator().manual_seed(seed), 4
+    sizes = pyramid_sizes(image_size)
+    tokens = sum(h * w for h, w in sizes)
+    queries = num_queries or tokens
+    if queries > tokens:
+        raise ValueError(f'queries must be at most {tokens}, all tokens; got {queries}')
+    shapes = torch.tensor(sizes, dtype=torch.int64)
+    size = (batch_size, queries, num_heads, len(sizes), num_points)
+    chosen = torch.randperm(tokens, generator=generator)[:queries].sort().values
+    centres = encoder_reference_points(sizes)[:, chosen, None, :, None]
+    pixels = directional_grid(num_heads, num_points)[:, None]  # (M, 1, P, 2)
+    pixels = pixels + torch.randn(*size, 2, generator=generator)
+    points = (centres + pixels / shapes.flip(-1)[:, None]).to(device)
+    query = torch.randn(batch_size, queries, num_heads, head_dim, generator=generator)
+    value = torch.randn(batch_size, tokens, num_heads, head_dim, generator=generator)
+    weights = torch.randn(size, generator=generator).flatten(-2).softmax(-1).reshape(size)
+    query, value, weights = (tensor.to(device, dtype) for tensor in (query, value, weights))
+    return OperatorInputs(query, value, sizes, shapes.to(device), points, weights)
 
 
 def encoder_inputs(
     sizes: Sequence[tuple[int, int]],
     embed_dims: int = 256,
     batch_size: int = 1,
-    device: torch.device | str = 'cpu',
 ) -> dict[str, Tensor | None]:
     """Keyword arguments of mmdet's ``DeformableDetrTransformerEncoder.forward``, nothing padded.
 
@@ -100,12 +88,12 @@ def encoder_inputs(
     generator = torch.Generator().manual_seed(0)
     query, pos = torch.randn(2, batch_size, int(tokens.sum()), embed_dims, generator=generator)
     return {
-        'query': query.to(device),
-        'query_pos': pos.to(device),
+        'query': query,
+        'query_pos': pos,
         'key_padding_mask': None,
-        'spatial_shapes': shapes.to(device),
-        'level_start_index': (tokens.cumsum(0) - tokens).to(device),
-        'valid_ratios': torch.ones(batch_size, len(sizes), 2, device=device),
+        'spatial_shapes': shapes,
+        'level_start_index': tokens.cumsum(0) - tokens,
+        'valid_ratios': torch.ones(batch_size, len(sizes), 2),
     }
 
 

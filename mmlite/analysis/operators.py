@@ -6,48 +6,45 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .inputs import OperatorInputs, OperatorShape
+from .inputs import OperatorInputs, operator_inputs
 from .report import Report, time_tables
 from .timing import Call, Contestant, Setting, Start, silent, take_turns
 
 STANDARD, KEY_AWARE = 'ms_deform_attn', 'key_aware_deform_attn'
 PASSES = ('forward', 'forward+backward')
+# What runs one operator, standard or key-aware.
+Operator = Callable[[OperatorInputs], Tensor]
 
 
-def benchmark_operators(setting: Setting, start: Start = silent, **options: Any) -> Report:
+def benchmark_operators(
+    setting: Setting, start: Start = silent, num_queries: int | None = None
+) -> Report:
     """Measure every backend that runs on the device; notes say why one was left out.
 
-    The parts of the setting are of :data:`PASSES`; the options are those of ``OperatorShape``.
+    The parts of the setting are of :data:`PASSES`; ``num_queries`` is that of ``operator_inputs``.
     """
     if len(setting.batch_sizes) > 1:
         raise ValueError('ops takes one --batch-size; run it once for each')
-    options |= {'dtype': getattr(torch, setting.dtype), 'device': setting.device}
-    shape = OperatorShape(setting.image_size, *setting.batch_sizes, **options)
+    draw = partial(operator_inputs, setting.image_size, *setting.batch_sizes, num_queries)
+    draw = partial(draw, dtype=getattr(torch, setting.dtype), device=setting.device)
     # Rotating inputs: a GPU would otherwise find the last call's in its cache.
-    inputs = [shape.inputs(seed) for seed in range(1 if shape.device == 'cpu' else 4)]
-    operators, left_out = contestants(inputs, shape.device)
+    inputs = [draw(seed=seed) for seed in range(1 if setting.device == 'cpu' else 4)]
+    operators, left_out = contestants(inputs, setting.device)
     by_name = {(each.operator, each.backend): each for each in operators}
     against = {
         'over PyTorch': lambda each: by_name[each.operator, 'reference'],
         'over mmcv standard': lambda each: by_name.get((STANDARD, 'mmcv')),
     }
     take_turns(operators, setting, start, against=against, min_seconds=0.02)
-    sizes = f'M {shape.num_heads}, D {shape.head_dim}, P {shape.num_points}'
-    tokens = f'{shape.num_queries or shape.num_tokens} queries, {shape.num_tokens} tokens'
-    what = f'{tokens}, {sizes}, {shape.locations} locations'
+    what = '{} queries, {} tokens'.format(*(x.shape[1] for x in inputs[0][:2]))
     notes = [f'Not measured: {name}: {reason}.' for name, reason in left_out.items()]
-    settings = {**asdict(setting), **asdict(shape), 'dtype': setting.dtype}
+    settings = {**asdict(setting), 'num_queries': num_queries}
     return Report(settings, operators, time_tables(operators, setting, what), notes)
-
-
-# What runs one operator, standard or key-aware.
-Operator = Callable[[OperatorInputs], Tensor]
 
 
 @dataclass(eq=False)
@@ -78,13 +75,6 @@ class OperatorOnBackend(Contestant):
 
         return forward if part == 'forward' else forward_backward
 
-    def work(self, part: str, batch_size: int) -> dict[str, float]:
-        """Bytes of all inputs and the output of a forward pass, each once."""
-        x = self.inputs[0]
-        own = x.query if self.operator == KEY_AWARE else x.attention_weights
-        moved = (x.value, x.sampling_locations, own, x.query)  # the output is like the query
-        return {'GB/s': sum(t.nbytes for t in moved) / 1e9} if part == 'forward' else {}
-
 
 def mmcv(device: str) -> Operator:
     """mmcv's standard operator: compiled on CUDA, grid_sample on the CPU."""
@@ -100,11 +90,6 @@ def mmcv(device: str) -> Operator:
     return run
 
 
-# Standard operators of other packages: makes one for a device, or raises what the package raises.
-# benchmarks/peers.py has more.
-OTHERS: dict[str, Callable[[str], Operator]] = {'mmcv': mmcv}
-
-
 def arguments(x: OperatorInputs) -> tuple[Tensor, ...]:
     """As mmcv's: value, level sizes, first token of each level, locations and weights."""
     tokens = x.spatial_shapes.prod(-1)
@@ -112,32 +97,41 @@ def arguments(x: OperatorInputs) -> tuple[Tensor, ...]:
     return x.value, x.spatial_shapes, tokens.cumsum(0) - tokens, locations, x.attention_weights
 
 
+def ours(operator: str, backend: str, device: str) -> Operator:
+    """One of our operators on a backend; ValueError where that does not run here."""
+    status = next(status for status in ops.backends() if status.name == backend)
+    if not status.available:
+        raise ValueError(status.detail)
+
+    def run(x: OperatorInputs) -> Tensor:
+        where = x.level_sizes, x.sampling_locations
+        with ops.use_backend(backend):
+            if operator == KEY_AWARE:
+                return ops.key_aware_deform_attn(x.query, x.value, x.value, *where)
+            return ops.ms_deform_attn(x.value, *where, x.attention_weights)
+
+    return run
+
+
+# Standard operators of other packages: makes one for a device, or raises what the package raises.
+# benchmarks/peers.py has more.
+OTHERS: dict[str, Callable[[str], Operator]] = {'mmcv': mmcv}
+
+
 def contestants(
     inputs: Sequence[OperatorInputs], device: str
 ) -> tuple[list[OperatorOnBackend], dict[str, str]]:
     """What runs on a device; and what does not, and why."""
-    found: dict[tuple[str, str], Operator] = {}
-    left_out = {}
-    for name, make in OTHERS.items():
+    backends = ('reference', 'triton' if torch.device(device).type == 'cuda' else 'cpu')
+    wanted = {(STANDARD, name): make for name, make in OTHERS.items()}
+    own = itertools.product((STANDARD, KEY_AWARE), backends)
+    wanted |= {each: partial(ours, *each) for each in own}
+    found, left_out = [], {}
+    for (operator, backend), make in wanted.items():
         try:
             run = make(device)
             run(inputs[0])
-            found[STANDARD, name] = run
+            found.append(OperatorOnBackend(operator, backend, run, inputs))
         except Exception as error:  # another package may fail in any way
-            left_out[f'{STANDARD} ({name})'] = str(error).partition('\n')[0]
-    wanted = ('reference', 'triton' if torch.device(device).type == 'cuda' else 'cpu')
-    statuses = [status for status in ops.backends() if status.name in wanted]
-    for operator, status in itertools.product((STANDARD, KEY_AWARE), statuses):
-        if status.available:
-            found[operator, status.name] = partial(_ours, operator, status.name)
-        else:
-            left_out[f'{operator} ({status.name})'] = status.detail
-    return [OperatorOnBackend(*name, run, inputs) for name, run in found.items()], left_out
-
-
-def _ours(operator: str, backend: str, x: OperatorInputs) -> Tensor:
-    where = x.level_sizes, x.sampling_locations
-    with ops.use_backend(backend):
-        if operator == KEY_AWARE:
-            return ops.key_aware_deform_attn(x.query, x.value, x.value, *where)
-        return ops.ms_deform_attn(x.value, *where, x.attention_weights)
+            left_out[f'{operator} ({backend})'] = str(error).partition('\n')[0]
+    return found, left_out

@@ -27,12 +27,6 @@ class Table:
         """The cells as texts; a dash where a row has none."""
         return [[str(row.get(head, '-')) for head in self.columns] for row in self.cells]
 
-    def markdown(self) -> str:
-        """The table in GitHub's Markdown, its title as a bold line above."""
-        lines = [self.columns, ['---', *['---:'] * (len(self.columns) - 1)], *self.rows]
-        body = '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
-        return f'**{self.title}**\n\n{body}\n'
-
 
 @dataclass
 class Report:
@@ -56,10 +50,6 @@ class Report:
         head = {'machine': self.machine, 'settings': self.settings, 'command': self.command}
         return {**head, 'results': self.results}
 
-    def markdown(self) -> str:
-        tables = [table.markdown() for table in self.tables]
-        return '\n'.join([f'{self.machine_line}\n', *tables, *self.notes]) + '\n'
-
     def html(self) -> str:
         """A page that stands alone: no network, no scripts, readable on a phone."""
         return render(report=self, **self.page)
@@ -76,22 +66,20 @@ def render(picture: Path | None = None, **content: object) -> str:
 
 
 def time_tables(contestants: Sequence[Contestant], setting: Setting, where: str) -> list[Table]:
-    """A table for each part and batch size: time, how many times faster, memory, rate."""
+    """A table for each part and batch size: time, how many times faster, memory of a GPU."""
     found = []
     for part, batch_size in product(setting.parts, setting.batch_sizes):
         timed = [(each, each.timings.get(part, {}).get(batch_size)) for each in contestants]
-        rows = [_row(each, timing, part, batch_size) for each, timing in timed if timing]
-        shape = f'{size(setting.image_size)}, batch {batch_size}, {setting.dtype}'
-        found += [Table(f'{part.capitalize()}, {shape}, {where}', rows)] if rows else []
+        rows = [{**each.label(), **_cells(timing)} for each, timing in timed if timing]
+        title = f'{part.capitalize()}, {setting.describe(batch_size)}, {where}'
+        found += [Table(title, rows)] if rows else []
     return found
 
 
-def _row(each: Contestant, timing: Timing, part: str, batch_size: int) -> dict[str, object]:
+def _cells(timing: Timing) -> dict[str, object]:
     times = {f'{n} ms': milliseconds(getattr(timing, n)) for n in ('median', 'mean', 'p95')}
-    memory = '-' if timing.memory is None else f'{timing.memory / 2**20:.1f}'
-    work = each.work(part, batch_size).items()
-    rates = {unit: f'{amount / timing.median:.2f}' for unit, amount in work}
-    return {**each.label(), **times, **timing.faster, 'peak MiB': memory, **rates}
+    memory = {} if timing.memory is None else {'peak MiB': f'{timing.memory / 2**20:.1f}'}
+    return {**times, **timing.faster, **memory}
 
 
 def milliseconds(seconds: float) -> str:

@@ -6,7 +6,6 @@ cancels; ratios are formed pair by pair before their median is taken.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
@@ -22,8 +21,9 @@ import torch
 
 # What is timed. It gets a running number, by which it may choose among several inputs.
 Call = Callable[[int], object]
-# Shows progress: given a text and a number of steps, returns what to call after each step.
-Start = Callable[[str, int], Callable[[], None]]
+# Shows progress: given a text and a number of steps, returns what to call after each step, with a
+# note or without.
+Start = Callable[[str, int], Callable[..., None]]
 Name = TypeVar('Name', bound=Hashable)
 
 
@@ -65,13 +65,18 @@ class Timing:
 class Setting:
     """What is run, where, and how often."""
 
-    image_size: tuple[int, int] = (800, 1333)  # height and width in pixels
+    image_size: tuple[int, int] | None = (800, 1333)  # (h, w) in pixels; None: inputs are given
     batch_sizes: tuple[int, ...] = (1,)
     dtype: str = 'float32'  # or what autocast runs in
     device: str = 'cpu'
     rounds: int = 10  # measurements of each contestant; 0 to count only
     warmup: int = 2  # calls before, at least one
     parts: tuple[str, ...] = ('inference',)  # of the contestants, that are measured
+
+    def describe(self, batch_size: int) -> str:
+        """What is run, as the title of a table says it."""
+        images = f'{"x".join(map(str, self.image_size or ()))}, batch {batch_size}'
+        return f'{images if self.image_size else "the given inputs"}, {self.dtype}'
 
     def autocast(self) -> torch.autocast:
         """What to run a model in."""
@@ -93,10 +98,6 @@ class Contestant:
     def call(self, part: str, setting: Setting, batch_size: int) -> Call | None:
         """What is measured of a part; None where there is no such part."""
         raise NotImplementedError
-
-    def work(self, part: str, batch_size: int) -> dict[str, float]:
-        """What a call gets done, by the unit of its rate."""
-        return {'images/s': batch_size}
 
     def as_json(self) -> dict:
         return {**self.label(), 'timings': self.timings}
@@ -179,34 +180,16 @@ def _seconds(call: Call, index: int, repeats: int, device: str) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def peak_memory(call: Call, device: torch.device | str = 'cpu') -> int | None:
-    """Bytes that ``call(0)`` needs at its peak beyond what was in use, its result included.
-
-    On CUDA of torch's allocator. On the CPU the high-water mark of the process, exact to about 1
-    MiB, scratch memory of kernels included; None where the system is not Linux. Run the call
-    before, too: what a first call sets up for good would count.
-    """
-    if torch.device(device).type == 'cuda':
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call(0)
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    try:
-        # Give back what the allocator holds in reserve; the call would otherwise use it unseen.
-        ctypes.CDLL(None).malloc_trim(0)
-        before = _process_memory('VmRSS')
-        Path('/proc/self/clear_refs').write_text('5')  # sets the high-water mark back to now
-    except (OSError, AttributeError):
+def peak_memory(call: Call, device: torch.device | str) -> int | None:
+    """Bytes of a GPU that ``call(0)`` needs at its peak beyond what was in use; None on a CPU."""
+    if torch.device(device).type != 'cuda':
         return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     call(0)
-    return max(0, _process_memory('VmHWM') - before)
-
-
-def _process_memory(name: str) -> int:
-    status = Path('/proc/self/status').read_text()
-    return 1024 * int(re.search(rf'^{name}:\s*(\d+) kB', status, re.MULTILINE)[1])
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def describe_machine(device: torch.device | str = 'cpu') -> dict[str, str]:

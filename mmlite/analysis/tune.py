@@ -7,8 +7,9 @@ machine, in the runtime that it is for, in turns with all others, and measured o
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -19,71 +20,67 @@ from mmengine.config import Config
 from torch import nn
 
 from ..export.detector import Detections, Detector, load
-from ..export.int8 import coco_ap, quantize
+from ..export.int8 import quantize
 from ..export.pytorch import pytorch_detector
 from ..export.write import export_detector
 from ..models import use_schedule
 from ..nn import InterleavedEncoder
-from ..openmmlab.families import encoder_name, find_holder, type_name
+from ..openmmlab.families import encoder_name, type_name
 from .accuracy import Dataset
 from .contestants import FORMATS, need_runtime, session_call
 from .report import Table, milliseconds, size
-from .timing import Call, Setting, Start, measure, silent
+from .timing import Call, Contestant, Setting, Start, silent, take_turns
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One way to run a detector."""
+@dataclass(eq=False)
+class Choice(Contestant):
+    """One way to run a detector, what it costs and what it finds."""
 
     schedule: str
     image_size: tuple[int, int]  # (h, w) that images are fitted into
     decoder_layers: int
     precision: str = 'float32'
+    accuracy: float = math.nan  # AP in percent, or agreement in percent where there are no labels
+    detector: Detector | None = None
 
     def __str__(self) -> str:
-        return (
-            f'{self.schedule}, {size(self.image_size)}, {self.decoder_layers} decoder layers, '
-            f'{self.precision}'
-        )
+        image = f'{self.schedule}, {size(self.image_size)}'
+        return f'{image}, {self.decoder_layers} decoder layers, {self.precision}'
 
+    @property
+    def seconds(self) -> float:
+        """Median of an image."""
+        return self.timings['inference'][1].median
 
-@dataclass
-class Point:
-    """What a choice costs and finds."""
-
-    choice: Choice
-    seconds: float  # median of an image
-    accuracy: float  # AP in percent, or agreement in percent where there are no labels
-    call: Call  # what was timed
-
-    def as_json(self) -> dict:
-        return {**asdict(self.choice), 'seconds': self.seconds, 'accuracy': self.accuracy}
-
-    def cells(self) -> dict[str, str]:
-        """A row of a table."""
-        c = self.choice
+    def label(self) -> dict[str, object]:
         return {
-            'schedule': c.schedule,
-            'image': size(c.image_size),
-            'decoder layers': str(c.decoder_layers),
-            'precision': c.precision,
+            'schedule': self.schedule,
+            'image': size(self.image_size),
+            'decoder layers': self.decoder_layers,
+            'precision': self.precision,
             'ms': milliseconds(self.seconds),
             'AP or agreement %': f'{self.accuracy:.1f}',
         }
+
+    def call(self, part: str, setting: Setting, batch_size: int) -> Call:
+        return session_call(self.detector, self.image_size)
+
+    def as_json(self) -> dict:
+        names = ['schedule', 'image_size', 'decoder_layers', 'precision', 'seconds', 'accuracy']
+        return {name: getattr(self, name) for name in names}
+
+    def folder(self, parent: Path) -> Path:
+        """Where its export lies."""
+        return parent / ''.join(c if c.isalnum() else '-' for c in str(self))
 
 
 def tuned(model: nn.Module, config: Config, choice: Choice) -> Detector:
     """A detector that runs as a choice of float32 in PyTorch; all modules are shared.
 
-    Args:
-        model (nn.Module): As built from ``config``, with its weights.
-        config (Config): Its test pipeline reads images.
-        choice (Choice): Schedule, size of images and depth of the decoder.
+    ``model`` is as built from ``config``, with its weights.
     """
-    config = with_image_size(config, choice.image_size)
-    return pytorch_detector(
-        with_decoder_layers(model, choice.decoder_layers), config, choice.schedule
-    )
+    model = with_decoder_layers(model, choice.decoder_layers)
+    return pytorch_detector(model, with_image_size(config, choice.image_size), choice.schedule)
 
 
 def schedules_of(model: nn.Module) -> list[str]:
@@ -101,9 +98,9 @@ def schedules_of(model: nn.Module) -> list[str]:
     return [str(each) for each in sorted(encoder.schedules, key=lambda each: -each.cost)]
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The decoder of a detector."""
-    return model.decoder if hasattr(model, 'decoder') else model.panoptic_head.transformer_decoder
+def decoder_at(model: nn.Module) -> str:
+    """Name of the decoder in a detector."""
+    return 'decoder' if hasattr(model, 'decoder') else 'panoptic_head.transformer_decoder'
 
 
 def with_decoder_layers(model: nn.Module, count: int) -> nn.Module:
@@ -112,26 +109,29 @@ def with_decoder_layers(model: nn.Module, count: int) -> nn.Module:
     Raises:
         ValueError: It has fewer layers.
     """
-    layers = len(decoder_of(model).layers)
-    if not 1 <= count <= layers:
-        raise ValueError(f'the decoder has {layers} layers; {count} of them cannot be taken')
-    model = copy.copy(model)
-    model._modules = dict(model._modules)
-    name = 'decoder' if hasattr(model, 'decoder') else 'panoptic_head'
-    part = model._modules[name] = copy.copy(model._modules[name])
-    part._modules = dict(part._modules)
-    if name == 'panoptic_head':
-        decoder = part._modules['transformer_decoder'] = copy.copy(part.transformer_decoder)
-        decoder._modules = {**decoder._modules, 'layers': decoder.layers[:count]}
-        decoder.num_layers = part.num_transformer_decoder_layers = count
-        return model
-    part.layers, part.num_layers = part.layers[:count], count
-    head = model._modules['bbox_head'] = copy.copy(model.bbox_head)
-    head._modules = dict(head._modules)
-    for branches in ('cls_branches', 'reg_branches'):
-        kept = list(getattr(head, branches))
-        head._modules[branches] = nn.ModuleList([*kept[:count], *kept[layers:]])
+    at = decoder_at(model)
+    layers = model.get_submodule(at).layers
+    if not 1 <= count <= len(layers):
+        raise ValueError(f'the decoder has {len(layers)} layers; {count} of them cannot be taken')
+    parts = {f'{at}.layers': layers[:count]}
+    if hasattr(model, 'bbox_head'):
+        for name in ('bbox_head.cls_branches', 'bbox_head.reg_branches'):
+            first = list(model.get_submodule(name))  # behind the layers': that of the first stage
+            parts[name] = nn.ModuleList([*first[:count], *first[len(layers) :]])
+    for name, part in parts.items():
+        model = _with_part(model, name, part)
+    model.get_submodule(at).num_layers = count
+    if not hasattr(model, 'bbox_head'):
+        model.panoptic_head.num_transformer_decoder_layers = count
     return model
+
+
+def _with_part(module: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    """A copy of a module with another part in it; all other parts are shared."""
+    module, (first, _, rest) = copy.copy(module), name.partition('.')
+    own = _with_part(module._modules[first], rest, part) if rest else part
+    module._modules = {**module._modules, first: own}
+    return module
 
 
 def with_image_size(config: Config, image_size: tuple[int, int]) -> Config:
@@ -156,7 +156,7 @@ def tune(
     rounds: int = 4,
     folder: Path = Path('work_dirs/tune'),
     start: Start = silent,
-) -> list[Point]:
+) -> list[Choice]:
     """Time and measure every choice that there is, and give them, the most expensive first.
 
     ``model`` is a Lite detector with its weights, elastic for several schedules, and ``config`` is
@@ -179,32 +179,30 @@ def tune(
         raise ValueError('8 bits are calibrated on images; give --images')
     if runtime != 'pytorch':
         need_runtime(runtime, int8)
-    depths = sorted(set(decoder_layers) or {len(decoder_of(model).layers)}, reverse=True)
+    layers = len(model.get_submodule(decoder_at(model)).layers)
+    depths = sorted(set(decoder_layers) or {layers}, reverse=True)
     sizes = sorted(image_sizes, key=lambda each: -each[0] * each[1])
-    choices = [Choice(s, i, d) for i, d, s in product(sizes, depths, schedules_of(model))]
-    choices += [replace(choice, precision='int8') for choice in choices if int8]
+    precisions = ('float32', 'int8') if int8 else ('float32',)
+    every = product(precisions, sizes, depths, schedules_of(model))
+    choices = [Choice(schedule, *where, precision) for precision, *where, schedule in every]
     step = start('preparing', len(choices))
-    detectors, calls = {}, {}
-    for choice in choices:
+    for each in choices:
         if runtime == 'pytorch':
-            detectors[choice] = tuned(model, config, choice)
+            each.detector = tuned(model, config, each)
         else:
-            detectors[choice] = _exported(model, config, choice, runtime, folder, images)
-        calls[choice] = session_call(detectors[choice], choice.image_size)
+            each.detector = _exported(model, config, each, runtime, folder, images)
         step()
-    timings = measure(calls, Setting(rounds=rounds, warmup=1), start, 'timing')
-    step = start('measuring accuracy', len(choices))
-    points, reference = [], None
-    for choice, detector in detectors.items():
+    take_turns(choices, Setting(rounds=rounds, warmup=1), start)
+    step, reference = start('measuring accuracy', len(choices)), None
+    for each in choices:
         if dataset is not None:
-            accuracy = coco_ap(detector, dataset.annotations, dataset.images)
+            each.accuracy = dataset.evaluate(each.detector)['mAP']
         else:
-            found = [detector.detect(image) for image in images]
+            found = [each.detector.detect(image) for image in images]
             reference = reference or found
-            accuracy = agreement(reference, found)
-        points.append(Point(choice, timings[choice].median, accuracy, calls[choice]))
+            each.accuracy = agreement(reference, found)
         step()
-    return points
+    return choices
 
 
 def _exported(model, config, choice: Choice, runtime: str, folder: Path, images) -> Detector:
@@ -212,7 +210,7 @@ def _exported(model, config, choice: Choice, runtime: str, folder: Path, images)
     use_schedule(model, choice.schedule)
     model = with_decoder_layers(model, choice.decoder_layers)
     config = with_image_size(config, choice.image_size)
-    path = source = export_folder(choice, folder)
+    path = source = choice.folder(folder)
     fixed = None
     if choice.precision == 'int8':
         source, fixed = path.with_name(f'{path.name}-source'), choice.image_size
@@ -220,11 +218,6 @@ def _exported(model, config, choice: Choice, runtime: str, folder: Path, images)
     if fixed:
         quantize(source, path, images)
     return load(path, torch.get_num_threads())
-
-
-def export_folder(choice: Choice, folder: Path) -> Path:
-    """Where the export of a choice lies."""
-    return folder / ''.join(c if c.isalnum() else '-' for c in str(choice))
 
 
 def agreement(wanted: Sequence[Detections], found: Sequence[Detections]) -> float:
@@ -240,67 +233,64 @@ def agreement(wanted: Sequence[Detections], found: Sequence[Detections]) -> floa
     return 100.0 * hits / max(total, 1)
 
 
-def front(points: Sequence[Point]) -> list[Point]:
+def front(choices: Sequence[Choice]) -> list[Choice]:
     """Those that nothing else beats in both time and accuracy, the fastest first."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda each: (each.seconds, -each.accuracy)):
-        if not best or point.accuracy > best[-1].accuracy:
-            best.append(point)
+    best: list[Choice] = []
+    for each in sorted(choices, key=lambda each: (each.seconds, -each.accuracy)):
+        if not best or each.accuracy > best[-1].accuracy:
+            best.append(each)
     return best
 
 
-def choose(points: Sequence[Point], budget: float) -> Point:
-    """The most accurate point within a budget of seconds.
+def choose(choices: Sequence[Choice], budget: float) -> Choice:
+    """The most accurate choice within a budget of seconds.
 
     Raises:
         ValueError: Nothing is that fast; the message names the nearest.
     """
-    fast = [point for point in front(points) if point.seconds <= budget]
+    best = front(choices)
+    fast = [each for each in best if each.seconds <= budget]
     if not fast:
-        nearest = min(points, key=lambda each: each.seconds)
         raise ValueError(
-            f'nothing runs within {milliseconds(budget)} ms; the nearest is {nearest.choice} with '
-            f'{milliseconds(nearest.seconds)} ms'
+            f'nothing runs within {milliseconds(budget)} ms; the nearest is {best[0]} with '
+            f'{milliseconds(best[0].seconds)} ms'
         )
     return fast[-1]
 
 
-def write_choice(point: Point, model: nn.Module, config: Config, base: str, folder: Path) -> Path:
+def write_choice(choice: Choice, model: nn.Module, config: Config, base: str, folder: Path) -> Path:
     """Write a config and the weights of a choice for PyTorch; returns the config's path."""
-    choice = point.choice
     weights, written = folder / 'weights.pth', folder / 'tuned.py'
     kept = with_decoder_layers(model, choice.decoder_layers).state_dict()
     torch.save({'state_dict': kept}, weights)
     sized = with_image_size(config, choice.image_size)
-    path, holder, _ = find_holder(config.model)
-    at = '.'.join(('model', *path))
-    decoder = f'{at}.decoder' if 'decoder' in holder else f'model.{path[0]}.transformer_decoder'
+    encoder = f'model.{encoder_name(model)}'  # as in the config
     changes = {
-        f'{at}.encoder.schedule': choice.schedule,
-        f'{at}.encoder.elastic': list(map(str, schedules_of(model))),
-        f'{decoder}.num_layers': choice.decoder_layers,
+        f'{encoder}.schedule': choice.schedule,
+        f'{encoder}.elastic': schedules_of(model),
+        f'model.{decoder_at(model)}.num_layers': choice.decoder_layers,
         'test_dataloader.dataset.pipeline': sized.test_dataloader.dataset.pipeline,
         'load_from': str(weights),
     }
     text = Config()
     text.merge_from_dict(changes)
-    head = f'# {choice}: {milliseconds(point.seconds)} ms when it was chosen\n_base_ = {base!r}\n'
+    head = f'# {choice}: {milliseconds(choice.seconds)} ms when it was chosen\n_base_ = {base!r}\n'
     written.write_text(head + text.pretty_text)
     return written
 
 
-def draw(points: Sequence[Point], path: Path, budget: float | None = None) -> None:
-    """Draw time against accuracy, and the front through the points that nothing beats."""
+def draw(choices: Sequence[Choice], path: Path, budget: float | None = None) -> None:
+    """Draw time against accuracy, and the front through the choices that nothing beats."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout='constrained')
     axes = figure.subplots()
-    best = front(points)
-    axes.plot([1e3 * p.seconds for p in points], [p.accuracy for p in points], '.', color='0.6')
-    axes.plot([1e3 * p.seconds for p in best], [p.accuracy for p in best], 'o-', color='C0')
-    for point in best:
-        label = f'{point.choice.schedule}, {size(point.choice.image_size)}'
-        where = (1e3 * point.seconds, point.accuracy)
+    for shown, look in ((choices, {'color': '0.6', 'ls': ''}), (front(choices), {'color': 'C0'})):
+        times = [1e3 * each.seconds for each in shown]
+        axes.plot(times, [each.accuracy for each in shown], marker='o', **look)
+    for each in front(choices):
+        label = f'{each.schedule}, {size(each.image_size)}'
+        where = (1e3 * each.seconds, each.accuracy)
         axes.annotate(label, where, textcoords='offset points', xytext=(5, -10), fontsize=7)
     if budget is not None:
         axes.axvline(1e3 * budget, color='C3', linestyle='--')
@@ -308,8 +298,8 @@ def draw(points: Sequence[Point], path: Path, budget: float | None = None) -> No
     figure.savefig(path)
 
 
-def tables(points: Sequence[Point]) -> list[Table]:
-    """Points as tables: the best of them, and all."""
-    shown = {'What nothing else beats in time and accuracy': front(points)}
-    shown['All that was tried'] = points
-    return [Table(title, [each.cells() for each in rows]) for title, rows in shown.items()]
+def tables(choices: Sequence[Choice]) -> list[Table]:
+    """Choices as tables: the best of them, and all."""
+    shown = {'What nothing else beats in time and accuracy': front(choices)}
+    shown['All that was tried'] = choices
+    return [Table(title, [each.label() for each in rows]) for title, rows in shown.items()]

@@ -21,7 +21,7 @@ COMMANDS = {
     'lite-config': 'Write the Lite config of a stock config, or say which schedules fit.',
     'env': 'Show versions, devices and which backend of the operators runs.',
     'benchmark': 'Measure operators, encoders or detectors against each other.',
-    'visualize': 'Draw sampling points, detections, and attention over the levels.',
+    'visualize': 'Draw sampling points, and detections beside the ground truth.',
 }
 
 

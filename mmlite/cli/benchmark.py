@@ -11,7 +11,7 @@ from collections.abc import Callable
 import click
 
 from . import shared
-from .shared import count_option, file_option, flag, option
+from .shared import count_option, flag, option
 
 
 @click.group(context_settings=shared.HELP)
@@ -42,9 +42,8 @@ def kind(function: Callable) -> click.Command:
     @count_option('--rounds', default=10, help='Measurements of each contestant.')
     @count_option('--warmup', default=2)
     @shared.json_option
-    @file_option('--markdown', 'markdown_path', help='Write the tables here.')
     @functools.wraps(function)
-    def run(json_path, markdown_path, html_path=None, train=False, count_only=False, **own) -> None:
+    def run(json_path, html_path=None, train=False, count_only=False, **own) -> None:
         from ..analysis.timing import Setting, describe_machine
 
         names = own.keys() & {field.name for field in dataclasses.fields(Setting)}
@@ -56,7 +55,7 @@ def kind(function: Callable) -> click.Command:
             report = function(setting=setting, start=start, **own)
         report.machine = describe_machine(setting.device)
         report.command = shlex.join(['mmlite', *sys.argv[1:]])
-        shared.show(report, json_path=json_path, markdown_path=markdown_path, html_path=html_path)
+        shared.show(report, json_path, html_path)
 
     return run
 
@@ -69,21 +68,14 @@ def several(name: str, choices: str, help: str) -> Callable:
 
 
 train_flag = flag('--train', help='Also measure a training step.')
-PLACES = 'Sampling locations around each query as in a model, or anywhere.'
 
 
 @kind
 @count_option('--queries', 'num_queries', help='Number of queries. Default: all tokens.')
-@count_option('--heads', 'num_heads', default=8)
-@count_option('--head-dim', default=32)
-@count_option('--points', 'num_points', default=4)
-@option('--locations', type=click.Choice(['grid', 'uniform']), default='grid', help=PLACES)
-@flag('--forward-only', help='Leave out the backward pass.')
-def ops(*, setting, forward_only, start, **shape):
+def ops(*, setting, start, num_queries):
     """Measure every backend of the operators against plain PyTorch and mmcv's operator.
 
-    Ratios are medians over pairs of rounds, with their quartiles. Memory is the peak beyond the
-    inputs. Bandwidth counts every input once and the output once.
+    Ratios are medians over pairs of rounds, with their quartiles.
 
     \b
     Example:
@@ -91,8 +83,7 @@ def ops(*, setting, forward_only, start, **shape):
     """
     from ..analysis.operators import PASSES, benchmark_operators
 
-    setting = dataclasses.replace(setting, parts=PASSES[: 1 if forward_only else 2])
-    return benchmark_operators(setting, start, **shape)
+    return benchmark_operators(dataclasses.replace(setting, parts=PASSES), start, num_queries)
 
 
 @kind
@@ -100,8 +91,7 @@ def ops(*, setting, forward_only, start, **shape):
 @several('--mode', 'eager compiled', 'How encoders run.')
 @count_option('--ffn', default=2048, help='2048 in DINO, 1024 in Deformable DETR.')
 @train_flag
-@flag('--profile', help="Also print the tables of PyTorch's profiler.")
-def encoder(*, setting, schedules, ffn, modes, profile, start):
+def encoder(*, setting, schedules, ffn, modes, start):
     """Measure MMDetection's encoder, the same on our operator, and Lite schedules.
 
     All have six layers over four levels and random weights. A training step is a forward and a
@@ -114,15 +104,13 @@ def encoder(*, setting, schedules, ffn, modes, profile, start):
     from ..analysis.comparison import compare
     from ..analysis.contestants import encoders
 
-    groups = [encoders(schedules, ffn, setting.device)]
-    return compare(groups, setting, modes, profile=profile, start=start)
+    return compare([encoders(schedules, ffn, setting.device)], setting, modes, start=start)
 
 
 @kind
 @click.argument('names', nargs=-1, metavar='BASELINE VARIANT...')
-@option('--preset', type=click.Choice(['paper-table3', 'paper-table4']), help='Instead of configs.')
-@option('--framework', type=click.Choice(['mmdet', 'transformers']), default='mmdet')
-@option('--schedule', help="Of transformers' Lite encoder; each model's own by default.")
+@option('--framework', type=click.Choice(['mmdet', 'pytorch', 'transformers']), default='mmdet')
+@option('--schedule', 'schedules', multiple=True, help='Of Lite encoders, outside mmdet.')
 @several('--mode', 'eager compiled fused optimized', 'How models run in PyTorch.')
 @several('--runtime', 'pytorch onnxruntime openvino', 'Others than pytorch run exports.')
 @flag('--int8', help='Also in 8 bits, in OpenVINO; needs NNCF.')
@@ -131,8 +119,8 @@ def encoder(*, setting, schedules, ffn, modes, profile, start):
 @flag('--count-only', help='Count parameters and FLOPs, time nothing.')
 @shared.dataset_options('COCO annotations: measure AP of configs with a checkpoint.', '--images')
 @shared.cfg_options
-@file_option('--html', 'html_path', help='Write a page here.')
-def compare(*, names, preset, framework, schedule, setting, start, dataset, cfg_options, **how):
+@shared.file_option('--html', 'html_path', help='Write a page here.')
+def compare(*, names, framework, schedules, setting, start, dataset, cfg_options, **how):
     """Compare models with the first one: FLOPs, parameters, time, memory, accuracy.
 
     A config is a path, mmdet::folder/config.py or mmlite::folder/config.py; a checkpoint may
@@ -140,29 +128,48 @@ def compare(*, names, preset, framework, schedule, setting, start, dataset, cfg_
     need. A single Lite config is compared with its stock one. A variant may also be a folder that
     mmlite export or mmlite quantize wrote; it runs in its own runtime.
 
-    Modes: fused has standard attention on our operators, optimized is mmlite.optimize. A preset is
-    a table of the Lite DETR paper. Models of transformers are deformable-detr, grounding-dino and
-    mask2former. Modes, runtimes, parts and batch sizes may be given more than once.
+    With --framework pytorch, FILE.py:FUNCTION names a function of yours that returns (model,
+    inputs), inputs a tuple or a dict; transformers has deformable-detr, grounding-dino and
+    mask2former. The model is measured as it is, on our operators, and Lite, with each --schedule
+    or the main one that fits.
+
+    Modes: fused has standard attention on our operators, optimized is mmlite.optimize. Modes,
+    runtimes, parts, schedules and batch sizes may be given more than once.
 
     \b
     Example:
       mmlite benchmark compare stock.py,stock.pth lite.py,lite.pth --html report.html
       mmlite benchmark compare lite.py exported/ exported-int8/
       mmlite benchmark compare lite.py --runtime pytorch --runtime openvino --mode optimized --int8
-      mmlite benchmark compare --framework transformers mask2former
+      mmlite benchmark compare --framework pytorch mine.py:build --schedule 'H3L1-(2+1)x3'
     """
     from ..analysis import comparison
-    from ..analysis.contestants import detectors
 
-    if framework == 'transformers':
-        if preset or cfg_options or dataset or 'training' in setting.parts:
-            refused = '--preset, --cfg-options, --annotations, --images and --train'
-            raise ValueError(f'with --framework transformers leave out {refused}')
-        from ..analysis.huggingface import transformers_models
+    if framework == 'mmdet':
+        if schedules:
+            raise ValueError('--schedule is for models of other frameworks; a config has its own')
+        from ..analysis.contestants import detectors
 
-        groups = transformers_models(names, schedule, setting.device)
-    elif schedule:
-        raise ValueError('--schedule is for --framework transformers; a config has its own')
+        groups = [detectors(names, cfg_options, setting.device, start)]
+        return comparison.compare(groups, setting, dataset=dataset, start=start, **how)
+    if cfg_options or dataset or 'training' in setting.parts or how['runtimes'] != ('pytorch',):
+        refused = '--cfg-options, --annotations, --images, --train and --runtime'
+        raise ValueError(f'with --framework {framework} leave out {refused}')
+    from ..analysis.pytorch import load_function, variants
+
+    if framework == 'pytorch':
+        builders = {name: load_function(name) for name in names[:1]}
+        if len(names) != 1:
+            raise ValueError('give one FILE.py:FUNCTION; its variants are made of it')
     else:
-        groups = detectors(names, preset, cfg_options, setting.device, start)
-    return comparison.compare(groups, setting, dataset=dataset, start=start, **how)
+        from ..analysis.huggingface import MODELS
+
+        if unknown := [name for name in names if name not in MODELS]:
+            raise ValueError(f'{unknown[0]!r} is none of the models: {", ".join(MODELS)}')
+        builders = {name: MODELS[name] for name in names or MODELS}
+    groups = (variants(*builder, schedules, setting) for builder in builders.items())
+    if framework == 'pytorch':
+        (group,) = groups = list(groups)
+        if not callable(group[0].inputs):
+            setting = dataclasses.replace(setting, image_size=None)
+    return comparison.compare(groups, setting, start=start, **how)

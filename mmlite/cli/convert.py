@@ -78,7 +78,7 @@ def convert(
         raise FileNotFoundError(f'{target.parent} does not exist; create the folder first')
     training = {name: options.pop(name) for name in ('iterations', 'batch_size', 'dataset')}
     if not (lite_config or files or cfg_options):
-        report = _convert(source, target, **options)
+        report = _official(source, target, **options)
     elif any(options[name] for name in ('to_official', 'family', 'ema', 'num_queries')):
         raise ValueError(
             '--from-stock takes none of --to-official, --model, --ema and --num-queries'
@@ -90,27 +90,12 @@ def convert(
         )
     else:
         config = shared.read_config(lite_config, cfg_options)
-        if training['dataset'] is not None and 'decode_head' in config.model:
-            raise ValueError(
-                '--annotations measures AP of boxes, and a model of MMSegmentation gives maps: '
-                'leave it out, and test the result with mim test mmsegmentation'
-            )
-        if options['schedule']:
-            from ..openmmlab.families import find_holder
-
-            find_holder(config.model)[1]['encoder']['schedule'] = options['schedule']
-        if training['iterations'] is None:
-            training['iterations'] = 400 if len(files) >= ENOUGH_IMAGES else 0
-        if training['iterations']:
-            report = _distill(source, target, config, files, **training)
-        else:
-            report = _start(source, target, config, files)
-        report = report and {'source': str(source), 'written': [str(target)], **report}
-    if report:
-        shared.write_json(json_path, report)
+        report = _from_stock(source, target, config, files, options['schedule'], **training)
+    if report:  # of several processes, the first has one
+        shared.write_json(json_path, {'source': str(source), **report})
 
 
-def _convert(source, target, to_official, family, schedule, classes, ema, num_queries) -> dict:
+def _official(source, target, to_official, family, schedule, classes, ema, num_queries) -> dict:
     """From the authors' layout to MMDetection's, or back; what became of every entry."""
     if to_official and (schedule or ema):
         raise ValueError('--to-official takes neither --schedule nor --ema; leave them out')
@@ -122,7 +107,7 @@ def _convert(source, target, to_official, family, schedule, classes, ema, num_qu
 
     checkpoint = checkpoints.load_checkpoint(source, allow=[Namespace])
     state, args = checkpoints.unpack(checkpoint, ema)
-    written = [str(target)]
+    written, config = [target], target.with_suffix('.py')
     if to_official:
         left = checkpoint.get('official', {}).get('left')
         done = checkpoints.to_official(state, family, classes == 'coco', left)
@@ -132,16 +117,15 @@ def _convert(source, target, to_official, family, schedule, classes, ema, num_qu
             content['args'] = Namespace(enc_scale=high, num_expansion=blocks)
     else:
         done = checkpoints.from_official(checkpoint, family, schedule, classes == 'coco', ema)
-        config = checkpoints.official_config(done, args, num_queries)
-        checkpoints.check_conversion(done, config)
+        text = checkpoints.official_config(done, args, num_queries)
+        checkpoints.check_conversion(done, text)
         is_coco = len(done.state_dict['bbox_head.cls_branches.0.weight']) == 80
         meta = {'dataset_meta': CocoDataset.METAINFO} if is_coco else {}
         # What is left makes the way back exact.
         official = {'left': done.left}
         content = {'meta': meta, 'state_dict': done.state_dict, 'official': official}
-        config_path = target.with_suffix('.py')
-        config_path.write_text(config)
-        written.append(str(config_path))
+        config.write_text(text)
+        written.append(config)
     torch.save(content, target)
     layout, found = done.layout, done.schedule and str(done.schedule)
     title = ' '.join(filter(None, (FAMILIES[layout.family], found)))
@@ -149,10 +133,32 @@ def _convert(source, target, to_official, family, schedule, classes, ema, num_qu
     for what, entries in (('left', done.reasons), ('filled', done.filled)):
         for why, count in Counter(entries.values()).items():
             click.echo(f'{count} entries {what} ({why})')
+    written = list(map(str, written))
     click.echo(f'Wrote {" and ".join(written)}')
-    told = {'source': str(source), 'written': written, 'model': layout.family, 'schedule': found}
-    entries = {'mapped': done.mapped, 'left': done.reasons, 'filled': done.filled}
-    return {**told, 'layout': vars(layout), **entries}
+    told = {'written': written, 'model': layout.family, 'schedule': found, 'layout': vars(layout)}
+    return {**told, 'mapped': done.mapped, 'left': done.reasons, 'filled': done.filled}
+
+
+def _from_stock(
+    source, target, config, files, schedule, iterations, batch_size, dataset
+) -> dict | None:
+    """A Lite detector that is copied and fitted, and learns if there are images enough."""
+    if dataset is not None and 'decode_head' in config.model:
+        raise ValueError(
+            '--annotations measures AP of boxes, and a model of MMSegmentation gives maps: '
+            'leave it out, and test the result with mim test mmsegmentation'
+        )
+    if schedule:
+        from ..openmmlab.families import find_holder
+
+        find_holder(config.model)[1]['encoder']['schedule'] = schedule
+    if iterations is None:
+        iterations = 400 if len(files) >= ENOUGH_IMAGES else 0
+    if iterations:
+        report = _distill(source, target, config, files, iterations, batch_size, dataset)
+    else:
+        report = _start(source, target, config, files)
+    return report and {'written': [str(target)], **report}
 
 
 def _start(source: Path, target: Path, config, files: list[Path]) -> dict:
@@ -184,7 +190,8 @@ def _distill(source, target, config, files, iterations, batch_size, dataset) -> 
     from mmengine.registry import RUNNERS
 
     from ..analysis.accuracy import evaluate_model
-    from ..openmmlab.distillation import ProgressHook, check_resumable, distillation_config
+    from ..analysis.hooks import ProgressHook
+    from ..openmmlab.distillation import check_resumable, distillation_config
 
     folder, rank = target.with_suffix('.distill'), os.environ.get('RANK')
     settings = distillation_config(config, source, files, iterations, batch_size, folder)
@@ -198,14 +205,25 @@ def _distill(source, target, config, files, iterations, batch_size, dataset) -> 
     measured: dict[str, float] = {}
     output = sys.stdout  # past what keeps MMEngine quiet
 
-    def measure(name: str, model) -> None:
-        if dataset is not None and name not in measured:
-            measured[name] = evaluate_model(model, config, dataset)['mAP']
-            click.echo(f'{name}: {measured[name]:.1f} AP', output)
+    def measure(runner, done: int) -> None:
+        if dataset is None or not is_main:
+            return
+        model = getattr(runner.model, 'module', runner.model)
+        detectors = {'stock detector': model.teacher}
+        detectors[f'Lite detector after {done} iterations'] = model.student
+        for name, detector in detectors.items():
+            if name not in measured:
+                measured[name] = evaluate_model(detector, config, dataset)['mAP']
+                click.echo(f'{name}: {measured[name]:.1f} AP', output)
+        model.train()
+
+    def note(runner) -> str:
+        return f'distance {getattr(runner.model, "module", runner.model).distance:.3f}'
 
     with shared.progress() as start, contextlib.redirect_stdout(io.StringIO()):
         runner = RUNNERS.build(settings)
-        runner.register_hook(ProgressHook(start, measure), priority='VERY_LOW')
+        text = 'Learning from the stock detector'
+        runner.register_hook(ProgressHook(start, text, note, measure, parts=4))
         runner.train()
     if not is_main:
         return {}

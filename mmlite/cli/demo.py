@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -80,8 +79,7 @@ def demo(task, full: bool, out: Path | None, epochs, train_images, val_images: i
         style = STYLES['shapes' if full else 'large-shapes']
         generate_shapes(out / 'data', splits, seed=seed, progress=step, style=style)
     runner = _build(f'small/{long if full else quick}.py', out, epochs, seed)
-    with _threads(None if full else 1):
-        _train(runner)
+    _train(runner, threads=None if full else 1)
     click.echo('Evaluating on the held-out images')
     with _quiet():
         metrics = runner.val()
@@ -89,7 +87,7 @@ def demo(task, full: bool, out: Path | None, epochs, train_images, val_images: i
     picture = _draw_predictions(runner, out / 'predictions.png')
     results = {
         **{name: metrics[f'coco/{measured}_{key}'] for name, key in METRICS.items()},
-        **_compare_encoders(runner.cfg.model),
+        **_compare_encoders(runner),
         'epochs': runner.max_epochs,
         'seconds': seconds,
     }
@@ -113,19 +111,24 @@ def demo(task, full: bool, out: Path | None, epochs, train_images, val_images: i
         click.echo('  ' + shlex.join(['mmlite', *map(str, command)]))
 
 
-def _compare_encoders(model_config) -> dict[str, float]:
+def _compare_encoders(runner) -> dict[str, float]:
     """GFLOPs and milliseconds of the Lite encoder and the stock one, in turns on one image."""
     import torch
 
-    from ..analysis.complexity import count_flops, encoder_of
+    from ..analysis.complexity import count_flops, encoder_call
     from ..analysis.timing import Setting, measure
+    from ..openmmlab.build import build_detector
+    from ..openmmlab.families import encoder_name
     from ..openmmlab.lite_config import stock_config
 
-    found, calls = {}, {}
-    for name, config in {'stock_': stock_config(model_config), '': model_config}.items():
-        encoder, inputs = encoder_of(config, (ENCODER_SIDE, ENCODER_SIDE))
-        found[f'{name}encoder_gflops'] = count_flops(encoder, **inputs).total / 1e9
-        calls[name] = partial(lambda run, index: run(), partial(encoder, **inputs))
+    config = runner.cfg.copy()
+    config.model = stock_config(config.model)
+    stock, at = build_detector(config), encoder_name(runner.model)
+    call, found, calls = encoder_call(stock, (ENCODER_SIDE, ENCODER_SIDE)), {}, {}
+    for name, model in {'stock_': stock, '': runner.model}.items():
+        encoder = model.eval().get_submodule(at)
+        found[f'{name}encoder_gflops'] = count_flops(encoder, **call).total / 1e9
+        calls[name] = lambda index, encoder=encoder: encoder(**call)
     with progress() as start, torch.inference_mode():
         timings = measure(calls, Setting(rounds=4, warmup=1), start, 'Timing both encoders')
     return found | {f'{name}encoder_ms': 1e3 * one.median for name, one in timings.items()}
@@ -135,17 +138,6 @@ def _sleep_while_waiting() -> None:
     """Let threads without work sleep, before torch is imported: other processes may be busy."""
     if 'GOMP_SPINCOUNT' not in os.environ:
         os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Compute on so many threads: small operations lose more to a second one than it saves."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    yield
-    torch.set_num_threads(before)
 
 
 def _build(config: str, out: Path, epochs: int | None, seed: int):
@@ -166,29 +158,29 @@ def _build(config: str, out: Path, epochs: int | None, seed: int):
         return Runner.from_cfg(cfg)
 
 
-def _train(runner) -> None:
-    from mmengine.hooks import Hook
+def _train(runner, threads: int | None) -> None:
+    """Train, on so many threads: small operations lose more to a second one than it saves."""
+    import torch
 
-    say = partial(print, file=sys.stdout, flush=True)  # past what _quiet() puts in its place
-    is_terminal = sys.stdout.isatty()
+    from ..analysis.hooks import ProgressHook
 
+    say, is_terminal = partial(print, file=sys.stdout, flush=True), sys.stdout.isatty()
+
+    def loss(runner) -> str:  # mean over the last 20 iterations
+        return f'loss {runner.message_hub.get_scalar("train/loss").mean(20):.2f}'
+
+    def report(runner, done: int) -> None:
+        if done and not is_terminal:  # where there is no bar to look at
+            minutes, seconds = divmod(round(runner.message_hub.get_info('eta')), 60)
+            epoch = f'Epoch {runner.epoch + 1} of {runner.max_epochs}'
+            say(f'{epoch}: {loss(runner)}, {minutes} min {seconds} s left')
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     with progress() as start, _quiet():
-        step = start('Training', runner.train_loop.max_iters)
-
-        class ShowProgress(Hook):
-            def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-                # The mean over the last 20 iterations.
-                self.loss = f'loss {runner.message_hub.get_scalar("train/loss").mean(20):.2f}'
-                step(self.loss)
-
-            def after_train_epoch(self, runner) -> None:
-                if not is_terminal:  # where there is no bar to look at
-                    minutes, seconds = divmod(round(runner.message_hub.get_info('eta')), 60)
-                    epoch = f'Epoch {runner.epoch + 1} of {runner.max_epochs}'
-                    say(f'{epoch}: {self.loss}, {minutes} min {seconds} s left')
-
-        runner.register_hook(ShowProgress(), priority='VERY_LOW')
+        runner.register_hook(ProgressHook(start, 'Training', loss, report, runner.max_epochs))
         runner.train()
+    torch.set_num_threads(before)
 
 
 def _draw_predictions(runner, path: Path) -> Path:
@@ -212,6 +204,6 @@ def _draw_predictions(runner, path: Path) -> Path:
     return path
 
 
-def _quiet() -> contextlib.AbstractContextManager:
+def _quiet() -> redirect_stdout:
     """Keep what the stack prints from tearing up the progress bar; errors still come through."""
-    return contextlib.redirect_stdout(io.StringIO())
+    return redirect_stdout(io.StringIO())

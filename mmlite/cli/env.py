@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from .shared import FILE, print_table, write_json
 
-# Import name -> the distributions that provide it. The first one found is shown.
+# What a package is called here -> the distributions that provide it; the first one found is shown.
 _PACKAGES = {
     'mmlite': ('mmlite-detr',),
     **{name: (name,) for name in ('torch', 'triton', 'pycocotools')},
@@ -34,31 +33,28 @@ def env(json_path: Path | None) -> None:
     """
     import torch
 
+    from ..analysis.timing import describe_machine
     from ..export.runtimes import processor_gains
     from ..ops import backends
 
     devices = range(torch.cuda.device_count())
     gpus = {f'cuda:{index}': torch.cuda.get_device_name(index) for index in devices}
-    capability = torch.backends.cpu.get_cpu_capability()
-    cpu = f'{platform.machine()}, {torch.get_num_threads()} threads, {capability}'
-    machine = {'cpu': cpu, **(gpus or {'cuda': 'none'})}
+    machine = {**describe_machine(), **(gpus or {'cuda': 'none'})}
     machine |= {f'{kind} in OpenVINO': text for kind, (_, text) in processor_gains().items()}
     with suppress(ImportError):  # mmengine collects compilers and libraries
         from mmengine.utils.dl_utils import collect_env
 
         wanted = ('GCC', 'CUDA_HOME', 'NVCC', 'OpenCV')
         machine |= {name: found for name, found in collect_env().items() if name in wanted}
-    report = {
-        'versions': {'python': platform.python_version(), **{n: _version(n) for n in _PACKAGES}},
-        'machine': machine,
-        'backends': [status._asdict() for status in backends()],
-    }
+    status = [status._asdict() for status in backends()]
+    versions = {name: _version(name) for name in _PACKAGES}
+    report = {'versions': versions, 'machine': machine, 'backends': status}
     if json_path == Path('-'):
         click.echo(json.dumps(report, indent=2))
         return
     write_json(json_path, report)
-    print_table('Versions', ('package', 'version'), report['versions'].items())
-    print_table('Machine', ('device', 'detail'), report['machine'].items())
+    print_table('Versions', ('package', 'version'), versions.items())
+    print_table('Machine', ('device', 'detail'), machine.items())
     rows = [(s.name, 'yes' if s.available else 'no', s.detail) for s in backends()]
     print_table('Backends of mmlite.ops', ('backend', 'runs', 'detail'), rows)
 

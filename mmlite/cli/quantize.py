@@ -29,7 +29,7 @@ def quantize(source: Path, out: Path, files: list[Path], count: int, dataset) ->
     """
     from ..export import load
     from ..export import quantize as write_quantized
-    from ..export.int8 import coco_ap, import_nncf
+    from ..export.int8 import import_nncf
 
     import_nncf()
     count = min(count, len(files))
@@ -38,6 +38,5 @@ def quantize(source: Path, out: Path, files: list[Path], count: int, dataset) ->
     console = shared.console()
     console.print(f'[bold]{escape(str(out))}[/bold]: {detector.description["model"]}')
     if dataset is not None:
-        where = dataset.annotations, dataset.images
-        before, after = (coco_ap(each, *where) for each in (load(source), detector))
+        before, after = (dataset.evaluate(each)['mAP'] for each in (load(source), detector))
         console.print(f'AP {before:.1f} before, {after:.1f} after')

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
@@ -187,8 +188,8 @@ def progress() -> Iterator[Callable[[str, int | None], Callable[..., None]]]:
 
 
 def console() -> Console:
-    """Stdout, wide enough for tables where it is no terminal."""
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 150, highlight=False)
+    """Stdout, as wide as tables are where it is no terminal."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 500, highlight=False)
 
 
 def print_table(
@@ -196,7 +197,7 @@ def print_table(
     columns: Sequence[str],
     rows: Iterable[Sequence],
     justify: str = 'left',
-    **style: bool,
+    **style: Any,
 ) -> None:
     """Print a table; ``justify`` says where the cells of all columns but the first stand."""
     shown = Table(title=title, title_justify='left', **style)
@@ -208,22 +209,16 @@ def print_table(
     console().print(shown)
 
 
-def show(
-    report: Report,
-    json_path: Path | None = None,
-    markdown_path: Path | None = None,
-    html_path: Path | None = None,
-) -> None:
-    """Print a report, and write it to the files that are wanted."""
+def show(report: Report, json_path: Path | None = None, html_path: Path | None = None) -> None:
+    """Print a report, tables in Markdown where it goes to a file; write the files wanted."""
     out = console()
     out.print(report.machine_line)
+    style = {} if out.is_terminal else {'box': MARKDOWN}
     for table in report.tables:
-        print_table(table.title, table.columns, table.rows, justify='right')
+        print_table(table.title, table.columns, table.rows, justify='right', **style)
     for note in report.notes:
         out.print(note, markup=False, soft_wrap=True)
     write_json(json_path, report.as_json())
-    if markdown_path:
-        markdown_path.write_text(report.markdown())
     if html_path:
         html_path.write_text(report.html())
 

@@ -55,7 +55,7 @@ def tune(config, checkpoint, budget, files, out: Path, cfg_options, json_path, *
     cfg = shared.read_config(config, cfg_options)
     from ..analysis import tune as tuning
     from ..analysis.report import Report, milliseconds
-    from ..analysis.timing import Setting, describe_machine, measure
+    from ..analysis.timing import Setting, describe_machine, take_turns
     from ..export.detector import read_image
     from ..export.pipeline import preprocessing
     from ..openmmlab.build import build_detector
@@ -79,13 +79,12 @@ def tune(config, checkpoint, budget, files, out: Path, cfg_options, json_path, *
     if budget is None:
         return
     chosen = tuning.choose(points, budget)
-    again = measure({0: chosen.call}, Setting(rounds=options['rounds'], warmup=1))[0].median
-    click.echo(
-        f'Chosen: {chosen.choice}; predicted {milliseconds(chosen.seconds)} ms, '
-        f'measured again {milliseconds(again)} ms'
-    )
+    predicted = milliseconds(chosen.seconds)
+    take_turns([chosen], Setting(rounds=options['rounds'], warmup=1))
+    again = milliseconds(chosen.seconds)
+    click.echo(f'Chosen: {chosen}; predicted {predicted} ms, measured again {again} ms')
     if runtime == 'pytorch':
         base = config if '::' in config else str(Path(config).resolve())
         click.echo(f'Wrote {tuning.write_choice(chosen, model, cfg, base, out)}')
     else:
-        click.echo(f'Export: {tuning.export_folder(chosen.choice, exports)}')
+        click.echo(f'Export: {chosen.folder(exports)}')

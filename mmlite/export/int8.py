@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import re
@@ -124,28 +122,3 @@ def import_nncf() -> Any:
     nncf = import_runtime('nncf', "'mmlite-detr[quantize]'")
     nncf.set_log_level(logging.WARNING)
     return nncf
-
-
-def coco_ap(detector: Detector, annotations: str | os.PathLike, images: str | os.PathLike) -> float:
-    """Box AP in percent on images in a folder with COCO annotations of the classes' names."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):  # both print
-        truth = COCO(str(annotations))
-        category = {entry['name']: entry['id'] for entry in truth.dataset['categories']}
-        for name in detector.classes:
-            if name not in category:
-                raise ValueError(f'{annotations} has no category {name!r}, a class of the model')
-        numbers = np.array([category[name] for name in detector.classes])
-        rows = []
-        for entry in truth.imgs.values():
-            boxes, scores, labels = detector.detect(Path(images) / entry['file_name'])[:3]
-            number = np.full(len(boxes), entry['id'])
-            sides = boxes[:, 2:] - boxes[:, :2]
-            rows.append(np.column_stack([number, boxes[:, :2], sides, scores, numbers[labels]]))
-        evaluation = COCOeval(truth, truth.loadRes(np.concatenate(rows)), 'bbox')
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return 100 * float(evaluation.stats[0])

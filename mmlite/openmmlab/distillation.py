@@ -297,36 +297,6 @@ class DistillHook(Hook):
         checkpoint['meta']['distilled'] = _unwrapped(runner).facts(done)
 
 
-class ProgressHook(Hook):
-    """Shows how far a distillation is.
-
-    Args:
-        start (Callable): Given a text and a number of steps, returns what to call after each.
-        measure (Callable): Called with a name and a model: the teacher's and the student's before
-            the training, and the student's at each quarter of it.
-    """
-
-    def __init__(self, start: Callable, measure: Callable[[str, nn.Module], None]) -> None:
-        self.start, self.measure = start, measure
-
-    def before_train(self, runner: Runner) -> None:
-        model = _unwrapped(runner)
-        if is_main_process():
-            self.measure('stock detector', model.teacher)
-            self.measure(f'Lite detector after {runner.iter} iterations', model.student)
-            model.train()
-        self.step = self.start('Learning from the stock detector', runner.max_iters)
-        for _ in range(runner.iter):
-            self.step()
-
-    def after_train_iter(self, runner: Runner, batch_idx: int, *_: Any, **__: Any) -> None:
-        model, done = _unwrapped(runner), runner.iter + 1
-        self.step(f'distance {model.distance:.3f}')
-        if is_main_process() and done % max(runner.max_iters // 4, 1) == 0:
-            self.measure(f'Lite detector after {done} iterations', model.student)
-            model.train()
-
-
 def _unwrapped(runner: Runner) -> DistilledDetector:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 

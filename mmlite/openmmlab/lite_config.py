@@ -35,6 +35,11 @@ def fitting_schedules(model_config: dict) -> list[str]:
             'the encoder sees a single map; an interleaved encoder needs two or more '
             '(num_levels of its self_attn_cfg, num_outs of the neck)'
         )
+    return schedules_for(levels, layers)
+
+
+def schedules_for(levels: int, layers: int) -> list[str]:
+    """The schedules of the paper's kinds for an encoder of so many levels and layers."""
     fitting = EncoderSchedule.fitting(levels, layers)
     return [str(s) for s in fitting if s.num_low_levels <= 2 <= s.high_updates]
 

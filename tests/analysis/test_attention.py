@@ -10,7 +10,7 @@ from torch import nn
 from mmlite.analysis.attention import (
     attention_map,
     deformable_attentions,
-    level_masses,
+    level_of_queries,
     record_attention,
 )
 from mmlite.analysis.inputs import encoder_inputs
@@ -60,7 +60,8 @@ def test_explains_the_output(name, dims):
         'level_start_index': x['level_start_index'],
     }
     query = call.pop('query')
-    seen = attention_map(module, (query,), call, lambda count: chosen)
+    whole = attention_map(module, {'query': query, **call})
+    seen = whole[chosen]
     with torch.no_grad():
         output = turned(module(query, **call))
         value = module.value_proj(tensors['value'][:1]).masked_fill(mask[:1, :, None], 0)
@@ -70,8 +71,8 @@ def test_explains_the_output(name, dims):
         attended = (seen.weights.flatten(-2)[None, ..., None] * sampled).sum(-2).flatten(2)
         explained = module.output_proj(attended) + x['query'][:1, chosen]
     torch.testing.assert_close(explained, output[:1, chosen])
-    assert seen.num_queries == TOKENS
-    torch.testing.assert_close(seen.level_mass().sum(-1), torch.ones(3))
+    assert len(whole.weights) == TOKENS
+    torch.testing.assert_close(seen.weights.sum((-1, -2)), torch.ones(3, 4))
 
 
 def layer_cfg() -> dict:
@@ -96,50 +97,34 @@ def test_recording_changes_nothing_and_leaves_nothing():
     assert names == ['encoder.layers.0.self_attn', 'encoder.layers.1.self_attn']
     with torch.no_grad():
         plain = model.encoder(**inputs)
-        with record_attention(model, dict.fromkeys(names, torch.arange)) as maps:
+        with record_attention(model, names) as maps:
             recorded = model.encoder(**inputs)
     torch.testing.assert_close(recorded, plain, rtol=0, atol=0)
-    assert [maps[name].num_queries for name in names] == [17, TOKENS]
+    assert [len(maps[name].weights) for name in names] == [17, TOKENS]
     assert not any(module._forward_pre_hooks for module in model.modules())
-    unknown = record_attention(model, {'encoder': torch.arange})
+    unknown = record_attention(model, ['encoder'])
     with pytest.raises(ValueError, match=r'encoder\.layers\.0\.self_attn'), unknown:
         pass
 
 
-@pytest.mark.parametrize('update', ['joint', 'sequential'])
-def test_level_masses(update):
-    encoder = LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg(), update=update)
-    model = Detector(encoder).eval()
-    with torch.no_grad():
-        masses = level_masses(model, lambda: encoder(**encoder_inputs(SIZES, embed_dims=32)))
-    updated = {'joint': ['.HHH', 'LHHH'], 'sequential': ['.HHH', '.HHH', 'L...']}[update]
-    expected = torch.tensor([[float('nan') if m == '.' else 1.0 for m in p] for p in updated])
-    torch.testing.assert_close(masses.sum(-1), expected, equal_nan=True)
-
-
-def test_level_masses_of_layers_that_read_some_levels():
+@pytest.mark.parametrize(
+    ('schedule', 'update', 'levels'),
+    [
+        ('H3L1-(2+1)x1', 'joint', ['123', '0123']),
+        ('H3L1-(2+1)x1', 'sequential', ['123', '123', '0']),
+        ('H3L1-12:12x1+1234x1', 'joint', ['23', '0123']),  # numbered from the smallest map
+        (None, None, ['0123', '0123']),
+    ],
+)
+def test_levels_of_the_queries(schedule, update, levels):
     """Also of a schedule that was chosen among several."""
-    schedule = 'H3L1-12:12x1+1234x1'
-    encoder = LiteEncoder('H3L1-(2+1)x1', layer_cfg=layer_cfg(), elastic=[schedule])
-    encoder.use_schedule(schedule)
-    model = Detector(encoder).eval()
-    with torch.no_grad():
-        masses = level_masses(model, lambda: encoder(**encoder_inputs(SIZES, embed_dims=32)))
-    assert masses[0].isnan().all(1).tolist() == [True, True, False, False]
-    assert (masses[0, 2:, :2] == 0).all()
-    torch.testing.assert_close(masses[0, 2:].sum(-1), torch.ones(2))
-    assert masses[1].min() > 0.1
-
-
-def test_level_masses_of_attention_that_is_known():
-    """Standard attention whose weights are fixed by their biases, on some levels of the four."""
-    encoder = DeformableDetrTransformerEncoder(num_layers=1, layer_cfg=layer_cfg()).eval()
-    wanted = torch.tensor([0.5, 0.25, 0.125, 0.125])
-    attention = encoder.layers[0].self_attn
-    nn.init.zeros_(attention.attention_weights.weight)
-    bias = wanted.log()[None, :, None].expand(4, 4, 4)  # heads, levels, points
-    attention.attention_weights.bias.data = bias.flatten().clone()
-    inputs = encoder_inputs(SIZES, embed_dims=32)
-    with torch.no_grad():
-        masses = level_masses(Detector(encoder), lambda: encoder(**inputs))
-    torch.testing.assert_close(masses[0], wanted.expand(4, 4))
+    if schedule is None:
+        encoder = DeformableDetrTransformerEncoder(num_layers=2, layer_cfg=layer_cfg())
+    else:
+        options = {'layer_cfg': layer_cfg(), 'update': update, 'elastic': [schedule]}
+        encoder = LiteEncoder('H3L1-(2+1)x1', **options)
+        encoder.use_schedule(schedule)
+    for layer, wanted in enumerate(levels):
+        found = level_of_queries(encoder, layer, SIZES)
+        counts = [h * w if str(level) in wanted else 0 for level, (h, w) in enumerate(SIZES)]
+        assert found.bincount(minlength=4).tolist() == counts

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mmlite.analysis.inputs import OperatorShape, image_batch, pyramid_sizes
+from mmlite.analysis.inputs import image_batch, operator_inputs, pyramid_sizes
 
 
 def test_levels_of_the_paper():
@@ -9,35 +9,23 @@ def test_levels_of_the_paper():
     assert sum(h * w for h, w in pyramid_sizes((850, 1040))) == 18549
 
 
-@pytest.mark.parametrize('locations', ['grid', 'uniform'])
 @pytest.mark.parametrize('queries', [None, 7])
-def test_operator_inputs(locations, queries):
-    shape = OperatorShape((48, 72), 2, queries, num_heads=4, head_dim=8, locations=locations)
-    x, count = shape.inputs(), queries or shape.num_tokens
-    assert shape.num_tokens == 6 * 9 + 3 * 5 + 2 * 3 + 1 * 2
+def test_operator_inputs(queries):
+    x, count = operator_inputs((48, 72), 2, queries, num_heads=4, head_dim=8), queries or 77
     assert x.query.shape == (2, count, 4, 8)
     assert x.value.shape == (2, 77, 4, 8)
     assert x.sampling_locations.shape == (2, count, 4, 4, 4, 2)
     torch.testing.assert_close(x.attention_weights.flatten(-2).sum(-1), torch.ones(2, count, 4))
 
 
-def test_grid_locations_surround_their_query():
-    x = OperatorShape((320, 480)).inputs()
+def test_locations_surround_their_query():
+    x = operator_inputs((320, 480))
     y, x_ = torch.meshgrid(torch.arange(40), torch.arange(60), indexing='ij')
     centres = torch.stack([(x_ + 0.5) / 60, (y + 0.5) / 40], -1).flatten(0, 1)
     offsets = x.sampling_locations[0, :2400, :, 0] - centres[:, None, None]
     mean = (offsets * torch.tensor([60, 40])).mean(0)  # over queries: the noise is gone
     torch.testing.assert_close(mean[0, :, 0], torch.tensor([1.0, 2.0, 3.0, 4.0]), atol=0.2, rtol=0)
     torch.testing.assert_close(mean[0, :, 1], torch.zeros(4), atol=0.2, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ('options', 'sentence'),
-    [({'num_queries': 78}, 'at most 77'), ({'locations': 'middle'}, "'grid' or 'uniform'")],
-)
-def test_bad_operator_inputs(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        OperatorShape((48, 72), **options).inputs()
 
 
 def test_images_with_boxes():

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from mmlite.analysis.inputs import OperatorShape
+from mmlite.analysis.inputs import operator_inputs
 from mmlite.analysis.operators import (
     KEY_AWARE,
     OTHERS,
@@ -15,12 +15,10 @@ from mmlite.analysis.operators import (
 )
 from mmlite.analysis.timing import Setting
 
-SMALL = {'num_heads': 2, 'head_dim': 8}
-
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_contestants_compute_the_same(dtype):
-    inputs = OperatorShape((64, 96), **SMALL, dtype=dtype).inputs()
+    inputs = operator_inputs((64, 96), num_heads=2, head_dim=8, dtype=dtype)
     found, _ = contestants([inputs], 'cpu')
     outputs = {(each.operator, each.backend): each.run(inputs) for each in found}
     assert {(STANDARD, 'mmcv'), (KEY_AWARE, 'reference')} <= outputs.keys()
@@ -34,7 +32,7 @@ def test_reports_every_backend_once():
     steps = []
     setting = Setting((32, 32), rounds=2, warmup=1, parts=PASSES)
     start = lambda text, total: lambda: steps.append(total)  # noqa: E731
-    report = benchmark_operators(setting, start, num_queries=5, **SMALL)
+    report = benchmark_operators(setting, start, num_queries=5)
     names = [(each.operator, each.backend) for each in report.results]
     assert len(set(names)) == len(names)
     assert steps.count(steps[0]) == 2 * steps[0]  # the bar of each pass runs to its end
@@ -42,9 +40,6 @@ def test_reports_every_backend_once():
         for part in PASSES:
             ratio = each.timings[part][1].faster['over PyTorch'].median
             assert ratio > 0 and (ratio == 1) == (each.backend == 'reference')
-    # 5 queries, 22 tokens of 16 channels, 5 x 2 x 16 points, each read or written once as float32.
-    moved = next(e for e in report.results if e.operator == KEY_AWARE).work('forward', 1)['GB/s']
-    assert moved * 1e9 == pytest.approx(4 * (22 * 16 + 5 * 2 * 16 * 2 + 2 * 5 * 16))
 
 
 def test_what_is_not_there_is_left_out_with_the_reason(monkeypatch):
@@ -52,7 +47,7 @@ def test_what_is_not_there_is_left_out_with_the_reason(monkeypatch):
         raise OSError(f'no kernel for {device}\nand much more')
 
     monkeypatch.setitem(OTHERS, 'broken', broken)
-    found, left_out = contestants([OperatorShape((32, 32)).inputs()], 'cpu')
+    found, left_out = contestants([operator_inputs((32, 32))], 'cpu')
     assert left_out[f'{STANDARD} (broken)'] == 'no kernel for cpu'
     assert 'broken' not in {each.backend for each in found}
 

@@ -11,15 +11,8 @@ import torch
 from click.testing import CliRunner
 from small_detectors import batch, small_model, write_pair
 
-from mmlite.analysis.tune import (
-    Choice,
-    Point,
-    agreement,
-    choose,
-    front,
-    tuned,
-    with_decoder_layers,
-)
+from mmlite.analysis.timing import Timing
+from mmlite.analysis.tune import Choice, agreement, choose, front, tuned, with_decoder_layers
 from mmlite.cli import main
 from mmlite.export.detector import Detections
 from mmlite.openmmlab.build import build_detector, load_config
@@ -27,12 +20,15 @@ from mmlite.openmmlab.build import build_detector, load_config
 ELASTIC = ['H3L1-(1+1)x2', 'H3L1-(2+1)x1', 'H2L2-(2+1)x1']
 
 
-def point(seconds: float, accuracy: float) -> Point:
-    return Point(Choice('H3L1-(2+1)x3', (64, 96), 6), seconds, accuracy, print)
+def choice(seconds: float, accuracy: float) -> Choice:
+    made = Choice('H3L1-(2+1)x3', (64, 96), 6, accuracy=accuracy)
+    made.timings = {'inference': {1: Timing((seconds,))}}
+    return made
 
 
 def test_front_and_budget():
-    points = [point(3, 50), point(1, 30), point(2, 20), point(2.5, 45), point(1, 28), point(4, 50)]
+    found = ((3, 50), (1, 30), (2, 20), (2.5, 45), (1, 28), (4, 50))
+    points = [choice(*each) for each in found]
     assert [(p.seconds, p.accuracy) for p in front(points)] == [(1, 30), (2.5, 45), (3, 50)]
     assert choose(points, 2.5).accuracy == 45 and choose(points, 2.49).accuracy == 30
     with pytest.raises(ValueError, match=r'nothing runs within 900 ms; the nearest is .* 1000 ms'):
@@ -114,15 +110,13 @@ def test_the_command(user, tmp_path):
     image = cv2.imread(str(user[0] / 'images/0.png'))
     encoder, pipeline = config.model.encoder, config.test_dataloader.dataset.pipeline
     choice = Choice(encoder.schedule, pipeline[1].scale[::-1], config.model.decoder.num_layers)
-    assert choice in [Choice(*map(_plain, list(each.values())[:4])) for each in found]
+    assert ([*choice.image_size], choice.decoder_layers) in [
+        (each['image_size'], each['decoder_layers']) for each in found
+    ]
     written = tuned(model, config, choice).detect(image)
     whole = load_config(user[1])
     expected = tuned(build_detector(whole, str(user[0] / 'lite.pth')), whole, choice)
     np.testing.assert_allclose(written.scores, expected.detect(image).scores, rtol=1e-5)
-
-
-def _plain(value):
-    return tuple(value) if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize(

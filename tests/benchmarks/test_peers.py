@@ -5,13 +5,13 @@ import torch
 
 from benchmarks import peers
 from mmlite import ops
-from mmlite.analysis.inputs import OperatorShape
+from mmlite.analysis.inputs import operator_inputs
 from mmlite.analysis.operators import STANDARD, OperatorOnBackend, contestants
 
 
 def compare(run) -> None:
     """Outputs and gradients are those of our reference."""
-    x = OperatorShape((64, 96), 2, num_heads=4, head_dim=8).inputs()
+    x = operator_inputs((64, 96), 2, num_heads=4, head_dim=8)
     found, _ = contestants([x], 'cpu')
     reference = next(e.run for e in found if (e.operator, e.backend) == (STANDARD, 'reference'))
     torch.testing.assert_close(run(x), reference(x))

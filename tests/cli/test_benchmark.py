@@ -11,9 +11,9 @@ def run(*arguments: str):
 
 
 def test_operators(tmp_path):
-    path, markdown = tmp_path / 'ops.json', tmp_path / 'ops.md'
-    files = ('--json', str(path), '--markdown', str(markdown))
-    result = run('ops', '--image-size', '32x48', '--rounds', '2', '--threads', '1', *files)
+    path = tmp_path / 'ops.json'
+    options = ('--rounds', '2', '--threads', '1', '--json', str(path))
+    result = run('ops', '--image-size', '32x48', *options)
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
     measured = {(r['operator'], r['backend']): r['timings'] for r in report['results']}
@@ -25,15 +25,14 @@ def test_operators(tmp_path):
         for part in ('forward', 'forward+backward'):
             assert len(measured[name][part]['1']['seconds']) == 2
     assert report['machine']['threads'] == '1'
-    assert '| key_aware_deform_attn | reference |' in markdown.read_text()
+    assert '| key_aware_deform_attn | reference |' in result.output  # Markdown
 
 
 def test_encoder(tmp_path):
     path = tmp_path / 'encoder.json'
-    options = ('--rounds', '2', '--ffn', '64', '--train', '--profile', '--json', str(path))
+    options = ('--rounds', '2', '--ffn', '64', '--train', '--json', str(path))
     result = run('encoder', '--image-size', '32x48', *options)
     assert result.exit_code == 0, result.output
-    assert result.output.count('Self CPU time total') == 4
     results = json.loads(path.read_text())['results']
     lite = 'Lite H3L1-(2+1)x3'
     names = ['stock (mmcv)', 'stock (ms_deform_attn)', lite, f'{lite}, no KDA']

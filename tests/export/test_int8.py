@@ -6,9 +6,10 @@ import pytest
 from click.testing import CliRunner
 from exported import needs
 
+from mmlite.analysis.accuracy import Dataset
 from mmlite.cli import main
 from mmlite.export import load, openvino_core, quantize
-from mmlite.export.int8 import as_convolutions, coco_ap
+from mmlite.export.int8 import as_convolutions
 
 openvino = pytest.importorskip('openvino')
 pytest.importorskip('nncf')
@@ -45,7 +46,7 @@ def test_quantized(folder, images, tmp_path):
         'annotations': objects,
     }
     (tmp_path / 'truth.json').write_text(json.dumps(truth))
-    assert coco_ap(exported, tmp_path / 'truth.json', tmp_path) > 50
+    assert Dataset(tmp_path / 'truth.json', tmp_path).evaluate(exported)['mAP'] > 50
 
     arguments = ['quantize', str(folder), '-o', str(tmp_path / 'int8')]
     options = ['--images', str(tmp_path / '0.png'), '--images', str(tmp_path / '1.png')]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -146,3 +147,22 @@ def test_onnxruntime_keeps_the_norm_behind_an_addition(tmp_path, monkeypatch):
     monkeypatch.setattr('onnxruntime.InferenceSession', lambda *_, **k: told.update(k) or session)
     open_session(folder)
     assert told == {'disabled_optimizers': ['SkipLayerNormFusion']}
+
+
+def test_openvino_keeps_what_it_compiled(tmp_path):
+    """Of the model's present files; what is kept of others goes. It need not be writable."""
+    folder, caches = exported(tmp_path, 'openvino', model('standard')), tmp_path / '.openvino'
+    arrays, expected = example('standard')
+
+    def is_kept() -> bool:
+        session = open_session(folder)
+        np.testing.assert_allclose(session(*arrays.values())[0], expected, atol=2e-6, rtol=2e-5)
+        return session._compiled.get_property('LOADED_FROM_CACHE')
+
+    assert [is_kept(), is_kept()] == [False, True]
+    arrays, expected = example('shared key')
+    exported(tmp_path, 'openvino', model('shared key'))
+    assert [is_kept(), is_kept()] == [False, True] and len(list(caches.iterdir())) == 1
+    shutil.rmtree(caches)
+    caches.write_text('in the way')
+    assert [is_kept(), is_kept()] == [False, False]

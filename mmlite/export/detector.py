@@ -83,6 +83,8 @@ def load(
             f'{FORMAT_VERSION}); export again'
         )
     kind = description['format']
+    if kind not in OPEN:
+        raise ValueError(f'{folder} is for {kind}, which mmlite does not run; see docs/deploy.md')
     if precision != 'float32' and (precision, kind) != ('bfloat16', 'openvino'):
         raise ValueError(
             f"precision {precision!r} cannot be had from {kind}: 'float32' can, and 'bfloat16' "

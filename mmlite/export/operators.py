@@ -28,6 +28,9 @@ _INPUTS = {
     'KeyAwareDeformAttn': ('query', 'value', 'spatial_shapes', 'sampling_locations', 'key'),
     'MSDeformAttn': ('value', 'spatial_shapes', 'sampling_locations', 'attention_weights'),
 }
+# NVIDIA's own, by the name that TensorRT's parser looks for.
+_PLUGIN, _PLUGINS = 'MultiscaleDeformableAttnPlugin_TRT', 'trt.plugins'
+_PLUGIN_INPUTS = ('value', 'spatial_shapes', 'level_start_index', *_INPUTS['MSDeformAttn'][2:])
 _LIBRARY = torch.library.Library('mmlite', 'FRAGMENT')
 _LIBRARY.define(
     'distinct_boxes(Tensor boxes, Tensor scores, float iou_threshold, SymInt most) -> Tensor'
@@ -171,6 +174,14 @@ PORTABLE = {
 }
 
 
+def _for_tensorrt(query: Optional[Tensor], *others):
+    """Standard attention stays a node, as TensorRT has a plugin for it; the other is gathered."""
+    return (deform_attn if query is None else PORTABLE['gather'][deform_attn])(query, *others)
+
+
+TABLES = {**PORTABLE, 'tensorrt': _at_locations(_for_tensorrt)}
+
+
 class replacing(TorchFunctionMode):
     """Calls of operators go to the functions of a table inside the ``with`` block."""
 
@@ -189,11 +200,12 @@ def _define() -> None:
 
     option = OpSchema.FormalParameterOption
     floats = [f'tensor({kind})' for kind in ('float', 'float16', 'bfloat16')]
-    for name, arguments in _INPUTS.items():
+    for name, arguments in {**_INPUTS, _PLUGIN: _PLUGIN_INPUTS}.items():
+        domain, whole = (_PLUGINS, 'int32') if name == _PLUGIN else (DOMAIN, 'int64')
         inputs = [
             OpSchema.FormalParameter(
                 argument,
-                'tensor(int64)' if argument == 'spatial_shapes' else 'T',
+                f'tensor({whole})' if argument in ('spatial_shapes', 'level_start_index') else 'T',
                 param_option=option.Optional if argument == 'key' else option.Single,
             )
             for argument in arguments
@@ -201,18 +213,21 @@ def _define() -> None:
         outputs = [OpSchema.FormalParameter('output', 'T')]
         types = [('T', floats, 'Floats.')]
         register_schema(
-            OpSchema(name, DOMAIN, VERSION, inputs=inputs, outputs=outputs, type_constraints=types)
+            OpSchema(name, domain, VERSION, inputs=inputs, outputs=outputs, type_constraints=types)
         )
 
 
-def translation_table() -> dict[Callable, Callable]:
-    """How ``torch.onnx.export`` writes our operators: its ``custom_translation_table``."""
+def translation_table(tensorrt: bool = False) -> dict[Callable, Callable]:
+    """How ``torch.onnx.export`` writes our operators: its ``custom_translation_table``.
+
+    For TensorRT standard attention is the plugin that NVIDIA ships with it.
+    """
     from onnxscript import FLOAT, INT64
     from onnxscript import opset18 as onnx
     from onnxscript.values import Opset
 
     _define()
-    nodes = Opset(DOMAIN, VERSION)
+    nodes, plugins = Opset(DOMAIN, VERSION), Opset(_PLUGINS, VERSION)
 
     # The exporter reads the types, which must be objects: an int64 tensor has it join the level
     # sizes, symbols and numbers, to one.
@@ -225,6 +240,13 @@ def translation_table() -> dict[Callable, Callable]:
         sampling: FLOAT,
         attention_weights: Optional[FLOAT],
     ):
+        if query is None and tensorrt:  # int32 (L, 2) and (L,), and the heads stay apart
+            sizes = onnx.Reshape(spatial_shapes, onnx.Constant(value_ints=[-1, 2]))
+            counts = onnx.ReduceProd(sizes, onnx.Constant(value_ints=[1]), keepdims=0)
+            starts = onnx.CumSum(counts, onnx.Constant(value_int=0), exclusive=1)
+            whole = [onnx.Cast(numbers, to=6) for numbers in (sizes, starts)]
+            found = getattr(plugins, _PLUGIN)(value, *whole, sampling, attention_weights)
+            return onnx.Reshape(found, onnx.Constant(value_ints=[0, 0, -1]))
         if query is None:
             return nodes.MSDeformAttn(value, spatial_shapes, sampling, attention_weights)
         inputs = [query, value, spatial_shapes, sampling]

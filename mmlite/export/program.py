@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from .. import ops
 from ..models import Change
@@ -20,7 +21,7 @@ from ..openmmlab.families import encoder_name, family_of, find_holder, reads_tex
 from ..openmmlab.layers import fuse_into
 from .detector import FORMAT_VERSION, check_size
 from .graph import EXPORTABLE, Graph
-from .operators import AT_LOCATIONS, PORTABLE, replacing
+from .operators import AT_LOCATIONS, TABLES, replacing
 from .pipeline import class_names, preprocessing
 
 # ``Family.graph`` -> where the graph is.
@@ -97,7 +98,7 @@ def trace(
 ) -> Traced:
     """Trace a detector from images to what it finds; see :func:`mmlite.export.export_detector`.
 
-    ``portable`` is one of :data:`.operators.PORTABLE`. With ``from_offsets`` attention takes
+    ``portable`` is one of :data:`.operators.TABLES`. With ``from_offsets`` attention takes
     offsets, as only torch knows it, instead of locations.
     """
     if text is None and reads_text(model):
@@ -145,7 +146,7 @@ def trace_encoder(
 
 
 def _export(graph: nn.Module, arguments, portable, from_offsets=False, dynamic=None):
-    table = PORTABLE[portable] if portable else ({} if from_offsets else AT_LOCATIONS)
+    table = TABLES[portable] if portable else ({} if from_offsets else AT_LOCATIONS)
     # Our operators, where they are built, are what a portable graph is made from, too.
     built = any(backend.name == 'cpu' and backend.available for backend in ops.backends())
     backend = 'cpu' if built or not portable else 'reference'
@@ -194,8 +195,9 @@ def _levels(model: nn.Module) -> list[tuple[int, int]]:
             return [feat.shape[2] for feat in model.extract_feat(torch.zeros(1, 3, side, 128))]
 
     levels = []
-    for level, most in enumerate(rows(512)):
-        stride = 256 // (most - rows(256)[level])
-        first = next(side for side in range(513 - stride, 513) if rows(side)[level] == most)
-        levels.append((stride, most * stride - first))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # shapes alone
+        for level, most in enumerate(rows(512)):
+            stride = 256 // (most - rows(256)[level])
+            first = next(side for side in range(513 - stride, 513) if rows(side)[level] == most)
+            levels.append((stride, most * stride - first))
     return levels

@@ -24,6 +24,7 @@ from small_detectors import SMALL, STOCK
 from mmlite.cli import main
 from mmlite.export import export_detector, library, load
 from mmlite.export.compare import compare, difference, predict
+from mmlite.export.detector import read_description, write_description
 from mmlite.export.program import check_config
 
 pytest.importorskip('onnxscript')
@@ -183,6 +184,46 @@ def test_without_grid_sample(name, detector, images, tmp_path):
     assert ('', 'GridSample') not in kinds and {domain for domain, _ in kinds} == {''}
     shapes = [value.type.tensor_type.shape.dim for value in model.graph.value_info]
     assert max(map(len, shapes)) <= 5
+
+
+def test_for_tensorrt(detector, images, tmp_path):
+    """Its plugin gets what NVIDIA documents; with our operator in its place all is PyTorch's."""
+    import onnx
+
+    needs('onnx')
+    model = detector('LiteDINO')
+    assert export_detector(model, tmp_path, 'tensorrt', size=(192, 256)) is None
+    with pytest.raises(ValueError, match='is for tensorrt, which mmlite does not run'):
+        load(tmp_path)
+    graph = (written := onnx.load(tmp_path / 'model.onnx')).graph
+    constants = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    shapes = {
+        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+        for value in graph.value_info
+    }
+    sizes = np.array([[24, 32], [12, 16], [6, 8], [3, 4]], np.int32)
+    graph.initializer.append(onnx.numpy_helper.from_array(sizes.flatten().astype(int), 'sizes'))
+    plugins = [node for node in graph.node if node.domain]
+    assert len(plugins) == model.decoder.num_layers
+    for node in plugins:
+        assert node.op_type == 'MultiscaleDeformableAttnPlugin_TRT'
+        value, spatial_shapes, starts, locations, weights = node.input
+        assert [shapes[name] for name in (value, locations, weights)] == [
+            [1, 1020, 8, 32],
+            [1, 30, 8, 4, 4, 2],
+            [1, 30, 8, 4, 4],
+        ]
+        for name, expected in ((spatial_shapes, sizes), (starts, [0, 768, 960, 1008])):
+            assert constants[name].dtype == np.int32
+            np.testing.assert_array_equal(constants[name], expected)
+        del node.input[:]
+        node.input.extend([value, 'sizes', locations, weights])
+        node.domain, node.op_type = 'mmlite', 'MSDeformAttn'
+    written.opset_import.add(domain='mmlite', version=1)
+    onnx.save(written, tmp_path / 'model.onnx')
+    description = read_description(tmp_path)
+    write_description(tmp_path, description | {'format': 'onnx', 'portable': False})
+    assert_agrees(model, load(tmp_path), images)
 
 
 @pytest.mark.slow

@@ -1,12 +1,10 @@
 """What tests of exported detectors share."""
 
 import json
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from unittest import mock
 
 import cv2
 import numpy as np
@@ -16,7 +14,7 @@ from torch import nn
 from mmlite.export import Detector, library
 from mmlite.export.program import trace
 from mmlite.export.runtimes import RUNTIMES
-from mmlite.export.write import to_onnx, write
+from mmlite.export.write import to_openvino, write
 
 TEXT = ('red circle', 'green square', 'square')
 
@@ -132,13 +130,10 @@ def export_for_all(model: nn.Module, folder: Path, **options) -> None:
     """
     traced = trace(model, **options)
     write(traced, folder / 'torch', 'torch')
-    to_onnx(traced.program, folder / 'model.onnx')
-
-    def copy_onnx(program, path: Path, opset: int) -> None:
-        for file in folder.glob('model.onnx*'):
-            shutil.copy(file, path.parent)
-
-    with mock.patch('mmlite.export.write.to_onnx', copy_onnx):
-        for format_, runtime in RUNTIMES.items():
-            if format_ != 'torch' and find_spec(runtime) and has_library(runtime):
-                write(traced, folder / format_, format_)
+    if find_spec('onnxruntime') and has_library('onnxruntime'):
+        write(traced, folder / 'onnx', 'onnx')
+    if find_spec('openvino') and has_library('openvino'):
+        if (folder / 'onnx').exists():
+            to_openvino(folder / 'onnx', folder / 'openvino')
+        else:
+            write(traced, folder / 'openvino', 'openvino')

@@ -25,7 +25,7 @@ from ..export.int8 import import_nncf, quantize
 from ..export.operators import attention_as
 from ..export.program import Traced, trace
 from ..export.runtimes import import_runtime, library
-from ..export.write import write
+from ..export.write import to_openvino, write
 from ..openmmlab.build import DetectorSpec, build_detector, load_config
 from ..openmmlab.layers import LiteEncoder
 from ..openmmlab.lite_config import stock_config
@@ -221,7 +221,7 @@ def exported(
     for runtime in runtimes:
         need_runtime(runtime, int8)
         library(runtime)
-    forms = [(runtime, form) for runtime in runtimes for form in FORMS]
+    forms = [(runtime, form) for runtime in sorted(runtimes) for form in FORMS]
     forms += [('openvino', INT8)] if int8 else []
     wanted = [(each, *form) for each in group if each.model is not None for form in forms]
     step, found = start('exporting', len(wanted)), []
@@ -230,8 +230,12 @@ def exported(
         told = repr((each.model.cfg.to_dict(), each.checkpoint, weights, __version__, size))
         key = hashlib.sha256(told.encode()).hexdigest()[:12]
         path = Path('work_dirs/exports', f'{key}-{runtime}-{form.replace(" ", "-")}')
+        as_onnx = Path(str(path).replace('-openvino-', '-onnxruntime-', 1))
         if not (path / DESCRIPTION).is_file():
-            _export(each.model, path, FORMATS[runtime], form, size)
+            if as_onnx != path and (as_onnx / DESCRIPTION).is_file():
+                to_openvino(as_onnx, path)
+            else:
+                _export(each.model, path, FORMATS[runtime], form, size)
         found.append(Exported(f'{each.name}, {runtime}, {form}', folder=path))
         step()
     return found

@@ -13,7 +13,7 @@ from .shared import option
 # What float32 leaves of a box, in parts of the image, and of a score. A pixel whose logit is near
 # zero may be on either side of it, and moves the box around a mask by whole pixels.
 TOLERANCE, MASK_TOLERANCE = 1e-4, 1e-2
-_FORMATS = click.Choice(['onnx', 'openvino', 'torch', 'web', 'tensorrt'])
+_FORMATS = click.Choice(['onnx', 'openvino', 'torch', 'web', 'tensorrt', 'executorch'])
 
 
 @click.command()

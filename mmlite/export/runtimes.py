@@ -227,6 +227,16 @@ def _open_torch(model: Path, portable: bool, threads: int | None, *_: Any) -> Se
     return run
 
 
+def _open_executorch(model: Path, *_: Any) -> Session:
+    torch = import_runtime('torch')
+    runtime = import_runtime('executorch.runtime', 'executorch').Runtime.get()
+    method = runtime.load_program(model).load_method('forward')
+    return lambda *inputs: [
+        output.numpy().copy() for output in method.execute([*map(torch.from_numpy, inputs)])
+    ]
+
+
 # Format of an export -> what opens its model, and the package that runs it.
 OPEN = {'onnx': _open_onnx, 'web': _open_onnx, 'openvino': OpenVINOSession, 'torch': _open_torch}
+OPEN['executorch'] = _open_executorch
 RUNTIMES = {'onnx': 'onnxruntime', 'openvino': 'openvino', 'torch': 'torch'}

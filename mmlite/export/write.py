@@ -25,7 +25,7 @@ from .web import check_web, write_page
 
 # Format -> what the model is called in its folder.
 FILES = {'onnx': 'model.onnx', 'openvino': 'model.xml', 'torch': 'model.pt2', 'web': 'model.onnx'}
-FILES['tensorrt'] = 'model.onnx'
+FILES |= {'tensorrt': 'model.onnx', 'executorch': 'model.pte'}
 # What onnxscript would rewrite takes a third of the time, and these are what it finds in detectors:
 # factors of 1, terms of 0, norms behind convolutions and, in onnxscript 0.7, shapes that are known.
 _RULES = ('mul_by_1_rule', 'add_0_rule', 'fuse_batchnorm_into_conv_rule')
@@ -52,6 +52,7 @@ def export_detector(
         format (str): ``'onnx'``, ``'openvino'``, ``'torch'`` (torch.export) or ``'web'``: an ONNX
             model and a page that runs it in a browser, always portable. ``'tensorrt'`` is an ONNX
             model for TensorRT alone: standard attention by its plugin, key-aware by ``Gather``.
+            ``'executorch'``, by ``Gather``, is for images of one ``size``.
         config (Config, optional): Where the names of the classes and the test pipeline are read.
         size (tuple[int, int], optional): (h, w) of the canvas that images are fitted into.
         batch (int, optional): Images at a time; None for any number.
@@ -74,8 +75,13 @@ def export_detector(
         raise ValueError(f'format must be one of {", ".join(FILES)}; got {format!r}')
     if opset not in range(18, 22):
         raise ValueError(f'opset {opset} is not supported; choose 18 to 21')
+    if format == 'executorch' and (size is None or batch is None):
+        raise ValueError(
+            'executorch takes images of one size: add --image-size, and no --batch-size any'
+        )
     if format == 'web':
         check_web(preprocessing(config), batch)
+    if format in ('web', 'executorch'):
         portable = portable or 'gather'
     form = 'gridsample' if portable is True else portable or None
     if form not in (None, *PORTABLE):
@@ -98,6 +104,9 @@ def write(
         # Images of fewer rows or columns are outside what torch.export has traced.
         sides = (int(found.lower) for found in program.range_constraints.values())
         description['input'] = {**description['input'], 'least_side': max(sides, default=1)}
+    elif format == 'executorch':
+        exir = import_runtime('executorch.exir', 'executorch')
+        path.write_bytes(exir.to_edge_transform_and_lower(program).to_executorch().buffer)
     elif format != 'openvino':
         to_onnx(program, path, opset, format == 'tensorrt')
         if format == 'web':

@@ -8,6 +8,7 @@ from shutil import which
 import cv2
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from exported import (
     DETECTORS,
@@ -24,8 +25,9 @@ from small_detectors import SMALL, STOCK
 from mmlite.cli import main
 from mmlite.export import export_detector, library, load
 from mmlite.export.compare import compare, difference, predict
-from mmlite.export.detector import read_description, write_description
-from mmlite.export.program import check_config
+from mmlite.export.detector import FORMAT_VERSION, read_description, write_description
+from mmlite.export.program import Traced, check_config
+from mmlite.export.write import write
 
 pytest.importorskip('onnxscript')
 # Tracing takes half a minute on a quiet machine, and several on a busy one.
@@ -226,6 +228,30 @@ def test_for_tensorrt(detector, images, tmp_path):
     assert_agrees(model, load(tmp_path), images)
 
 
+class Doubling(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return 2 * images, images.long()
+
+
+def test_executorch_writes_and_runs_a_program(tmp_path):
+    pytest.importorskip('executorch.exir')
+    images = np.random.default_rng(0).uniform(0, 9, (1, 3, 4, 5)).astype(np.float32)
+    program = torch.export.export(Doubling(), (torch.from_numpy(images),))
+    described = {'version': FORMAT_VERSION, 'portable': 'gather', 'classes': [], 'input': {}}
+    session = write(Traced(program, described), tmp_path, 'executorch').session
+    first, doubled = session(images), session(2 * images)
+    for outputs, factor in ((first, 1), (doubled, 2)):
+        np.testing.assert_allclose(outputs[0], 2 * factor * images)
+        np.testing.assert_array_equal(outputs[1], (factor * images).astype(int))
+
+
+@pytest.mark.slow
+def test_executorch(detector, images, tmp_path):
+    pytest.importorskip('executorch.exir')
+    model = detector('LiteDINO')
+    assert_agrees(model, export_detector(model, tmp_path, 'executorch', size=(192, 256)), images)
+
+
 @pytest.mark.slow
 def test_masks(detector, images, tmp_path):
     """Of the right shapes. Their pixels are compared in test_graph.py: where a query attends is cut
@@ -291,6 +317,8 @@ def test_command(images, tmp_path, monkeypatch):
 def test_what_cannot_be_exported_is_refused_before_it_is_built(tmp_path):
     with pytest.raises(ValueError, match='format must be one of onnx, openvino, torch'):
         export_detector(None, tmp_path, 'tflite')
+    with pytest.raises(ValueError, match='executorch takes images of one size'):
+        export_detector(None, tmp_path, 'executorch')
     inside = dict(type='DINO', encoder=dict(num_layers=6))
     with pytest.raises(ValueError, match=r'SoftTeacher .*export the detector inside'):
         check_config(dict(type='SoftTeacher', detector=inside))

@@ -30,6 +30,7 @@ def compare(
     modes: Sequence[str] = (EAGER,),
     *,
     runtimes: Sequence[str] = ('pytorch',),
+    forms: Sequence[str] = (),
     int8: bool = False,
     dataset: Dataset | None = None,
     start: Start = silent,
@@ -38,8 +39,9 @@ def compare(
 
     One group is in memory at a time, and counted before anything is timed, so bad input costs no
     work. ``modes`` are of :data:`~mmlite.analysis.contestants.MODES`. ``runtimes`` other than
-    ``'pytorch'`` run exports of the models in every form, OpenVINO with ``int8`` also in 8 bits.
-    The accuracy of models with a checkpoint is measured on ``dataset``.
+    ``'pytorch'`` run exports of the models: in ``forms``, or without any the first model plainly
+    and the others with our operators, and in OpenVINO with ``int8`` also in 8 bits. The accuracy
+    of models with a checkpoint is measured on ``dataset``.
     """
     others = [runtime for runtime in runtimes if runtime != 'pytorch'] if setting.rounds else []
     if int8 and 'openvino' not in runtimes:
@@ -58,7 +60,7 @@ def compare(
         if 'pytorch' in runtimes or not others:
             running += _in_modes(group, modes if setting.rounds else (EAGER,), notes)
         if others:
-            running += exported(group, others, int8, setting.image_size, start)
+            running += exported(group, others, forms, int8, setting.image_size, start)
         fused = next((each for each in running if each.mode == FUSED), None)
         against = {
             'faster': lambda each: each.baseline,

@@ -45,7 +45,7 @@ from .timing import Call, Contestant, Setting, Start
 EAGER, COMPILED, FUSED, OPTIMIZED = MODES = ('eager', 'compiled', 'fused', 'optimized')
 # How it is exported: with attention as MMCV writes it, portable, with our operators; and for
 # OpenVINO, for images of one size, in 8 bits.
-FORMS = PLAIN, PORTABLE, OURS = 'plain', 'portable', 'our operators'
+FORMS = PLAIN, PORTABLE, OURS = 'plain', 'portable', 'ours'
 INT8 = '8 bits'
 # Runtime -> what a model is exported as.
 FORMATS = {'onnxruntime': 'onnx', 'openvino': 'openvino'}
@@ -215,15 +215,26 @@ def detectors(names: Sequence[str], changes: dict | None, device: str, start: St
 
 
 def exported(
-    group: Sequence[Model], runtimes: Sequence[str], int8: bool, size: tuple[int, int], start: Start
+    group: Sequence[Model],
+    runtimes: Sequence[str],
+    forms: Sequence[str],
+    int8: bool,
+    size: tuple[int, int],
+    start: Start,
 ) -> list[Exported]:
-    """Export detectors for runtimes in every form, or find what was exported before."""
+    """Export detectors for runtimes, or find what was exported before.
+
+    Without ``forms`` the first detector is exported plainly, the others with our operators.
+    """
     for runtime in runtimes:
         need_runtime(runtime, int8)
         library(runtime)
-    forms = [(runtime, form) for runtime in sorted(runtimes) for form in FORMS]
-    forms += [('openvino', INT8)] if int8 else []
-    wanted = [(each, *form) for each in group if each.model is not None for form in forms]
+    wanted: list[tuple[Model, str, str]] = []
+    for each in group:
+        own = forms or ([PLAIN] if each is group[0] else [OURS])
+        every = [(runtime, form) for runtime in sorted(runtimes) for form in own]
+        every += [('openvino', INT8)] if int8 else []
+        wanted += [(each, *one) for one in every if each.model is not None]
     step, found = start('exporting', len(wanted)), []
     for each, runtime, form in wanted:
         weights = [Path(file).stat().st_mtime for file in [each.checkpoint] if file]

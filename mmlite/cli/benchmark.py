@@ -113,6 +113,7 @@ def encoder(*, setting, schedules, ffn, modes, start):
 @option('--schedule', 'schedules', multiple=True, help='Of Lite encoders, outside mmdet.')
 @several('--mode', 'eager compiled fused optimized', 'How models run in PyTorch.')
 @several('--runtime', 'pytorch onnxruntime openvino', 'Others than pytorch run exports.')
+@option('--form', 'forms', type=click.Choice(['plain', 'portable', 'ours']), multiple=True)
 @flag('--int8', help='Also in 8 bits, in OpenVINO; needs NNCF.')
 @several('--part', 'inference encoder', 'The whole model, or its encoder alone.')
 @train_flag
@@ -133,8 +134,10 @@ def compare(*, names, framework, schedules, setting, start, dataset, cfg_options
     mask2former. The model is measured as it is, on our operators, and Lite, with each --schedule
     or the main one that fits.
 
-    Modes: fused has standard attention on our operators, optimized is mmlite.optimize. Modes,
-    runtimes, parts, schedules and batch sizes may be given more than once.
+    Modes: fused has standard attention on our operators, optimized is mmlite.optimize. Forms are
+    what runtimes get: attention as MMCV writes it, without our operators, or on them. By default
+    the baseline is plain, all else ours. Modes, runtimes, forms, parts, schedules and batch sizes
+    may be given more than once.
 
     \b
     Example:

@@ -239,6 +239,8 @@ class Detector:
             )
         preprocessing = self.description['preprocessing']
         size = self.resized_size(image)
+        if preprocessing.get('to_float32'):
+            image = image.astype(np.float32)
         if size != image.shape[:2]:
             image = resized_image(image, size, preprocessing['resize'].get('backend', 'cv2'))
         if preprocessing['pad'] is not None:
@@ -313,7 +315,7 @@ def resized_size(size: tuple[int, int], resize: dict[str, Any] | None) -> tuple[
 
 
 def resized_image(image: np.ndarray, size: tuple[int, int], backend: str = 'cv2') -> np.ndarray:
-    """Resize an image, uint8 (h, w) or (h, w, 3), bilinearly as MMCV does."""
+    """Resize an image, (h, w) or (h, w, 3), bilinearly as MMCV does; by Pillow uint8 alone."""
     if backend == 'pillow':
         from PIL import Image
 
@@ -327,6 +329,6 @@ def padded_image(image: np.ndarray, value, size=(0, 0), size_divisor: int = 1) -
     """Pad an image (h, w, 3) at the right and bottom, as MMCV's ``impad``."""
     least = np.maximum(image.shape[:2], size)
     height, width = -(-least // size_divisor) * size_divisor
-    padded = np.full((height, width, 3), value, np.uint8)
+    padded = np.full((height, width, 3), value, image.dtype)
     padded[: image.shape[0], : image.shape[1]] = image
     return padded

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from mmdet.datasets.transforms import FixScaleResize, Pad, Resize
+from mmcv.transforms import Pad, Resize
+from mmdet.datasets.transforms import FixScaleResize
 from mmdet.registry import DATASETS, TRANSFORMS
 from mmengine.config import Config
 from mmengine.dataset import Compose
@@ -13,25 +14,31 @@ from torch import nn
 
 from ..openmmlab.families import type_name
 
+# Transforms that leave the pixels of an image as they are, or are how one comes from a file.
+_LOADED = ('LoadImageFromFile', 'LoadImageFromNDArray')
+_LOADED += ('LoadAnnotations', 'LoadPanopticAnnotations', 'LoadEmptyAnnotations', 'LoadProposals')
+_LOADED += ('PackDetInputs', 'PackSegInputs')
+
 
 def preprocessing(config: Config | None) -> dict[str, Any]:
     """What the test pipeline of a config does to an image, as ``detector.json`` says it.
 
     ``decoder`` is what :func:`.detector.read_image` takes, ``resize`` and ``pad`` what
-    :func:`.detector.resized_size` and :func:`.detector.padded_image` take, or None. Other
-    transforms are refused.
+    :func:`.detector.resized_size` and :func:`.detector.padded_image` take, or None; with
+    ``to_float32`` neither rounds pixels. Other transforms are refused.
     """
-    decoder, resize, pad = 'cv2', None, None
+    decoder, is_float, resize, pad = 'cv2', False, None, None
     for name, step in _transforms(config):
         if name == 'LoadImageFromFile':
             decoder = step.get('imdecode_backend', decoder) or decoder
             color = step.get('color_type', 'color')
+            is_float = step.get('to_float32', False)
             if decoder not in ('cv2', 'pillow') or color != 'color':
                 raise ValueError(
                     f'the test pipeline reads images by {decoder} with color_type {color!r}; '
                     "'cv2' and 'pillow' with 'color' can be read: change LoadImageFromFile"
                 )
-        if name.startswith(('Load', 'Pack')):
+        if name in _LOADED:
             continue
         transform = TRANSFORMS.build(step) if name in ('Resize', 'FixScaleResize', 'Pad') else None
         is_plain = getattr(transform, 'interpolation', 'bilinear') == 'bilinear'
@@ -53,16 +60,17 @@ def preprocessing(config: Config | None) -> dict[str, Any]:
                 'Resize or FixScaleResize (scale, keep_ratio, bilinear) and then one Pad (size or '
                 'size_divisor); change the pipeline of test_dataloader in the config'
             )
-    return {'decoder': decoder, 'resize': resize, 'pad': pad}
+    return {'decoder': decoder, 'to_float32': is_float, 'resize': resize, 'pad': pad}
 
 
 def prepare(config: Config, image: np.ndarray) -> tuple[np.ndarray, tuple[float, float]]:
     """What the test pipeline gives the model, float32 (3, h, w), and its factors (w, h)."""
-    steps = [step for name, step in _transforms(config) if not name.startswith('Load')]
-    size = image.shape[:2]
-    found = Compose(steps)({'img': image, 'img_shape': size, 'ori_shape': size})
-    factors = found['data_samples'].metainfo.get('scale_factor', (1.0, 1.0))
-    return found['inputs'].numpy().astype(np.float32), factors
+    steps = [step for name, step in _transforms(config) if name not in _LOADED]
+    if preprocessing(config)['to_float32']:
+        image = image.astype(np.float32)
+    found = Compose(steps)({'img': image, 'img_shape': image.shape[:2]})
+    content = np.ascontiguousarray(found['img'].transpose(2, 0, 1), np.float32)
+    return content, found.get('scale_factor', (1.0, 1.0))
 
 
 def class_names(
@@ -87,7 +95,8 @@ def _datasets(config: Config | None) -> list[dict]:
         inner = [*dataset.get('datasets', []), *filter(None, [dataset.get('dataset')])]
         return [leaf for one in inner for leaf in unwrapped(one)] or [dataset]
 
-    return unwrapped((config or {}).get('test_dataloader', {}).get('dataset', {}))
+    # A config without a test, or one that inherits none, says None.
+    return unwrapped(((config or {}).get('test_dataloader') or {}).get('dataset', {}))
 
 
 def _transforms(config: Config | None) -> list[tuple[str, dict]]:

@@ -85,7 +85,7 @@ def build_detector(
         adapt_bert(model.language_model)
     if checkpoint is not None:
         _load(model, checkpoint, name)
-    dataset = config.get('test_dataloader', {}).get('dataset', {})
+    dataset = (config.get('test_dataloader') or {}).get('dataset', {})
     classes = (dataset.get('metainfo') or {}).get('classes', CocoDataset.METAINFO['classes'])
     model.cfg, model.dataset_meta = config, {'classes': classes}
     return model.to(device).eval()

@@ -43,8 +43,12 @@ _METHODS = {
 _PLAIN = (
     *(*_METHODS, np.ndarray, np.dtype, Counter, Namespace, set, frozenset, slice, complex),
     *(datetime.date, datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone),
-    # Reading a dtype checks the class of the dtype object, one for each kind of number.
-    *{type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['AllFloat'] + '?'},
+    # Reading a dtype checks the class of the dtype object, one for each kind of number or text.
+    *{
+        type(np.dtype(code))
+        for kind in ('AllInteger', 'AllFloat', 'Datetime')
+        for code in np.typecodes[kind] + '?US'
+    },
 )
 
 
@@ -84,10 +88,12 @@ def load_checkpoint(
 
 def _problem(error: Exception) -> str:
     text = str(error)
-    refused = re.search(r'GLOBAL ((?:([\w.]+)\.)?\w+)', text)
+    refused = re.search(r"(?:GLOBAL |but got <class ')((?:([\w.]+)\.)?\w+)", text)
     if refused is None:
-        reason = text.partition('\n')[0] or type(error).__name__
-        return f'is not a checkpoint that torch can read: {reason}'
+        # Torch speaks of weights_only before it comes to the reason.
+        reason = text.rpartition('WeightsUnpickler error:')[2].strip().partition('\n')[0]
+        reason = reason or type(error).__name__
+        return f'is not a checkpoint that torch can read: {reason}; copy or download it again'
     name, module = refused[1], refused[2] or 'builtins'
     if 'is blocked' in text:
         way_out = 'torch never loads this, so do not trust the file'

@@ -57,6 +57,7 @@ def test_reads_what_mmengine_writes(reader, save):
                 'eta': np.float64(2.5),
                 'step': np.int64(7),
                 'flags': np.array([True, False]),
+                'names': [np.str_('a'), np.array(['cat', 'dog']), np.datetime64('2024-05-06')],
                 'plain': [Namespace(lr=0.1), datetime(2024, 5, 6), {1, 2}, Counter([8, 8]), ('a',)],
                 'path': Path('/data/a.pth'),
             }
@@ -66,6 +67,8 @@ def test_reads_what_mmengine_writes(reader, save):
     assert content['loss'].statistics('mean') == 2.0
     assert (content['eta'], content['step']) == (2.5, 7)
     assert content['flags'].tolist() == [True, False]
+    assert [np.size(name) for name in content['names']] == [1, 2, 1]
+    assert content['names'][1].tolist() == ['cat', 'dog']
     assert content['plain'] == [Namespace(lr=0.1), datetime(2024, 5, 6), {1, 2}, {8: 2}, ('a',)]
     assert content['path'] == PurePosixPath('/data/a.pth')
 
@@ -161,12 +164,21 @@ def test_refuses_an_unknown_class_unless_allowed(reader, save):
             torch.serialization.add_safe_globals(before)
 
 
+@pytest.mark.skipif(not loading._TORCH_KNOWS_SAFE_GLOBALS, reason='torch < 2.6 takes it')
+def test_names_a_dtype_that_is_refused(save):
+    path, dtype = save({'meta': np.array([None])}), type(np.dtype(object))
+    with pytest.raises(ValueError, match=rf'it holds {dtype.__module__}\.{dtype.__name__},'):
+        load_checkpoint(path)
+    assert load_checkpoint(path, allow=[dtype])['meta'].tolist() == [None]
+
+
 @pytest.mark.parametrize('content', [b'', b'hello', b'PK\x03\x04 no zip', b'\x80\x02}q'])
 def test_says_that_a_file_is_no_checkpoint(reader, tmp_path, content):
     path = tmp_path / 'notes.pth'
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r'notes\.pth is not a checkpoint'):
+    with pytest.raises(ValueError, match=r'notes\.pth is not a checkpoint') as refusal:
         load_checkpoint(path)
+    assert 'weights_only' not in str(refusal.value)  # which is no argument here
     with pytest.raises(FileNotFoundError, match=r'nothing\.pth does not exist'):
         load_checkpoint(tmp_path / 'nothing.pth')
 

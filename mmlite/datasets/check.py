@@ -57,12 +57,12 @@ PROBLEMS = {
     'object of no image': 'its image_id is not listed; it is left out',
     'object of no category': 'its category_id is not listed; it is left out',
     'object without a key': 'MMDetection or the evaluation fails on it',
-    'broken box': 'its bbox is not four numbers [x, y, width, height]',
+    'broken box': 'its bbox is not four numbers [x, y, width, height], or its area not one',
     'box without area': 'MMDetection leaves it out',
     'box outside the image': 'MMDetection leaves it out',
     'box partly outside': 'it reaches more than a pixel beyond the image',
     'object without a mask': "the config loads masks: training ends with KeyError 'mask'",
-    'broken mask': 'no polygon of three points or more: MMDetection leaves the object out',
+    'broken mask': 'no polygon of three points or more: left out; other faults end training',
     'more objects than queries': 'some cannot be found; raise num_queries',
 }
 REMARKS = {
@@ -135,7 +135,8 @@ class DataSet:
                 yield kind, f'{self._place(entry)}{what}'
             if image_id in self.images and name in found and not entry.get('iscrowd'):
                 self.images[image_id]['objects'] += 1
-                found[name].append((image_id, entry.get('area', 0)))
+                area = entry.get('area')
+                found[name].append((image_id, area if _is_number(area) else 0))
         self.classes = []
         for name, objects in found.items():
             sizes = np.histogram([area for _, area in objects], _SIZE_EDGES)[0].tolist()
@@ -171,8 +172,8 @@ class DataSet:
             return
         box = entry['bbox']
         numbers = box if isinstance(box, list) and len(box) == 4 else [None]
-        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers):
-            yield 'broken box', f': {box}'
+        if not all(map(_is_number, [*numbers, entry.get('area', 1)])):
+            yield 'broken box', f': {box}, area {entry.get("area", "missing")}'
             return
         x, y, w, h = box
         width, height = self.images[entry['image_id']]['size']
@@ -190,10 +191,12 @@ class DataSet:
             mask = entry.get('segmentation')
             if not mask:
                 yield 'object without a mask', ''
-            elif isinstance(mask, list) and not any(len(p) >= 6 and len(p) % 2 == 0 for p in mask):
+            elif isinstance(mask, dict):  # run lengths
+                if 'counts' not in mask or mask.get('size') != [height, width]:
+                    told = f'of the keys {", ".join(mask)}, size {mask.get("size")}'
+                    yield 'broken mask', f': {told}, image {width}x{height}'
+            elif not _has_polygons(mask):
                 yield 'broken mask', f': {mask}'
-            elif isinstance(mask, dict) and not mask.keys() >= {'counts', 'size'}:
-                yield 'broken mask', f': of the keys {", ".join(mask)}'
 
     def image_problems(self, image: dict) -> list[tuple[str, str]]:
         """Decode an image as the config's pipeline does: kinds and places of what is wrong."""
@@ -352,6 +355,18 @@ def _unwrapped(cfg: dict) -> list[dict]:
     """The data sets inside of wrappers such as ``RepeatDataset`` and ``ConcatDataset``."""
     inner = [*(cfg.get('datasets') or ()), *filter(None, [cfg.get('dataset')])]
     return [leaf for part in inner for leaf in _unwrapped(part)] or [cfg]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _has_polygons(mask: Any) -> bool:
+    """Whether a mask is polygons, one of them at least of three points or more."""
+    if not isinstance(mask, list) or not all(isinstance(polygon, list) for polygon in mask):
+        return False
+    are_numbers = all(_is_number(x) for polygon in mask for x in polygon)
+    return are_numbers and any(len(p) >= 6 and len(p) % 2 == 0 for p in mask)
 
 
 @contextlib.contextmanager

@@ -90,7 +90,8 @@ def _make_once(make: Callable, *arguments: Any) -> Any:
 
 def check_threads(threads: int | None) -> None:
     """Refuse with a ValueError what is no number of threads; None is the runtime's choice."""
-    if threads is not None and not (isinstance(threads, Integral) and threads > 0):
+    is_number = isinstance(threads, Integral) and not isinstance(threads, bool)
+    if threads is not None and not (is_number and threads > 0):
         raise ValueError(f'threads must be a whole number from 1, or None; got {threads!r}')
 
 

@@ -129,6 +129,9 @@ def test_batches_are_in_order_and_filled_up():
     assert [one.boxes.tolist() for one in found] == [[[n] * 4] for n in (1, 2, 3)]
     assert [images.shape for images, _ in made.seen] == [(2, 3, 22, 30), (2, 3, 23, 30)]
     assert [sizes for _, sizes in made.seen] == [[[21, 30], [22, 30]], [[23, 30], [23, 30]]]
+    made = detector([0] * 4, batch=None)
+    found = made.detect_batch([np.full((20 + n, 30, 3), n, np.uint8) for n in (1, 2, 3)])
+    assert len(found) == 3 and [images.shape for images, _ in made.seen] == [(3, 3, 23, 30)]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from exported import (
     export_for_all,
     needs,
 )
+from mmdet.models import DINO
 from small_detectors import SMALL, STOCK
 
 from mmlite.cli import main
@@ -50,6 +51,10 @@ def test_any_size(format_, exported_lite_dino, images, tmp_path):
     exported = load(folder / format_)
     assert_agrees(model, exported, images[:2])
     assert exported.description['schedule'] == 'H3L1-(2+1)x1'
+    outputs = exported.session(*exported.arguments_of(images[0]))
+    kept = [array.copy() for array in outputs]
+    exported.detect(images[1])  # writes into no memory that a caller still holds
+    assert all(map(np.array_equal, outputs, kept))
     assert_runs_alone(exported, folder / format_, images[0], tmp_path)
 
 
@@ -322,3 +327,4 @@ def test_what_cannot_be_exported_is_refused_before_it_is_built(tmp_path):
     inside = dict(type='DINO', encoder=dict(num_layers=6))
     with pytest.raises(ValueError, match=r'SoftTeacher .*export the detector inside'):
         check_config(dict(type='SoftTeacher', detector=inside))
+    check_config(dict(type=type('Own', (DINO,), {})))

@@ -11,7 +11,7 @@ from small_detectors import write_pair
 
 import mmlite
 from mmlite.export import pytorch
-from mmlite.export.detector import Detections
+from mmlite.export.detector import Detections, detections_of
 from mmlite.openmmlab.build import build_detector, load_config
 
 PAD = dict(type='Pad', size_divisor=32, pad_val=dict(img=114))
@@ -75,7 +75,7 @@ def test_what_is_no_detector_is_refused(tmp_path):
         mmlite.load('nowhere.py,x.pth')
     with pytest.raises(ValueError, match=r"device 'gpu' cannot be used here: .*; 'cpu' can"):
         mmlite.load(name, 'x.pth', device='gpu')
-    for threads in (-1, 0, '2'):
+    for threads in (-1, 0, '2', True):
         with pytest.raises(ValueError, match=f'whole number from 1, or None; got {threads!r}'):
             mmlite.load(name, 'x.pth', threads=threads)
     with pytest.raises(FileNotFoundError, match='holds no exported detector'):
@@ -100,6 +100,18 @@ def test_threads_take_turns(monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: session(np.zeros((1, 3, 8, 8)), np.array([[8, 8]])), range(8)))
     assert seen == [1] * 8
+
+
+def test_images_keep_their_own_number_of_detections(monkeypatch):
+    def predict(model, images, sizes, text):
+        return [Detections(np.ones((n, 4)), np.full(n, 0.5), np.ones(n, int)) for n in (1, 3, 0)]
+
+    monkeypatch.setattr(pytorch, 'predict', predict)
+    outputs = pytorch.PyTorchSession(torch.nn.Identity(), None, None)(
+        np.zeros((3, 3, 8, 8)), [[8, 8]] * 3
+    )
+    found = [detections_of(outputs, number, (8, 8)) for number in range(3)]
+    assert [len(each.scores) for each in found] == [1, 3, 0]
 
 
 def test_too_few_tokens_for_the_queries(monkeypatch):

@@ -28,6 +28,17 @@ def run(model: nn.Module) -> tuple[list, dict]:
     return [*found], {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+def test_points_of_one_level_serve_all(compiled):
+    attention = others.MSDeformAttn().eval()
+    sizes = torch.tensor(others.SIZES)
+    tokens = torch.randn(1, int(sizes.prod(1).sum()), others.DIMS)
+    points = torch.rand(1, tokens.shape[1], 1, 2)
+    expected = attention(tokens, points, tokens, sizes, None)
+    torch.testing.assert_close(
+        mmlite.fuse(attention)(tokens, points, tokens, sizes, None), expected
+    )
+
+
 def note(module: nn.Module, *args) -> None:
     RAN.append(type(module))
 

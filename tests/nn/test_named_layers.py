@@ -7,6 +7,7 @@ from thin_encoder import SIZES, THIN, inputs, randomised
 from mmlite.models import use_schedule
 from mmlite.nn import EncoderSchedule, EncoderStep, LiteEncoder
 from mmlite.nn.schedule import decode_schedules, encode_schedules, layer_steps
+from mmlite.nn.tokens import StepTokens
 
 PRO_SCALE = 'H4L0-12:12x2+123:123+1234x2'
 
@@ -131,6 +132,15 @@ def test_training_takes_the_schedules_in_turn_and_prediction_the_chosen_one():
     assert torch.equal(encoder.eval()(**inputs()), expected[ELASTIC[1]])
 
 
+def test_those_between_take_turns():
+    names = [ELASTIC[0], 'H3L1-123+1234x3', *ELASTIC[1:]]
+    encoder = LiteEncoder(ELASTIC[2], **THIN, elastic=names).train()
+    turns = []
+    for encoder.training_calls in range(6):
+        turns.append(str(encoder.next_schedule))
+    assert turns == [names[0], names[3], names[1], names[0], names[3], names[2]]
+
+
 def test_a_compiled_elastic_encoder_is_compiled_for_each_turn_once():
     encoder = randomised(LiteEncoder(ELASTIC[1], **THIN, elastic=ELASTIC)).train()
     expected = [encoder(**inputs()) for _ in range(3)]
@@ -155,6 +165,11 @@ def test_what_a_schedule_costs():
         'H3L0-1:1x3+12+123': 3 * 1 + 5 + 21,
     }
     assert {name: EncoderSchedule.parse(name).cost for name in costs} == costs
+
+
+def test_a_step_may_name_what_it_reads_alone():
+    step = EncoderStep(True, True, reads=(0, 2))
+    assert StepTokens(step, [(4, 4), (1, 1), (2, 2)], (0,)).read == (0, 1)
 
 
 def test_what_cannot_share_weights_is_refused():

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mmlite.nn import EncoderSchedule
+from mmlite.nn.schedule import level_ranks
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,10 @@ def test_steps(schedule, update, high, low):
     steps = EncoderSchedule.parse(schedule).steps(update)
     assert [step.updates_high for step in steps] == high
     assert [step.updates_low for step in steps] == low
+
+
+def test_of_maps_of_one_size_the_later_count_as_smaller():
+    assert level_ranks([(2, 3), (1, 1), (3, 2), (6, 1)]) == (3, 0, 2, 1)
 
 
 @pytest.mark.parametrize('dtype', [torch.int64, torch.float32, torch.float16, torch.bfloat16])

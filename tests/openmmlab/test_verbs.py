@@ -67,6 +67,13 @@ def test_takes_the_dtype_of_the_model(dtype):
     assert lite.encoder.schedule_code.tolist() == [3, 1, 2, 1, 0]
 
 
+@pytest.mark.parametrize('num_cp, kept', [(0, -1), (1, 1)])
+def test_goes_on_recomputing_as_many_layers(num_cp, kept):
+    model = stock_model('DINO')
+    model.encoder.num_cp = num_cp
+    assert mmlite.to_lite(model, 'H3L1-(2+1)x1').encoder.num_cp == kept
+
+
 def test_computed_weights_are_copied_and_other_encoders_refused():
     model = stock_model('DINO')
     layer = model.encoder.layers[0]

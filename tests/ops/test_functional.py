@@ -60,6 +60,7 @@ BAD = [
     ('spatial_shapes', lambda shapes: shapes[:1]),
     ('spatial_shapes', lambda shapes: shapes + 1),
     ('spatial_shapes', lambda shapes: [(0, 5), (2, 7)]),
+    ('spatial_shapes', lambda shapes: [(2, 7), (5, 0)]),
     ('spatial_shapes', lambda shapes: -shapes),
 ]
 BAD_OFFSETS = [

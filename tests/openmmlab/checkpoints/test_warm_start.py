@@ -291,6 +291,10 @@ def test_hook(stock, tmp_path):
         WarmStartHook(str(tmp_path / 'none.pth'))
 
 
+def test_hook_leaves_what_is_resumed():
+    WarmStartHook.before_train(None, SimpleNamespace(iter=1))  # after a single iteration
+
+
 def test_command(stock, tmp_path):
     source, target, image = (tmp_path / name for name in ('stock.pth', 'start.pth', 'image.png'))
     torch.save(dict(state_dict=stock), source)

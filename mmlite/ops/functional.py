@@ -222,6 +222,8 @@ def _attend(
         if len(shape) != 2:
             raise ValueError(f'spatial_shapes must be pairs (h, w); got {shape} among them')
         sizes += shape
+    if torch.jit.is_tracing():  # where sizes may be tensors, which no operator takes
+        sizes = [int(size) for size in sizes]
     points = (reference_points, sampling, attention_weights)
     if _is_fused(value, len(shapes)):
         return operator.deform_attn(query, key, value, sizes, *points)

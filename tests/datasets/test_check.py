@@ -193,6 +193,8 @@ def test_a_file_for_the_evaluation_needs_iscrowd(config, root):
     found, _ = run(config)
     (place,) = found.pop(('val, test', 'object without a key'))
     assert found == {} and re.fullmatch(r"object 1 in .*val/00000\.png lacks 'iscrowd'", place)
+    config.val_dataloader.dataset = config.train_dataloader.dataset
+    assert ('train, val', 'object without a key') in run(config)[0]
 
 
 @pytest.mark.parametrize('text', [None, ''])
@@ -241,6 +243,12 @@ def test_as_many_objects_as_queries(config):
     config.model.num_queries -= 1
     (place, *_) = run(config)[0]['train', 'more objects than queries']
     assert f'({most} objects, {most - 1} queries)' in place
+
+
+def test_crowds_are_not_counted(config, root):
+    before = run(config)[1][0].as_json()['objects']
+    edit(root, first(iscrowd=1))
+    assert run(config)[1][0].as_json()['objects'] == before - 1
 
 
 def test_wrappers_are_opened(config):

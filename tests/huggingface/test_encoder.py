@@ -213,6 +213,27 @@ def test_gradient_checkpointing_is_followed(before):
         runs.clear()
 
 
+class Logits(torch.nn.Module):
+    """A model whose output torch can trace."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model(pixels).logits
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('change', [fuse, lambda model: to_lite(model, 'H3L1-(2+1)x2')])
+def test_traced_by_jit(change):
+    """Where the sizes of the maps are tensors."""
+    model = Logits(change(build('deformable_detr')).eval())
+    pixels = models.inputs(model.model)['pixel_values'][:1]
+    traced = torch.jit.trace(model, (pixels,), check_trace=False)
+    assert_same([traced(pixels)], [model(pixels)])
+
+
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('change', [fuse, lambda model: to_lite(model, 'H3L1-(2+1)x2')])
 def test_onnx(change, tmp_path):

@@ -22,7 +22,7 @@ class GroundingGraph(DetectorGraph):
 
     def __init__(self, model: nn.Module, text: Sequence[str] | None) -> None:
         super().__init__(model)
-        if not text or isinstance(text, str):
+        if not text or isinstance(text, str) or not all(map(str.strip, text)):
             how = 'one name a class (--text "cat . dog" on the command line)'
             raise ValueError(f'{type(model).__name__} needs a text, which the export fixes: {how}')
         self.classes = list(text)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..models import use_schedule
 from ..openmmlab.build import DetectorSpec, build_detector, load_config
+from ..openmmlab.detectors.grounding_dino import check_names
 from ..openmmlab.families import reads_text
 from .compare import predict
 from .detector import Detector
@@ -62,12 +63,15 @@ def pytorch_detector(model: nn.Module, config: Config, schedule: str | None = No
     head = getattr(model, 'bbox_head', None) or getattr(model, 'panoptic_head', None)
     count = None if reads_text(model) else getattr(head, 'num_classes', None)
     classes = class_names(config, model, count)
+    text = classes if reads_text(model) else None
+    if text:
+        check_names(model, text)
     divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
     inputs = {'batch': None, 'height': None, 'width': None, 'padded': True, 'divisor': divisor}
     inputs |= {'levels': [], 'least_tokens': 0}
     description = {'format': 'pytorch', 'detector': type(model).__name__, 'classes': classes}
     description |= {'input': inputs, 'preprocessing': preprocessing(config)}
-    session = PyTorchSession(model, classes if reads_text(model) else None, schedule)
+    session = PyTorchSession(model, text, schedule)
     return Detector(session, description)
 
 

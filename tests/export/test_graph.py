@@ -8,12 +8,14 @@ import pytest
 import torch
 from exported import DETECTORS, TEXT, batch_of
 from mmdet.models.detectors import DINO
+from mmengine.config import Config
 
 from mmlite.export.compare import difference, predict
 from mmlite.export.detector import Detections, detections_of
 from mmlite.export.graph import DetectorGraph
 from mmlite.export.operators import distinct_boxes
 from mmlite.export.program import _levels, exportable, make_graph, trace
+from mmlite.export.pytorch import pytorch_detector
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,14 @@ def test_a_text_of_more_tokens_than_bert_reads_is_refused(name, detector, images
     model.language_model.max_tokens = 21
     with pytest.raises(ValueError, match=r'has 22 tokens, and .* reads 21: .*chunked_size'):
         make_graph(model, text)
+    with pytest.raises(ValueError, match='needs a text'):
+        make_graph(model, ['red', ' '])
+    config = Config(dict(test_dataloader=dict(dataset=dict(metainfo=dict(classes=text)))))
+    with pytest.raises(ValueError, match='the text has 22 tokens'):
+        pytorch_detector(model, config)
+    model.test_cfg = {**model.test_cfg, 'chunked_size': 5}
+    assert pytorch_detector(model, config).classes == text
+    del model.test_cfg['chunked_size']
     if 'Lite' in name:
         batch = batch_of(images[:1])
         with pytest.raises(ValueError, match='the text has 22 tokens'):

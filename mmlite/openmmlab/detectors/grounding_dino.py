@@ -132,6 +132,13 @@ def check_text_length(model: nn.Module, tokenized: Mapping) -> None:
         )
 
 
+def check_names(model: nn.Module, names: Sequence[str]) -> None:
+    """:func:`check_text_length` of names; with ``chunked_size`` the model makes several texts."""
+    _, prompts, _, _ = model.get_tokens_positive_and_prompts(tuple(names), True)
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:
+        check_text_length(model, model.language_model.tokenizer([prompt]))
+
+
 def adapt_bert(language_model: nn.Module) -> nn.Module:
     """Let a ``BertModel`` of MMDetection run with the installed transformers, in place.
 

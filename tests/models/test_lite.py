@@ -120,9 +120,15 @@ class Twice(others.DinoEncoder):
         return others.Encoder.reference_points(shapes, ratios) / 2
 
 
-def twice() -> nn.Module:
-    model = others.build('dino')
-    model.encoder.__class__ = Twice
+class Trained(others.Encoder):
+    def forward(self, *args, **kwargs):
+        assert not self.training  # in training it computes something else
+        return super().forward(*args, **kwargs)
+
+
+def of_class(kind: str, encoder: type) -> nn.Module:
+    model = others.build(kind)
+    model.encoder.__class__ = encoder
     return model
 
 
@@ -138,7 +144,8 @@ def twice() -> nn.Module:
         ),
         (lambda: others.build('original', layer=dict(activation=nn.GLU())), 'could not be tried'),
         (lambda: others.build('original', layer=dict(activation=nn.Softmax(1))), 'something else'),
-        (twice, 'encoder: it computes something else'),
+        (lambda: of_class('dino', Twice), 'encoder: it computes something else'),
+        (lambda: of_class('original', Trained), 'computes something else in training'),
         (shared, 'its layers share their weights'),
         (lambda: with_part('layers.1', nn.LayerNorm(4)), 'its parts layers.1.more have no'),
         (lambda: with_part('layers.1', nn.Dropout(0.1)), 'its parts layers.1.more have no'),

@@ -164,6 +164,12 @@ def test_refuses_an_unknown_class_unless_allowed(reader, save):
             torch.serialization.add_safe_globals(before)
 
 
+def test_the_folder_of_the_user(save, tmp_path, monkeypatch):
+    save({'a': 1})
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert load_checkpoint('~/checkpoint.pth') == {'a': 1}
+
+
 @pytest.mark.skipif(not loading._TORCH_KNOWS_SAFE_GLOBALS, reason='torch < 2.6 takes it')
 def test_names_a_dtype_that_is_refused(save):
     path, dtype = save({'meta': np.array([None])}), type(np.dtype(object))

@@ -180,8 +180,11 @@ def test_levels_round_as_the_backbone_does():
 def test_difference():
     boxes = np.array([[0, 0, 10, 10], [5, 5, 9, 9], [1, 1, 2, 2]], np.float32)
     expected = Detections(boxes, np.float32([0.9, 0.5, 0.1]), np.array([0, 1, 0]))
+    moved = boxes + np.float32([[0], [9], [9]])
     for changes, wanted in (
         ({}, (0, 0, 0)),
+        # Scores that differ by so much may exchange the last two.
+        ({'scores': np.float32([0.9, 0.5, 0.35]), 'boxes': moved}, (0, 0.25, 0)),
         ({'boxes': boxes + np.float32([[1, 0, 0, 0]])}, (1 / 50, 0, 0)),
         ({'labels': np.array([0, 0, 0])}, (1, 0, 0)),
         ({'scores': expected.scores - np.float32(0.01)}, (0, 0.01, 0)),

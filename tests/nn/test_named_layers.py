@@ -169,7 +169,7 @@ def test_what_a_schedule_costs():
 
 def test_a_step_may_name_what_it_reads_alone():
     step = EncoderStep(True, True, reads=(0, 2))
-    assert StepTokens(step, [(4, 4), (1, 1), (2, 2)], (0,)).read == (0, 1)
+    assert StepTokens(step, [(4, 4), (1, 1), (2, 2)], (2, 0, 1), 2).read == (0, 1)
 
 
 def test_what_cannot_share_weights_is_refused():

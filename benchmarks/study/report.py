@@ -62,21 +62,11 @@ def write_report(study: Study, command: str) -> Report:
     report = make_report(study, results)
     report.command = command
     plots = _write_plots(study.folder, report.page['figures'])
-    (study.folder / 'report.md').write_text('\n\n'.join([_markdown(report), *plots]) + '\n')
+    (study.folder / 'report.md').write_text('\n\n'.join([report.markdown(), *plots]) + '\n')
     (study.folder / 'report.html').write_text(report.html())
     frame(results).to_csv(study.folder / 'runs.csv', index=False)
     _summary(study, results).to_csv(study.folder / 'summary.csv', index=False)
     return report
-
-
-def _markdown(report: Report) -> str:
-    """The report in GitHub's Markdown."""
-    parts = [f'{report.machine_line}\n']
-    for table in report.tables:
-        rules = ['---', *['---:'] * (len(table.columns) - 1)]
-        lines = [' | '.join(line) for line in (table.columns, rules, *table.rows)]
-        parts += [f'**{table.title}**\n', *(f'| {line} |' for line in lines), '']
-    return '\n'.join([*parts, *report.notes]) + '\n'
 
 
 def make_report(study: Study, results: Mapping[Run, dict]) -> Report:

@@ -50,6 +50,15 @@ class Report:
         head = {'machine': self.machine, 'settings': self.settings, 'command': self.command}
         return {**head, 'results': self.results}
 
+    def markdown(self) -> str:
+        """The tables and notes in GitHub's Markdown."""
+        parts = [f'{self.machine_line}\n']
+        for table in self.tables:
+            rules = ['---', *['---:'] * (len(table.columns) - 1)]
+            lines = [' | '.join(line) for line in (table.columns, rules, *table.rows)]
+            parts += [f'**{table.title}**\n', *(f'| {line} |' for line in lines), '']
+        return '\n'.join([*parts, *self.notes]) + '\n'
+
     def html(self) -> str:
         """A page that stands alone: no network, no scripts, readable on a phone."""
         return render(report=self, **self.page)

@@ -42,8 +42,9 @@ def kind(function: Callable) -> click.Command:
     @count_option('--rounds', default=10, help='Measurements of each contestant.')
     @count_option('--warmup', default=2)
     @shared.json_option
+    @shared.file_option('--markdown', 'markdown_path', help='Write the tables here.')
     @functools.wraps(function)
-    def run(json_path, html_path=None, train=False, count_only=False, **own) -> None:
+    def run(json_path, markdown_path, html_path=None, train=False, count_only=False, **own) -> None:
         from ..analysis.timing import Setting, describe_machine
 
         names = own.keys() & {field.name for field in dataclasses.fields(Setting)}
@@ -55,7 +56,7 @@ def kind(function: Callable) -> click.Command:
             report = function(setting=setting, start=start, **own)
         report.machine = describe_machine(setting.device)
         report.command = shlex.join(['mmlite', *sys.argv[1:]])
-        shared.show(report, json_path, html_path)
+        shared.show(report, json_path, html_path, markdown_path)
 
     return run
 

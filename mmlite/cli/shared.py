@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
@@ -197,7 +196,7 @@ def print_table(
     columns: Sequence[str],
     rows: Iterable[Sequence],
     justify: str = 'left',
-    **style: Any,
+    **style: bool,
 ) -> None:
     """Print a table; ``justify`` says where the cells of all columns but the first stand."""
     shown = Table(title=title, title_justify='left', **style)
@@ -209,16 +208,23 @@ def print_table(
     console().print(shown)
 
 
-def show(report: Report, json_path: Path | None = None, html_path: Path | None = None) -> None:
-    """Print a report, tables in Markdown where it goes to a file; write the files wanted."""
-    out = console()
-    out.print(report.machine_line)
-    style = {} if out.is_terminal else {'box': MARKDOWN}
-    for table in report.tables:
-        print_table(table.title, table.columns, table.rows, justify='right', **style)
-    for note in report.notes:
-        out.print(note, markup=False, soft_wrap=True)
+def show(
+    report: Report,
+    json_path: Path | None = None,
+    html_path: Path | None = None,
+    markdown_path: Path | None = None,
+) -> None:
+    """Print a report, in Markdown where it goes to a file; write the files wanted."""
+    if sys.stdout.isatty():
+        click.echo(report.machine_line)
+        for table in report.tables:
+            print_table(table.title, table.columns, table.rows, justify='right')
+        click.echo('\n'.join(report.notes))
+    else:
+        click.echo(report.markdown(), nl=False)
     write_json(json_path, report.as_json())
+    if markdown_path:
+        markdown_path.write_text(report.markdown())
     if html_path:
         html_path.write_text(report.html())
 

@@ -11,9 +11,9 @@ def run(*arguments: str):
 
 
 def test_operators(tmp_path):
-    path = tmp_path / 'ops.json'
-    options = ('--rounds', '2', '--threads', '1', '--json', str(path))
-    result = run('ops', '--image-size', '32x48', *options)
+    path, markdown = tmp_path / 'ops.json', tmp_path / 'ops.md'
+    files = ('--json', str(path), '--markdown', str(markdown))
+    result = run('ops', '--image-size', '32x48', '--rounds', '2', '--threads', '1', *files)
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
     measured = {(r['operator'], r['backend']): r['timings'] for r in report['results']}
@@ -25,7 +25,8 @@ def test_operators(tmp_path):
         for part in ('forward', 'forward+backward'):
             assert len(measured[name][part]['1']['seconds']) == 2
     assert report['machine']['threads'] == '1'
-    assert '| key_aware_deform_attn | reference |' in result.output  # Markdown
+    tables = markdown.read_text()
+    assert '| key_aware_deform_attn | reference |' in tables and tables in result.output
 
 
 def test_encoder(tmp_path):

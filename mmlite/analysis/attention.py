@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -35,11 +35,13 @@ class AttentionMap:
     locations: Tensor  # normalised (x, y), float32, shape (Q, M, L, P, 2)
     weights: Tensor  # sum to 1 over levels and points, float32, shape (Q, M, L, P)
     spatial_shapes: list[tuple[int, int]]  # (h, w) of every level that is read
+    levels: Sequence[int]  # their indices
 
     def __getitem__(self, query: int | Tensor) -> AttentionMap:
         """The same of one query, or of several."""
         chosen = torch.as_tensor(query).reshape(-1)
-        return AttentionMap(self.locations[chosen], self.weights[chosen], self.spatial_shapes)
+        locations, weights = self.locations[chosen], self.weights[chosen]
+        return replace(self, locations=locations, weights=weights)
 
 
 @torch.no_grad()
@@ -63,7 +65,8 @@ def attention_map(module: MultiScaleDeformableAttention, call: dict) -> Attentio
     locations = kind.locate(module, query, points, sizes, levels)[0].float()
     logits = kind.logits(module, query, value, mask, points, sizes, levels)[0].float()
     weights = logits.softmax(-1).unflatten(-1, (len(sizes), -1))
-    return AttentionMap(locations.cpu(), weights.cpu(), list(sizes))
+    levels = levels or range(len(sizes))
+    return AttentionMap(locations.cpu(), weights.cpu(), list(sizes), levels)
 
 
 @contextmanager
@@ -93,6 +96,29 @@ def deformable_attentions(model: nn.Module) -> list[str]:
     """Names of the deformable attentions in a model, in order."""
     modules = model.named_modules()
     return [name for name, module in modules if isinstance(module, MultiScaleDeformableAttention)]
+
+
+def level_masses(model: nn.Module, run: Run) -> Tensor:
+    """How the attention of the encoder is spread over the levels, on the image that ``run`` runs.
+
+    Returns:
+        Tensor: Share of the attention, mean over queries and heads, shape (layers, L, L): layer,
+        level of the query, level of the points. NaN where a layer has no queries of that level.
+    """
+    at = encoder_name(model)
+    encoder = model.get_submodule(at)
+    names = [f'{at}.layers.{layer}.self_attn' for layer in range(len(encoder.layers))]
+    with called_with(encoder) as call, record_attention(model, names) as maps:
+        run()
+    sizes = level_sizes(call['spatial_shapes'])
+    masses = torch.full((len(names), len(sizes), len(sizes)), float('nan'))
+    for layer, name in enumerate(names):
+        level_of, seen = level_of_queries(encoder, layer, sizes), maps[name]
+        shares = seen.weights.sum(-1).mean(1)
+        for level in level_of.unique():
+            masses[layer, level] = 0
+            masses[layer, level, list(seen.levels)] = shares[level_of == level].mean(0)
+    return masses
 
 
 @dataclass(frozen=True)

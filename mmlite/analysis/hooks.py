@@ -18,9 +18,9 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import nn
+from torch import Tensor, nn
 
-from .attention import attention_at_point
+from .attention import attention_at_point, level_masses
 from .complexity import count_detector
 from .report import giga, size
 from .timing import Start
@@ -59,7 +59,8 @@ class AttentionMapHook(Hook):
     """Draws, while validating, where the encoder looks.
 
     For the first images of the data set: the sampling points of the token in the middle of the
-    surest detection (``attention_<i>``).
+    surest detection (``attention_<i>``), and over these images how the attention is spread over
+    the levels (``attention_levels``).
 
     Args:
         interval (int): Draw at every so many epochs of validation.
@@ -71,6 +72,9 @@ class AttentionMapHook(Hook):
         self.interval = interval
         self.num_images = num_images
         self.layer = layer
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self._masses: list[Tensor] = []
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         is_due = batch_idx < self.num_images and runner.epoch % self.interval == 0
@@ -90,8 +94,17 @@ class AttentionMapHook(Hook):
         with torch.no_grad():
             run = partial(model.val_step, data_batch)
             seen = attention_at_point(model, run, point, self.layer)
+            self._masses.append(level_masses(model, run))
         picture = pixels_of(draw_attention(image, [(type(model).__name__, seen)]))
         runner.visualizer.add_image(f'attention_{batch_idx}', picture, step=runner.epoch)
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        if self._masses:
+            from .pictures import draw_level_masses, pixels_of
+
+            masses = {type(_detector(runner)).__name__: torch.stack(self._masses).mean(0)}
+            picture = pixels_of(draw_level_masses(masses))
+            runner.visualizer.add_image('attention_levels', picture, step=runner.epoch)
 
 
 class ProgressHook(Hook):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -89,6 +90,32 @@ def draw_panels(
         axis.set_title(title, fontsize=10, loc='left')
         axis.imshow(pixels)
         axis.set_axis_off()
+    return figure
+
+
+def draw_level_masses(masses: Mapping[str, Tensor]) -> Figure:
+    """Heat maps of where the encoders' attention goes: a row a detector, a panel a layer.
+
+    ``masses``: name of a detector -> mean of :func:`~mmlite.analysis.attention.level_masses`.
+    """
+    layers = max(map(len, masses.values()))
+    figure = _figure(1.9 * layers + 1, 2.3 * len(masses) + 0.4)
+    axes = figure.subplots(len(masses), layers, squeeze=False)
+    colors = matplotlib.colormaps['viridis'].with_extremes(bad='#e8e8e8')
+    for row, (name, mass) in zip(axes, masses.items()):
+        for axis in row[len(mass) :]:
+            axis.set_axis_off()
+        for index, (axis, values) in enumerate(zip(row, mass.numpy())):
+            shown = axis.imshow(np.ma.masked_invalid(values), vmin=0, vmax=1, cmap=colors)
+            for y, x in np.argwhere(np.isfinite(values)):
+                look = {'color': 'white' if values[y, x] < 0.6 else 'black', 'fontsize': 6}
+                axis.text(x, y, f'{values[y, x]:.0%}', ha='center', va='center', **look)
+            for set_ticks in (axis.set_xticks, axis.set_yticks):
+                set_ticks(range(len(values)), range(1, len(values) + 1), fontsize=7)
+            axis.set_title(f'layer {index + 1}', fontsize=8)
+        row[0].set_ylabel(f'{name}\nlevel of the query (1: largest map)', fontsize=8)
+        row[len(mass) // 2].set_xlabel('level of the sampled points', fontsize=8)
+    figure.colorbar(shown, ax=axes, label='share of the attention', shrink=0.8, pad=0.01)
     return figure
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from mmlite.analysis.attention import (
     attention_map,
     deformable_attentions,
+    level_masses,
     level_of_queries,
     record_attention,
 )
@@ -128,3 +129,19 @@ def test_levels_of_the_queries(schedule, update, levels):
         found = level_of_queries(encoder, layer, SIZES)
         counts = [h * w if str(level) in wanted else 0 for level, (h, w) in enumerate(SIZES)]
         assert found.bincount(minlength=4).tolist() == counts
+
+
+def test_level_masses():
+    """Queries tell their level, which fixes their attention; what is not updated has none."""
+    encoder = LiteEncoder('H3L1-12:12x1+1234x1', layer_cfg=layer_cfg(), key_aware=False).eval()
+    inputs, wanted = encoder_inputs(SIZES, embed_dims=32), torch.rand(4, 4)  # query, points
+    levels = torch.arange(4).repeat_interleave(torch.tensor(SIZES).prod(1))
+    inputs |= {'query': nn.functional.one_hot(levels, 32)[None].float(), 'query_pos': None}
+    weight = encoder.layers[0].self_attn.attention_weights.weight.data.view(4, 4, 4, 32)
+    weight[..., :4] = wanted.log().T[:, None]
+    with torch.no_grad():
+        masses = level_masses(Detector(encoder), lambda: encoder(**inputs))
+    assert masses[0, :2].isnan().all() and (masses[0, 2:, :2] == 0).all()
+    read = wanted[2:, 2:]
+    torch.testing.assert_close(masses[0, 2:, 2:], read / read.sum(1, keepdim=True))
+    torch.testing.assert_close(masses[1].sum(-1), torch.ones(4))

@@ -54,4 +54,4 @@ def test_costs(work_dir):
 
 def test_pictures(work_dir):
     drawn = {path.name for path in work_dir.rglob('vis_image/*.png')}
-    assert {'attention_0_1.png', 'attention_1_1.png'} <= drawn
+    assert {'attention_0_1.png', 'attention_1_1.png', 'attention_levels_1.png'} <= drawn

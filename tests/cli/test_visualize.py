@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import cv2
@@ -62,6 +63,21 @@ def test_detections(folder, image, tmp_path):
     check_pictures(out)
 
 
+def test_levels(folder, tmp_path):
+    out, path = tmp_path / 'levels.png', tmp_path / 'levels.json'
+    result = run(
+        *('levels', str(folder / 'lite.py'), str(folder / 'val')),
+        *('--against', str(folder / 'stock.py'), '--out', str(out), '--json', str(path)),
+    )
+    assert result.exit_code == 0, result.output
+    check_pictures(out)
+    content = json.loads(path.read_text())
+    assert content['images'] == 2
+    lite, stock = content['masses'].values()
+    assert lite[0][0] == [None] * 4  # layer 1 leaves the low level alone
+    assert stock[0][0] == pytest.approx([0.25] * 4)  # untrained weights are even
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -83,6 +99,8 @@ def test_detections(folder, image, tmp_path):
         ),
         ('detections lite.py,no.pth IMAGE', 'no.pth does not exist'),
         ('detections lite.py IMAGE --annotations no.json', 'no.json does not exist'),
+        ('levels lite.py annotations', 'there are no images'),
+        ('levels lite.py nowhere', "Directory 'nowhere' does not exist"),
     ],
 )
 def test_bad_input(folder, image, monkeypatch, arguments, message):

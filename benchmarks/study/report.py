@@ -9,12 +9,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from mmlite.analysis.accuracy import METRICS
+from mmlite.analysis.published import PRESETS, preset
 from mmlite.analysis.report import Report, Table
 
 from .execute import Study, unfinished
 from .plan import Data, Run, slug
 from .plots import BASELINE, COLORS, plot, scatter
-from .published import PRESETS, preset
 from .statistics import difference, interval, share, with_interval, with_spread
 
 _PUBLISHED = {

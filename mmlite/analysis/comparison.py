@@ -72,6 +72,8 @@ def compare(
         for each in running:
             each.model = None
         models += running
+    if any(each.published for each in models):
+        notes.append("Published figures are the paper's; none of them was measured here.")
     kernels = next(backend for backend in ops.backends() if backend.name == 'cpu')
     if torch.device(setting.device).type == 'cpu' and not kernels.available:
         notes.append(f'Our CPU kernels did not run: {kernels.detail}.')
@@ -91,7 +93,7 @@ def _in_modes(group: Sequence[Model], modes: Sequence[str], notes: list[str]) ->
 
 
 def _tables(models: Sequence[Model], setting: Setting) -> list[Table]:
-    """Cost first, then time and memory, and accuracy."""
+    """Cost first, then time and memory, accuracy and the published figures."""
     accuracy = [
         {**each.label(), **{metric: f'{value:.1f}' for metric, value in each.accuracy.items()}}
         for each in models
@@ -100,10 +102,12 @@ def _tables(models: Sequence[Model], setting: Setting) -> list[Table]:
     image = setting.image_size
     what = f'one image of {size(image)}' if image else 'the given inputs'
     cost = [_cost(each) for each in models if each.cost]
+    published = [_published(each) for each in models if each.published]
     tables = [
         Table(f'GFLOPs, whole and by stage, {what}', cost),
         *time_tables(models, setting, setting.device),
         Table('Accuracy, measured', accuracy),
+        Table('Published (the paper) beside measured (another image size and rule)', published),
     ]
     return [table for table in tables if table.cells]
 
@@ -116,3 +120,19 @@ def _cost(each: Model) -> dict:
     # Mask2Former starts with the smallest map.
     tokens = ' + '.join(map(str, sorted(cost.level_tokens, reverse=True)))
     return {**each.label(), **whole, **stages, 'tokens by level': tokens or '-'}
+
+
+def _published(each: Model) -> dict:
+    paper, first, cost = each.published, each.baseline, each.cost
+    encoder = cost.stage_flops['encoder']
+    theirs = paper['encoder_gflops'] / first.published['encoder_gflops']
+    ours = encoder / first.cost.stage_flops['encoder']
+    row = {**each.label(), 'published AP': f'{paper["ap"]:.1f}'}
+    for what, published, measured in (
+        ('GFLOPs', f'{paper["gflops"]:g}', giga(cost.flops)),
+        ('encoder', f'{paper["encoder_gflops"]:g}', giga(encoder)),
+        ('encoder saving', f'{1 - theirs:.0%}', f'{1 - ours:.0%}'),
+        ('params M', f'{paper["params"]:g}', f'{cost.params / 1e6:.1f}'),
+    ):
+        row |= {f'published {what}': published, f'measured {what}': measured}
+    return row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +38,7 @@ from .complexity import (
     find_encoder,
 )
 from .inputs import encoder_inputs, pyramid_sizes
+from .published import preset as published_rows
 from .report import size
 from .timing import Call, Contestant, Setting, Start
 
@@ -68,6 +69,7 @@ class Model(Contestant):
     inputs: Inputs = None
     loss: Callable[[nn.Module, Any], Tensor] | None = None  # of a model and its arguments
     checkpoint: str | None = None  # the file of its weights, if they are trained
+    published: dict | None = None  # what the paper reports of it
     mode: str = EAGER
     note: str = ''  # for below the tables
     cost: Complexity | None = None  # none of an export
@@ -78,7 +80,7 @@ class Model(Contestant):
         return {'model': self.name}
 
     def as_json(self) -> dict:
-        facts = {'complexity': self.cost, 'accuracy': self.accuracy}
+        facts = {'complexity': self.cost, 'published': self.published, 'accuracy': self.accuracy}
         return {'name': self.name, **facts, 'timings': self.timings}
 
     def arguments(self, setting: Setting, batch_size: int = 1) -> tuple | dict:
@@ -212,6 +214,17 @@ def detectors(names: Sequence[str], changes: dict | None, device: str, start: St
         found.append(Model(name, model, at, loss=detector_loss, checkpoint=checkpoint))
         step()
     return found + [Exported(name, folder=Path(name)) for name in exports]
+
+
+def published(
+    preset: str, changes: dict | None, device: str, start: Start
+) -> Iterator[list[Model]]:
+    """The detectors of a table of the paper, in groups, with what it reports of them."""
+    for rows in published_rows(preset):
+        group = detectors([row.config for row in rows], changes, device, start)
+        for each, row in zip(group, rows):
+            each.name, each.published = f'{row.model}, {row.backbone}', vars(row)
+        yield group
 
 
 def exported(

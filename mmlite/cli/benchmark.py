@@ -110,6 +110,7 @@ def encoder(*, setting, schedules, ffn, modes, start):
 
 @kind
 @click.argument('names', nargs=-1, metavar='BASELINE VARIANT...')
+@option('--preset', type=click.Choice(['paper-table3', 'paper-table4']), help='Instead of configs.')
 @option('--framework', type=click.Choice(['mmdet', 'pytorch', 'transformers']), default='mmdet')
 @option('--schedule', 'schedules', multiple=True, help='Of Lite encoders, outside mmdet.')
 @several('--mode', 'eager compiled fused optimized', 'How models run in PyTorch.')
@@ -122,7 +123,7 @@ def encoder(*, setting, schedules, ffn, modes, start):
 @shared.dataset_options('COCO annotations: measure AP of configs with a checkpoint.', '--images')
 @shared.cfg_options
 @shared.file_option('--html', 'html_path', help='Write a page here.')
-def compare(*, names, framework, schedules, setting, start, dataset, cfg_options, **how):
+def compare(*, names, preset, framework, schedules, setting, start, dataset, cfg_options, **how):
     """Compare models with the first one: FLOPs, parameters, time, memory, accuracy.
 
     A config is a path, mmdet::folder/config.py or mmlite::folder/config.py; a checkpoint may
@@ -134,6 +135,8 @@ def compare(*, names, framework, schedules, setting, start, dataset, cfg_options
     inputs), inputs a tuple or a dict; transformers has deformable-detr, grounding-dino and
     mask2former. The model is measured as it is, on our operators, and Lite, with each --schedule
     or the main one that fits.
+
+    A preset is a table of the Lite DETR paper, whose figures stand beside the measured ones.
 
     Modes: fused has standard attention on our operators, optimized is mmlite.optimize. Forms are
     what runtimes get: attention as MMCV writes it, without our operators, or on them. By default
@@ -152,12 +155,16 @@ def compare(*, names, framework, schedules, setting, start, dataset, cfg_options
     if framework == 'mmdet':
         if schedules:
             raise ValueError('--schedule is for models of other frameworks; a config has its own')
-        from ..analysis.contestants import detectors
+        if names and preset:
+            raise ValueError('give either configs, the baseline first, or a --preset')
+        from ..analysis.contestants import detectors, published
 
-        groups = [detectors(names, cfg_options, setting.device, start)]
+        options = cfg_options, setting.device, start
+        groups = published(preset, *options) if preset else [detectors(names, *options)]
         return comparison.compare(groups, setting, dataset=dataset, start=start, **how)
-    if cfg_options or dataset or 'training' in setting.parts or how['runtimes'] != ('pytorch',):
-        refused = '--cfg-options, --annotations, --images, --train and --runtime'
+    given = preset or cfg_options or dataset or 'training' in setting.parts
+    if given or how['runtimes'] != ('pytorch',):
+        refused = '--preset, --cfg-options, --annotations, --images, --train and --runtime'
         raise ValueError(f'with --framework {framework} leave out {refused}')
     from ..analysis.pytorch import load_function, variants
 

@@ -136,7 +136,8 @@ def test_a_model_of_transformers(run, monkeypatch, name):
         ('pytorch', 'mine.py:mine --batch-size 2', 'leave out --batch-size, or return a function'),
         ('pytorch', 'mine.py:mine --train', 'leave out .*--train'),
         ('transformers', 'yolo', "'yolo' is none of the models: deformable-detr"),
-        ('transformers', '--cfg-options a=1', 'leave out --cfg-options'),
+        ('transformers', '--cfg-options a=1', 'leave out .*--cfg-options'),
+        ('transformers', '--preset paper-table3', 'leave out --preset'),
         ('transformers', '--runtime onnxruntime', 'leave out .*--runtime'),
     ],
 )

@@ -121,10 +121,30 @@ def test_kernels_that_do_not_run_are_named(configs, monkeypatch):
     assert 'Our CPU kernels did not run: out of order.' in result.output
 
 
+def test_preset_counts_published_rows(tmp_path):
+    path, markdown = tmp_path / 'table3.json', tmp_path / 'table3.md'
+    options = ('--preset', 'paper-table3', '--count-only', '--image-size', '128x192')
+    rows = results(*options, '--markdown', markdown, path=path)
+    assert [row['published']['ap'] for row in rows] == [46.8, 45.8, 45.9, 46.2, 46.7]
+    # The measured order is the published one.
+    measured = [row['complexity']['stage_flops']['encoder'] for row in rows]
+    published = [row['published']['encoder_gflops'] for row in rows]
+    assert sorted(range(5), key=measured.__getitem__) == sorted(range(5), key=published.__getitem__)
+    for row in rows:
+        params = row['complexity']['params'] / 1e6
+        assert params == pytest.approx(row['published']['params'], abs=1.3)
+    text = markdown.read_text()
+    assert 'Published figures are' in text
+    last = text.rpartition('| Lite H3L1-(2+1)x3, R50 | ')[2].split(' | ')
+    assert [last[i] for i in (0, 1, 3, 5, 7)] == ['46.7', '123', '39', '57%', '41']
+    assert last[8].startswith('41.8')  # measured
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
         ('', 'give the config of the baseline first'),
+        ('STOCK --preset paper-table3', 'give either configs'),
         ('STOCK --schedule H3L1-(2+1)x3', 'a config has its own'),
         ('. STOCK', 'give the config of the baseline first'),
         ('nowhere.py', 'config nowhere.py does not exist'),

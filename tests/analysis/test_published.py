@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.study.published import PRESETS, preset
+from mmlite.analysis.published import PRESETS, preset
 from mmlite.openmmlab.build import load_config
 
 

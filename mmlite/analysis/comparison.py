@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
@@ -33,6 +34,7 @@ def compare(
     forms: Sequence[str] = (),
     int8: bool = False,
     dataset: Dataset | None = None,
+    profile: bool = False,
     start: Start = silent,
 ) -> Report:
     """Measure groups of models, in all modes that they can run in, against the first of each.
@@ -41,7 +43,8 @@ def compare(
     work. ``modes`` are of :data:`~mmlite.analysis.contestants.MODES`. ``runtimes`` other than
     ``'pytorch'`` run exports of the models: in ``forms``, or without any the first model plainly
     and the others with our operators, and in OpenVINO with ``int8`` also in 8 bits. The accuracy
-    of models with a checkpoint is measured on ``dataset``.
+    of models with a checkpoint is measured on ``dataset``. With ``profile`` the tables of torch's
+    profiler are among the notes.
     """
     others = [runtime for runtime in runtimes if runtime != 'pytorch'] if setting.rounds else []
     if int8 and 'openvino' not in runtimes:
@@ -70,6 +73,7 @@ def compare(
             each.baseline = running[0]
         take_turns(running, setting, start, against=against)
         for each in running:
+            notes += [_profile(each, setting)] if profile else []
             each.model = None
         models += running
     if any(each.published for each in models):
@@ -90,6 +94,17 @@ def _in_modes(group: Sequence[Model], modes: Sequence[str], notes: list[str]) ->
         except ValueError as error:
             notes.append(f'Not measured: {each.name}, {mode}: {error}.')
     return list(dict.fromkeys(running))
+
+
+def _profile(each: Model, setting: Setting) -> str:
+    """The table of torch's profiler, of one call."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # it would report that it runs
+    call = each.call('inference', setting, setting.batch_sizes[0])
+    with torch.profiler.profile() as run:
+        call(0)
+    order = f'self_{torch.device(setting.device).type}_time_total'
+    table = run.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=40)
+    return f'Profile of {each.name}:\n\n```\n{table}\n```\n'
 
 
 def _tables(models: Sequence[Model], setting: Setting) -> list[Table]:

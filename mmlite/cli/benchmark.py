@@ -92,7 +92,8 @@ def ops(*, setting, start, num_queries):
 @several('--mode', 'eager compiled', 'How encoders run.')
 @count_option('--ffn', default=2048, help='2048 in DINO, 1024 in Deformable DETR.')
 @train_flag
-def encoder(*, setting, schedules, ffn, modes, start):
+@flag('--profile', help="Also print the tables of PyTorch's profiler.")
+def encoder(*, schedules, ffn, setting, **how):
     """Measure MMDetection's encoder, the same on our operator, and Lite schedules.
 
     All have six layers over four levels and random weights. A training step is a forward and a
@@ -105,7 +106,7 @@ def encoder(*, setting, schedules, ffn, modes, start):
     from ..analysis.comparison import compare
     from ..analysis.contestants import encoders
 
-    return compare([encoders(schedules, ffn, setting.device)], setting, modes, start=start)
+    return compare([encoders(schedules, ffn, setting.device)], setting, **how)
 
 
 @kind

@@ -31,9 +31,10 @@ def test_operators(tmp_path):
 
 def test_encoder(tmp_path):
     path = tmp_path / 'encoder.json'
-    options = ('--rounds', '2', '--ffn', '64', '--train', '--json', str(path))
+    options = ('--rounds', '2', '--ffn', '64', '--train', '--profile', '--json', str(path))
     result = run('encoder', '--image-size', '32x48', *options)
     assert result.exit_code == 0, result.output
+    assert result.output.count('Self CPU time total') == 4
     results = json.loads(path.read_text())['results']
     lite = 'Lite H3L1-(2+1)x3'
     names = ['stock (mmcv)', 'stock (ms_deform_attn)', lite, f'{lite}, no KDA']

@@ -169,7 +169,8 @@ def overlap(box: np.ndarray, other: np.ndarray) -> float:
 
 SHAPES = Style(CLASSES, draw_image, smallest_image=128)
 # Few and large, apart from each other: learned in minutes.
-_few = partial(draw_image, sides={'large': (36, 64)}, frequency={'large': 1.0}, most=3)
-LARGE_SHAPES = Style(CLASSES, partial(_few, most_overlap=0.0), smallest_image=128)
+_few = partial(draw_image, frequency={'large': 1.0}, most=3, most_overlap=0.0)
+LARGE_SHAPES = Style(CLASSES, partial(_few, sides={'large': (36, 64)}), smallest_image=128)
+LARGER_SHAPES = Style(CLASSES, partial(_few, sides={'large': (44, 72)}), smallest_image=128)
 # What can be drawn, by name.
-STYLES = {'shapes': SHAPES, 'large-shapes': LARGE_SHAPES}
+STYLES = {'shapes': SHAPES, 'large-shapes': LARGE_SHAPES, 'larger-shapes': LARGER_SHAPES}

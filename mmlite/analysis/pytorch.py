@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,7 +25,7 @@ def load_function(reference: str) -> Callable[[], tuple[nn.Module, Inputs]]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It cannot be imported, or has no such function.
+        ValueError: It cannot be imported, has no such function, or that needs arguments.
     """
     file, _, name = reference.rpartition(':')
     path = Path(file)
@@ -41,7 +42,19 @@ def load_function(reference: str) -> Callable[[], tuple[nn.Module, Inputs]]:
         raise ValueError(f'{path} cannot be imported: {type(error).__name__}: {error}') from error
     if not callable(getattr(module, name, None)):
         raise ValueError(f'{path} has no function {name}')
-    return getattr(module, name)
+    function = getattr(module, name)
+    if not accepts(function):
+        raise ValueError(f'{name} in {path} needs arguments; write a function that takes none')
+    return function
+
+
+def accepts(function: Callable, *arguments: object) -> bool:
+    """Whether a function can be called so."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def variants(
@@ -74,6 +87,8 @@ def variants(
             f'{name} returns inputs of one size: leave out --batch-size, or return a function of '
             'an image size and a batch size in their place'
         )
+    if callable(inputs) and not accepts(inputs, (1, 1), 1):
+        raise ValueError(f'the function of {name} must take an image size and a batch size')
     at, fitting = find_encoder(model)
     stock = Model(name, model.eval().to(setting.device), at, inputs)
     group = [stock, stock.in_mode(FUSED)]

@@ -35,6 +35,12 @@ def alone():
 def unfit():
     return build('by_name'), (torch.ones(2),)
 
+def needs(args):
+    return build()
+
+def one():
+    return build(), lambda size: None
+
 def another():
     model = build(attention=SigmoidAttn)
     return model, inputs(model)
@@ -130,6 +136,8 @@ def test_a_model_of_transformers(run, monkeypatch, name):
         ('pytorch', 'mine.py:mine mine.py:alone', 'give one FILE.py:FUNCTION'),
         ('pytorch', 'mine.py:alone', r'must return \(model, inputs\).* it returned Model'),
         ('pytorch', 'mine.py:unfit', 'mine.py:unfit does not run on its inputs'),
+        ('pytorch', 'mine.py:needs', 'needs in mine.py needs arguments; write a function that'),
+        ('pytorch', 'mine.py:one', 'must take an image size and a batch size'),
         ('pytorch', 'mine.py:plain', 'Linear has no deformable attention'),
         ('pytorch', 'mine.py:another', 'Model has no deformable attention that mmlite.ops can'),
         ('pytorch', 'mine.py:mine --schedule H3L1-(2+1)x9', 'x9'),

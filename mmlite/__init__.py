@@ -149,8 +149,12 @@ def use_schedule(model: torch.nn.Module, schedule: str) -> torch.nn.Module:
 
 def _room(model: torch.nn.Module) -> ModuleType:
     """The package that knows a model, by where the classes of its modules come from."""
+    import torch
+
     from . import models
 
+    if not isinstance(model, torch.nn.Module):  # many functions return it with a criterion
+        raise ValueError(f'give a torch.nn.Module alone, not a {type(model).__name__}')
     every = [*model.modules()]
     if 'mmdet' in _packages(every) and fits():
         from .openmmlab import verbs

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..nn.attention import SamplingAttention
 from .changes import LOG, changing, reasons
-from .trial import Call, is_same, run, trial_copy
+from .trial import Call, is_same, not_tried, run, trial_copy
 
 # The layers of a deformable attention, by the names that all repositories have from the first one.
 PROJECTIONS = ('sampling_offsets', 'attention_weights', 'value_proj', 'output_proj')
@@ -122,8 +122,7 @@ def serve(attention: nn.Module) -> type[nn.Module] | None:
         try:
             theirs = run(trial, arguments, trial.parameters())
         except Exception as error:  # whatever a stranger's code raises
-            how = 'import mmlite.standins before it, where its operator is not compiled'
-            problems.append(f'it could not be tried ({type(error).__name__}: {error}); {how}')
+            problems.append(not_tried(error))
             continue
         if not is_same(run(partial(fused.forward, trial), arguments, trial.parameters()), theirs):
             raise ValueError('it computes something else than multi-scale deformable attention')

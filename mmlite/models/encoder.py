@@ -145,7 +145,8 @@ class StockLiteEncoder(InterleavedEncoder):
         def make_layer(step: EncoderStep, index: int) -> LiteEncoderLayer:
             return parts[index].lite(step, key_aware, small_ffn, proj_key, same_loc)
 
-        super().__init__(schedule, make_layer, update, num_cp, elastic=elastic)
+        with parts[0].attention.value_proj.weight.device:  # which may be 'meta'
+            super().__init__(schedule, make_layer, update, num_cp, elastic=elastic)
         if self.smallest_first is not None:
             self.level_ranks = tuple(range(levels)[:: 1 if self.smallest_first else -1])
         self.to(parts[0].attention.value_proj.weight)
@@ -240,5 +241,7 @@ def copy_counterparts(
 @torch.no_grad()
 def _copy(target: nn.Module | None, source: nn.Module) -> None:
     if target is not None and target.weight.shape == source.weight.shape:  # not with same_loc
+        # What is frozen stays so; new parts train.
+        target.requires_grad_(any(each.requires_grad for each in source.parameters()))
         for name, value in target.named_parameters():
             value.copy_(getattr(source, name))

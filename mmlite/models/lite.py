@@ -19,7 +19,7 @@ from ..nn import EncoderSchedule, InterleavedEncoder
 from .attention import as_wide, is_deformable_attention, level_sizes
 from .changes import LOG, Change, changing, reasons
 from .encoder import EncoderLayerParts, StockLiteEncoder, encode_with_text
-from .trial import Call, is_same, run, trial_copy
+from .trial import Call, is_same, not_tried, run, trial_copy
 
 # What the layers take from elsewhere, and an encoder whose layers attend to themselves does not.
 _UNKNOWN = ('value', 'identity', 'key', 'key_pos', 'attn_mask', 'query_sine_embed')
@@ -68,6 +68,8 @@ def replace_encoders(
             made = replacement(part, schedule, options)
             if made is not None and not name:
                 raise ValueError('it is the model itself; give to_lite the model that holds it')
+            if made is not None and name.endswith('_orig_mod'):
+                raise ValueError('torch.compile would go on calling it; compile after to_lite')
             if made is not None:
                 lite[name] = made
         except ValueError as error:
@@ -94,7 +96,7 @@ class AnyLiteEncoder(StockLiteEncoder):
         for name, value in vars(stock).items():  # such as num_layers, which others may look at
             if isinstance(value, (bool, float, int, str)) and not hasattr(self, name):
                 setattr(self, name, value)
-            if name.startswith(('_forward', '_backward')):  # hooks and their handles
+            if name.startswith(('_forward', '_backward', '_is_full')):  # hooks and their handles
                 self.__dict__[name] = value
         self.call = Call.of(type(stock).forward, _UNKNOWN)
         attention = EncoderLayerParts.of(stock.layers[0]).attention
@@ -160,9 +162,7 @@ def _is_encoder(module: nn.Module) -> bool:
     layers = getattr(module, 'layers', None)
     if not isinstance(layers, nn.ModuleList) or isinstance(module, InterleavedEncoder):
         return False
-    first = [
-        getattr(x, 'self_attn', None) or [*getattr(x, 'attentions', ()), None][0] for x in layers
-    ]
+    first = [getattr(x, 'self_attn', [*getattr(x, 'attentions', ()), None][0]) for x in layers]
     return bool(first) and all(each is not None and is_deformable_attention(each) for each in first)
 
 
@@ -178,16 +178,17 @@ def _replacement(
     if len(set(stock.layers)) < len(stock.layers):
         raise ValueError('its layers share their weights, which those of the Lite encoder do not')
     dropped = getattr(stock, 'enc_layer_dropout_prob', 0)
-    names = {name for part in (stock, stock.layers[0]) for name in _code_names(part)}
+    names = {name for part in (stock, *stock.layers) for name in _code_names(part)}
     if (dropped and any(dropped)) or (dropped == 0 and names & _CHANCE):
         raise ValueError('it leaves out layers at random or computes something else in training')
     try:
-        lite = AnyLiteEncoder(stock, schedule, **options)
-        lite.behind = _compare(trial_copy(stock))
+        behind = _compare(trial_copy(stock))
     except ValueError:
         raise
     except Exception as error:  # whatever a stranger's code raises
-        raise ValueError(f'it could not be tried: {type(error).__name__}: {error}') from error
+        raise ValueError(not_tried(error)) from error
+    lite = AnyLiteEncoder(stock, schedule, **options)
+    lite.behind = behind
     return lite
 
 

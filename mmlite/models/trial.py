@@ -35,7 +35,7 @@ class Call(NamedTuple):
 
     names: list[str]  # its arguments in their order, without self
     meanings: dict[str, str]  # of those that are known here, or may come by name
-    required: list[str]  # those without a default
+    defaults: dict[str, Any]  # of each, Parameter.empty where there is none
 
     @classmethod
     def of(cls, method: Callable, unknown: Iterable[str] = ()) -> Call:
@@ -51,14 +51,15 @@ class Call(NamedTuple):
             del meanings['key_padding_mask']
         if 'valid_ratios' in names and 'reference_points' not in names:  # made of the ratios
             meanings.pop('reference_points', None)
-        required = [name for name in names if kinds[name].default is inspect.Parameter.empty]
-        return cls(names, meanings, required)
+        return cls(names, meanings, {name: kinds[name].default for name in names})
 
     def read(self, args: Sequence, kwargs: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """What is given, by its meaning, and the names of what is not known and not None."""
+        """What is given, by its meaning, and the names of what is neither known nor left out."""
         given = {**dict(zip(self.names, args)), **kwargs}
         known = {self.meanings[n]: value for n, value in given.items() if n in self.meanings}
-        return known, [n for n, v in given.items() if n not in self.meanings and v is not None]
+        others = given.keys() - self.meanings
+        left_out = {n for n in others if given[n] is None or given[n] is self.defaults.get(n)}
+        return known, sorted(others - left_out)
 
     def draw(self, like: nn.Module, shape: Sequence[int], swaps: bool, xy: int = 2) -> dict:
         """Small random arguments for a module with so many channels, heads and levels.
@@ -71,7 +72,9 @@ class Call(NamedTuple):
         starts = [sum(h * w for h, w in sizes[:level]) for level in range(levels + 1)]
 
         def draw(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator, dtype=torch.float64).to(device)
+            return torch.rand(shape, generator=generator, device='cpu', dtype=torch.float64).to(
+                device
+            )
 
         given = {
             'points': draw(2, starts[-1], levels, xy),
@@ -86,7 +89,8 @@ class Call(NamedTuple):
         # One name for each meaning, those of the signature rather than others.
         of = {m: n for n, m in reversed(self.meanings.items())}
         of.update({self.meanings[n]: n for n in self.names if n in self.meanings})
-        return {**dict.fromkeys(self.required), **{n: given[m] for m, n in of.items()}}
+        required = [n for n, value in self.defaults.items() if value is inspect.Parameter.empty]
+        return {**dict.fromkeys(required), **{n: given[m] for m, n in of.items()}}
 
 
 def trial_copy(module: nn.Module) -> Any:
@@ -104,7 +108,8 @@ def trial_copy(module: nn.Module) -> Any:
     with torch.no_grad():
         for parameter in copied.parameters():
             # Offsets and weights that do not depend on the query would hide differences.
-            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            how = dict(generator=generator, device='cpu', dtype=torch.float64)
+            values = torch.randn(parameter.shape, **how)
             parameter.copy_(values / (parameter.shape[-1] if parameter.dim() > 1 else 1) ** 0.5)
     return copied
 
@@ -121,6 +126,12 @@ def run(forward: Callable, arguments: dict[str, Any], more: Iterable[Tensor] = (
         weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
         (output * weights.view(output.shape)).sum().backward()
     return result, [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
+
+
+def not_tried(error: Exception) -> str:
+    """A sentence on a trial that failed, with what helps where the operator cannot run."""
+    how = 'import mmlite.standins before it, where its operator is not compiled'
+    return f'it could not be tried ({type(error).__name__}: {error}); {how}'
 
 
 def is_same(ours: Any, theirs: Any) -> bool:

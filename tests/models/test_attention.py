@@ -231,3 +231,10 @@ def test_what_is_left_as_it_is(build, sentence, caplog, monkeypatch):
     mmlite.fuse(model)
     assert type(model.left) is type(left) and isinstance(model.served, Fused)
     assert build is nn.Identity or 'left as it is: left: it' in caplog.text
+
+
+def test_another_default_device_is_no_matter(compiled):
+    model = others.build()
+    with torch.device('meta'):
+        mmlite.fuse(model)
+    assert isinstance(model.cross_attn, Fused)

@@ -80,11 +80,15 @@ def test_it_is_called_and_seen_as_the_stock_encoder():
     seen = []
     model.other = model.encoder
     handle = model.encoder.register_forward_hook(lambda *each: seen.append(each))
+    gradients = []
+    model.encoder.register_full_backward_hook(lambda *each: gradients.append(each))
     mmlite.to_lite(model, 'H3L1-(2+1)x2', num_cp=1, elastic='H2L2-(2+1)x2')
     memory = run(model)[0]
     (module, _, output) = seen.pop()
     assert module is model.encoder is model.other
-    assert output[0] is memory and output[1:] == (None, None)
+    assert torch.equal(output[0], memory) and output[1:] == (None, None)
+    memory.sum().backward()
+    assert gradients
     handle.remove()
     mmlite.use_schedule(model, 'H2L2-(2+1)x2')
     assert not torch.equal(run(model)[0], memory) and not seen
@@ -120,6 +124,63 @@ class Twice(others.DinoEncoder):
         return others.Encoder.reference_points(shapes, ratios) / 2
 
 
+def compiled_alone() -> nn.Module:
+    model = others.build()
+    model.encoder = torch.compile(model.encoder, backend='eager')
+    return model
+
+
+class OtherLayer(others.Layer):
+    def forward(self, *args):
+        return super().forward(*args) * (2 if self.training else 1)
+
+
+def with_layer() -> nn.Module:
+    model = others.build()
+    model.encoder.layers[3].__class__ = OtherLayer
+    return model
+
+
+class Scaled(others.Encoder):
+    def forward(
+        self, src, spatial_shapes, level_start_index, valid_ratios, pos=None, padding_mask=None,
+        scale=1.0
+    ):  # fmt: skip
+        levels = spatial_shapes, level_start_index, valid_ratios
+        return scale * super().forward(src, *levels, pos, padding_mask)
+
+
+def test_an_argument_may_be_given_as_it_is_by_default():
+    src, pos, mask, ratios, _ = others.inputs(model := of_class('original', Scaled))
+    given = src, torch.tensor(others.SIZES), None, ratios, pos, mask
+    expected = model.encoder(*given)
+    mmlite.to_lite(model, 'H3L1-(1+1)x4', key_aware=False, small_ffn=False)
+    assert_same([model.encoder(*given, 1.0)], [expected])
+    with pytest.raises(ValueError, match='does not know what to do with scale'):
+        model.encoder(*given, 2.0)
+
+
+def test_what_was_frozen_stays_frozen():
+    model = others.build().requires_grad_(False)
+    mmlite.to_lite(model, 'H3L1-(2+1)x2')
+    trained = {name for name, each in model.named_parameters() if each.requires_grad}
+    assert trained and all('query_proj' in name or 'small_ffn.' in name for name in trained)
+
+
+def test_a_model_on_the_meta_device():
+    with torch.device('meta'):
+        model = others.build()
+    mmlite.to_lite(model, 'H3L1-(2+1)x2')
+    assert {each.device.type for each in model.state_dict().values()} == {'meta'}
+    state = mmlite.to_lite(others.build(), 'H3L1-(2+1)x2').state_dict()
+    model.load_state_dict(state, assign=True)
+
+
+def test_a_wrong_option_is_named():
+    with pytest.raises(TypeError, match='keyaware'):
+        mmlite.to_lite(others.build(), 'H3L1-(2+1)x2', keyaware=False)
+
+
 class Trained(others.Encoder):
     def forward(self, *args, **kwargs):
         assert not self.training  # in training it computes something else
@@ -146,6 +207,8 @@ def of_class(kind: str, encoder: type) -> nn.Module:
         (lambda: others.build('original', layer=dict(activation=nn.Softmax(1))), 'something else'),
         (lambda: of_class('dino', Twice), 'encoder: it computes something else'),
         (lambda: of_class('original', Trained), 'computes something else in training'),
+        (with_layer, 'computes something else in training'),
+        (compiled_alone, 'torch.compile would go on calling it; compile after to_lite'),
         (shared, 'its layers share their weights'),
         (lambda: with_part('layers.1', nn.LayerNorm(4)), 'its parts layers.1.more have no'),
         (lambda: with_part('layers.1', nn.Dropout(0.1)), 'its parts layers.1.more have no'),
@@ -153,15 +216,23 @@ def of_class(kind: str, encoder: type) -> nn.Module:
         (replaced, 'was replaced in this instance alone'),
         (lambda: others.build('dino').encoder, 'the model: it is the model itself; give'),
         (lambda: others.build(sizes=others.SIZES[1:]), 'num_levels=3; use H2L1-'),
+        (lambda: (others.build(), None), 'give a torch.nn.Module alone, not a tuple'),
         (lambda: nn.Linear(1, 1), 'Linear has no encoder .* none of its modules'),
     ],
 )
 def test_refusals(build, sentence):
     model = build()
-    before = [type(part) for part in model.modules()]
+    parts = nn.ModuleList(each for each in [model] if isinstance(each, nn.Module))
+    before = [type(part) for part in parts.modules()]
     with pytest.raises(ValueError, match=sentence):
         mmlite.to_lite(model, 'H3L1-(2+1)x2')
-    assert [type(part) for part in model.modules()] == before
+    assert [type(part) for part in parts.modules()] == before
+
+
+def test_an_operator_that_is_not_there_has_a_stand_in(monkeypatch):
+    monkeypatch.setattr(MSDeformAttnFunction, 'runs', False)
+    with pytest.raises(ValueError, match=r'import mmlite\.standins'):
+        mmlite.to_lite(others.build(), 'H3L1-(2+1)x2')
 
 
 def test_one_encoder_of_two(caplog):

@@ -336,6 +336,9 @@ class InterleavedEncoder(nn.Module):
 class LiteEncoder(InterleavedEncoder):
     """:class:`InterleavedEncoder` made of this package's attention and FFNs.
 
+    ``update``, ``num_cp``, ``low_levels`` and ``elastic`` are those of :class:`InterleavedEncoder`;
+    ``proj_key`` and ``same_loc`` need ``key_aware``, see :class:`KeyAwareDeformableAttention`.
+
     Args:
         schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
         embed_dims (int): Channels of the tokens, a multiple of ``num_heads``.
@@ -344,8 +347,6 @@ class LiteEncoder(InterleavedEncoder):
         feedforward_channels (int): Hidden channels of the FFN.
         key_aware (bool): Key-aware deformable attention (KDA), or standard.
         small_ffn (bool): Give low-level tokens an FFN of ``embed_dims`` hidden channels.
-        update, num_cp, low_levels, elastic: See :class:`InterleavedEncoder`.
-        proj_key, same_loc (bool): See :class:`KeyAwareDeformableAttention`; need ``key_aware``.
         dropout (float): Dropout behind the attention and in the FFNs.
         chunk_size (int, optional): On a CPU, so many tokens at a time go through the FFNs: their
             hidden features then stay in the cache (8 MB at 2048 channels, where all tokens of an

@@ -36,6 +36,7 @@ for dtype in float32 float16 bfloat16; do
     for batch in 1 2 8; do
         bench "ops-$dtype-$batch" ops --dtype "$dtype" --batch-size "$batch"
     done
+    bench "ops-$dtype-scattered" ops --dtype "$dtype" --locations uniform
     bench "ops-$dtype-high-level" ops --dtype "$dtype" --queries 5523
     bench "ops-$dtype-decoder" ops --dtype "$dtype" --queries 900
 done

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ EMBED_DIMS = 256
 
 # Arguments of a model, by position or by name; or what makes them of an image size (h, w) and a
 # number of images. None: drawn images for a detector of mmdet.
-Inputs = tuple | dict | Callable[[tuple[int, int], int], 'tuple | dict'] | None
+Inputs = Union[tuple, dict, Callable[[tuple[int, int], int], 'tuple | dict'], None]
 
 
 @dataclass(eq=False)

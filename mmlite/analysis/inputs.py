@@ -42,6 +42,8 @@ def operator_inputs(
     num_queries: int | None = None,
     num_heads: int = 8,
     head_dim: int = 32,
+    num_points: int = 4,
+    locations: str = 'grid',
     *,
     dtype: torch.dtype = torch.float32,
     device: str = 'cpu',
@@ -49,12 +51,13 @@ def operator_inputs(
 ) -> OperatorInputs:
     """What an encoder layer over the pyramid of an image of (h, w) hands to the operators.
 
-    Four points of a head on a level lie as in a model at its start: around the query's own place,
-    along the directions of the initial offsets, with a pixel of noise. ``num_queries`` tokens,
-    drawn at random, ask; by default all. ValueError for more queries than tokens. ``dtype`` is that
-    of query, value and weights.
+    The points of a head on a level lie as in a model at its start: around the query's own place,
+    along the directions of the initial offsets, with a pixel of noise; with ``locations``
+    ``'uniform'`` anywhere, the worst case for caches. ``num_queries`` tokens, drawn at random, ask;
+    by default all. ValueError for more queries than tokens. ``dtype`` is that of query, value and
+    weights.
     """
-    generator, num_points = torch.Generator().manual_seed(seed), 4
+    generator = torch.Generator().manual_seed(seed)
     sizes = pyramid_sizes(image_size)
     tokens = sum(h * w for h, w in sizes)
     queries = num_queries or tokens
@@ -66,12 +69,14 @@ def operator_inputs(
     centres = encoder_reference_points(sizes)[:, chosen, None, :, None]
     pixels = directional_grid(num_heads, num_points)[:, None]  # (M, 1, P, 2)
     pixels = pixels + torch.randn(*size, 2, generator=generator)
-    points = (centres + pixels / shapes.flip(-1)[:, None]).to(device)
+    points = centres + pixels / shapes.flip(-1)[:, None]
+    if locations == 'uniform':
+        points = torch.rand(points.shape, generator=generator)
     query = torch.randn(batch_size, queries, num_heads, head_dim, generator=generator)
     value = torch.randn(batch_size, tokens, num_heads, head_dim, generator=generator)
     weights = torch.randn(size, generator=generator).flatten(-2).softmax(-1).reshape(size)
     query, value, weights = (tensor.to(device, dtype) for tensor in (query, value, weights))
-    return OperatorInputs(query, value, sizes, shapes.to(device), points, weights)
+    return OperatorInputs(query, value, sizes, shapes.to(device), points.to(device), weights)
 
 
 def encoder_inputs(

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +22,14 @@ PASSES = ('forward', 'forward+backward')
 Operator = Callable[[OperatorInputs], Tensor]
 
 
-def benchmark_operators(
-    setting: Setting, start: Start = silent, num_queries: int | None = None
-) -> Report:
+def benchmark_operators(setting: Setting, start: Start = silent, **options: Any) -> Report:
     """Measure every backend that runs on the device; notes say why one was left out.
 
-    The parts of the setting are of :data:`PASSES`; ``num_queries`` is that of ``operator_inputs``.
+    The parts of the setting are of :data:`PASSES`; the options are those of ``operator_inputs``.
     """
     if len(setting.batch_sizes) > 1:
         raise ValueError('ops takes one --batch-size; run it once for each')
-    draw = partial(operator_inputs, setting.image_size, *setting.batch_sizes, num_queries)
+    draw = partial(operator_inputs, setting.image_size, *setting.batch_sizes, **options)
     draw = partial(draw, dtype=getattr(torch, setting.dtype), device=setting.device)
     # Rotating inputs: a GPU would otherwise find the last call's in its cache.
     inputs = [draw(seed=seed) for seed in range(1 if setting.device == 'cpu' else 4)]
@@ -43,7 +42,7 @@ def benchmark_operators(
     take_turns(operators, setting, start, against=against, min_seconds=0.02)
     what = '{} queries, {} tokens'.format(*(x.shape[1] for x in inputs[0][:2]))
     notes = [f'Not measured: {name}: {reason}.' for name, reason in left_out.items()]
-    settings = {**asdict(setting), 'num_queries': num_queries}
+    settings = {**asdict(setting), **options}
     return Report(settings, operators, time_tables(operators, setting, what), notes)
 
 

@@ -71,9 +71,17 @@ def several(name: str, choices: str, help: str) -> Callable:
 train_flag = flag('--train', help='Also measure a training step.')
 
 
+PLACES = 'Sampling locations around each query as in a model, or anywhere.'
+
+
 @kind
 @count_option('--queries', 'num_queries', help='Number of queries. Default: all tokens.')
-def ops(*, setting, start, num_queries):
+@count_option('--heads', 'num_heads', default=8)
+@count_option('--head-dim', default=32)
+@count_option('--points', 'num_points', default=4)
+@option('--locations', type=click.Choice(['grid', 'uniform']), default='grid', help=PLACES)
+@flag('--forward-only', help='Leave out the backward pass.')
+def ops(*, setting, forward_only, start, **shape):
     """Measure every backend of the operators against plain PyTorch and mmcv's operator.
 
     Ratios are medians over pairs of rounds, with their quartiles.
@@ -84,7 +92,8 @@ def ops(*, setting, start, num_queries):
     """
     from ..analysis.operators import PASSES, benchmark_operators
 
-    return benchmark_operators(dataclasses.replace(setting, parts=PASSES), start, num_queries)
+    parts = PASSES[: 1 if forward_only else 2]
+    return benchmark_operators(dataclasses.replace(setting, parts=parts), start, **shape)
 
 
 @kind

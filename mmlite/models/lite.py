@@ -100,7 +100,7 @@ class AnyLiteEncoder(StockLiteEncoder):
                 self.__dict__[name] = value
         self.call = Call.of(type(stock).forward, _UNKNOWN)
         attention = EncoderLayerParts.of(stock.layers[0]).attention
-        self.swaps = not getattr(attention, 'batch_first', True)  # the axis of the tokens is first
+        self.swaps = not getattr(attention, 'batch_first', True)
         norms = [getattr(stock, name) for name in _NORMS if getattr(stock, name, None) is not None]
         self.norm = copy.deepcopy(norms[0]) if norms else None
         self.behind: list[None] | None = None  # what the stock encoder returns beside the memory

@@ -64,7 +64,7 @@ def distill(
         ours, theirs = zip(*compared_layers(encoder))
         with torch.no_grad(), keep_outputs(layers[i] for i in theirs) as wanted:
             _call(teacher, batch)
-        if getattr(encoder, 'swaps', False):  # its stock layers have the axis of the tokens first
+        if encoder.swaps:
             wanted = [tokens.transpose(0, 1) for tokens in wanted]
         own, instead = (encoder.layers[i] for i in ours), fed(wanted, iteration, iterations)
         with keep_outputs(own, instead) as kept:

@@ -185,6 +185,8 @@ class InterleavedEncoder(nn.Module):
         ValueError: A schedule is malformed, or ``low_levels`` or a further schedule does not fit.
     """
 
+    swaps = False  # whether the stock layers have the axis of the tokens first
+
     def __init__(
         self,
         schedule: str | EncoderSchedule,

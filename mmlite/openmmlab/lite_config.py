@@ -151,7 +151,9 @@ def backbone_change(model_config: dict, model_name: str, checkpoint: str = '') -
         for name, part in model_config.items()
         if isinstance(part, dict) and isinstance(part.get('in_channels'), Sequence)
     )
-    neck = next(readers)
+    neck = next(readers, None)
+    if neck is None:
+        raise ValueError('no neck or head of the config lists in_channels, the maps that it takes')
     strides = [4, 8, 16, 32][-len(model_config[neck]['in_channels']) :]
     try:
         net = timm.create_model(model_name, features_only=True)

@@ -9,12 +9,16 @@ def test_levels_of_the_paper():
     assert sum(h * w for h, w in pyramid_sizes((850, 1040))) == 18549
 
 
+@pytest.mark.parametrize('locations', ['grid', 'uniform'])
 @pytest.mark.parametrize('queries', [None, 7])
-def test_operator_inputs(queries):
-    x, count = operator_inputs((48, 72), 2, queries, num_heads=4, head_dim=8), queries or 77
+def test_operator_inputs(queries, locations):
+    shape = dict(num_heads=4, head_dim=8, num_points=3, locations=locations)
+    x, count = operator_inputs((48, 72), 2, queries, **shape), queries or 77
+    is_inside = (x.sampling_locations - 0.5).abs().max() <= 0.5  # which noise and offsets leave
+    assert bool(is_inside) == (locations == 'uniform')
     assert x.query.shape == (2, count, 4, 8)
     assert x.value.shape == (2, 77, 4, 8)
-    assert x.sampling_locations.shape == (2, count, 4, 4, 4, 2)
+    assert x.sampling_locations.shape == (2, count, 4, 4, 3, 2)
     torch.testing.assert_close(x.attention_weights.flatten(-2).sum(-1), torch.ones(2, count, 4))
 
 

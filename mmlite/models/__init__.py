@@ -1,6 +1,5 @@
 """Models of any framework: parts found by their structure, changes that can be undone."""
 
-from ..nn.schedule import stock_layers
 from .attention import (
     Fused,
     fuse,
@@ -30,7 +29,6 @@ __all__ = [
     'remember_level_sizes',
     'replace_encoders',
     'restore',
-    'stock_layers',
     'to_lite',
     'use_schedule',
 ]

@@ -25,8 +25,9 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import ConfigDict
 from torch import Tensor, nn
 
-from ...models import copy_counterparts, stock_layers
+from ...models import copy_counterparts
 from ...nn import DeformableAttention
+from ...nn.schedule import stock_layers
 from ...ops.reference import sample
 from ..detectors.grounding_dino import adapt_bert
 from ..families import encoder_name, find_holder, reads_text

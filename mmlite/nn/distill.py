@@ -30,7 +30,7 @@ def distill(
 
     By :class:`EncoderOptimizer`, at a rate that rises for a twentieth of the iterations and then
     falls to zero as a cosine. All other parameters of the student stay as they are. An elastic
-    encoder learns its schedules in turn.
+    encoder learns three of its schedules in every update; see ``InterleavedEncoder.turns``.
 
     Args:
         student (nn.Module): An :class:`InterleavedEncoder`, or a model that holds one.
@@ -61,15 +61,18 @@ def distill(
     student.eval()
     encoder.train()
     for iteration, batch in enumerate(_repeated(batches, iterations)):
-        ours, theirs = zip(*compared_layers(encoder))
-        with torch.no_grad(), keep_outputs(layers[i] for i in theirs) as wanted:
+        with torch.no_grad(), keep_outputs(layers) as known:
             _call(teacher, batch)
         if encoder.swaps:
-            wanted = [tokens.transpose(0, 1) for tokens in wanted]
-        own, instead = (encoder.layers[i] for i in ours), fed(wanted, iteration, iterations)
-        with keep_outputs(own, instead) as kept:
-            _call(student, batch)
-        loss = token_distance(kept, wanted)
+            known = [tokens.transpose(0, 1) for tokens in known]
+        distances = []
+        for _ in range(encoder.turns):
+            ours, theirs = zip(*compared_layers(encoder))
+            own, wanted = [encoder.layers[i] for i in ours], [known[i] for i in theirs]
+            with keep_outputs(own, fed(wanted, iteration, iterations)) as kept:
+                _call(student, batch)
+            distances.append(token_distance(kept, wanted))
+        loss = torch.stack(distances).mean()
         for group, rate in zip(optimizer.param_groups, rates):
             group['lr'] = rate * learning_rate(iteration, iterations)
         optimizer.zero_grad()

@@ -172,7 +172,7 @@ class InterleavedEncoder(nn.Module):
         low_levels (Collection[int], optional): Indices of the low-level maps among the levels. By
             default the largest maps, as many as the schedule says.
         elastic (Sequence[str | EncoderSchedule]): Further schedules that the layers serve. In
-            training every call takes another one: see :attr:`next_schedule`.
+            training every call takes another one: see :attr:`turns`.
 
     Attributes:
         schedule (EncoderSchedule): The one that is computed; :meth:`use_schedule` chooses it.
@@ -228,17 +228,19 @@ class InterleavedEncoder(nn.Module):
         self.steps = schedule.steps(self.update)
 
     @property
-    def next_schedule(self) -> EncoderSchedule:
-        """The schedule of the next call: the chosen one, or in training the one whose turn it is.
+    def turns(self) -> int:
+        """Calls of a round in training: the most expensive schedule, the cheapest, one between."""
+        return 1 if len(self.schedules) == 1 else 3
 
-        The turns are the most expensive one, the cheapest, and one between.
-        """
-        if not self.training or len(self.schedules) == 1:
+    @property
+    def next_schedule(self) -> EncoderSchedule:
+        """The schedule of the next call: the chosen one, or in training the one whose turn it is."""
+        if not self.training or self.turns == 1:
             return self.schedule
         ordered = sorted(self.schedules, key=lambda schedule: -schedule.cost)
         between = ordered[1:-1] or ordered
-        turn, place = divmod(self.training_calls, 3)
-        return (ordered[0], ordered[-1], between[turn % len(between)])[place]
+        number, turn = divmod(self.training_calls, self.turns)
+        return (ordered[0], ordered[-1], between[number % len(between)])[turn]
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -307,9 +309,9 @@ class InterleavedEncoder(nn.Module):
                 f'{tokens.shape[1]} tokens'
             )
         schedule = self.next_schedule
-        if self.training and len(self.schedules) > 1:  # a compiled one is compiled for each turn
-            turns = 3 * (len(self.schedules) - 2 or len(self.schedules))
-            self.training_calls = (self.training_calls + 1) % turns
+        if self.training and self.turns > 1:  # a compiled one is compiled for each turn
+            calls = self.turns * (len(self.schedules) - 2 or len(self.schedules))
+            self.training_calls = (self.training_calls + 1) % calls
         ranks = self.level_ranks or level_ranks(level_sizes)
         if reference_points is None:
             device = tokens.device

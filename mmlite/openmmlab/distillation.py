@@ -44,8 +44,8 @@ class DistilledDetector(BaseModel):
     """A Lite detector that is trained by its stock detector, without labels.
 
     Its checkpoints are those of the Lite detector, under the usual names, and in testing it is
-    the Lite detector. Training changes the encoder alone. An elastic encoder learns one of its
-    schedules in each iteration.
+    the Lite detector. Training changes the encoder alone. An elastic encoder learns
+    three of its schedules in each iteration, from one pass of the teacher.
 
     Args:
         detector (dict): Config of the Lite detector.
@@ -133,22 +133,30 @@ class DistilledDetector(BaseModel):
         """The losses in mode ``'loss'``; otherwise as the Lite detector."""
         if mode != 'loss':
             return self.student(inputs, data_samples, mode)
-        student, teacher = _Pass(self.student), _Pass(self.teacher)
-        ours, theirs = zip(*compared_layers(self.encoder))
+        teacher = _Pass(self.teacher)
         with torch.no_grad():
-            teacher.run(inputs, data_samples, theirs)
-        instead = fed(teacher.tokens, self.iterations, self.max_iterations)
+            teacher.run(inputs, data_samples, range(len(teacher.encoder.layers)))
+        rounds = [self._distances(teacher, inputs, data_samples) for _ in range(self.encoder.turns)]
+        found = {name: sum(each[name] for each in rounds) / len(rounds) for name in rounds[0]}
         self.iterations += 1
-        student.run(inputs, data_samples, ours, teacher, instead)
-        found = {'tokens': token_distance(student.tokens, teacher.tokens, teacher.padding)}
         distance = float(found['tokens'].detach())
         last = distance if math.isnan(self.distance) else self.distance
         self.distance = 0.95 * last + 0.05 * distance
+        return {f'loss_{name}': self.weights[name] * value for name, value in found.items()}
+
+    def _distances(self, teacher: _Pass, inputs: Tensor, samples: list) -> dict[str, Tensor]:
+        """How far the student is from the teacher's pass, with the schedule whose turn it is."""
+        ours, theirs = zip(*compared_layers(self.encoder))
+        wanted = [teacher.tokens[layer] for layer in theirs]
+        student = _Pass(self.student)
+        instead = fed(wanted, self.iterations, self.max_iterations)
+        student.run(inputs, samples, ours, teacher, instead)
+        found = {'tokens': token_distance(student.tokens, wanted, teacher.padding)}
         found.update(_output_distances(student.outputs, teacher.outputs))
         if teacher.proposals:
-            scores, wanted = student.proposals[0], teacher.proposals[0]
-            found['proposals'] = _score_distance(scores, wanted)
-        return {f'loss_{name}': self.weights[name] * value for name, value in found.items()}
+            scores, wanted_scores = student.proposals[0], teacher.proposals[0]
+            found['proposals'] = _score_distance(scores, wanted_scores)
+        return found
 
 
 class _Pass:
@@ -275,7 +283,8 @@ class DistillHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Copy and fit, unless the training is resumed."""
         model = _unwrapped(runner)
-        model.iterations = model.encoder.training_calls = runner.iter
+        model.iterations = runner.iter
+        model.encoder.training_calls = runner.iter * model.encoder.turns
         model.max_iterations = runner.max_iters
         model.images = len(runner.train_dataloader.dataset)
         if runner.iter:

@@ -106,8 +106,11 @@ def test_an_elastic_student_learns_every_schedule():
     student = LiteEncoder(schedules[0], **THIN, elastic=schedules[1:])
     used = []
     student.register_forward_pre_hook(lambda m, _: used.append(str(m.next_schedule)))
-    distill(student, Stock(), [inputs()], 6)
+    teacher, calls = Stock(), []
+    teacher.register_forward_pre_hook(lambda *_: calls.append(1))
+    distill(student, teacher, [inputs()], 2)
     assert used == [schedules[0], schedules[1], schedules[2]] * 2
+    assert len(calls) == 2  # one of the teacher for all schedules of an update
     assert str(student.schedule) == schedules[0]
 
 

@@ -3,7 +3,9 @@
 import csv
 import json
 import re
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import cv2
 import numpy as np
@@ -102,6 +104,46 @@ def test_a_video_and_its_table(folder):
         frames.append(read[1])
     assert [frame.shape for frame in frames] == [(320, 480, 3)] * 3
     assert [round(float(frame[-5:].mean()), -1) for frame in frames] == [40, 80, 120]
+
+
+def test_a_stream_and_a_camera(folder, monkeypatch):
+    """A server of files stands for the stream."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(('127.0.0.1', 0), Quiet) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        result = run(f'http://127.0.0.1:{server.server_port}/v.avi?key=1', '--threshold', '0')
+        server.shutdown()
+    assert result.exit_code == 0, result.output
+    assert [entry['frame'] for entry in coco()] == [0, 0, 1, 1, 2, 2] and Path('out/v.mp4').exists()
+
+    class Camera:
+        """Number 3, which tells no frame rate and is stopped at its third picture."""
+
+        def __init__(self, source):
+            self.source, self.pictures = source, iter([40, 80])
+
+        def isOpened(self):  # noqa: N802
+            return self.source == 3
+
+        def get(self, what):
+            return 0.0
+
+        def read(self):
+            level = next(self.pictures, None)
+            if level is None:
+                raise KeyboardInterrupt
+            return True, np.full((64, 96, 3), level, np.uint8)
+
+    monkeypatch.setattr(cv2, 'VideoCapture', Camera)
+    result = run('3', '--threshold', '0')
+    assert result.exit_code == 0 and 'Stopped' in result.output
+    found = [(entry['file_name'], entry['frame'], entry['score']) for entry in coco()]
+    assert found == [('3', 0, 0.4), ('3', 0, 0.04), ('3', 1, 0.8), ('3', 1, 0.04)]
+    assert Path('out/3.mp4').stat().st_size
 
 
 def test_max_frames_and_what_the_model_is_given(folder, monkeypatch):

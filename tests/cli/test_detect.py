@@ -126,7 +126,7 @@ def test_a_stream_and_a_camera(folder, monkeypatch):
         def __init__(self, source):
             self.source, self.pictures = source, iter([40, 80])
 
-        def isOpened(self):  # noqa: N802
+        def isOpened(self):
             return self.source == 3
 
         def get(self, what):

@@ -206,7 +206,9 @@ def keep_outputs(
     kept: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output: Any) -> Tensor | None:
-        kept.append(output if isinstance(output, Tensor) else output[0])
+        while not isinstance(output, Tensor):  # transformers' Grounding DINO has pairs of pairs
+            output = output[0]
+        kept.append(output)
         return instead[len(kept) - 1] if len(kept) <= len(instead) else None
 
     with ExitStack() as stack:

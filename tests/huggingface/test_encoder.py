@@ -13,6 +13,7 @@ from transformers_models import assert_same, gradients
 import mmlite
 from mmlite.huggingface import fuse, load_lite, to_lite
 from mmlite.nn import EncoderSchedule, InterleavedEncoder
+from mmlite.nn.distill import distill
 
 # Builders, and the levels of a schedule that fits: all of these have four layers.
 FAMILIES = {
@@ -107,6 +108,21 @@ def test_what_has_a_counterpart_is_copied(family, update):
     for layer, source in zip(getattr(encoder, 'fusion_layers', []), sources):
         theirs = before.layers[source].fusion_layer
         assert torch.equal(layer.attn.vision_proj.weight, theirs.attn.vision_proj.weight)
+
+
+@KINDS
+def test_distilled_from_the_stock_model(family):
+    """As docs/from-stock.md shows it, where every encoder is called in its own way."""
+    model = build(family)
+    teacher = copy.deepcopy(model)
+    to_lite(model, f'{FAMILIES[family]}-(2+1)x2')
+    trained = set(lite_encoder(model).parameters())
+    others = [(other, other.clone()) for other in model.parameters() if other not in trained]
+    losses = []
+    batches = [models.inputs(model)]
+    distill(model, teacher, batches, 30, report=lambda iteration, loss: losses.append(loss))
+    assert losses[-1] < 0.75 * losses[0]
+    assert all(torch.equal(other, before) for other, before in others)
 
 
 def test_small_maps_are_the_high_level_ones():

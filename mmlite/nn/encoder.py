@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import make_attention
@@ -155,6 +156,32 @@ class LiteEncoderLayer(nn.Module):
         return torch.cat([norm(ffn(chunk)) for chunk in tokens.split(size, 1)], 1)
 
 
+class TokenRecalibration(nn.Module):
+    """Weights the tokens of smaller maps by what the largest map shows in their place.
+
+    The token re-calibration of PRO-SCALE (arXiv 2404.14657): a token times
+    ``sigmoid(0.1 * linear(largest map))``. A score is taken of every token of the largest map and
+    resized, which is the linear layer of the resized map.
+
+    Args:
+        embed_dims (int): Channels of the tokens.
+    """
+
+    def __init__(self, embed_dims: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(embed_dims, 1)
+
+    def forward(self, tokens: Tensor, level_sizes: LevelSizes, largest: int) -> Tensor:
+        """Weight tokens, shape (bs, num_tokens, embed_dims), of maps of (h, w) each."""
+        levels = list(tokens.split([height * width for height, width in level_sizes], 1))
+        scores = self.score(levels[largest]).transpose(1, 2).unflatten(2, level_sizes[largest])
+        for index, size in enumerate(level_sizes):
+            if index != largest:
+                there = F.interpolate(scores, size, mode='bilinear').flatten(2).transpose(1, 2)
+                levels[index] = levels[index] * (0.1 * there).sigmoid()
+        return torch.cat(levels, 1)
+
+
 class InterleavedEncoder(nn.Module):
     """The interleaved encoder over layers of any make (Lite DETR, section 4).
 
@@ -173,6 +200,7 @@ class InterleavedEncoder(nn.Module):
             default the largest maps, as many as the schedule says.
         elastic (Sequence[str | EncoderSchedule]): Further schedules that the layers serve. In
             training every call takes another one: see :attr:`turns`.
+        recalibrate (bool): Weight the tokens first; see :class:`TokenRecalibration`.
 
     Attributes:
         schedule (EncoderSchedule): The one that is computed; :meth:`use_schedule` chooses it.
@@ -195,6 +223,7 @@ class InterleavedEncoder(nn.Module):
         num_cp: int = -1,
         low_levels: Collection[int] | None = None,
         elastic: Sequence[str | EncoderSchedule] = (),
+        recalibrate: bool = False,
     ) -> None:
         super().__init__()
         every = EncoderSchedule.parse(schedule), *EncoderSchedule.parse_all(elastic)
@@ -209,6 +238,7 @@ class InterleavedEncoder(nn.Module):
         self.stock_layers = stock_layers(steps)
         self.layers = nn.ModuleList(map(make_layer, steps, self.stock_layers))
         self.embed_dims: int = self.layers[0].embed_dims  # type: ignore[assignment]
+        self.recalibration = TokenRecalibration(self.embed_dims) if recalibrate else None
         self.training_calls = 0  # which says whose turn it is
         # Weights fit several schedules (H3L1 and H2L2 have the same names and shapes) and are right
         # for some, so they carry them. As a buffer they are in every checkpoint.
@@ -317,6 +347,8 @@ class InterleavedEncoder(nn.Module):
             device = tokens.device
             reference_points = encoder_reference_points(level_sizes, valid_ratios, device=device)
         memory = tokens
+        if self.recalibration is not None:
+            memory = self.recalibration(tokens, level_sizes, ranks.index(max(ranks)))
         for index, (step, layer) in enumerate(zip(schedule.steps(self.update), self.layers)):
             step_tokens = StepTokens(step, level_sizes, ranks, schedule.num_high_levels)
             if before_layer is not None:
@@ -340,8 +372,9 @@ class InterleavedEncoder(nn.Module):
 class LiteEncoder(InterleavedEncoder):
     """:class:`InterleavedEncoder` made of this package's attention and FFNs.
 
-    ``update``, ``num_cp``, ``low_levels`` and ``elastic`` are those of :class:`InterleavedEncoder`;
-    ``proj_key`` and ``same_loc`` need ``key_aware``, see :class:`KeyAwareDeformableAttention`.
+    ``update``, ``num_cp``, ``low_levels``, ``elastic`` and ``recalibrate`` are those of
+    :class:`InterleavedEncoder`; ``proj_key`` and ``same_loc`` need ``key_aware``, see
+    :class:`KeyAwareDeformableAttention`.
 
     Args:
         schedule (str | EncoderSchedule): For example ``'H3L1-(2+1)x3'``.
@@ -379,6 +412,7 @@ class LiteEncoder(InterleavedEncoder):
         low_levels: Collection[int] | None = None,
         chunk_size: int | None = 1024,
         elastic: Sequence[str | EncoderSchedule] = (),
+        recalibrate: bool = False,
     ) -> None:
         schedule = EncoderSchedule.parse(schedule)
         shape = (embed_dims, num_heads, schedule.num_levels, num_points)
@@ -392,4 +426,4 @@ class LiteEncoder(InterleavedEncoder):
             norm = nn.LayerNorm(embed_dims)
             return LiteEncoderLayer(step, attention, norm, make_ffn, small_ffn, chunk_size)
 
-        super().__init__(schedule, make_layer, update, num_cp, low_levels, elastic)
+        super().__init__(schedule, make_layer, update, num_cp, low_levels, elastic, recalibrate)

@@ -250,6 +250,7 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
         low_levels: tuple[int, ...] | None = None,
         chunk_size: int | None = 1024,
         elastic: Sequence[str | EncoderSchedule] = (),
+        recalibrate: bool = False,
     ) -> None:
         schedule, layer_cfg = EncoderSchedule.parse(schedule), layer_cfg or {}
         schedule.check_fit(num_layers, num_levels_of({'layer_cfg': layer_cfg}), update)
@@ -258,7 +259,7 @@ class LiteEncoder(nn.InterleavedEncoder, BaseModule):
         def make_layer(step: EncoderStep, stock: int) -> LiteEncoderLayer:
             return LiteEncoderLayer(step, **options)
 
-        super().__init__(schedule, make_layer, update, num_cp, low_levels, elastic)
+        super().__init__(schedule, make_layer, update, num_cp, low_levels, elastic, recalibrate)
         self.init_cfg = copy.deepcopy(init_cfg)
         self.num_layers = len(self.layers)
         self.key_aware = key_aware

@@ -61,7 +61,7 @@ def test_any_size(format_, exported_lite_dino, images, tmp_path):
 def test_a_schedule_that_names_its_layers(detector, images, tmp_path, monkeypatch):
     for format_ in ('onnx', 'openvino'):
         needs(format_)
-    lite = LITE | dict(encoder=dict(schedule='H4L0-12:12+1234'))
+    lite = LITE | dict(encoder=dict(schedule='H4L0-12:12+1234', recalibrate=True))
     monkeypatch.setitem(DETECTORS, 'named layers', ('DINO', lite))
     model = detector('named layers')
     export_for_all(model, tmp_path)
@@ -167,7 +167,7 @@ def test_padded_batches(family, format_, images):
         assert exported.description['text']['prompt'].startswith('red circle. green square.')
 
 
-OTHERS = [name for name in DETECTORS if name != 'LiteDINO']
+OTHERS = [name for name in DETECTORS if name not in ('LiteDINO', 'LiteMask2Former panoptic')]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,6 @@ def test_without_grid_sample(name, detector, images, tmp_path):
     for each in exported:
         expected, actual = predict(model, canvas, sizes, text), each.detect_batch(images[:2])
         for one, other in zip(expected, actual):
-            print(name, difference(one, other, canvas.shape[-2:]))
             assert max(difference(one, other, canvas.shape[-2:])) < 1e-4
     import onnx
 

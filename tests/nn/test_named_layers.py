@@ -103,6 +103,32 @@ def test_all_encoders_of_a_model_change_or_none():
     assert str(use_schedule(both[:1], ELASTIC[1])[0].schedule) == ELASTIC[1]
 
 
+@pytest.mark.parametrize('order', [(0, 1, 2, 3), (3, 2, 1, 0)])
+def test_tokens_are_recalibrated_by_the_largest_map(order):
+    """As PRO-SCALE writes it: the map is resized, then scored, for each smaller map alike."""
+    sizes = [SIZES[level] for level in order]
+    options = {**THIN, 'recalibrate': True}
+    encoder = randomised(LiteEncoder('H4L0-1:1+12:12+123:123+1234', **options))
+    plain = LiteEncoder('H4L0-1:1+12:12+123:123+1234', **THIN)
+    plain.load_state_dict(encoder.state_dict(), strict=False)
+    arguments = inputs(sizes)
+    levels = list(arguments['tokens'].split([h * w for h, w in sizes], 1))
+    largest = max(range(4), key=lambda level: sizes[level][0] * sizes[level][1])
+    image = levels[largest].transpose(1, 2).unflatten(2, sizes[largest])
+    for level, size in enumerate(sizes):
+        if level != largest:
+            resized = torch.nn.functional.interpolate(image, size, mode='bilinear')
+            score = encoder.recalibration.score(resized.flatten(2).transpose(1, 2))
+            levels[level] = levels[level] * torch.sigmoid(0.1 * score)
+    expected = plain(**{**arguments, 'tokens': torch.cat(levels, 1)})
+    torch.testing.assert_close(encoder(**arguments), expected)
+    assert not torch.allclose(plain(**arguments), expected, atol=1e-3)
+    compiled = torch.compile(encoder, backend='eager', fullgraph=True)
+    torch.testing.assert_close(compiled(**arguments), expected)
+    encoder(**arguments).sum().backward()
+    assert all(p.grad is not None for p in encoder.recalibration.parameters())
+
+
 def test_one_set_of_weights_serves_several_schedules():
     elastic = randomised(LiteEncoder(ELASTIC[0], **THIN, elastic=ELASTIC[1:])).eval()
     for name in reversed(ELASTIC):

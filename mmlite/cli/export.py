@@ -13,7 +13,7 @@ from .shared import option
 # What float32 leaves of a box, in parts of the image, and of a score. A pixel whose logit is near
 # zero may be on either side of it, and moves the box around a mask by whole pixels.
 TOLERANCE, MASK_TOLERANCE = 1e-4, 1e-2
-_FORMATS = click.Choice(['onnx', 'openvino', 'torch', 'web', 'tensorrt', 'executorch'])
+_FORMATS = ['onnx', 'openvino', 'torch', 'web', 'tensorrt', 'executorch', 'coreml']
 
 
 @click.command()
@@ -21,10 +21,11 @@ _FORMATS = click.Choice(['onnx', 'openvino', 'torch', 'web', 'tensorrt', 'execut
 @click.argument('checkpoint', required=False)
 @option(
     '--format',
-    type=_FORMATS,
+    type=click.Choice(_FORMATS),
     default='onnx',
     help='torch: a .pt2 file of torch.export; web: a page for browsers, with a runtime from npm; '
-    'tensorrt: ONNX with its plugin, not run here.',
+    'tensorrt: ONNX with its plugin, and coreml: an .mlpackage, which are not run here; executorch '
+    'and coreml take one --image-size.',
 )
 @shared.out_option('The folder to write.', required=True)
 @option('--schedule', help='One of those that an elastic detector was trained with.')
@@ -97,7 +98,7 @@ def export(
     with console.status('Tracing and writing the model'):
         detector = export_detector(model, out, config=cfg, **options)
     if detector is None:
-        console.print(f'[bold]{escape(str(out))}[/bold]: not run here; build an engine of it')
+        console.print(f'[bold]{escape(str(out))}[/bold]: not run here; docs/deploy.md says how')
         return
     with console.status('Comparing with PyTorch'):
         report = compare(model, detector, images, cfg)

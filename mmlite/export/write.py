@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from mmengine.config import Config
-from torch import nn
+from torch import Tensor, nn
 
 from .detector import Detector, load, read_description, write_description
 from .operators import PORTABLE, translation_table
@@ -25,7 +25,10 @@ from .web import check_web, write_page
 
 # Format -> what the model is called in its folder.
 FILES = {'onnx': 'model.onnx', 'openvino': 'model.xml', 'torch': 'model.pt2', 'web': 'model.onnx'}
-FILES |= {'tensorrt': 'model.onnx', 'executorch': 'model.pte'}
+FILES |= {'tensorrt': 'model.onnx', 'executorch': 'model.pte', 'coreml': 'model.mlpackage'}
+# Names of the model's inputs and outputs, as far as it has them.
+_INPUTS = ('images', 'image_sizes')
+_OUTPUTS = ('boxes', 'scores', 'labels', 'masks', 'panoptic')
 # What onnxscript would rewrite takes a third of the time, and these are what it finds in detectors:
 # factors of 1, terms of 0, norms behind convolutions and, in onnxscript 0.7, shapes that are known.
 _RULES = ('mul_by_1_rule', 'add_0_rule', 'fuse_batchnorm_into_conv_rule')
@@ -52,7 +55,7 @@ def export_detector(
         format (str): ``'onnx'``, ``'openvino'``, ``'torch'`` (torch.export) or ``'web'``: an ONNX
             model and a page that runs it in a browser, always portable. ``'tensorrt'`` is an ONNX
             model for TensorRT alone: standard attention by its plugin, key-aware by ``Gather``.
-            ``'executorch'``, by ``Gather``, is for images of one ``size``.
+            ``'executorch'`` and ``'coreml'``, by ``Gather``, are for images of one ``size``.
         config (Config, optional): Where the names of the classes and the test pipeline are read.
         size (tuple[int, int], optional): (h, w) of the canvas that images are fitted into.
         batch (int, optional): Images at a time; None for any number.
@@ -64,7 +67,7 @@ def export_detector(
             the classes of ``config``.
 
     Returns:
-        Detector, optional: The exported detector, loaded; None for TensorRT.
+        Detector, optional: The exported detector, loaded; None for TensorRT and CoreML.
 
     Raises:
         ImportError: A package that the format needs is missing.
@@ -75,13 +78,13 @@ def export_detector(
         raise ValueError(f'format must be one of {", ".join(FILES)}; got {format!r}')
     if opset not in range(18, 22):
         raise ValueError(f'opset {opset} is not supported; choose 18 to 21')
-    if format == 'executorch' and (size is None or batch is None):
+    if format in ('executorch', 'coreml') and (size is None or batch is None):
         raise ValueError(
-            'executorch takes images of one size: add --image-size, and no --batch-size any'
+            f'{format} takes images of one size: add --image-size, and no --batch-size any'
         )
     if format == 'web':
         check_web(preprocessing(config), batch)
-    if format in ('web', 'executorch'):
+    if format in ('web', 'executorch', 'coreml'):
         portable = portable or 'gather'
     form = 'gridsample' if portable is True else portable or None
     if form not in (None, *PORTABLE):
@@ -107,6 +110,8 @@ def write(
     elif format == 'executorch':
         exir = import_runtime('executorch.exir', 'executorch')
         path.write_bytes(exir.to_edge_transform_and_lower(program).to_executorch().buffer)
+    elif format == 'coreml':
+        to_coreml(program, path)
     elif format != 'openvino':
         to_onnx(program, path, opset, format == 'tensorrt')
         if format == 'web':
@@ -143,7 +148,6 @@ def to_onnx(
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
 
-    outputs = ('boxes', 'scores', 'labels', 'masks', 'panoptic')
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporter warns of what a detector does not use
     try:
@@ -155,8 +159,8 @@ def to_onnx(
                 optimize=False,
                 opset_version=opset,
                 custom_translation_table=translation_table(tensorrt),
-                input_names=['images', 'image_sizes'][: len(program.graph_signature.user_inputs)],
-                output_names=outputs[: len(program.graph_signature.user_outputs)],
+                input_names=_INPUTS[: len(program.graph_signature.user_inputs)],
+                output_names=_OUTPUTS[: len(program.graph_signature.user_outputs)],
             )
             model = written.model
             optimizer.inline(model)
@@ -192,3 +196,38 @@ def to_onnx(
             if not isinstance(value.shape[axis], int):
                 value.shape[axis] = name
     written.save(str(path))
+
+
+def to_coreml(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write a traced program, for images of one size, as an ML program of CoreML."""
+    coremltools = import_runtime('coremltools')
+    names = _OUTPUTS[: len(program.graph_signature.user_outputs)]
+    aten, table = torch.ops.aten, torch.export.default_decompositions()
+    table.update({aten.floor_divide.default: _quotient, aten.div.Tensor_mode: _quotient})
+    table[aten.index_select.default] = _rows
+    try:
+        coremltools.convert(
+            program.run_decompositions(table),
+            outputs=[coremltools.TensorType(name=name) for name in names],
+            minimum_deployment_target=coremltools.target.iOS17,
+            compute_precision=coremltools.precision.FLOAT32,  # float16 has no index above 2048
+            skip_model_load=True,
+        ).save(str(path))
+    except Exception as error:
+        reason = str(error).strip().rpartition('\n')[2]
+        raise ValueError(f'the model cannot be written for CoreML: {reason}') from error
+
+
+def _quotient(number: Tensor, divisor: int, rounding_mode: str = 'floor') -> Tensor:
+    """``number // divisor``, below 2^23, where coremltools would leave a float."""
+    if number.is_floating_point() or rounding_mode != 'floor':
+        return NotImplemented  # stays as it is
+    # Half a step from the next quotient, so that it holds where a division is not exact.
+    return ((number + 0.5) / divisor).floor().to(number.dtype)
+
+
+def _rows(tensor: Tensor, axis: int, index: Tensor) -> Tensor:
+    """``index_select``, which CoreML has for numbers alone."""
+    if tensor.dtype != torch.bool:
+        return NotImplemented
+    return tensor.float().index_select(axis, index) > 0.5

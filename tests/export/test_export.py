@@ -28,7 +28,7 @@ from mmlite.export import export_detector, library, load
 from mmlite.export.compare import compare, difference, predict
 from mmlite.export.detector import FORMAT_VERSION, read_description, write_description
 from mmlite.export.program import Traced, check_config
-from mmlite.export.write import to_openvino, write
+from mmlite.export.write import _quotient, to_openvino, write
 
 pytest.importorskip('onnxscript')
 # Tracing takes half a minute on a quiet machine, and several on a busy one.
@@ -260,6 +260,33 @@ def test_executorch(detector, images, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('name', ['LiteDINO', 'LiteMask2Former panoptic'])
+def test_for_coreml(name, detector, tmp_path):
+    """Written in CoreML's own operators; only macOS runs it."""
+    coremltools = pytest.importorskip('coremltools')
+    from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
+
+    assert export_detector(detector(name), tmp_path, 'coreml', size=(128, 160)) is None
+    with pytest.raises(ValueError, match='is for coreml, which mmlite does not run'):
+        load(tmp_path)
+    written = coremltools.models.MLModel(str(tmp_path / 'model.mlpackage'), skip_model_load=True)
+    spec = written.get_spec()
+    assert [value.name for value in spec.description.input] == ['images', 'image_sizes']
+    outputs = [value.name for value in spec.description.output]
+    assert outputs == read_description(tmp_path)['outputs']
+    (block,) = spec.mlProgram.functions['main'].block_specializations.values()
+    kinds = {operation.type for operation in block.operations}
+    assert {'gather', 'topk'} < kinds <= set(SSAOpRegistry.core_ops)
+
+
+def test_quotients_for_coreml_are_exact():
+    for divisor in (1, 3, 80, 133):
+        number = torch.cat([torch.arange(-500, 2000), torch.arange(2**23 - 500, 2**23)])
+        assert torch.equal(_quotient(number, divisor), number // divisor)
+    assert _quotient(number.float(), 2) is _quotient(number, 2, 'trunc') is NotImplemented
+
+
+@pytest.mark.slow
 def test_masks(detector, images, tmp_path):
     """Of the right shapes. Their pixels are compared in test_graph.py: where a query attends is cut
     at one half, layer after layer, and with random weights many pixels are near it."""
@@ -324,8 +351,9 @@ def test_command(images, tmp_path, monkeypatch):
 def test_what_cannot_be_exported_is_refused_before_it_is_built(tmp_path):
     with pytest.raises(ValueError, match='format must be one of onnx, openvino, torch'):
         export_detector(None, tmp_path, 'tflite')
-    with pytest.raises(ValueError, match='executorch takes images of one size'):
-        export_detector(None, tmp_path, 'executorch')
+    for device in ('executorch', 'coreml'):
+        with pytest.raises(ValueError, match=f'{device} takes images of one size'):
+            export_detector(None, tmp_path, device)
     inside = dict(type='DINO', encoder=dict(num_layers=6))
     with pytest.raises(ValueError, match=r'SoftTeacher .*export the detector inside'):
         check_config(dict(type='SoftTeacher', detector=inside))

@@ -33,6 +33,10 @@ _OUTPUTS = ('boxes', 'scores', 'labels', 'masks', 'panoptic')
 # factors of 1, terms of 0, norms behind convolutions and, in onnxscript 0.7, shapes that are known.
 _RULES = ('mul_by_1_rule', 'add_0_rule', 'fuse_batchnorm_into_conv_rule')
 _RULES += ('materialize_reshape_shape_rule',)
+# What XNNPACK computes of a program. The arithmetic of attention would make hundreds of pieces of
+# it, and each piece that is cut out writes the whole program anew.
+_XNNPACK = 'backends.xnnpack.partition'
+_KINDS = ('Convolution', 'BatchNorm', 'Linear', 'Addmm', 'MM', 'BMM', 'ReLU', 'MaxPool2d')
 
 
 def export_detector(
@@ -108,8 +112,7 @@ def write(
         sides = (int(found.lower) for found in program.range_constraints.values())
         description['input'] = {**description['input'], 'least_side': max(sides, default=1)}
     elif format == 'executorch':
-        exir = import_runtime('executorch.exir', 'executorch')
-        path.write_bytes(exir.to_edge_transform_and_lower(program).to_executorch().buffer)
+        path.write_bytes(to_executorch(program))
     elif format == 'coreml':
         to_coreml(program, path)
     elif format != 'openvino':
@@ -196,6 +199,17 @@ def to_onnx(
             if not isinstance(value.shape[axis], int):
                 value.shape[axis] = name
     written.save(str(path))
+
+
+def to_executorch(program: torch.export.ExportedProgram) -> bytes:
+    """Lower a traced program, for images of one size, with its products on XNNPACK."""
+    exir, xnnpack, config = (
+        import_runtime(f'executorch.{name}', 'executorch')
+        for name in ('exir', f'{_XNNPACK}.xnnpack_partitioner', f'{_XNNPACK}.config')
+    )
+    partitioner = xnnpack.XnnpackPartitioner([getattr(config, f'{kind}Config') for kind in _KINDS])
+    lowered = exir.to_edge_transform_and_lower(program, partitioner=[partitioner])
+    return lowered.to_executorch().buffer
 
 
 def to_coreml(program: torch.export.ExportedProgram, path: Path) -> None:

@@ -264,7 +264,7 @@ class InterleavedEncoder(nn.Module):
 
     @property
     def next_schedule(self) -> EncoderSchedule:
-        """The schedule of the next call: the chosen one, or in training that whose turn it is."""
+        """The next call's schedule: the chosen one, or in training the one whose turn it is."""
         if not self.training or self.turns == 1:
             return self.schedule
         ordered = sorted(self.schedules, key=lambda schedule: -schedule.cost)

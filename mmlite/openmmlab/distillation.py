@@ -44,8 +44,8 @@ class DistilledDetector(BaseModel):
     """A Lite detector that is trained by its stock detector, without labels.
 
     Its checkpoints are those of the Lite detector, under the usual names, and in testing it is
-    the Lite detector. Training changes the encoder alone. An elastic encoder learns
-    three of its schedules in each iteration, from one pass of the teacher.
+    the Lite detector. Training changes the encoder alone. An elastic encoder learns three of its
+    schedules in each iteration, from one pass of the teacher.
 
     Args:
         detector (dict): Config of the Lite detector.

@@ -25,7 +25,8 @@ from . import details  # noqa: F401  (a style to draw)
 # Plans that ship, beside the configs that they name.
 SHIPPED = Path(__file__).parent / 'configs'
 
-_PLAN_KEYS = ('name', 'title', 'baseline', 'metric', 'seeds', 'data', 'rows', 'first', 'set')
+_PLAN_KEYS = ('name', 'title', 'baseline', 'metric', 'margin', 'seeds')
+_PLAN_KEYS += ('data', 'rows', 'first', 'set')
 _DATA_KEYS = ('title', 'root', 'draw', 'config', 'set')
 _ROW_KEYS = ('config', 'set', 'data', 'warm_start', 'convert', 'evaluate')
 _CONVERT_KEYS = ('teacher', 'iterations', 'batch_size')
@@ -89,6 +90,7 @@ class Plan:
     path: Path
     baseline: str
     metric: str
+    margin: float | None  # percent of the baseline's metric within which a row is equivalent
     seeds: Sequence[int]
     data: Mapping[str, Data]
     rows: Mapping[str, Row]
@@ -218,6 +220,9 @@ def _plan(path: Path, content: Any, roots: Mapping[str, Path], seeds: Sequence[i
     _known('row', content['baseline'], rows)
     metric = content.get('metric', 'AP')
     _known('metric', metric, METRICS)
+    margin = content.get('margin')
+    if not (margin is None or (isinstance(margin, (int, float)) and margin > 0)):
+        raise _PlanError(f'margin is a percentage above 0, not {margin!r}')
     first = [_entries('first', group, _FIRST_KEYS) for group in content.get('first', ())]
     for group in first:
         for name in group.get('data', ()):
@@ -234,6 +239,7 @@ def _plan(path: Path, content: Any, roots: Mapping[str, Path], seeds: Sequence[i
         path=path,
         baseline=content['baseline'],
         metric=metric,
+        margin=margin,
         seeds=seeds,
         data=data,
         rows=rows,

@@ -15,7 +15,7 @@ from mmlite.analysis.report import Report, Table
 from .execute import Study, unfinished
 from .plan import Data, Run, slug
 from .plots import BASELINE, COLORS, plot, scatter
-from .statistics import difference, interval, share, with_interval, with_spread
+from .statistics import difference, equivalence, interval, share, with_interval, with_spread
 
 _PUBLISHED = {
     'AP': 'ap',
@@ -146,17 +146,18 @@ def _tables(study: Study, data: Data, found: Found) -> list[Table]:
     base = found.get(plan.baseline)
     if base is None or len(found) < 2:
         return [means]
-    rows = [
-        (
-            *(name, len(runs.index.intersection(base.index))),
-            *(with_interval(difference(runs[metric], base[metric])) for metric in METRICS),
-            with_interval(share(runs[plan.metric], base[plan.metric]), sign=''),
-        )
-        for name, runs in found.items()
-        if name != plan.baseline
-    ]
+    heads = ['row', 'pairs', *METRICS, f'% of {plan.metric}']
+    heads += [f'p of equivalence within {plan.margin:g} %'] if plan.margin else []
+    rows = []
+    for name, runs in found.items():
+        if name == plan.baseline:
+            continue
+        differences = (difference(runs[metric], base[metric]) for metric in METRICS)
+        shares = share(runs[plan.metric], base[plan.metric])
+        row = [name, len(shares), *map(with_interval, differences), with_interval(shares, sign='')]
+        rows.append(row + ([f'{equivalence(shares, plan.margin):.3f}'] if plan.margin else []))
     title = f'{data.title}: differences from {plan.baseline} by seed, with the 95 % interval'
-    return [means, _table(title, ('row', 'pairs', *METRICS, f'% of {plan.metric}'), rows)]
+    return [means, _table(title, heads, rows)]
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence]) -> Table:

@@ -39,6 +39,16 @@ def difference(values: pd.Series, baseline: pd.Series) -> pd.Series:
     return (values - baseline).dropna()
 
 
+def equivalence(shares: pd.Series, margin: float) -> float:
+    """p of two one-sided t-tests: how likely such shares, in percent, are where the mean is not
+    within the margin of 100; nan for a single seed."""
+    if len(shares) < 2:
+        return math.nan
+    above = stats.ttest_1samp(shares, 100 - margin, alternative='greater')
+    below = stats.ttest_1samp(shares, 100 + margin, alternative='less')
+    return max(above.pvalue, below.pvalue)
+
+
 def share(values: pd.Series, baseline: pd.Series) -> pd.Series:
     """Each seed's share of the baseline's run with the same seed, in percent."""
     return (100 * values / baseline[baseline != 0]).dropna()

@@ -20,7 +20,14 @@ import benchmarks.study.narrow_dino  # noqa: F401  (registers it)
 from benchmarks.study.__main__ import study
 from benchmarks.study.execute import Study
 from benchmarks.study.plan import SHIPPED, fingerprint, read_plan
-from benchmarks.study.statistics import difference, interval, share, with_interval, with_spread
+from benchmarks.study.statistics import (
+    difference,
+    equivalence,
+    interval,
+    share,
+    with_interval,
+    with_spread,
+)
 
 register_all_modules()
 THIN = {'embed_dims': 32}
@@ -64,7 +71,8 @@ def run(*arguments):
 
 
 def test_trains_reports_and_does_nothing_twice(tmp_path):
-    plan = write(tmp_path, rows={'stock': None, 'warm': PLAN['rows']['warm']})
+    rows = {'stock': None, 'warm': PLAN['rows']['warm']}
+    plan = write(tmp_path, rows=rows, margin=1)
     result = run(plan, '--out', tmp_path / 'out')
     assert result.exit_code == 0, result.output
     assert 'drawn, stock, seed 0: AP ' in result.output
@@ -73,7 +81,7 @@ def test_trains_reports_and_does_nothing_twice(tmp_path):
     assert found['finite'] and found['encoder_gflops'] > 0 and found['train_ms'] > 0
     assert [point['epoch'] for point in found['curve']] == [1, 2]
     page = (folder / 'report.html').read_text()
-    for text in ('2 of 2 runs finished', '<svg', 'learning curves', 'warm'):
+    for text in ('2 of 2 runs finished', 'equivalence within 1 %', '<svg', 'curves', 'warm'):
         assert text in page
     shown = re.findall(r'!\[.*\]\((.*)\)', (folder / 'report.md').read_text())
     assert len(shown) == page.count('<svg')
@@ -124,7 +132,7 @@ def test_converts_without_labels_and_evaluates_what_came_out(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'sentence'),
     [
-        (['nothing'], 'these ship: coco, conversion, small'),
+        (['nothing'], 'these ship: coco, conversion, equivalence, small'),
         (['small', '--data', 'details=x'], 'those that take one are: bccd'),
         (['small', '--report'], 'run the study first'),
         (['coco'], 'instances_train2017.json does not exist'),
@@ -222,3 +230,14 @@ def test_interval_is_that_of_scipy():
     assert (with_spread(one), with_interval(one)) == ('3.0', '+3.0')
     assert interval(one) == (-math.inf, math.inf)
     assert with_spread(pd.Series([1.0, 3.0])) == '2.0 ± 1.4'
+
+
+def test_equivalence_holds_within_the_margin_alone():
+    """p is the 5 % of a test where the 90 % interval just touches the margin."""
+    shares = pd.Series([99.0, 101.0, 100.5, 99.5, 100.2])
+    low, high = stats.ttest_1samp(shares, 100).confidence_interval(0.9)
+    assert low < 100 < high
+    assert equivalence(shares, max(100 - low, high - 100)) == pytest.approx(0.05)
+    assert equivalence(shares - shares.mean() + 99, 1) == pytest.approx(0.5)
+    assert equivalence(shares + 3, 1) > 0.99
+    assert math.isnan(equivalence(pd.Series([100.0]), 1))

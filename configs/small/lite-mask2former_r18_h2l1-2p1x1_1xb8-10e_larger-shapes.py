@@ -41,9 +41,7 @@ test_dataloader = val_dataloader
 max_epochs = 10
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 # Muon learns convolutions and matrices in half the iterations of AdamW.
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='EncoderOptimizer', lr=3e-3, weight_decay=1e-4)
-)
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='EncoderOptimizer', lr=3e-3, momentum=0.95))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=40),
     dict(

@@ -23,7 +23,7 @@ def distill(
     teacher: nn.Module,
     batches: Iterable[Any],
     iterations: int = 400,
-    lr: float = 6e-3,
+    lr: float = 13e-3,
     report: Callable[[int, float], None] = lambda iteration, loss: None,
 ) -> None:
     """Train the encoder of a student to follow its teacher, in place.
@@ -91,8 +91,10 @@ class Muon(torch.optim.Optimizer):
     float32: without AVX-512 products in bfloat16 take twenty times as long.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float) -> None:
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=0.95))
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -131,16 +133,26 @@ class EncoderOptimizer(torch.optim.Optimizer):
         params (Iterable[Tensor]): Parameters; those that need no gradient are left out.
         lr (float): Learning rate of both.
         weight_decay (float): Decoupled weight decay.
+        momentum (float): Of Muon. Less than its usual 0.95 comes further in few iterations.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 6e-3, weight_decay: float = 1e-4):
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 13e-3,
+        weight_decay: float = 1e-4,
+        momentum: float = 0.8,
+    ) -> None:
         trained = [parameter for parameter in params if parameter.requires_grad]
         super().__init__(trained, dict(lr=lr, weight_decay=weight_decay))
         large = [parameter for parameter in trained if parameter.dim() > 1 and len(parameter) >= 8]
         of_muon = set(map(id, large))
         rest = [parameter for parameter in trained if id(parameter) not in of_muon]
-        kinds = (Muon, large, weight_decay), (torch.optim.AdamW, rest, 0.0)
-        self.parts = [kind(some, lr=lr, weight_decay=decay) for kind, some, decay in kinds if some]
+        self.parts: list[torch.optim.Optimizer] = []
+        if large:
+            self.parts.append(Muon(large, lr, weight_decay, momentum))
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr, weight_decay=0.0))
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]

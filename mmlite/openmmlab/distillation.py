@@ -377,7 +377,7 @@ def distillation_config(
         'optim_wrapper': {
             'type': 'OptimWrapper',
             **wrapper,
-            'optimizer': {'type': 'mmdet.EncoderOptimizer', 'lr': 6e-3},
+            'optimizer': {'type': 'mmdet.EncoderOptimizer'},
             'clip_grad': {'max_norm': 1.0},
         },
         'param_scheduler': [

@@ -253,9 +253,10 @@ def test_executorch_writes_and_runs_a_program(tmp_path):
 
 
 @pytest.mark.slow
-def test_executorch(detector, images, tmp_path):
+@pytest.mark.parametrize('name', ['LiteDINO', 'LiteMask2Former panoptic'])
+def test_executorch(name, detector, images, tmp_path):
     pytest.importorskip('executorch.exir')
-    model = detector('LiteDINO')
+    model = detector(name)
     assert_agrees(model, export_detector(model, tmp_path, 'executorch', size=(192, 256)), images)
 
 

@@ -70,6 +70,8 @@ def stock_of(backbone: str | None) -> Config:
     elif backbone:
         config.merge_from_dict(backbone_change(config.model, backbone))
         config.model.backbone.update(BACKBONES[backbone])
+        if backbone.startswith('swin'):  # timm's takes whole patches alone
+            config.model.data_preprocessor.pad_size_divisor = 4
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -191,10 +192,13 @@ def _describe(graph: Graph, config, size, batch, portable) -> dict[str, Any]:
 def _levels(model: nn.Module) -> list[tuple[int, int]]:
     """Stride and rest of every level, as :func:`.detector.check_size` takes them."""
 
+    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+
     @cache
     def rows(side: int) -> list[int]:
+        image = torch.zeros(1, 3, math.ceil(side / divisor) * divisor, 128)  # as it is padded
         with torch.no_grad():
-            return [feat.shape[2] for feat in model.extract_feat(torch.zeros(1, 3, side, 128))]
+            return [feat.shape[2] for feat in model.extract_feat(image)]
 
     levels = []
     with FakeTensorMode(allow_non_fake_inputs=True):  # shapes alone

@@ -163,16 +163,21 @@ def test_a_graph_that_fixes_a_free_size_is_refused(detector, monkeypatch):
         trace(detector('DeformableDETR'), batch=None)
 
 
-def test_levels_round_as_the_backbone_does():
-    """Layers that round down, up and, without padding, below."""
+@pytest.mark.parametrize('divisor', [1, 4])
+def test_levels_round_as_the_backbone_does(divisor):
+    """Layers that round down, up and, without padding, below; of sides that images can have."""
     sizes = [(3, 2, 0), (4, 4, 0), (3, 2, 1), (2, 2, 0)]  # kernel, stride, padding
     layers = [torch.nn.Conv2d(3, 3, *size) for size in sizes]
-    model = SimpleNamespace(
-        extract_feat=lambda images: list(accumulate(layers, lambda x, f: f(x), initial=images))[1:]
-    )
+
+    def extract_feat(images: torch.Tensor) -> list[torch.Tensor]:
+        assert images.shape[2] % divisor == 0  # a Swin of timm asks for that
+        return list(accumulate(layers, lambda x, f: f(x), initial=images))[1:]
+
+    prepare = SimpleNamespace(pad_size_divisor=divisor)
+    model = SimpleNamespace(extract_feat=extract_feat, data_preprocessor=prepare)
     levels = _levels(model)
     assert [stride for stride, _ in levels] == [2, 8, 16, 32]
-    for side in range(64, 130):
+    for side in range(64, 130, divisor):
         maps = model.extract_feat(torch.zeros(1, 3, side, 64))
         assert [feat.shape[2] for feat in maps] == [(side + rest) // s for s, rest in levels]
 

@@ -40,8 +40,11 @@ def difference(values: pd.Series, baseline: pd.Series) -> pd.Series:
 
 
 def equivalence(shares: pd.Series, margin: float) -> float:
-    """p of two one-sided t-tests: how likely such shares, in percent, are where the mean is not
-    within the margin of 100; nan for a single seed."""
+    """p of the test that the mean share, in percent, is 100 within the margin.
+
+    It is the larger p of two one-sided t-tests. Below 0.05 the row is equivalent to the baseline.
+    nan for a single seed.
+    """
     if len(shares) < 2:
         return math.nan
     above = stats.ttest_1samp(shares, 100 - margin, alternative='greater')

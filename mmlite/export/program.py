@@ -181,7 +181,7 @@ def _describe(graph: Graph, config, size, batch, portable) -> dict[str, Any]:
             # A single image of any size is never padded, and then nothing need be masked.
             'padded': batch != 1 or size is not None or divisor > 1,
             'divisor': divisor,
-            'levels': _levels(model) if graph.least_tokens else [],
+            'levels': _levels(model, divisor) if graph.least_tokens else [],
             'least_tokens': graph.least_tokens,
         },
         'preprocessing': prepared,
@@ -189,14 +189,15 @@ def _describe(graph: Graph, config, size, batch, portable) -> dict[str, Any]:
     }
 
 
-def _levels(model: nn.Module) -> list[tuple[int, int]]:
-    """Stride and rest of every level, as :func:`.detector.check_size` takes them."""
+def _levels(model: nn.Module, divisor: int) -> list[tuple[int, int]]:
+    """Stride and rest of every level, as :func:`.detector.check_size` takes them.
 
-    divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+    Images are padded to multiples of ``divisor``; a backbone need not take others.
+    """
 
     @cache
     def rows(side: int) -> list[int]:
-        image = torch.zeros(1, 3, math.ceil(side / divisor) * divisor, 128)  # as it is padded
+        image = torch.zeros(1, 3, math.ceil(side / divisor) * divisor, 128)
         with torch.no_grad():
             return [feat.shape[2] for feat in model.extract_feat(image)]
 

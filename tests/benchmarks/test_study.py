@@ -81,7 +81,7 @@ def test_trains_reports_and_does_nothing_twice(tmp_path):
     assert found['finite'] and found['encoder_gflops'] > 0 and found['train_ms'] > 0
     assert [point['epoch'] for point in found['curve']] == [1, 2]
     page = (folder / 'report.html').read_text()
-    for text in ('2 of 2 runs finished', 'equivalence within 1 %', '<svg', 'curves', 'warm'):
+    for text in ('2 of 2 runs finished', '<svg', 'learning curves', 'warm', 'within 1 %'):
         assert text in page
     shown = re.findall(r'!\[.*\]\((.*)\)', (folder / 'report.md').read_text())
     assert len(shown) == page.count('<svg')
@@ -168,6 +168,7 @@ def test_runs_go_seed_by_seed_and_the_first_come_first(tmp_path):
         ({'baseline': 'stok'}, "no row called 'stok'; did you mean stock"),
         ({'metric': 'mAP'}, "no metric called 'mAP'"),
         ({'seeds': 3}, 'seeds are a list'),
+        ({'margin': 0}, 'margin is a percentage above 0, not 0'),
         ({'rows': {'stock': {'overrides': {}}}}, "no entry of row stock called 'overrides'"),
         ({'rows': {'stock': {'warm_start': 'teacher'}}}, "no row called 'teacher'"),
         (

@@ -173,12 +173,10 @@ def test_levels_round_as_the_backbone_does(divisor):
         assert images.shape[2] % divisor == 0  # a Swin of timm asks for that
         return list(accumulate(layers, lambda x, f: f(x), initial=images))[1:]
 
-    prepare = SimpleNamespace(pad_size_divisor=divisor)
-    model = SimpleNamespace(extract_feat=extract_feat, data_preprocessor=prepare)
-    levels = _levels(model)
+    levels = _levels(SimpleNamespace(extract_feat=extract_feat), divisor)
     assert [stride for stride, _ in levels] == [2, 8, 16, 32]
     for side in range(64, 130, divisor):
-        maps = model.extract_feat(torch.zeros(1, 3, side, 64))
+        maps = extract_feat(torch.zeros(1, 3, side, 64))
         assert [feat.shape[2] for feat in maps] == [(side + rest) // s for s, rest in levels]
 
 

@@ -162,9 +162,9 @@ def test_muon_is_that_of_pytorch():
     torch.manual_seed(0)
     ours = [torch.randn(*shape, requires_grad=True) for shape in ((8, 24), (24, 8), (8, 6, 2, 2))]
     theirs = [tensor.detach().flatten(1).clone().requires_grad_() for tensor in ours]
-    muon = torch.optim.Muon(theirs, 0.1, 0.01, adjust_lr_fn='match_rms_adamw')
+    muon = torch.optim.Muon(theirs, 0.1, 0.01, momentum=0.8, adjust_lr_fn='match_rms_adamw')
     start = [tensor.detach().clone() for tensor in theirs]
-    for optimizer, tensors in ((Muon(ours, 0.1, 0.01), ours), (muon, theirs)):
+    for optimizer, tensors in ((Muon(ours, 0.1, 0.01, momentum=0.8), ours), (muon, theirs)):
         for _ in range(3):
             optimizer.zero_grad()
             sum(tensor.sin().sum() for tensor in tensors).backward()
@@ -177,3 +177,6 @@ def test_muon_is_that_of_pytorch():
 def test_few_rows_are_not_for_muon():
     parts = EncoderOptimizer(nn.Linear(4, 4).parameters()).parts
     assert [type(part) for part in parts] == [torch.optim.AdamW]
+    large, rest = EncoderOptimizer(nn.Linear(4, 8).parameters(), momentum=0.7).parts
+    assert isinstance(large, Muon) and large.param_groups[0]['momentum'] == 0.7
+    assert isinstance(rest, torch.optim.AdamW)

@@ -22,13 +22,13 @@ from .shared import count_option, option, print_table, progress
 # Task -> its config, that of --full, which of COCO's metrics evaluate it, and what is drawn.
 TASKS = {
     'detection': (
-        'lite-dino-4scale_r18_h3l1-2p1x1_1xb8-8e_large-shapes',
+        'lite-dino-4scale_r18_h3l1-2p1x1_1xb8-5e_large-shapes',
         'lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes',
         'bbox',
         'large-shapes',
     ),
     'segmentation': (
-        'lite-mask2former_r18_h2l1-2p1x1_1xb8-10e_larger-shapes',
+        'lite-mask2former_r18_h2l1-2p1x1_1xb8-7e_larger-shapes',
         'lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes',
         'segm',
         'larger-shapes',

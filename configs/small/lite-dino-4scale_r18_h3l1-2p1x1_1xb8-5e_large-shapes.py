@@ -37,10 +37,10 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_epochs = 8
+max_epochs = 5
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 # Muon learns convolutions and matrices in half the iterations of AdamW.
-optim_wrapper = dict(optimizer=dict(_delete_=True, type='EncoderOptimizer', lr=4e-3, momentum=0.95))
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='EncoderOptimizer', lr=8e-3))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.02, by_epoch=False, begin=0, end=40),
     dict(

@@ -198,8 +198,9 @@ def test_shipped_plans_build(name):
     for run in shipped.runs:
         if run.seed or run.data is not next(iter(shipped.data.values())):
             continue
-        backbone = {'backbone': {'type': 'ResNet', 'depth': 18}}  # timm's would need its weights
-        encoder = MODELS.build(shipped.config(run).model | backbone).encoder
+        model = shipped.config(run).model
+        model.backbone = {'type': 'ResNet', 'depth': 18}  # timm's would need its weights
+        encoder = MODELS.build(model).encoder
         assert len(encoder.layers) == 6 + 3 * ('sequential' in run.row.name)
         schedule = next((w for w in run.row.name.split() if w.startswith('H')), None)
         if schedule is None:

@@ -37,7 +37,7 @@ def test_lines_of_python_detect(tmp_path, monkeypatch):
     small = ('--epochs', '1', '--train-images', '8', '--val-images', '6')
     result = CliRunner().invoke(main, ['demo', *small])
     assert result.exit_code == 0, result.output
-    Path('work_dirs/demo/epoch_1.pth').rename('work_dirs/demo/epoch_8.pth')
+    Path('work_dirs/demo/epoch_1.pth').rename('work_dirs/demo/epoch_5.pth')
 
     found: dict = {}
     exec(python_blocks('README.md')[1], found)

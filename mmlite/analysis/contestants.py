@@ -25,7 +25,7 @@ from ..export.int8 import import_nncf, quantize
 from ..export.operators import attention_as
 from ..export.program import Traced, trace
 from ..export.runtimes import import_runtime, library
-from ..export.write import to_openvino, write
+from ..export.write import need_packages, to_openvino, write
 from ..openmmlab.build import DetectorSpec, build_detector, load_config
 from ..openmmlab.layers import LiteEncoder
 from ..openmmlab.lite_config import stock_config
@@ -267,8 +267,8 @@ def exported(
 
 def need_runtime(runtime: str, int8: bool = False) -> None:
     """Import what exporting for a runtime takes, before minutes go into it."""
-    for package in ('onnx', 'onnxscript', runtime):
-        import_runtime(package)
+    import_runtime(runtime)
+    need_packages(FORMATS[runtime])
     if int8:
         import_nncf()
 

@@ -24,6 +24,8 @@ COMMANDS = {
     'visualize': 'Draw sampling points, and detections beside the ground truth.',
 }
 
+STACK = ('torch', 'mmengine', 'mmcv', 'mmdet')  # what an installation for exports alone lacks
+
 
 class _Commands(click.Group):
     """Imports a subcommand when it is used, and turns bad input into one sentence."""
@@ -51,7 +53,10 @@ class _Commands(click.Group):
         except (ValueError, OSError, ImportError) as error:
             if ctx.params['debug']:
                 raise
-            raise click.ClickException(str(error)) from error
+            reason = str(error)
+            if getattr(error, 'name', None) in STACK:
+                reason = f"this needs {error.name}: pip install 'mmlite-detr[openmmlab]'"
+            raise click.ClickException(reason) from error
 
 
 @click.group(cls=_Commands, context_settings=HELP)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import glob
+import itertools
 import json
 import os
 import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -58,7 +59,7 @@ def detect(model, sources, out: Path, threshold, batch_size, max_frames, **optio
     try:
         with shared.progress() as start:
             step = start('Detecting', None if any(map(_is_video, sources)) else len(sources))
-            while batch := list(islice(frames, batch_size)):
+            for batch in _batches(frames, batch_size):
                 before = time.perf_counter()
                 results = _detected(detector, batch, threshold, unread)
                 busy += time.perf_counter() - before
@@ -82,8 +83,8 @@ def detect(model, sources, out: Path, threshold, batch_size, max_frames, **optio
         f'a second, {count / (time.perf_counter() - began):.1f} with reading, drawing and writing'
     )
     if unread:
-        why = '; '.join([*unread.values()][:3])
-        raise ValueError(f'{len(unread)} of {len(sources)} images were left out: {why}')
+        why = '; '.join([*[*unread.values()][:3], *[*unread][3:]])  # of the others the names alone
+        raise ValueError(f'{len(unread)} of {len(sources)} sources were left out: {why}')
 
 
 def _is_video(source: str) -> bool:
@@ -106,9 +107,9 @@ def _targets(sources: Sequence[str], out: Path) -> dict[str, Path]:
     targets: dict[str, Path] = {}
     for source in sources:
         kind = '.mp4' if _is_video(source) else '.png' if source.endswith('.png') else '.jpg'
-        target = out / f'{Path(source).stem}{kind}'
-        if target in targets.values():
-            target = out / f'{target.stem}-{len(targets) + 1}{kind}'
+        target, number = out / f'{Path(source).stem}{kind}', len(targets) + 1
+        while target in targets.values():
+            target, number = out / f'{Path(source).stem}-{number}{kind}', number + 1
         targets[source] = target
         if target.exists() and any(Path(o).exists() and target.samefile(o) for o in sources):
             raise ValueError(f'{target} would be overwritten; choose another folder with --out')
@@ -127,11 +128,19 @@ def _frames(source: str, detector, most: int | None, unread: dict[str, str]) -> 
 
     video = cv2.VideoCapture(int(source) if source.isdecimal() else source)
     if not video.isOpened():
-        raise ValueError(f'{source} cannot be opened as a video, camera or stream')
+        unread[source] = f'{source} cannot be opened as a video, camera or stream'
+        return
     number, (is_there, image) = 0, video.read()
     while is_there and number != most:
         yield image, source, number, video.get(cv2.CAP_PROP_FPS) or 25.0
         number, (is_there, image) = number + 1, video.read()
+
+
+def _batches(frames: Iterator[tuple], most: int) -> Iterator[list[tuple]]:
+    """Images of one size, which padding beside larger ones would make other images."""
+    for _, alike in itertools.groupby(frames, key=lambda frame: frame[0].shape):
+        while batch := list(itertools.islice(alike, most)):
+            yield batch
 
 
 def _detected(detector, batch: list[tuple], threshold, unread: dict[str, str]) -> list[tuple]:

@@ -75,12 +75,13 @@ def export(
     from ..export.detector import read_image
     from ..export.pipeline import preprocessing
     from ..export.program import check_config
-    from ..export.write import export_detector
+    from ..export.write import export_detector, need_packages
     from ..models import use_schedule
     from ..openmmlab.build import build_detector
 
     if batch_size != 'any' and not (batch_size.isdecimal() and int(batch_size)):
         raise ValueError(f"--batch-size must be a number of images or 'any'; got {batch_size!r}")
+    need_packages(options['format'])
     options['portable'] = portable or False
     options['batch'] = None if batch_size == 'any' else int(batch_size)
     if text is not None:
@@ -115,7 +116,7 @@ def export(
     )
     tolerated = report['masks'] <= MASK_TOLERANCE if has_masks else report['boxes'] <= TOLERANCE
     if not tolerated or report['scores'] > TOLERANCE:
-        raise ValueError(
-            f'the exported model differs from PyTorch by more than {TOLERANCE} '
-            f'({MASK_TOLERANCE} of the pixels of a mask); see {out / REPORT}'
-        )
+        why = f'({MASK_TOLERANCE} of the pixels of a mask); see {out / REPORT}'
+        if checkpoint is None:
+            why += '. Random weights score all alike, so rounding chooses: give a checkpoint'
+        raise ValueError(f'the exported model differs from PyTorch by more than {TOLERANCE} {why}')

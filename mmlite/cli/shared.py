@@ -39,6 +39,9 @@ def _use_threads(ctx: click.Context, parameter: click.Parameter, count: int | No
     if count:
         import torch
 
+        from ..export.runtimes import check_threads
+
+        check_threads(count)
         torch.set_num_threads(count)
 
 

@@ -89,14 +89,13 @@ def draw_image(
     image_size: int,
     sides: dict[str, tuple[int, int]] = _SIDES,
     frequency: dict[str, float] = _FREQUENCY,
-    most: int = _MAX_SHAPES,
     most_overlap: float = _MAX_OVERLAP,
 ) -> tuple[np.ndarray, list[Drawn]]:
     """Draw one image: its pixels, uint8 (image_size, image_size, 3), and the shapes."""
     pixels = background(rng, image_size)
     boxes: list[np.ndarray] = []
     shapes = []
-    for _ in range(rng.integers(2, most + 1)):
+    for _ in range(rng.integers(2, _MAX_SHAPES + 1)):
         size = rng.choice(list(sides), p=list(frequency.values()))
         side = int(rng.integers(*sides[size], endpoint=True))
         label = int(rng.integers(len(CLASSES)))
@@ -168,9 +167,8 @@ def overlap(box: np.ndarray, other: np.ndarray) -> float:
 
 
 SHAPES = Style(CLASSES, draw_image, smallest_image=128)
-# Few and large, apart from each other: learned in minutes.
-_few = partial(draw_image, frequency={'large': 1.0}, most=3, most_overlap=0.0)
-LARGE_SHAPES = Style(CLASSES, partial(_few, sides={'large': (36, 64)}), smallest_image=128)
-LARGER_SHAPES = Style(CLASSES, partial(_few, sides={'large': (44, 72)}), smallest_image=128)
+# Large and apart from each other: learned in minutes.
+_large = partial(draw_image, sides={'large': (44, 60)}, frequency={'large': 1.0}, most_overlap=0.0)
+LARGE_SHAPES = Style(CLASSES, _large, smallest_image=128)
 # What can be drawn, by name.
-STYLES = {'shapes': SHAPES, 'large-shapes': LARGE_SHAPES, 'larger-shapes': LARGER_SHAPES}
+STYLES = {'shapes': SHAPES, 'large-shapes': LARGE_SHAPES}

@@ -20,6 +20,7 @@ import numpy as np
 _PREFIX, _SUFFIX = {'darwin': ('lib', 'dylib'), 'win32': ('', 'dll')}.get(
     sys.platform, ('lib', 'so')
 )
+MOST_THREADS = max(64, os.cpu_count() or 1)  # each takes memory: thousands end the process
 _HOW = {
     'onnxruntime': 'install a C++ compiler (GCC or Clang) and reinstall mmlite',
     'openvino': 'build it for the installed OpenVINO, as docs/deploy.md shows '
@@ -91,8 +92,9 @@ def _make_once(make: Callable, *arguments: Any) -> Any:
 def check_threads(threads: int | None) -> None:
     """Refuse with a ValueError what is no number of threads; None is the runtime's choice."""
     is_number = isinstance(threads, Integral) and not isinstance(threads, bool)
-    if threads is not None and not (is_number and threads > 0):
-        raise ValueError(f'threads must be a whole number from 1, or None; got {threads!r}')
+    if threads is not None and not (is_number and 0 < threads <= MOST_THREADS):
+        what = f'a whole number from 1 to {MOST_THREADS}, or None'
+        raise ValueError(f'threads must be {what}; got {threads!r}')
 
 
 def check_device(device: str) -> None:

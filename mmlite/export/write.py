@@ -26,6 +26,10 @@ from .web import check_web, write_page
 # Format -> what the model is called in its folder.
 FILES = {'onnx': 'model.onnx', 'openvino': 'model.xml', 'torch': 'model.pt2', 'web': 'model.onnx'}
 FILES |= {'tensorrt': 'model.onnx', 'executorch': 'model.pte', 'coreml': 'model.mlpackage'}
+# Format -> the packages that write it.
+_ONNX = ('onnx', 'onnxscript')
+_PACKAGES = {'onnx': _ONNX, 'web': _ONNX, 'tensorrt': _ONNX, 'openvino': (*_ONNX, 'openvino')}
+_PACKAGES |= {'torch': (), 'executorch': ('executorch.exir',), 'coreml': ('coremltools',)}
 # Names of the model's inputs and outputs, as far as it has them.
 _INPUTS = ('images', 'image_sizes')
 _OUTPUTS = ('boxes', 'scores', 'labels', 'masks', 'panoptic')
@@ -102,6 +106,7 @@ def write(
     traced: Traced, folder: str | os.PathLike, format: str, opset: int = 18
 ) -> Detector | None:
     """Write a traced detector and its description; see :func:`export_detector`."""
+    need_packages(format)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, program = folder / FILES[format], traced.program
@@ -120,13 +125,18 @@ def write(
         if format == 'web':
             write_page(folder)
     else:
-        import_runtime('openvino')
         with TemporaryDirectory(dir=folder) as onnx:
             to_onnx(program, Path(onnx, FILES['onnx']), opset)
             write_description(onnx, {**description, 'model': FILES['onnx']})
             return to_openvino(onnx, folder)
     write_description(folder, description)
     return load(folder) if format in OPEN else None
+
+
+def need_packages(format: str) -> None:
+    """Import what writes a format, or say with an ImportError how to install it."""
+    for name in _PACKAGES[format]:
+        import_runtime(name, name.partition('.')[0])
 
 
 def to_openvino(source: str | os.PathLike, folder: str | os.PathLike) -> Detector:
@@ -145,8 +155,6 @@ def to_onnx(
     program: torch.export.ExportedProgram, path: Path, opset: int = 18, tensorrt: bool = False
 ) -> None:
     """Write a traced program as ONNX, on request for TensorRT alone."""
-    for package in ('onnx', 'onnxscript'):
-        import_runtime(package)
     from onnx_ir.passes import common as passes
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules

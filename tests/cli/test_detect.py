@@ -166,11 +166,39 @@ def test_masks(folder, monkeypatch):
 def test_what_cannot_be_read_is_left_out_and_told(folder):
     Path('a/0.png').write_bytes(b'no image')
     cv2.imwrite('a/3.png', np.zeros((8, 90, 3), np.uint8))
-    result = run('a', '--threshold', '0.05', '--batch-size', '3')
+    for name in ('c.mp4', 'd.jpg'):
+        Path(name).write_bytes(b'neither')
+    result = run('a', 'c.mp4', 'b', 'd.jpg', '--threshold', '0.05', '--batch-size', '3')
     assert result.exit_code == 1
-    why = 'a/0.png cannot be read as an image; a/3.png: an image is too small'
-    assert f'2 of 4 images were left out: {why}' in ' '.join(result.output.split())
-    assert [entry['file_name'] for entry in coco()] == ['a/1.png', 'a/2.jpg']
+    why = (
+        'a/0.png cannot be read as an image; c.mp4 cannot be opened as a video, camera or stream; '
+    )
+    why += 'a/3.png: an image is too small; d.jpg'
+    assert f'4 of 7 sources were left out: {why}' in ' '.join(result.output.split())
+    assert [entry['file_name'] for entry in coco()] == ['a/1.png', 'a/2.jpg', 'b/1.png']
+
+
+def test_a_batch_has_images_of_one_size(folder, monkeypatch):
+    """Others would be padded, and what is found would depend on what they are read with."""
+    sizes, detect = [], Detector.detect_batch
+    cv2.imwrite('a/0.png', np.full((80, 90, 3), 5, np.uint8))
+
+    def spy(self, images, *options):
+        sizes.append([image.shape[0] for image in images])
+        return detect(self, images, *options)
+
+    monkeypatch.setattr(Detector, 'detect_batch', spy)
+    assert run('a', 'b', 'v.avi', '--batch-size', '2').exit_code == 0
+    assert sizes == [[80], [60, 60], [60], [64, 64], [64]]
+
+
+def test_no_picture_takes_the_place_of_another(folder):
+    Path('b/1.png').rename('b/1-3.png')
+    Path('c').mkdir()
+    cv2.imwrite('c/1.png', np.full((60, 90, 3), 40, np.uint8))
+    assert run('b/1-3.png', 'a/1.png', 'c/1.png').exit_code == 0
+    pictures = {path.name: cv2.imread(str(path))[-1, -1, 0] for path in Path('out').glob('*.png')}
+    assert pictures == {'1-3.png': 30, '1.png': 10, '1-4.png': 40}
 
 
 @pytest.mark.parametrize(

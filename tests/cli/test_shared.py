@@ -81,3 +81,10 @@ def test_env_speaks_to_people_and_programs(tmp_path):
     assert written['versions'] == printed['versions']
     gains = {f'{kind} in OpenVINO': text for kind, (_, text) in processor_gains().items()}
     assert gains.items() <= written['machine'].items()
+
+
+def test_without_torch_a_sentence_says_what_to_install():
+    code = "import sys; sys.modules['torch'] = None; from mmlite.cli import main; main(['env'])"
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    how = "Error: this needs torch: pip install 'mmlite-detr[openmmlab]'"
+    assert result.returncode == 1 and how in result.stderr

@@ -1,6 +1,7 @@
 import json
 import re
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import which
@@ -72,8 +73,8 @@ def test_a_schedule_that_names_its_layers(detector, images, tmp_path, monkeypatc
 
 
 def test_threads_share_a_detector(format_, exported_lite_dino, images):
-    for threads in (-1, 0, '2'):
-        with pytest.raises(ValueError, match=f'whole number from 1, or None; got {threads!r}'):
+    for threads in (-1, 0, '2', 99999):
+        with pytest.raises(ValueError, match=f'whole number from 1 to .*; got {threads!r}'):
             load(exported_lite_dino[1] / format_, threads)
     exported = load(exported_lite_dino[1] / format_, threads=1)
     images = [image[:140, :150] for image in images]
@@ -347,6 +348,15 @@ def test_command(images, tmp_path, monkeypatch):
     ):
         result = CliRunner().invoke(main, [*arguments, *options])
         assert result.exit_code == 1 and sentence in result.output.replace('\n', ' ')
+
+
+def test_missing_packages_are_told_before_the_detector_is_built(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'executorch', None)
+    monkeypatch.setattr('mmlite.openmmlab.build.build_detector', None)
+    config = f'mmdet::{STOCK["DINO"]}'
+    arguments = ['export', config, '-o', str(tmp_path / 'out'), '--format', 'executorch']
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1 and 'pip install executorch' in result.output.replace('\n', ' ')
 
 
 def test_what_cannot_be_exported_is_refused_before_it_is_built(tmp_path):

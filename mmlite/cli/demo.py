@@ -27,7 +27,7 @@ TASKS = {
         'bbox',
     ),
     'segmentation': (
-        'lite-mask2former_r18_h2l1-2p1x1_1xb8-8e_large-shapes',
+        'lite-mask2former_r18_h2l1-2p1x1_1xb8-9e_large-shapes',
         'lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes',
         'segm',
     ),

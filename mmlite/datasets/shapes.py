@@ -168,7 +168,7 @@ def overlap(box: np.ndarray, other: np.ndarray) -> float:
 
 SHAPES = Style(CLASSES, draw_image, smallest_image=128)
 # Large and apart from each other: learned in minutes.
-_large = partial(draw_image, sides={'large': (44, 60)}, frequency={'large': 1.0}, most_overlap=0.0)
+_large = partial(draw_image, sides={'large': (44, 72)}, frequency={'large': 1.0}, most_overlap=0.0)
 LARGE_SHAPES = Style(CLASSES, _large, smallest_image=128)
 # What can be drawn, by name.
 STYLES = {'shapes': SHAPES, 'large-shapes': LARGE_SHAPES}

@@ -23,7 +23,7 @@ model = dict(
         transformer_decoder=dict(layer_cfg=dict(cross_attn_cfg=attention, **layer_cfg)),
         # Classes are learned later than masks here; few queries are left without an object, so
         # what is none counts for more than the stock config's 0.1.
-        loss_cls=dict(loss_weight=4.0, class_weight=[1.0] * 4 + [0.2]),
+        loss_cls=dict(loss_weight=4.0, class_weight=[1.0] * 4 + [0.5]),
     ),
     train_cfg=dict(num_points=256),
     test_cfg=dict(max_per_image=8),
@@ -39,7 +39,7 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_epochs = 8
+max_epochs = 9
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 # Muon learns convolutions and matrices in half the iterations of AdamW.
 optim_wrapper = dict(optimizer=dict(_delete_=True, type='EncoderOptimizer', lr=6e-3))

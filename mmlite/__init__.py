@@ -59,6 +59,10 @@ def load(
         return load(model, threads, precision)
     if precision != 'float32':
         raise ValueError(f'precision {precision!r} is for exports; a config runs in float32')
+    config = str(model).partition(',')[0]
+    if '::' not in config and not Path(config).exists():
+        what = 'give a config and its checkpoint, or the folder of an export'
+        raise FileNotFoundError(f'{config} does not exist: {what}')
     from .openmmlab import require
 
     require()

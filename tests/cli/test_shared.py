@@ -83,8 +83,17 @@ def test_env_speaks_to_people_and_programs(tmp_path):
     assert gains.items() <= written['machine'].items()
 
 
-def test_without_torch_a_sentence_says_what_to_install():
-    code = "import sys; sys.modules['torch'] = None; from mmlite.cli import main; main(['env'])"
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    how = "Error: this needs torch: pip install 'mmlite-detr[openmmlab]'"
-    assert result.returncode == 1 and how in result.stderr
+@pytest.mark.parametrize(
+    ('command', 'sentence'),
+    [
+        ('env', "this needs torch: pip install 'mmlite-detr[openmmlab]'"),
+        ('detect nowhere 0 -o out', 'nowhere does not exist: give a config and its checkpoint, or'),
+    ],
+)
+def test_without_torch_a_sentence_says_what_to_do(command, sentence):
+    code = (
+        "import sys; sys.modules['torch'] = None; from mmlite.cli import main; "
+        f'main({command.split()})'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 1 and sentence in done.stderr

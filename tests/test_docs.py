@@ -6,6 +6,8 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 from mmlite.cli import main
+from mmlite.cli.demo import TASKS
+from mmlite.cli.shared import read_config
 
 ROOT = Path(__file__).parents[1]
 # What a block names that only the reader has: weights, and a model of their own.
@@ -37,7 +39,8 @@ def test_lines_of_python_detect(tmp_path, monkeypatch):
     small = ('--epochs', '1', '--train-images', '8', '--val-images', '6')
     result = CliRunner().invoke(main, ['demo', *small])
     assert result.exit_code == 0, result.output
-    Path('work_dirs/demo/epoch_1.pth').rename('work_dirs/demo/epoch_5.pth')
+    epochs = read_config(f'mmlite::small/{TASKS["detection"][0]}.py').train_cfg.max_epochs
+    Path('work_dirs/demo/epoch_1.pth').rename(f'work_dirs/demo/epoch_{epochs}.pth')
 
     found: dict = {}
     exec(python_blocks('README.md')[1], found)

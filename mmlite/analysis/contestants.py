@@ -24,7 +24,7 @@ from ..export.detector import Detector as ExportedDetector
 from ..export.int8 import import_nncf, quantize
 from ..export.operators import attention_as
 from ..export.program import Traced, trace
-from ..export.runtimes import import_runtime, library
+from ..export.runtimes import library
 from ..export.write import need_packages, to_openvino, write
 from ..openmmlab.build import DetectorSpec, build_detector, load_config
 from ..openmmlab.layers import LiteEncoder
@@ -267,7 +267,6 @@ def exported(
 
 def need_runtime(runtime: str, int8: bool = False) -> None:
     """Import what exporting for a runtime takes, before minutes go into it."""
-    import_runtime(runtime)
     need_packages(FORMATS[runtime])
     if int8:
         import_nncf()

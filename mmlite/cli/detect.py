@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import glob
-import itertools
 import json
 import os
 import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import click
@@ -138,8 +137,8 @@ def _frames(source: str, detector, most: int | None, unread: dict[str, str]) -> 
 
 def _batches(frames: Iterator[tuple], most: int) -> Iterator[list[tuple]]:
     """Images of one size, which padding beside larger ones would make other images."""
-    for _, alike in itertools.groupby(frames, key=lambda frame: frame[0].shape):
-        while batch := list(itertools.islice(alike, most)):
+    for _, alike in groupby(frames, key=lambda frame: frame[0].shape):
+        while batch := list(islice(alike, most)):
             yield batch
 
 

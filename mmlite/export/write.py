@@ -26,10 +26,11 @@ from .web import check_web, write_page
 # Format -> what the model is called in its folder.
 FILES = {'onnx': 'model.onnx', 'openvino': 'model.xml', 'torch': 'model.pt2', 'web': 'model.onnx'}
 FILES |= {'tensorrt': 'model.onnx', 'executorch': 'model.pte', 'coreml': 'model.mlpackage'}
-# Format -> the packages that write it.
+# Format -> the packages that write it, and run it where mmlite does.
 _ONNX = ('onnx', 'onnxscript')
-_PACKAGES = {'onnx': _ONNX, 'web': _ONNX, 'tensorrt': _ONNX, 'openvino': (*_ONNX, 'openvino')}
-_PACKAGES |= {'torch': (), 'executorch': ('executorch.exir',), 'coreml': ('coremltools',)}
+_PACKAGES = {name: (*_ONNX, 'onnxruntime') for name in ('onnx', 'web')}
+_PACKAGES |= {'openvino': (*_ONNX, 'openvino'), 'tensorrt': _ONNX, 'torch': ()}
+_PACKAGES |= {'executorch': ('executorch.exir',), 'coreml': ('coremltools',)}
 # Names of the model's inputs and outputs, as far as it has them.
 _INPUTS = ('images', 'image_sizes')
 _OUTPUTS = ('boxes', 'scores', 'labels', 'masks', 'panoptic')

@@ -170,10 +170,8 @@ def test_what_cannot_be_read_is_left_out_and_told(folder):
         Path(name).write_bytes(b'neither')
     result = run('a', 'c.mp4', 'b', 'd.jpg', '--threshold', '0.05', '--batch-size', '3')
     assert result.exit_code == 1
-    why = (
-        'a/0.png cannot be read as an image; c.mp4 cannot be opened as a video, camera or stream; '
-    )
-    why += 'a/3.png: an image is too small; d.jpg'
+    why = 'a/0.png cannot be read as an image; c.mp4 cannot be opened as a video, camera or '
+    why += 'stream; a/3.png: an image is too small; d.jpg'
     assert f'4 of 7 sources were left out: {why}' in ' '.join(result.output.split())
     assert [entry['file_name'] for entry in coco()] == ['a/1.png', 'a/2.jpg', 'b/1.png']
 

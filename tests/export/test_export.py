@@ -349,6 +349,10 @@ def test_command(images, tmp_path, monkeypatch):
         result = CliRunner().invoke(main, [*arguments, *options])
         assert result.exit_code == 1 and sentence in result.output.replace('\n', ' ')
 
+    monkeypatch.setattr('mmlite.cli.export.TOLERANCE', -1.0)
+    told = ' '.join(CliRunner().invoke(main, arguments).output.split())
+    assert 'differs from PyTorch' in told and 'Random weights' in told
+
 
 def test_missing_packages_are_told_before_the_detector_is_built(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'executorch', None)

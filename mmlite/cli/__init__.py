@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import warnings
 
@@ -65,3 +67,4 @@ class _Commands(click.Group):
 def main(debug: bool) -> None:
     """Lite DETR for MMDetection: efficient encoders that are fast on the clock."""
     warnings.filterwarnings('ignore')  # those of the stack about itself bury what is printed
+    atexit.register(gc.freeze)  # or Python's last act is to look through millions of objects

@@ -43,7 +43,7 @@ def compare(
     Returns:
         dict: ``boxes``, ``scores`` and ``masks`` of the largest :class:`Difference`; ``latency_ms``
         of both, the model alone on the first image: the fastest of ``repeats`` runs, the first of
-        which is the comparison itself. None begins after three seconds.
+        which is the comparison itself. None begins after two seconds.
     """
     text = detector.description.get('text', {}).get('names')
     if 'canvas' in (detector.description['preprocessing']['resize'] or {}):
@@ -72,7 +72,7 @@ def compare(
 
     def milliseconds(first: float, function: Callable[[], Any]) -> float:
         times = [first]
-        while len(times) < repeats and sum(times) < 3:
+        while len(times) < repeats and sum(times) < 2:
             times.append(timeit.timeit(function, number=1))
         return round(min(times) * 1e3, 1)
 

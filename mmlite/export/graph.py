@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from mmdet.models import layers
-from mmdet.models.layers import coordinate_to_encoding, inverse_sigmoid
+from mmdet.models.layers import inverse_sigmoid
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
@@ -192,6 +192,7 @@ def sine_encoding(
 
     Padding, which nothing looks at, gets other values than in MMDetection.
     """
+    periods = sinusoid_periods(feat, encoding.num_feats, encoding.temperature)
 
     def one_axis(side: int, valid: Tensor | None) -> Tensor:
         number = torch.arange(1, side + 1, dtype=torch.float32, device=feat.device).unsqueeze(0)
@@ -201,15 +202,24 @@ def sine_encoding(
             number = torch.minimum(number, last)
         if encoding.normalize:
             number = (number + encoding.offset) / (last + encoding.eps) * encoding.scale
-        exponents = torch.arange(encoding.num_feats // 2, dtype=torch.float32, device=feat.device)
-        periods = encoding.temperature ** (2 * exponents / encoding.num_feats)
-        angles = number.unsqueeze(-1) / periods
-        return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
+        return sinusoids(number, periods)
 
     height, width = feat.shape[-2:]
     y = one_axis(height, rows).unsqueeze(2).expand(-1, -1, width, -1)
     x = one_axis(width, columns).unsqueeze(1).expand(-1, height, -1, -1)
     return torch.cat([y, x], -1).flatten(1, 2)
+
+
+def sinusoid_periods(like: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
+    """How far apart the waves of an encoding are, (channels / 2,)."""
+    # Numbers, not operators: every operator of a graph takes milliseconds to export.
+    return like.new_tensor([temperature ** (2 * i / channels) for i in range(channels // 2)])
+
+
+def sinusoids(numbers: Tensor, periods: Tensor) -> Tensor:
+    """Sines and cosines in turns of every number, (..., 2 * len(periods)), as MMDetection's."""
+    angles = numbers.unsqueeze(-1) / periods
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
 def encode(
@@ -322,6 +332,8 @@ def decode(model: nn.Module, start, memory: Tensor, pyramid: Pyramid, text=None,
     query, query_pos, reference = start
     decoder = model.decoder
     is_dino = hasattr(decoder, 'ref_point_head')
+    periods = sinusoid_periods(query, 128)
+    y_first = query.new_tensor([1, 0, 2, 3], dtype=torch.long)
     ratios = pyramid.valid_ratios
     num_levels = len(pyramid.level_sizes)
     blocked = None
@@ -330,7 +342,8 @@ def decode(model: nn.Module, start, memory: Tensor, pyramid: Pyramid, text=None,
         if ratios is not None:
             points = points * torch.cat([ratios] * (points.shape[-1] // 2), -1).unsqueeze(1)
         if is_dino:
-            query_pos = decoder.ref_point_head(coordinate_to_encoding(points.select(2, 0)))
+            encoded = sinusoids(points.select(2, 0) * (2 * math.pi), periods)
+            query_pos = decoder.ref_point_head(encoded.index_select(2, y_first).flatten(2))
         query = attend(layer.self_attn, query, query_pos, query, query_pos, blocked)
         query = layer.norms[0](query)
         if text is not None:

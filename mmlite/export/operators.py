@@ -268,4 +268,23 @@ def translation_table(tensorrt: bool = False) -> dict[Callable, Callable]:
         marked = onnx.ScatterND(nothing, places, ones)
         return onnx.Greater(marked, onnx.Constant(value_float=0.5))
 
-    return {deform_attn: attention_node, distinct_boxes: suppression_nodes}
+    # What the exporter takes apart by tracing the graph again.
+    def cast(tensor, dtype: int):
+        return onnx.Cast(tensor, to=dtype)
+
+    def norm(tensor, weight, bias, mean, var, training: bool, momentum: float, eps: float, _: bool):
+        return onnx.BatchNormalization(tensor, weight, bias, mean, var, epsilon=eps)
+
+    aten = torch.ops.aten
+    return {
+        deform_attn: attention_node,
+        distinct_boxes: suppression_nodes,
+        aten.to.dtype: cast,
+        aten.batch_norm.default: norm,
+        aten.relu_.default: lambda tensor: onnx.Relu(tensor),
+        aten.add_.Tensor: lambda tensor, other: onnx.Add(tensor, other),
+        aten.rsub.Scalar: lambda tensor, number: onnx.Sub(onnx.CastLike(number, tensor), tensor),
+        aten.__and__.Tensor: lambda first, second: onnx.And(first, second),
+        aten.__or__.Tensor: lambda first, second: onnx.Or(first, second),
+        aten.detach_.default: lambda tensor: onnx.Identity(tensor),
+    }

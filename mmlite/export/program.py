@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -150,6 +151,7 @@ def trace_encoder(
 
 def _export(graph: nn.Module, arguments, portable, from_offsets=False, dynamic=None):
     table = TABLES[portable] if portable else ({} if from_offsets else AT_LOCATIONS)
+    table = {**table, F.dropout: lambda tokens, *_, **__: tokens}
     # Our operators, where they are built, are what a portable graph is made from, too.
     built = any(backend.name == 'cpu' and backend.available for backend in ops.backends())
     backend = 'cpu' if built or not portable else 'reference'

@@ -210,7 +210,9 @@ class OpenVINOSession:
 
     def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
         request = self.request
-        request.infer(list(inputs), share_inputs=True)
+        # On one core `infer` says nothing of what an operator refuses, in OpenVINO 2026.4.
+        request.start_async(list(inputs), share_inputs=True)
+        request.wait()
         # Copies, as the next run writes into the same memory.
         return [np.array(tensor.data) for tensor in request.output_tensors]
 

@@ -122,12 +122,12 @@ def write(
     elif format == 'coreml':
         to_coreml(program, path)
     elif format != 'openvino':
-        to_onnx(program, path, opset, format == 'tensorrt')
+        to_onnx(program, path, opset, description['portable'])
         if format == 'web':
             write_page(folder)
     else:
         with TemporaryDirectory(dir=folder) as onnx:
-            to_onnx(program, Path(onnx, FILES['onnx']), opset)
+            to_onnx(program, Path(onnx, FILES['onnx']), opset, description['portable'])
             write_description(onnx, {**description, 'model': FILES['onnx']})
             return to_openvino(onnx, folder)
     write_description(folder, description)
@@ -153,9 +153,9 @@ def to_openvino(source: str | os.PathLike, folder: str | os.PathLike) -> Detecto
 
 
 def to_onnx(
-    program: torch.export.ExportedProgram, path: Path, opset: int = 18, tensorrt: bool = False
+    program: torch.export.ExportedProgram, path: Path, opset: int = 18, portable: str | None = None
 ) -> None:
-    """Write a traced program as ONNX, on request for TensorRT alone."""
+    """Write a program as ONNX, which was traced with ``portable``."""
     from onnx_ir.passes import common as passes
     from onnxscript import optimizer, rewriter
     from onnxscript.rewriter.rules import common as rules
@@ -165,15 +165,23 @@ def to_onnx(
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter('ignore')
-            written = torch.onnx.export(
-                program,
-                dynamo=True,
-                optimize=False,
-                opset_version=opset,
-                custom_translation_table=translation_table(tensorrt),
-                input_names=_INPUTS[: len(program.graph_signature.user_inputs)],
-                output_names=_OUTPUTS[: len(program.graph_signature.user_outputs)],
-            )
+            options = {
+                'optimize': False,
+                'opset_version': opset,
+                'custom_translation_table': translation_table(portable == 'tensorrt'),
+                'input_names': _INPUTS[: len(program.graph_signature.user_inputs)],
+                'output_names': _OUTPUTS[: len(program.graph_signature.user_outputs)],
+            }
+            # Decomposing traces the graph twice more; portable ones need it, to have few axes.
+            if portable is None:
+                program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
+            try:
+                written = torch.onnx.export(program, dynamo=True, **options)
+            except torch.onnx.OnnxExporterError:  # others may have what we do not translate
+                if portable is not None:
+                    raise
+                del program.run_decompositions
+                written = torch.onnx.export(program, dynamo=True, **options)
             model = written.model
             optimizer.inline(model)
             optimizer.fold_constants(model, onnx_shape_inference=True)

@@ -40,7 +40,7 @@ def encoder_reference_points(
     for level, (height, width) in enumerate(level_sizes):
         y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
         x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-        y, x = torch.meshgrid(y, x, indexing='ij')
+        y, x = y.unsqueeze(1).expand(-1, width), x.expand(height, -1)
         centres = torch.stack([x, y], -1).flatten(0, 1).unsqueeze(0)  # (1, h * w, 2)
         if valid_ratios is not None:
             centres = centres / valid_ratios.narrow(1, level, 1)

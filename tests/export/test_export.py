@@ -30,6 +30,7 @@ from mmlite.export.compare import compare, difference, predict
 from mmlite.export.detector import FORMAT_VERSION, read_description, write_description
 from mmlite.export.program import Traced, check_config
 from mmlite.export.write import _quotient, to_openvino, write
+from mmlite.openmmlab.build import build_detector
 
 pytest.importorskip('onnxscript')
 # Tracing takes half a minute on a quiet machine, and several on a busy one.
@@ -350,8 +351,13 @@ def test_command(images, tmp_path, monkeypatch):
         assert result.exit_code == 1 and sentence in result.output.replace('\n', ' ')
 
     monkeypatch.setattr('mmlite.cli.export.TOLERANCE', -1.0)
-    told = ' '.join(CliRunner().invoke(main, arguments).output.split())
-    assert 'differs from PyTorch' in told and 'Random weights' in told
+    result = CliRunner().invoke(main, arguments)
+    told = ' '.join(result.output.split())
+    assert 'differs from PyTorch' in told and 'Random weights' in told and result.exit_code == 0
+    name = 'mmlite.openmmlab.build.build_detector'
+    monkeypatch.setattr(name, lambda cfg, _, build=build_detector: build(cfg))
+    result = CliRunner().invoke(main, [*arguments[:2], 'weights.pth', *arguments[2:]])
+    assert 'differs from PyTorch' in result.output and result.exit_code == 1
 
 
 def test_missing_packages_are_told_before_the_detector_is_built(tmp_path, monkeypatch):

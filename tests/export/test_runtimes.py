@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,33 @@ del first
 del second
 subprocess.run([sys.executable, '-c', ''])
 """
+
+
+REFUSED_ON_ONE_CORE = """
+import os, sys
+import numpy as np
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from mmlite.export.detector import open_session
+
+session = open_session(sys.argv[1])
+value, locations = np.zeros((2, 106, 4, 16), 'f'), np.zeros((2, 50, 4, 3, 4, 2), 'f')
+for _ in range(3):
+    try:
+        session(value, np.array([8, 10, 4, 5]), locations, locations[..., 0])
+    except Exception as error:
+        print('must be 3 pairs' in str(error))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='processes choose no cores here')
+@FORMATS
+def test_refuses_on_one_core(format_, tmp_path):
+    """OpenVINO's own `infer` says nothing there, and the next one reads what is not its own."""
+    folder = exported(tmp_path, format_, model('standard'))
+    command = [sys.executable, '-c', REFUSED_ON_ONE_CORE, str(folder)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert told.split() == ['True'] * 3
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no such signals')

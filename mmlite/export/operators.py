@@ -272,6 +272,14 @@ def translation_table(tensorrt: bool = False) -> dict[Callable, Callable]:
     def cast(tensor, dtype: int):
         return onnx.Cast(tensor, to=dtype)
 
+    def flatten(tensor, start_dim: int = 0, end_dim: int = -1):
+        shape = [size if isinstance(size, int) else 0 for size in tensor.shape]  # 0 is as it was
+        first, last = start_dim % len(shape), end_dim % len(shape) + 1
+        sizes = onnx.Constant(value_ints=[*shape[:first], -1])
+        if last < len(shape):
+            sizes = onnx.Concat(sizes, onnx.Shape(tensor, start=last), axis=0)
+        return onnx.Reshape(tensor, sizes)
+
     def norm(tensor, weight, bias, mean, var, training: bool, momentum: float, eps: float, _: bool):
         return onnx.BatchNormalization(tensor, weight, bias, mean, var, epsilon=eps)
 
@@ -280,6 +288,7 @@ def translation_table(tensorrt: bool = False) -> dict[Callable, Callable]:
         deform_attn: attention_node,
         distinct_boxes: suppression_nodes,
         aten.to.dtype: cast,
+        aten.flatten.using_ints: flatten,
         aten.batch_norm.default: norm,
         aten.relu_.default: lambda tensor: onnx.Relu(tensor),
         aten.add_.Tensor: lambda tensor, other: onnx.Add(tensor, other),

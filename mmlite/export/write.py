@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -172,14 +173,11 @@ def to_onnx(
                 'input_names': _INPUTS[: len(program.graph_signature.user_inputs)],
                 'output_names': _OUTPUTS[: len(program.graph_signature.user_outputs)],
             }
-            # Decomposing traces the graph twice more; portable ones need it, to have few axes.
-            if portable is None:
-                program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
+            # Decomposing traces the graph twice more, and what needs it we translate ourselves.
+            program.run_decompositions = lambda *_: program  # type: ignore[method-assign]
             try:
                 written = torch.onnx.export(program, dynamo=True, **options)
-            except torch.onnx.OnnxExporterError:  # others may have what we do not translate
-                if portable is not None:
-                    raise
+            except torch.onnx.OnnxExporterError:  # a detector of one's own may have more
                 del program.run_decompositions
                 written = torch.onnx.export(program, dynamo=True, **options)
             model = written.model
@@ -188,7 +186,7 @@ def to_onnx(
             # Of two reshapes in a row the first may have more axes than some runtimes take.
             for node in model.graph:
                 before = node.inputs[0].producer() if node.op_type == 'Reshape' else None
-                if before is not None and before.op_type == 'Reshape':
+                if before is not None and before.op_type == 'Reshape' and _keeps(node, before):
                     node.replace_input_with(0, before.inputs[0])
             optimizer.remove_unused_nodes(model)
             chosen = [getattr(rules, name) for name in _RULES if name in dir(rules)]
@@ -216,6 +214,18 @@ def to_onnx(
             if not isinstance(value.shape[axis], int):
                 value.shape[axis] = name
     written.save(str(path))
+
+
+def _keeps(node: Any, before: Any) -> bool:
+    """Whether a reshape leaves the axes that the next one, ``node``, copies as they were."""
+    sizes = node.inputs[1]
+    if sizes.producer() is not None and sizes.producer().op_type == 'Concat':
+        sizes = sizes.producer().inputs[0]  # zeros come first
+    if sizes.const_value is None:
+        return True
+    copied = (sizes.const_value.numpy() == 0).nonzero()[0].max(initial=-1) + 1
+    shapes = [value.inputs[0].shape for value in (before, node)]
+    return copied == 0 or (None not in shapes and shapes[0][:copied] == shapes[1][:copied])
 
 
 def to_executorch(program: torch.export.ExportedProgram) -> bytes:

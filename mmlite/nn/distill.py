@@ -92,7 +92,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, weight_decay: float, momentum: float = 0.95
+        self, params: Iterable, lr: float, weight_decay: float, momentum: float = 0.95
     ) -> None:
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -130,7 +130,8 @@ class EncoderOptimizer(torch.optim.Optimizer):
     Muon comes further in few iterations (docs/from-stock.md).
 
     Args:
-        params (Iterable[Tensor]): Parameters; those that need no gradient are left out.
+        params (Iterable): Parameters, or groups of them with an ``lr`` of their own; those that
+            need no gradient are left out.
         lr (float): Learning rate of both.
         weight_decay (float): Decoupled weight decay.
         momentum (float): Of Muon. Less than its usual 0.95 comes further in few iterations.
@@ -143,16 +144,21 @@ class EncoderOptimizer(torch.optim.Optimizer):
         weight_decay: float = 1e-4,
         momentum: float = 0.8,
     ) -> None:
-        trained = [parameter for parameter in params if parameter.requires_grad]
-        super().__init__(trained, dict(lr=lr, weight_decay=weight_decay))
-        large = [parameter for parameter in trained if parameter.dim() > 1 and len(parameter) >= 8]
-        of_muon = set(map(id, large))
-        rest = [parameter for parameter in trained if id(parameter) not in of_muon]
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+        large: list[dict] = []
+        rest: list[dict] = []
+        for group in self.param_groups:
+            trained = [parameter for parameter in group['params'] if parameter.requires_grad]
+            few = [parameter for parameter in trained if parameter.dim() < 2 or len(parameter) < 8]
+            ids = set(map(id, few))
+            many = [parameter for parameter in trained if id(parameter) not in ids]
+            large += [{**group, 'params': many}] if many else []
+            rest += [{**group, 'params': few, 'weight_decay': 0.0}] if few else []
         self.parts: list[torch.optim.Optimizer] = []
         if large:
             self.parts.append(Muon(large, lr, weight_decay, momentum))
         if rest:
-            self.parts.append(torch.optim.AdamW(rest, lr, weight_decay=0.0))
+            self.parts.append(torch.optim.AdamW(rest, lr))
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]

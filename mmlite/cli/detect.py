@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import math
 import os
 import re
 import time
@@ -44,7 +45,11 @@ def detect(model, sources, out: Path, threshold, batch_size, max_frames, **optio
       mmlite detect config.py,epoch_12.pth photos/ -o detected
       mmlite detect exported/ street.mp4 --threshold 0.5 --batch-size 4 -o detected
     """
+    if math.isnan(threshold):
+        raise ValueError('--threshold must be a number from 0 to 1')
     warnings.filterwarnings('ignore')  # those of the stack about itself bury the progress
+    for name, level in (('OPENCV_LOG_LEVEL', 'SILENT'), ('OPENCV_FFMPEG_LOGLEVEL', '-8')):
+        os.environ.setdefault(name, level)  # what cannot be read is told below
     sources = list(dict.fromkeys(chain.from_iterable(map(_expanded, sources))))
     targets = _targets(sources, out)
     from .. import load
@@ -83,7 +88,9 @@ def detect(model, sources, out: Path, threshold, batch_size, max_frames, **optio
     )
     if unread:
         why = '; '.join([*[*unread.values()][:3], *[*unread][3:]])  # of the others the names alone
-        raise ValueError(f'{len(unread)} of {len(sources)} sources were left out: {why}')
+        raise ValueError(
+            f'{len(unread)} of {len(sources)} sources were left out or cut short: {why}'
+        )
 
 
 def _is_video(source: str) -> bool:
@@ -133,6 +140,9 @@ def _frames(source: str, detector, most: int | None, unread: dict[str, str]) -> 
     while is_there and number != most:
         yield image, source, number, video.get(cv2.CAP_PROP_FPS) or 25.0
         number, (is_there, image) = number + 1, video.read()
+    promised = int(video.get(cv2.CAP_PROP_FRAME_COUNT))  # not exact in every kind of file
+    if not is_there and number < 0.95 * promised:
+        unread[source] = f'{source} ends after {number} of its {promised} frames'
 
 
 def _batches(frames: Iterator[tuple], most: int) -> Iterator[list[tuple]]:

@@ -40,6 +40,8 @@ def load_config(reference: str, changes: dict | None = None) -> Config:
         ValueError: It cannot be read, or has no model.
     """
     package, found, name = reference.partition('::')
+    if reference.endswith(('.pth', '.pt')):
+        raise ValueError(f'{reference} is a checkpoint: give its config before it')
     try:
         if found and package != 'mmlite':
             config = get_config(reference)

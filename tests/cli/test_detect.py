@@ -106,6 +106,20 @@ def test_a_video_and_its_table(folder):
     assert [round(float(frame[-5:].mean()), -1) for frame in frames] == [40, 80, 120]
 
 
+def test_a_video_that_breaks_off_is_told(folder):
+    """What could be read is written, and no library adds words of its own."""
+    code, size = cv2.VideoWriter.fourcc(*'MJPG'), (96, 64)
+    writer = cv2.VideoWriter('v.avi', code, 12, size)
+    for _ in range(60):
+        writer.write(np.full((64, 96, 3), 80, np.uint8))
+    writer.release()
+    content = Path('v.avi').read_bytes()
+    Path('v.avi').write_bytes(content[: len(content) // 2])
+    result = run('v.avi')
+    assert result.exit_code == 1 and coco()
+    assert re.search(r'cut short: v.avi ends after \d\d of its 60 frames$', result.output.strip())
+
+
 def test_a_stream_and_a_camera(folder, monkeypatch):
     """A server of files stands for the stream."""
 
@@ -172,7 +186,8 @@ def test_what_cannot_be_read_is_left_out_and_told(folder):
     assert result.exit_code == 1
     why = 'a/0.png cannot be read as an image; c.mp4 cannot be opened as a video, camera or '
     why += 'stream; a/3.png: an image is too small; d.jpg'
-    assert f'4 of 7 sources were left out: {why}' in ' '.join(result.output.split())
+    told = f'4 of 7 sources were left out or cut short: {why}'
+    assert told in ' '.join(result.output.split())
     assert [entry['file_name'] for entry in coco()] == ['a/1.png', 'a/2.jpg', 'b/1.png']
 
 
@@ -208,6 +223,7 @@ def test_no_picture_takes_the_place_of_another(folder):
         (['9999'], '9999 cannot be opened as a video, camera'),
         (['broken.mp4'], 'broken.mp4 cannot be opened as a video'),
         (['.'], 'there are no images in .'),
+        (['a', '--threshold', 'nan'], '--threshold must be a number from 0 to 1'),
     ],
 )
 def test_bad_sources_are_refused(folder, sources, problem):

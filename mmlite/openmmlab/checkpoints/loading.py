@@ -93,7 +93,8 @@ def _problem(error: Exception) -> str:
         # Torch speaks of weights_only before it comes to the reason.
         reason = text.rpartition('WeightsUnpickler error:')[2].strip().partition('\n')[0]
         reason = reason or type(error).__name__
-        return f'is not a checkpoint that torch can read: {reason}; copy or download it again'
+        way_out = 'copy or download it again, or give the checkpoint behind its config'
+        return f'is not a checkpoint that torch can read: {reason}; {way_out}'
     name, module = refused[1], refused[2] or 'builtins'
     if 'is blocked' in text:
         way_out = 'torch never loads this, so do not trust the file'

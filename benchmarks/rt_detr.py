@@ -81,9 +81,8 @@ def main() -> None:
                 runs[name]()
                 times[name].append(time.perf_counter() - start)
     first = next(iter(times))
-    print(
-        f'{size[0]}x{size[1]}, float32, {arguments.threads} threads, OpenVINO {openvino.__version__}'
-    )
+    where = f'{arguments.threads} threads, OpenVINO {openvino.__version__}'
+    print(f'{size[0]}x{size[1]}, float32, {where}')
     for name, taken in times.items():
         ratio = statistics.median(a / b for a, b in zip(taken[1:], times[first][1:]))
         print(f'{name}: {1e3 * statistics.median(taken[1:]):.0f} ms, {ratio:.2f} of RT-DETR')

@@ -82,5 +82,5 @@ def test_checkpoint(config, tmp_path):
         build_detector(config, str(path))
     with pytest.raises(FileNotFoundError, match='does not exist'):
         build_detector(config, str(tmp_path / 'nothing.pth'))
-    with pytest.raises(ValueError, match='1.pth is a checkpoint: give its config before it'):
+    with pytest.raises(ValueError, match=r'1\.pth is a checkpoint: give its config before it'):
         load_config('epoch_1.pth')

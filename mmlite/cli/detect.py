@@ -95,7 +95,8 @@ def detect(model, sources, out: Path, threshold, batch_size, max_frames, **optio
 
 def _is_video(source: str) -> bool:
     """Or a camera, or a stream."""
-    return bool(re.search(r'^\d+$|://|\.(avi|m4v|mkv|mov|mpe?g|mp4|webm|wmv)$', source.lower()))
+    kinds = r'\.(3gp|avi|flv|m2?ts|m4v|mkv|mov|mpe?g|mp4|ogv|ts|webm|wmv)$'
+    return bool(re.search(rf'^\d+$|://|{kinds}', source.lower()))
 
 
 def _expanded(source: str) -> Sequence[str]:

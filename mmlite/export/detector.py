@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import numpy as np
 from .runtimes import OPEN, Session, check_threads, processor_gains
 
 DESCRIPTION = 'detector.json'
+_NEEDED = {'model', 'portable', 'classes', 'input', 'preprocessing', 'outputs'}
 # Counts up whenever what the files of an export mean changes.
 FORMAT_VERSION = 3
 
@@ -82,7 +84,7 @@ def load(
             f'{folder} was written by another version of mmlite (format {found}, this one reads '
             f'{FORMAT_VERSION}); export again'
         )
-    kind = description['format']
+    kind = str(description.get('format'))
     if kind not in OPEN:
         raise ValueError(f'{folder} is for {kind}, which mmlite does not run; see docs/deploy.md')
     if precision != 'float32' and (precision, kind) != ('bfloat16', 'openvino'):
@@ -90,6 +92,9 @@ def load(
             f"precision {precision!r} cannot be had from {kind}: 'float32' can, and 'bfloat16' "
             'from openvino'
         )
+    missing = sorted(_NEEDED - description.keys())
+    if missing:
+        raise ValueError(f'{folder}/{DESCRIPTION} lacks {", ".join(missing)}; export again')
     any_size = description.get('int8') and not description['input']['height']
     for asked in (precision, 'int8' if any_size else ''):
         is_faster, why = processor_gains().get(asked, (True, ''))
@@ -110,7 +115,11 @@ def open_session(
 
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:
     """What ``detector.json`` of an export says."""
-    return json.loads((Path(folder) / DESCRIPTION).read_text('utf-8'))
+    path = Path(folder) / DESCRIPTION
+    try:
+        return dict(json.loads(path.read_text('utf-8')))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'{path} is damaged: {error}; export again') from error
 
 
 def write_description(folder: str | os.PathLike, description: dict[str, Any]) -> None:
@@ -185,7 +194,7 @@ class Detector:
             Detections | Segmentations: In pixels of ``image``; the second where there are masks.
 
         Raises:
-            ValueError: This is no image, or one too small for the model.
+            ValueError: This is no image, or one too small for the model, or no threshold.
         """
         return self.detect_batch([image], score_threshold)[0]
 
@@ -193,6 +202,11 @@ class Detector:
         self, images: Sequence[np.ndarray | str | os.PathLike], score_threshold: float = 0.0
     ) -> list[Detections | Segmentations]:
         """:meth:`detect` for images of any sizes, in one run where the model takes several."""
+        if isinstance(images, (str, os.PathLike)):
+            raise ValueError(f'detect_batch takes a list of images; got {images!r}')
+        if not (isinstance(score_threshold, Real) and score_threshold <= 1):
+            what = f'a number of at most 1; got {score_threshold!r}'
+            raise ValueError(f'score_threshold must be {what}')
         images = self.read_all(images)
         count = self.description['input']['batch'] or max(len(images), 1)
         found = []

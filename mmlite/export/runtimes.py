@@ -221,7 +221,8 @@ def _open_torch(model: Path, portable: bool, threads: int | None, *_: Any) -> Se
     torch = import_runtime('torch')
     for operators in ('mmlite.ops', 'mmlite.export.operators'):  # they register on import
         import_module(operators)
-    program = torch.export.load(model).module()
+    with _refusal(f'PyTorch {torch.__version__} does not take {model}'):
+        program = torch.export.load(model).module()
     if threads:
         torch.set_num_threads(threads)
 

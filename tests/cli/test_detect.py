@@ -106,6 +106,13 @@ def test_a_video_and_its_table(folder):
     assert [round(float(frame[-5:].mean()), -1) for frame in frames] == [40, 80, 120]
 
 
+def test_a_file_of_an_export_is_not_its_folder(tmp_path):
+    for name in ('detector.json', 'model.onnx'):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=f'{name} is a file of an export: give its folder'):
+            mmlite.load(tmp_path / name)
+
+
 def test_a_video_that_breaks_off_is_told(folder):
     """What could be read is written, and no library adds words of its own."""
     code, size = cv2.VideoWriter.fourcc(*'MJPG'), (96, 64)

@@ -123,6 +123,14 @@ def test_scores_from_the_threshold_on(threshold, count):
     assert [len(part) for part in found] == [count] * 3
 
 
+@pytest.mark.parametrize('threshold', [float('nan'), 30, '0.3', None])
+def test_no_threshold(threshold):
+    with pytest.raises(ValueError, match='score_threshold must be a number of at most 1; got'):
+        detector().detect(np.zeros((30, 30, 3), np.uint8), threshold)
+    with pytest.raises(ValueError, match=r"takes a list of images; got 'x\.png'"):
+        detector().detect_batch('x.png')
+
+
 def test_batches_are_in_order_and_filled_up():
     made = detector([0] * 4, batch=2, padded=True)
     found = made.detect_batch([np.full((20 + n, 30, 3), n, np.uint8) for n in (1, 2, 3)])
@@ -140,6 +148,10 @@ def test_batches_are_in_order_and_filled_up():
         (None, FileNotFoundError, 'holds no exported detector'),
         ('{"version": 0}', ValueError, 'another version of mmlite'),
         ('{"version": 3, "format": "onnx"}', ValueError, "'bfloat16' cannot be had from onnx"),
+        ('{"version": 3, "format": ["onnx"]}', ValueError, 'which mmlite does not run'),
+        ('{"version": 3, "format": "openvino"}', ValueError, r'json lacks classes, input, model'),
+        ('{"version": 3, "form', ValueError, r'json is damaged: .*; export again'),
+        ('[3]', ValueError, r'json is damaged: .*; export again'),
     ],
 )
 def test_what_is_no_export_is_refused(written, error, sentence, tmp_path):
@@ -168,7 +180,8 @@ def test_a_slower_choice_is_told(flags, precision, int8, warned, tmp_path, monke
     file.write_text(f'flags\t\t: {flags}\n' if flags else 'Features: asimd\n')
     monkeypatch.setattr('mmlite.export.runtimes.Path', lambda path: file)
     monkeypatch.setattr(module, 'open_session', lambda *_: None)
-    content = {'version': 3, 'format': 'openvino', 'classes': [], 'input': {'height': None}}
+    content = dict.fromkeys(('model', 'portable', 'outputs', 'preprocessing'))
+    content |= {'version': 3, 'format': 'openvino', 'classes': [], 'input': {'height': None}}
     content['int8'] = {'calibration_images': 1} if int8 else None
     module.write_description(tmp_path, content)
     with warnings.catch_warnings(record=True) as caught:

@@ -60,7 +60,8 @@ def exported(folder, format_: str, content: bytes):
     needs(format_)
     (folder / 'model.onnx').write_bytes(content)
     description = {'version': FORMAT_VERSION, 'format': format_, 'model': 'model.onnx'}
-    write_description(folder, {**description, 'portable': False, 'classes': []})
+    description |= dict.fromkeys(('portable', 'classes', 'input', 'outputs', 'preprocessing'))
+    write_description(folder, description)
     return folder
 
 

@@ -8,9 +8,8 @@ One canvas of 640x640, float32. Accuracy is another matter: `mmlite tune` measur
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
+from itertools import product
 from pathlib import Path
 
 import openvino
@@ -19,11 +18,14 @@ from torch import Tensor, nn
 from transformers import RTDetrConfig, RTDetrForObjectDetection
 
 from mmlite import use_schedule
+from mmlite.analysis.contestants import session_call
+from mmlite.analysis.timing import Call, Setting, measure
 from mmlite.analysis.tune import with_decoder_layers
-from mmlite.export import export_detector, openvino_core
+from mmlite.export import export_detector, load
 from mmlite.openmmlab.build import build_detector, load_config
 
 CONFIG = 'mmlite::lite_dino/lite-dino-4scale_r50_h3l1-2p1x3_8xb2-36e_coco.py'
+RT_DETR = 'RT-DETR R50, 6 decoder layers, 300 queries'
 SCHEDULES = ('H3L1-(2+1)x3', 'H2L2-(2+1)x3', 'H3L1-(6+1)x1')
 
 
@@ -57,35 +59,25 @@ def main() -> None:
     program = torch.export.export(Outputs(), (image,), strict=False)
     request = openvino.Core().compile_model(openvino.convert_model(program), 'CPU', hints)
     request = request.create_infer_request()
-    runs = {'RT-DETR R50, 6 decoder layers, 300 queries': lambda: request.infer([image.numpy()])}
+    runs: dict[str, Call] = {RT_DETR: lambda index: request.infer([image.numpy()])}
 
     config = load_config(CONFIG, {'model.backbone.init_cfg': None})
     config.model.encoder.elastic = list(SCHEDULES)
     model = build_detector(config)
     with tempfile.TemporaryDirectory() as folder:
-        for schedule in SCHEDULES:
+        for schedule, layers in product(SCHEDULES, arguments.layers):
             use_schedule(model, schedule)
-            for layers in arguments.layers:
-                path = Path(folder, f'{schedule}-{layers}'.replace('/', '-'))
-                kept = with_decoder_layers(model, layers)
-                export_detector(kept, path, 'openvino', config, size)
-                compiled = openvino_core().compile_model(str(path / 'model.xml'), 'CPU', hints)
-                one = compiled.create_infer_request()
-                inputs = [255 * image.numpy(), torch.tensor([size]).numpy()]
-                name = f'Lite-DINO R50 {schedule}, {layers} decoder layers, 900 queries'
-                runs[name] = lambda one=one, inputs=inputs: one.infer(inputs)
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(arguments.rounds + 1):  # the first warms up
-            for name in list(runs)[:: 1 if turn % 2 else -1]:
-                start = time.perf_counter()
-                runs[name]()
-                times[name].append(time.perf_counter() - start)
-    first = next(iter(times))
+            path = Path(folder, f'{schedule}-{layers}')
+            export_detector(with_decoder_layers(model, layers), path, 'openvino', config, size)
+            name = f'Lite-DINO R50 {schedule}, {layers} decoder layers, 900 queries'
+            runs[name] = session_call(load(path, arguments.threads), size)
+        against = {RT_DETR: lambda name: RT_DETR}
+        timings = measure(runs, Setting(rounds=arguments.rounds, warmup=1), against=against)
     where = f'{arguments.threads} threads, OpenVINO {openvino.__version__}'
     print(f'{size[0]}x{size[1]}, float32, {where}')
-    for name, taken in times.items():
-        ratio = statistics.median(a / b for a, b in zip(taken[1:], times[first][1:]))
-        print(f'{name}: {1e3 * statistics.median(taken[1:]):.0f} ms, {ratio:.2f} of RT-DETR')
+    for name, timing in timings.items():
+        share = 1 / timing.faster[RT_DETR].median
+        print(f"{name}: {1e3 * timing.median:.0f} ms, {share:.2f} of RT-DETR's")
 
 
 if __name__ == '__main__':

@@ -63,7 +63,7 @@ def load(
     if '::' not in config and not Path(config).exists():
         what = 'give a config and its checkpoint, or the folder of an export'
         raise FileNotFoundError(f'{config} does not exist: {what}')
-    if Path(config).with_name('detector.json').is_file():
+    if not config.endswith('.py') and Path(config).with_name('detector.json').is_file():
         raise ValueError(f'{config} is a file of an export: give its folder')
     from .openmmlab import require
 

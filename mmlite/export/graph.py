@@ -332,8 +332,9 @@ def decode(model: nn.Module, start, memory: Tensor, pyramid: Pyramid, text=None,
     query, query_pos, reference = start
     decoder = model.decoder
     is_dino = hasattr(decoder, 'ref_point_head')
-    periods = sinusoid_periods(query, 128)
-    y_first = query.new_tensor([1, 0, 2, 3], dtype=torch.long)
+    if is_dino:
+        periods = sinusoid_periods(query, 128)
+        y_first = query.new_tensor([1, 0, 2, 3], dtype=torch.long)
     ratios = pyramid.valid_ratios
     num_levels = len(pyramid.level_sizes)
     blocked = None

@@ -111,6 +111,9 @@ def test_a_file_of_an_export_is_not_its_folder(tmp_path):
         (tmp_path / name).touch()
         with pytest.raises(ValueError, match=f'{name} is a file of an export: give its folder'):
             mmlite.load(tmp_path / name)
+    (tmp_path / 'config.py').touch()  # beside an export is a place for a config
+    with pytest.raises(ValueError, match='has no model'):
+        mmlite.load(tmp_path / 'config.py')
 
 
 def test_a_video_that_breaks_off_is_told(folder):

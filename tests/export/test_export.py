@@ -28,6 +28,7 @@ from mmlite.cli import main
 from mmlite.export import export_detector, library, load
 from mmlite.export.compare import compare, difference, predict
 from mmlite.export.detector import FORMAT_VERSION, read_description, write_description
+from mmlite.export.operators import translation_table
 from mmlite.export.program import Traced, check_config
 from mmlite.export.write import _quotient, to_openvino, write
 from mmlite.openmmlab.build import build_detector
@@ -300,6 +301,25 @@ def test_masks(detector, images, tmp_path):
     found = load(tmp_path / 'openvino').detect(images[0])
     assert found.masks.shape[1:] == found.panoptic.shape == images[0].shape[:2]
     assert found.masks.dtype == bool and len(found.scores) == len(found.masks) == len(found.boxes)
+
+
+@pytest.mark.parametrize('form', [None, 'gather'])
+def test_a_graph_is_traced_once(form, detector, images, tmp_path, monkeypatch):
+    """What the exporter would trace again is translated; what is not known is still exported."""
+    model, again = detector('LiteDINO'), []
+    kind = torch.export.ExportedProgram
+    decompose = kind.run_decompositions
+    monkeypatch.setattr(
+        kind, 'run_decompositions', lambda *inputs: again.append(1) or decompose(*inputs)
+    )
+    export_detector(model, tmp_path / 'once', portable=form or False)
+    assert not again
+    known = translation_table()
+    del known[torch.ops.aten.relu_.default]
+    monkeypatch.setattr('mmlite.export.write.translation_table', lambda *_: known)
+    exported = export_detector(model, tmp_path / 'again', portable=form or False)
+    assert again
+    assert_agrees(model, exported, images[:1])
 
 
 def test_a_fixed_canvas_and_batch(detector, images, tmp_path):

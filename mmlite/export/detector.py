@@ -19,7 +19,14 @@ import numpy as np
 from .runtimes import OPEN, Session, check_threads, processor_gains
 
 DESCRIPTION = 'detector.json'
-_NEEDED = {'model', 'portable', 'classes', 'input', 'preprocessing', 'outputs'}
+_NEEDED = {
+    'model': str,
+    'portable': (str, bool, type(None)),
+    'classes': list,
+    'input': dict,
+    'preprocessing': dict,
+    'outputs': list,
+}
 # Counts up whenever what the files of an export mean changes.
 FORMAT_VERSION = 3
 
@@ -92,9 +99,10 @@ def load(
             f"precision {precision!r} cannot be had from {kind}: 'float32' can, and 'bfloat16' "
             'from openvino'
         )
-    missing = sorted(_NEEDED - description.keys())
-    if missing:
-        raise ValueError(f'{folder}/{DESCRIPTION} lacks {", ".join(missing)}; export again')
+    for name, wanted in _NEEDED.items():
+        if name not in description or not isinstance(description[name], wanted):
+            value = repr(description[name]) if name in description else 'missing'
+            raise ValueError(f'{folder}/{DESCRIPTION} is damaged: {name} is {value}; export again')
     any_size = description.get('int8') and not description['input']['height']
     for asked in (precision, 'int8' if any_size else ''):
         is_faster, why = processor_gains().get(asked, (True, ''))

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn.utils import fuse_conv_bn
+from mmdet.models import ResNet
 from mmengine.config import Config
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -86,6 +89,8 @@ def exportable(model: nn.Module) -> Iterator[nn.Module]:
             # Comparing the maps' sizes would bind a graph to them.
             ranks = family_of(holder).level_ranks(holder.encoder.schedule.num_levels)
             change.set(model, encoder_name(model), 'level_ranks', ranks)
+        if type(getattr(model, 'backbone', None)) is ResNet:  # a norm follows each convolution
+            change.set(model, '', 'backbone', fuse_conv_bn(deepcopy(model.backbone)))
         yield model
     finally:
         change.undo(model)

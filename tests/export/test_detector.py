@@ -149,7 +149,12 @@ def test_batches_are_in_order_and_filled_up():
         ('{"version": 0}', ValueError, 'another version of mmlite'),
         ('{"version": 3, "format": "onnx"}', ValueError, "'bfloat16' cannot be had from onnx"),
         ('{"version": 3, "format": ["onnx"]}', ValueError, 'which mmlite does not run'),
-        ('{"version": 3, "format": "openvino"}', ValueError, r'json lacks classes, input, model'),
+        ('{"version": 3, "format": "openvino"}', ValueError, 'damaged: model is missing; export'),
+        (
+            '{"version": 3, "format": "openvino", "model": "x", "portable": null, "classes": 3}',
+            ValueError,
+            'damaged: classes is 3; export again',
+        ),
         ('{"version": 3, "form', ValueError, r'json is damaged: .*; export again'),
         ('[3]', ValueError, r'json is damaged: .*; export again'),
     ],
@@ -180,8 +185,8 @@ def test_a_slower_choice_is_told(flags, precision, int8, warned, tmp_path, monke
     file.write_text(f'flags\t\t: {flags}\n' if flags else 'Features: asimd\n')
     monkeypatch.setattr('mmlite.export.runtimes.Path', lambda path: file)
     monkeypatch.setattr(module, 'open_session', lambda *_: None)
-    content = dict.fromkeys(('model', 'portable', 'outputs', 'preprocessing'))
-    content |= {'version': 3, 'format': 'openvino', 'classes': [], 'input': {'height': None}}
+    content = {'version': 3, 'format': 'openvino', 'model': '', 'portable': None, 'outputs': []}
+    content |= {'preprocessing': {}, 'classes': [], 'input': {'height': None}}
     content['int8'] = {'calibration_images': 1} if int8 else None
     module.write_description(tmp_path, content)
     with warnings.catch_warnings(record=True) as caught:

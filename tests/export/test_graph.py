@@ -60,6 +60,8 @@ def test_the_model_is_as_it_was(name, detector):
     shared = getattr(model, 'cache_dict', None)
     with exportable(model):
         assert not model.training
+        norms = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert not norms, 'folded into the convolutions'
         for module in model.modules():  # as torch.export does
             if hasattr(module, 'cache_dict'):
                 module.cache_dict = dict(module.cache_dict)

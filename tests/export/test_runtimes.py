@@ -60,7 +60,8 @@ def exported(folder, format_: str, content: bytes):
     needs(format_)
     (folder / 'model.onnx').write_bytes(content)
     description = {'version': FORMAT_VERSION, 'format': format_, 'model': 'model.onnx'}
-    description |= dict.fromkeys(('portable', 'classes', 'input', 'outputs', 'preprocessing'))
+    description |= {'portable': None, 'classes': [], 'input': {'height': None}}
+    description |= {'outputs': [], 'preprocessing': {}}
     write_description(folder, description)
     return folder
 

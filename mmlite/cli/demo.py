@@ -19,17 +19,19 @@ from ..openmmlab import require
 from . import shared
 from .shared import count_option, option, print_table, progress
 
-# Task -> its config, that of --full, and which of COCO's metrics evaluate it.
+# Task -> its config, that of --full, which of COCO's metrics evaluate it, and what is drawn.
 TASKS = {
     'detection': (
         'lite-dino-4scale_r18_h3l1-2p1x1_1xb8-5e_large-shapes',
         'lite-dino-4scale_r18_h3l1-3p1x1_1xb8-14e_shapes',
         'bbox',
+        'large-shapes',
     ),
     'segmentation': (
-        'lite-mask2former_r18_h2l1-2p1x1_1xb8-9e_large-shapes',
+        'lite-mask2former_r18_h2l1-2p1x1_1xb8-9e_three-shapes',
         'lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes',
         'segm',
+        'three-shapes',
     ),
 }
 SHOWN_IMAGES = 6
@@ -58,7 +60,7 @@ def demo(task, full: bool, out: Path | None, epochs, train_images, val_images: i
       mmlite demo --task segmentation
     """
     _sleep_while_waiting()
-    quick, long, measured = TASKS[task]
+    quick, long, measured, drawn = TASKS[task]
     require()
     from ..analysis.accuracy import METRICS
     from ..datasets import STYLES, generate_shapes
@@ -76,7 +78,7 @@ def demo(task, full: bool, out: Path | None, epochs, train_images, val_images: i
     with progress() as start:
         step = start('Drawing images', train_images + val_images)
         splits = {'train': train_images, 'val': val_images}
-        style = STYLES['shapes' if full else 'large-shapes']
+        style = STYLES['shapes' if full else drawn]
         generate_shapes(out / 'data', splits, seed=seed, progress=step, style=style)
     runner = _build(f'small/{long if full else quick}.py', out, epochs, seed)
     _train(runner, threads=None if full else 1)

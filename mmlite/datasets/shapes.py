@@ -21,7 +21,6 @@ Drawn = tuple[int, list[int], int, list[float]]
 # large above 96 * 96), and how often the range is drawn.
 _SIDES = {'small': (18, 29), 'medium': (36, 72), 'large': (100, 120)}
 _FREQUENCY = {'small': 0.4, 'medium': 0.45, 'large': 0.15}
-_MAX_SHAPES = 6
 _MAX_OVERLAP = 0.15  # of the smaller box
 
 
@@ -90,15 +89,24 @@ def draw_image(
     sides: dict[str, tuple[int, int]] = _SIDES,
     frequency: dict[str, float] = _FREQUENCY,
     most_overlap: float = _MAX_OVERLAP,
+    tries: tuple[int, int] = (2, 6),
+    distinct: int = 0,
 ) -> tuple[np.ndarray, list[Drawn]]:
-    """Draw one image: its pixels, uint8 (image_size, image_size, 3), and the shapes."""
+    """Draw one image: its pixels, uint8 (image_size, image_size, 3), and the shapes.
+
+    ``tries`` is the least and the largest number of shapes, of which those are left out that would
+    cover others. ``distinct`` draws at most one of each of the first so many classes.
+    """
+    left = list(range(distinct or len(CLASSES)))
     pixels = background(rng, image_size)
     boxes: list[np.ndarray] = []
     shapes = []
-    for _ in range(rng.integers(2, _MAX_SHAPES + 1)):
+    for _ in range(rng.integers(*tries, endpoint=True)):
+        if not left:
+            break
         size = rng.choice(list(sides), p=list(frequency.values()))
         side = int(rng.integers(*sides[size], endpoint=True))
-        label = int(rng.integers(len(CLASSES)))
+        label = left[int(rng.integers(len(left)))]
         parts = _outlines(rng, CLASSES[label], side)
         low, high = parts[0].min(0), parts[0].max(0)
         room = image_size - 1 - (high - low)
@@ -107,6 +115,8 @@ def draw_image(
         if any(overlap(box, other) > most_overlap for other in boxes):
             continue  # no second try: crowded images hold fewer shapes
         boxes.append(box)
+        if distinct:
+            left.remove(label)
         parts = [part + shift for part in parts]
         # A bright or dark colour, which stands out from the background.
         color = rng.uniform(0, 45, 3)
@@ -170,5 +180,8 @@ SHAPES = Style(CLASSES, draw_image, smallest_image=128)
 # Large and apart from each other: learned in minutes.
 _large = partial(draw_image, sides={'large': (44, 72)}, frequency={'large': 1.0}, most_overlap=0.0)
 LARGE_SHAPES = Style(CLASSES, _large, smallest_image=128)
+# For masks: after minutes of training one may cover two of a kind, or a cross and a triangle.
+_three = partial(_large, tries=(6, 10), distinct=3)
+THREE_SHAPES = Style(CLASSES[:3], _three, smallest_image=128)
 # What can be drawn, by name.
-STYLES = {'shapes': SHAPES, 'large-shapes': LARGE_SHAPES}
+STYLES = {'shapes': SHAPES, 'large-shapes': LARGE_SHAPES, 'three-shapes': THREE_SHAPES}

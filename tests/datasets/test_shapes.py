@@ -48,6 +48,22 @@ def test_all_classes_and_sizes_occur(drawn):
         assert pixels.shape[:2] == (image['height'], image['width']) == (128, 128)
 
 
+def test_three_shapes_are_apart_and_no_two_alike():
+    counts = set()
+    for index in range(100):
+        _, objects = shapes.THREE_SHAPES.draw(np.random.default_rng(index), 128)
+        labels = [label for label, *_ in objects]
+        assert len(set(labels)) == len(labels) and set(labels) <= {0, 1, 2}
+        corners = [
+            np.array([x, y, x + width, y + height]) for _, (x, y, width, height), *_ in objects
+        ]
+        for number, box in enumerate(corners):
+            # Boxes are rounded up, so neighbours may share a pixel's row.
+            assert all(shapes.overlap(box, other) < 0.06 for other in corners[:number])
+        counts.add(len(objects))
+    assert {1, 2, 3} <= counts
+
+
 def test_semantic_maps_are_the_masks(drawn):
     content = annotations(drawn, 'instances_val')
     for image in content['images']:

@@ -3,6 +3,7 @@
 # images of 96x96.
 _base_ = './lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes.py'
 
+classes = ('disc', 'ring', 'triangle')
 channels = 64
 attention = dict(embed_dims=channels, num_heads=4)
 ffn_cfg = dict(embed_dims=channels, feedforward_channels=128)
@@ -14,6 +15,7 @@ model = dict(
         in_channels=[16, 32, 64, 128],
         feat_channels=channels,
         out_channels=channels,
+        num_things_classes=len(classes),
         num_queries=8,
         pixel_decoder=dict(
             encoder=dict(schedule='H2L1-(2+1)x1', num_layers=2, layer_cfg=layer_cfg),
@@ -23,8 +25,9 @@ model = dict(
         transformer_decoder=dict(layer_cfg=dict(cross_attn_cfg=attention, **layer_cfg)),
         # Classes are learned later than masks here; few queries are left without an object, so
         # what is none counts for more than the stock config's 0.1.
-        loss_cls=dict(loss_weight=4.0, class_weight=[1.0] * 4 + [0.5]),
+        loss_cls=dict(loss_weight=4.0, class_weight=[1.0] * len(classes) + [0.5]),
     ),
+    panoptic_fusion_head=dict(num_things_classes=len(classes)),
     train_cfg=dict(num_points=256),
     test_cfg=dict(max_per_image=8),
 )
@@ -35,8 +38,9 @@ train_pipeline[2].scale = image_size
 load, annotations, resize, pack = _base_.test_pipeline
 resize.scale = image_size
 test_pipeline = [load, resize, annotations, pack]  # objects stay in pixels of the file
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+metainfo = dict(classes=classes)
+train_dataloader = dict(dataset=dict(metainfo=metainfo, pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(metainfo=metainfo, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 max_epochs = 9

@@ -123,10 +123,10 @@ def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:
         'unknown to the model': state.keys() - common,
         'of another shape': {k for k in common if wanted[k].shape != state[k].shape},
     }
-    found = [f'{len(k)} {problem} (such as {min(k)})' for problem, k in problems.items() if k]
+    found = [f'{len(k)} are {problem} (such as {min(k)})' for problem, k in problems.items() if k]
     if found:
         raise ValueError(
-            f'checkpoint {checkpoint} does not fit {config_name}: parameters are {", ".join(found)}'
+            f'checkpoint {checkpoint} does not fit {config_name}: of parameters {", ".join(found)}'
         )
     model.load_state_dict(state)
 

@@ -77,7 +77,7 @@ def test_checkpoint(config, tmp_path):
     state['extra'] = state.pop('level_embed')
     state['query_embedding.weight'] = torch.zeros(3)
     torch.save({'state_dict': state}, path)
-    counts = r'1 missing \(such as level_embed\).*1 unknown.* extra\).*1 of another shape.*query_'
+    counts = r'1 are missing \(such as level_embed\).*1 are unknown.* extra\).*1 are of .*query_'
     with pytest.raises(ValueError, match=f'does not fit.*{counts}'):
         build_detector(config, str(path))
     with pytest.raises(FileNotFoundError, match='does not exist'):

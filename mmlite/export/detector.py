@@ -21,7 +21,7 @@ from .runtimes import OPEN, Session, check_threads, processor_gains
 DESCRIPTION = 'detector.json'
 _NEEDED = {
     'model': str,
-    'portable': (str, bool, type(None)),
+    'portable': (str, type(None)),
     'classes': list,
     'input': dict,
     'preprocessing': dict,

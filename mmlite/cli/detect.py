@@ -78,10 +78,11 @@ def detect(model, sources, out: Path, threshold, batch_size, max_frames, **optio
     finally:
         for writer in writers.values():
             writer.release()
-        (out / 'results.json').write_text(json.dumps(entries))
-        rows = [[*map(entry.get, _COLUMNS), *entry['bbox']] for entry in entries]
-        with (out / 'results.csv').open('w', newline='') as file:
-            csv.writer(file).writerows([[*_COLUMNS, 'x', 'y', 'width', 'height'], *rows])
+        if count:  # else those of an earlier run stay
+            (out / 'results.json').write_text(json.dumps(entries))
+            rows = [[*map(entry.get, _COLUMNS), *entry['bbox']] for entry in entries]
+            with (out / 'results.csv').open('w', newline='') as file:
+                csv.writer(file).writerows([[*_COLUMNS, 'x', 'y', 'width', 'height'], *rows])
     click.echo(
         f'{out}: {len(entries)} detections in {count} images; {count / max(busy, 1e-9):.1f} images '
         f'a second, {count / (time.perf_counter() - began):.1f} with reading, drawing and writing'
@@ -103,7 +104,9 @@ def _expanded(source: str) -> Sequence[str]:
     """The files that a source stands for; of a video, camera or stream itself."""
     if os.path.isdir(source):
         return list(map(str, shared.image_files([Path(source)])))
-    found = sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
+    # A name may look like a pattern.
+    names = [source] if os.path.isfile(source) else glob.glob(source, recursive=True)
+    found = sorted(filter(os.path.isfile, names))
     if not found and not re.search(r'^\d+$|://', source):
         raise FileNotFoundError(f'there is no image, folder or video {source}')
     return found or [source]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,7 +105,12 @@ def out_option(help: str, ending: str | None = None, **options) -> Callable:
     """``-o/--out``: a folder, or a file that gets ``ending`` where its name has none."""
 
     def with_ending(ctx: click.Context, parameter: click.Parameter, path: Path | None):
-        return path.with_suffix(ending) if path and ending and not path.suffix else path
+        if path:
+            there = next(each for each in path.absolute().parents if each.exists())
+            if not (there.is_dir() and os.access(there, os.W_OK)):
+                raise click.BadParameter(f'{there} is no folder that can be written')
+            path = path.with_suffix(ending) if ending and not path.suffix else path
+        return path
 
     kind = FILE if ending else FOLDER
     return option('-o', '--out', type=kind, help=help, callback=with_ending, **options)

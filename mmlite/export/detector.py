@@ -103,6 +103,8 @@ def load(
         if name not in description or not isinstance(description[name], wanted):
             value = repr(description[name]) if name in description else 'missing'
             raise ValueError(f'{folder}/{DESCRIPTION} is damaged: {name} is {value}; export again')
+    if not (Path(folder) / description['model']).exists():
+        raise FileNotFoundError(f'{folder} lacks its model {description["model"]}; export again')
     any_size = description.get('int8') and not description['input']['height']
     for asked in (precision, 'int8' if any_size else ''):
         is_faster, why = processor_gains().get(asked, (True, ''))

@@ -84,7 +84,8 @@ def load_pytorch(
     spec = DetectorSpec(config, checkpoint) if checkpoint else DetectorSpec.parse(config)
     cfg = load_config(spec.config, changes)
     if spec.checkpoint is None:
-        raise ValueError(f'{config} comes without weights; add its checkpoint: {config},FILE.pth')
+        name = spec.config
+        raise ValueError(f'{name} comes without weights; add its checkpoint: {name},FILE.pth')
     if threads:
         torch.set_num_threads(threads)
     return pytorch_detector(build_detector(cfg, spec.checkpoint, device), cfg)

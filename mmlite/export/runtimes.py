@@ -153,7 +153,7 @@ def _open_onnx(model: Path, portable: bool, threads: int | None, *_: Any) -> Ses
         operators = library('onnxruntime')
         with _refusal(f'{name} does not load the operators in {operators}'):
             options.register_custom_ops_library(str(operators))
-    with _refusal(f'{name} does not take {model}'):
+    with _refusal(f'{name} does not take {model} (if it is damaged, export again)'):
         # This fusion makes of an addition and a norm a node that is three times slower than both.
         slow, providers = ['SkipLayerNormFusion'], ['CPUExecutionProvider']
         session = onnxruntime.InferenceSession(
@@ -196,7 +196,8 @@ class OpenVINOSession:
         if profile:
             hints['PERF_COUNT'] = 'YES'
         core = openvino_core(with_operators=not portable)
-        with _refusal(f'OpenVINO {import_runtime("openvino").__version__} does not take {model}'):
+        name = f'OpenVINO {import_runtime("openvino").__version__}'
+        with _refusal(f'{name} does not take {model} (if it is damaged, export again)'):
             hints |= {} if profile else _cache_of(model)
             self._compiled = core.compile_model(str(model), 'CPU', hints)
         self._of_thread = threading.local()
@@ -221,7 +222,7 @@ def _open_torch(model: Path, portable: bool, threads: int | None, *_: Any) -> Se
     torch = import_runtime('torch')
     for operators in ('mmlite.ops', 'mmlite.export.operators'):  # they register on import
         import_module(operators)
-    with _refusal(f'PyTorch {torch.__version__} does not take {model}'):
+    with _refusal(f'PyTorch {torch.__version__} does not take {model} (export again)'):
         program = torch.export.load(model).module()
     if threads:
         torch.set_num_threads(threads)

@@ -41,7 +41,8 @@ def load_config(reference: str, changes: dict | None = None) -> Config:
     """
     package, found, name = reference.partition('::')
     if reference.endswith(('.pth', '.pt')):
-        raise ValueError(f'{reference} is a checkpoint: give its config before it')
+        how = 'a space, no comma, between config and checkpoint' if ',' in reference else ''
+        raise ValueError(f'{reference} is a checkpoint: give {how or "its config before it"}')
     try:
         if found and package != 'mmlite':
             config = get_config(reference)
@@ -49,7 +50,7 @@ def load_config(reference: str, changes: dict | None = None) -> Config:
             # mmengine finds packaged configs of pip's packages alone; a source tree has its own.
             path = Path(__file__).parents[1] / '.mim/configs' / name if found else Path(reference)
             if not path.is_file():
-                raise FileNotFoundError(f'config {reference} does not exist')
+                raise FileNotFoundError(f'config file {reference} does not exist')
             config = Config.fromfile(path)
         config.merge_from_dict(changes or {})
     except FileNotFoundError:
@@ -126,7 +127,8 @@ def _load(model: nn.Module, checkpoint: str, config_name: str) -> None:
     found = [f'{len(k)} are {problem} (such as {min(k)})' for problem, k in problems.items() if k]
     if found:
         raise ValueError(
-            f'checkpoint {checkpoint} does not fit {config_name}: of parameters {", ".join(found)}'
+            f'checkpoint {checkpoint} does not fit {config_name}; give it the config of its '
+            f'training. Of parameters {", ".join(found)}'
         )
     model.load_state_dict(state)
 

@@ -147,7 +147,7 @@ def test_preset_counts_published_rows(tmp_path):
         ('STOCK --preset paper-table3', 'give either configs'),
         ('STOCK --schedule H3L1-(2+1)x3', 'a config has its own'),
         ('. STOCK', 'give the config of the baseline first'),
-        ('nowhere.py', 'config nowhere.py does not exist'),
+        ('nowhere.py', 'config file nowhere.py does not exist'),
         ('STOCK,nowhere.pth', 'nowhere.pth does not exist'),
         ('LITE,CHECKPOINT', 'does not fit lite.py'),
         ('STOCK --annotations a.json', 'go together'),

@@ -201,6 +201,24 @@ def test_what_cannot_be_read_is_left_out_and_told(folder):
     assert [entry['file_name'] for entry in coco()] == ['a/1.png', 'a/2.jpg', 'b/1.png']
 
 
+def test_a_file_may_be_named_like_a_pattern(folder):
+    Path('a/1.png').rename('a/[1].png')
+    assert run('a/[1].png', '--threshold', '0.05').exit_code == 0
+    assert [entry['file_name'] for entry in coco()] == ['a/[1].png']
+
+
+def test_a_folder_that_cannot_be_made_is_told_first(folder):
+    result = CliRunner().invoke(main, ['detect', 'model', 'a', '-o', 'a/1.png/out'])
+    assert result.exit_code == 2 and 'is no folder that can be written' in result.output
+
+
+def test_results_stay_where_nothing_can_be_read(folder):
+    assert run('b', '--threshold', '0.05').exit_code == 0
+    before = coco()
+    Path('b/1.png').write_bytes(b'no image')
+    assert run('b').exit_code == 1 and coco() == before
+
+
 def test_a_batch_has_images_of_one_size(folder, monkeypatch):
     """Others would be padded, and what is found would depend on what they are read with."""
     sizes, detect = [], Detector.detect_batch

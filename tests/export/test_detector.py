@@ -155,6 +155,12 @@ def test_batches_are_in_order_and_filled_up():
             ValueError,
             'damaged: classes is 3; export again',
         ),
+        (
+            '{"version": 3, "format": "openvino", "model": "x", "portable": null, "classes": [],'
+            ' "input": {}, "preprocessing": {}, "outputs": []}',
+            FileNotFoundError,
+            'lacks its model x; export again',
+        ),
         ('{"version": 3, "form', ValueError, r'json is damaged: .*; export again'),
         ('[3]', ValueError, r'json is damaged: .*; export again'),
     ],

@@ -72,7 +72,7 @@ def load_checkpoint(
     """
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'checkpoint {path} does not exist')
+        raise FileNotFoundError(f'checkpoint file {path} does not exist')
     trusted = getattr(torch.serialization, 'get_safe_globals', list)()
     known = {**_KNOWN, **dict(map(_named, [*trusted, *allow]))}
     try:

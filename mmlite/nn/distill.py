@@ -113,15 +113,23 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrix: Tensor) -> Tensor:
-    """Bring the singular values of a matrix near one, by five steps of Newton and Schulz."""
+    """Bring the singular values of a matrix near one, by five steps of Newton and Schulz.
+
+    A step multiplies by a polynomial of ``found @ found.T``. The steps of a long matrix are taken
+    on that small product and applied to the matrix once. bfloat16 is too coarse for this.
+    """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     found = wide.bfloat16() if wide.is_cuda else wide.float()
     found = found / found.norm().clamp(min=1e-7)
+    is_long = not wide.is_cuda and wide.shape[1] > 2 * wide.shape[0]
+    product = found @ found.T if is_long else None
+    step = torch.eye(len(found)) if is_long else found
     for _ in range(5):
-        gram = found @ found.T
+        gram = step @ product @ step.T if is_long else step @ step.T
         factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        found = torch.addmm(found, factor, found, beta=3.4445)
-    return (found if wide is matrix else found.T).to(matrix.dtype)
+        step = torch.addmm(step, factor, step, beta=3.4445)
+    step = step @ found if is_long else step
+    return (step if wide is matrix else step.T).to(matrix.dtype)
 
 
 class EncoderOptimizer(torch.optim.Optimizer):

@@ -158,9 +158,9 @@ def test_the_optimizer_trains_every_parameter_and_follows_its_rate():
 
 @pytest.mark.skipif(not hasattr(torch.optim, 'Muon'), reason='PyTorch before 2.9 has no Muon')
 def test_muon_is_that_of_pytorch():
-    """Its matrices, tall and wide, and kernels of convolutions as matrices."""
+    """Matrices near square, tall and wide, and kernels of convolutions as matrices."""
     torch.manual_seed(0)
-    ours = [torch.randn(*shape, requires_grad=True) for shape in ((8, 24), (24, 8), (8, 6, 2, 2))]
+    ours = [torch.randn(*shape, requires_grad=True) for shape in ((8, 12), (24, 8), (8, 6, 2, 2))]
     theirs = [tensor.detach().flatten(1).clone().requires_grad_() for tensor in ours]
     muon = torch.optim.Muon(theirs, 0.1, 0.01, momentum=0.8, adjust_lr_fn='match_rms_adamw')
     start = [tensor.detach().clone() for tensor in theirs]

@@ -28,7 +28,7 @@ TASKS = {
         'large-shapes',
     ),
     'segmentation': (
-        'lite-mask2former_r18_h2l1-2p1x1_1xb8-9e_three-shapes',
+        'lite-mask2former_r18_h2l1-2p1x1_1xb8-7e_three-shapes',
         'lite-mask2former_r18_h2l1-3p1x1_1xb8-20e_shapes',
         'segm',
         'three-shapes',

@@ -91,11 +91,13 @@ def draw_image(
     most_overlap: float = _MAX_OVERLAP,
     tries: tuple[int, int] = (2, 6),
     distinct: int = 0,
+    gap: int = 0,
 ) -> tuple[np.ndarray, list[Drawn]]:
     """Draw one image: its pixels, uint8 (image_size, image_size, 3), and the shapes.
 
     ``tries`` is the least and the largest number of shapes, of which those are left out that would
-    cover others. ``distinct`` draws at most one of each of the first so many classes.
+    cover others or come within ``gap`` pixels of them. ``distinct`` draws at most one of each of
+    the first so many classes.
     """
     left = list(range(distinct or len(CLASSES)))
     pixels = background(rng, image_size)
@@ -112,7 +114,8 @@ def draw_image(
         room = image_size - 1 - (high - low)
         shift = np.round(rng.uniform(0, 1, 2) * room - low)
         box = np.concatenate([low + shift, high + shift])
-        if any(overlap(box, other) > most_overlap for other in boxes):
+        around = box + np.array([-gap, -gap, gap, gap])
+        if any(overlap(around, other) > most_overlap for other in boxes):
             continue  # no second try: crowded images hold fewer shapes
         boxes.append(box)
         if distinct:
@@ -180,8 +183,9 @@ SHAPES = Style(CLASSES, draw_image, smallest_image=128)
 # Large and apart from each other: learned in minutes.
 _large = partial(draw_image, sides={'large': (44, 72)}, frequency={'large': 1.0}, most_overlap=0.0)
 LARGE_SHAPES = Style(CLASSES, _large, smallest_image=128)
-# For masks: after minutes of training one may cover two of a kind, or a cross and a triangle.
-_three = partial(_large, tries=(6, 10), distinct=3)
+# For masks: after minutes of training one may cover two of a kind, a cross and a triangle, or two
+# shapes that touch.
+_three = partial(_large, sides={'large': (40, 64)}, tries=(6, 10), distinct=3, gap=10)
 THREE_SHAPES = Style(CLASSES[:3], _three, smallest_image=128)
 # What can be drawn, by name.
 STYLES = {'shapes': SHAPES, 'large-shapes': LARGE_SHAPES, 'three-shapes': THREE_SHAPES}

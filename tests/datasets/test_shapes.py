@@ -58,8 +58,8 @@ def test_three_shapes_are_apart_and_no_two_alike():
             np.array([x, y, x + width, y + height]) for _, (x, y, width, height), *_ in objects
         ]
         for number, box in enumerate(corners):
-            # Boxes are rounded up, so neighbours may share a pixel's row.
-            assert all(shapes.overlap(box, other) < 0.06 for other in corners[:number])
+            around = box + np.array([-8, -8, 8, 8])  # ten less what rounding up takes
+            assert all(shapes.overlap(around, other) == 0 for other in corners[:number])
         counts.add(len(objects))
     assert {1, 2, 3} <= counts
 

@@ -43,7 +43,7 @@ train_dataloader = dict(dataset=dict(metainfo=metainfo, pipeline=train_pipeline)
 val_dataloader = dict(dataset=dict(metainfo=metainfo, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_epochs = 9
+max_epochs = 7
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 # Muon learns convolutions and matrices in half the iterations of AdamW.
 optim_wrapper = dict(optimizer=dict(_delete_=True, type='EncoderOptimizer', lr=6e-3))

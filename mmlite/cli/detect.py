@@ -183,11 +183,12 @@ def _write(target: Path, picture: np.ndarray, place: Sequence, writers: dict) ->
 
 def _entries(found, classes, image_id: int, source: str, frame=None, rate=None) -> Iterator[dict]:
     """COCO's results of an image, with the names of file and class."""
+    names = dict(enumerate(classes))  # an edited description may have fewer than the model
     for index, label in enumerate(found.labels.tolist()):
         x1, y1, x2, y2 = found.boxes[index].tolist()
         bbox = [round(side, 2) for side in (x1, y1, x2 - x1, y2 - y1)]
         entry = {'image_id': image_id, 'category_id': label + 1, 'bbox': bbox}
-        entry |= {'score': round(float(found.scores[index]), 5), 'class': classes[label]}
+        entry |= {'score': round(float(found.scores[index]), 5), 'class': names.get(label, str(label))}
         entry |= {'file_name': source} | ({} if frame is None else {'frame': frame})
         if hasattr(found, 'masks'):
             from pycocotools.mask import encode

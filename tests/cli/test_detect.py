@@ -212,6 +212,12 @@ def test_a_folder_that_cannot_be_made_is_told_first(folder):
     assert result.exit_code == 2 and 'is no folder that can be written' in result.output
 
 
+def test_a_label_without_a_name_is_a_number(folder, monkeypatch):
+    monkeypatch.setitem(globals(), 'CLASSES', ['disc'])
+    assert run('b', '--threshold', '0.05').exit_code == 0
+    assert [entry['class'] for entry in coco()] == ['1']
+
+
 def test_results_stay_where_nothing_can_be_read(folder):
     assert run('b', '--threshold', '0.05').exit_code == 0
     before = coco()

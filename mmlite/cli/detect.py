@@ -188,7 +188,8 @@ def _entries(found, classes, image_id: int, source: str, frame=None, rate=None) 
         x1, y1, x2, y2 = found.boxes[index].tolist()
         bbox = [round(side, 2) for side in (x1, y1, x2 - x1, y2 - y1)]
         entry = {'image_id': image_id, 'category_id': label + 1, 'bbox': bbox}
-        entry |= {'score': round(float(found.scores[index]), 5), 'class': names.get(label, str(label))}
+        score, name = float(found.scores[index]), names.get(label, str(label))
+        entry |= {'score': round(score, 5), 'class': name}
         entry |= {'file_name': source} | ({} if frame is None else {'frame': frame})
         if hasattr(found, 'masks'):
             from pycocotools.mask import encode

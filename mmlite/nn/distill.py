@@ -122,10 +122,11 @@ def _orthogonal(matrix: Tensor) -> Tensor:
     found = wide.bfloat16() if wide.is_cuda else wide.float()
     found = found / found.norm().clamp(min=1e-7)
     is_long = not wide.is_cuda and wide.shape[1] > 2 * wide.shape[0]
-    product = found @ found.T if is_long else None
-    step = torch.eye(len(found)) if is_long else found
-    for _ in range(5):
-        gram = step @ product @ step.T if is_long else step @ step.T
+    gram = product = found @ found.T
+    step = torch.eye(len(found), device=found.device) if is_long else found
+    for number in range(5):
+        if number:
+            gram = step @ product @ step.T if is_long else step @ step.T
         factor = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         step = torch.addmm(step, factor, step, beta=3.4445)
     step = step @ found if is_long else step

@@ -106,10 +106,11 @@ def out_option(help: str, ending: str | None = None, **options) -> Callable:
 
     def with_ending(ctx: click.Context, parameter: click.Parameter, path: Path | None):
         if path:
-            there = next(each for each in path.absolute().parents if each.exists())
-            if not (there.is_dir() and os.access(there, os.W_OK)):
-                raise click.BadParameter(f'{there} is no folder that can be written')
             path = path.with_suffix(ending) if ending and not path.suffix else path
+            wanted = path.absolute()
+            there = next(each for each in (wanted, *wanted.parents) if each.exists())
+            if not (os.access(there, os.W_OK) and (there == wanted or there.is_dir())):
+                raise click.BadParameter(f'{there} cannot be written; choose another with --out')
         return path
 
     kind = FILE if ending else FOLDER

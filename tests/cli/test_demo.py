@@ -59,7 +59,7 @@ def test_folder_that_cannot_be_written(tmp_path, place):
     (tmp_path / 'file').write_text('in the way')
     result = run('--out', tmp_path / place)
     assert result.exit_code != 0 and 'Traceback' not in result.output
-    assert 'choose another folder with --out' in result.output or 'is a file' in result.output
+    assert 'choose another with --out' in result.output or 'is a file' in result.output
 
 
 def test_chooses_how_threads_wait_before_torch_is_imported():

@@ -209,7 +209,7 @@ def test_a_file_may_be_named_like_a_pattern(folder):
 
 def test_a_folder_that_cannot_be_made_is_told_first(folder):
     result = CliRunner().invoke(main, ['detect', 'model', 'a', '-o', 'a/1.png/out'])
-    assert result.exit_code == 2 and 'is no folder that can be written' in result.output
+    assert result.exit_code == 2 and 'a/1.png cannot be written' in result.output
 
 
 def test_a_label_without_a_name_is_a_number(folder, monkeypatch):

@@ -183,13 +183,14 @@ def _write(target: Path, picture: np.ndarray, place: Sequence, writers: dict) ->
 
 def _entries(found, classes, image_id: int, source: str, frame=None, rate=None) -> Iterator[dict]:
     """COCO's results of an image, with the names of file and class."""
-    names = dict(enumerate(classes))  # an edited description may have fewer than the model
+    from ..export.drawing import class_name
+
     for index, label in enumerate(found.labels.tolist()):
         x1, y1, x2, y2 = found.boxes[index].tolist()
         bbox = [round(side, 2) for side in (x1, y1, x2 - x1, y2 - y1)]
         entry = {'image_id': image_id, 'category_id': label + 1, 'bbox': bbox}
-        score, name = float(found.scores[index]), names.get(label, str(label))
-        entry |= {'score': round(score, 5), 'class': name}
+        score = round(float(found.scores[index]), 5)
+        entry |= {'score': score, 'class': class_name(classes, label)}
         entry |= {'file_name': source} | ({} if frame is None else {'frame': frame})
         if hasattr(found, 'masks'):
             from pycocotools.mask import encode

@@ -102,9 +102,12 @@ def dataset_options(help: str, images: str = '--annotated-images') -> Callable:
 
 
 def out_option(help: str, ending: str | None = None, **options) -> Callable:
-    """``-o/--out``: a folder, or a file that gets ``ending`` where its name has none."""
+    """``-o/--out``: a folder, or a file that gets ``ending`` where its name has none.
 
-    def with_ending(ctx: click.Context, parameter: click.Parameter, path: Path | None):
+    A place that cannot be written is refused before any work.
+    """
+
+    def checked(ctx: click.Context, parameter: click.Parameter, path: Path | None):
         if path:
             path = path.with_suffix(ending) if ending and not path.suffix else path
             wanted = path.absolute()
@@ -114,7 +117,7 @@ def out_option(help: str, ending: str | None = None, **options) -> Callable:
         return path
 
     kind = FILE if ending else FOLDER
-    return option('-o', '--out', type=kind, help=help, callback=with_ending, **options)
+    return option('-o', '--out', type=kind, help=help, callback=checked, **options)
 
 
 def _parse_changes(ctx: click.Context, parameter: click.Parameter, changes: tuple[str, ...]):

@@ -11,6 +11,11 @@ import numpy as np
 COLORS = np.uint8([(60, 180, 255), (90, 200, 60), (255, 140, 40), (200, 70, 230), (60, 70, 235)])
 
 
+def class_name(classes: Sequence[str], label: int) -> str:
+    """The name of a label, or its number where an edited description has too few names."""
+    return classes[label] if label < len(classes) else str(label)
+
+
 def draw(image: np.ndarray, found: Any, classes: Sequence[str]) -> np.ndarray:
     """Draw boxes, masks, names and scores over an image.
 
@@ -37,7 +42,7 @@ def draw(image: np.ndarray, found: Any, classes: Sequence[str]) -> np.ndarray:
             picture[inside] = picture[inside] // 2 + color // 2
         left, top, right, bottom = np.rint(factor * found.boxes[index]).astype(int).tolist()
         cv2.rectangle(picture, (left, top), (right, bottom), color.tolist(), thickness)
-        text = classes[label] if label < len(classes) else str(label)
+        text = class_name(classes, label)
         text += '' if found.scores is None else f' {found.scores[index]:.2f}'
         (width, height), below = cv2.getTextSize(text, font, scale, 1)
         left = max(0, min(left, picture.shape[1] - width))  # letters stay inside the picture

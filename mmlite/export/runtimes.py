@@ -8,7 +8,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib import import_module
 from numbers import Integral
@@ -138,6 +138,10 @@ def _refusal(what: str) -> Iterator[None]:
         raise ValueError(f'{what}: {" ".join(str(error).split())}') from error
 
 
+def _opening(runtime: str, model: Path) -> AbstractContextManager[None]:
+    return _refusal(f'{runtime} does not take {model} (if it is damaged, export again)')
+
+
 # A loaded model: inputs in their order to outputs. Several threads may call one at a time.
 Session = Callable[..., Sequence[np.ndarray]]
 
@@ -153,7 +157,7 @@ def _open_onnx(model: Path, portable: bool, threads: int | None, *_: Any) -> Ses
         operators = library('onnxruntime')
         with _refusal(f'{name} does not load the operators in {operators}'):
             options.register_custom_ops_library(str(operators))
-    with _refusal(f'{name} does not take {model} (if it is damaged, export again)'):
+    with _opening(name, model):
         # This fusion makes of an addition and a norm a node that is three times slower than both.
         slow, providers = ['SkipLayerNormFusion'], ['CPUExecutionProvider']
         session = onnxruntime.InferenceSession(
@@ -196,8 +200,7 @@ class OpenVINOSession:
         if profile:
             hints['PERF_COUNT'] = 'YES'
         core = openvino_core(with_operators=not portable)
-        name = f'OpenVINO {import_runtime("openvino").__version__}'
-        with _refusal(f'{name} does not take {model} (if it is damaged, export again)'):
+        with _opening(f'OpenVINO {import_runtime("openvino").__version__}', model):
             hints |= {} if profile else _cache_of(model)
             self._compiled = core.compile_model(str(model), 'CPU', hints)
         self._of_thread = threading.local()
@@ -222,7 +225,7 @@ def _open_torch(model: Path, portable: bool, threads: int | None, *_: Any) -> Se
     torch = import_runtime('torch')
     for operators in ('mmlite.ops', 'mmlite.export.operators'):  # they register on import
         import_module(operators)
-    with _refusal(f'PyTorch {torch.__version__} does not take {model} (export again)'):
+    with _opening(f'PyTorch {torch.__version__}', model):
         program = torch.export.load(model).module()
     if threads:
         torch.set_num_threads(threads)

@@ -41,8 +41,9 @@ def load_config(reference: str, changes: dict | None = None) -> Config:
     """
     package, found, name = reference.partition('::')
     if reference.endswith(('.pth', '.pt')):
-        how = 'a space, no comma, between config and checkpoint' if ',' in reference else ''
-        raise ValueError(f'{reference} is a checkpoint: give {how or "its config before it"}')
+        separate = 'a space, not a comma, goes between config and checkpoint'
+        how = separate if ',' in reference else 'give its config before it'
+        raise ValueError(f'{reference} is a checkpoint: {how}')
     try:
         if found and package != 'mmlite':
             config = get_config(reference)

@@ -84,3 +84,5 @@ def test_checkpoint(config, tmp_path):
         build_detector(config, str(tmp_path / 'nothing.pth'))
     with pytest.raises(ValueError, match=r'1\.pth is a checkpoint: give its config before it'):
         load_config('epoch_1.pth')
+    with pytest.raises(ValueError, match='is a checkpoint: a space, not a comma, goes between'):
+        load_config('config.py,epoch_1.pth')

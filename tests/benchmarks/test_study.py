@@ -132,7 +132,7 @@ def test_converts_without_labels_and_evaluates_what_came_out(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'sentence'),
     [
-        (['nothing'], 'these ship: aquarium, coco, conversion, equivalence, small'),
+        (['nothing'], 'these ship: aquarium, coco, conversion, equivalence, small, small-objects'),
         (['small', '--data', 'details=x'], 'those that take one are: bccd'),
         (['small', '--report'], 'run the study first'),
         (['coco'], 'instances_train2017.json does not exist'),

@@ -1,11 +1,10 @@
 import re
 from pathlib import Path
 
-from click.testing import CliRunner
+from commands import mmlite
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-from mmlite.cli import main
 from mmlite.cli.demo import TASKS
 from mmlite.cli.shared import read_config
 
@@ -36,9 +35,7 @@ def test_three_lines_of_config_give_a_lite_model():
 
 def test_lines_of_python_detect(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    small = ('--epochs', '1', '--train-images', '8', '--val-images', '6')
-    result = CliRunner().invoke(main, ['demo', *small])
-    assert result.exit_code == 0, result.output
+    mmlite('demo', '--epochs', 1, '--train-images', 8, '--val-images', 6)
     epochs = read_config(f'mmlite::small/{TASKS["detection"][0]}.py').train_cfg.max_epochs
     Path('work_dirs/demo/epoch_1.pth').rename(f'work_dirs/demo/epoch_{epochs}.pth')
 

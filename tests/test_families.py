@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import mmlite
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmdet_tools import run_tools
 from mmengine.config import Config
 
-from mmlite.cli import main
 from mmlite.datasets import generate_shapes
 from mmlite.openmmlab.checkpoints import load_checkpoint, stock_config
 
@@ -70,14 +69,9 @@ def test_family(name, folder, tmp_path, tiny_bert, monkeypatch):
     (metrics,) = (folder / f'{name}_test').glob('*/*.json')
     assert metric in json.loads(metrics.read_text())
 
-    def run(*arguments: str | Path) -> str:
-        done = CliRunner().invoke(main, list(map(str, arguments)))
-        assert done.exit_code == 0, done.output
-        return done.output
-
     image = folder / 'data/shapes/val/00000.png'
     lite, out = f'{config},{checkpoint}', ('--out', tmp_path / 'picture.png')
-    run('visualize', 'attention', lite, image, *out)
+    mmlite('visualize', 'attention', lite, image, *out)
 
     register_all_modules()
     content = Config.fromfile(config)
@@ -85,7 +79,7 @@ def test_family(name, folder, tmp_path, tiny_bert, monkeypatch):
     stock.init_weights()
     torch.save({'state_dict': stock.state_dict()}, tmp_path / 'stock.pth')
     arguments = (tmp_path / 'stock.pth', tmp_path / 'start.pth', '--from-stock', config)
-    printed = run('convert', *arguments, '--images', image, '--json', tmp_path / 'report.json')
-    assert 'entries copied' in printed
+    arguments += ('--images', image, '--json', tmp_path / 'report.json')
+    assert 'entries copied' in mmlite('convert', *arguments)
     report = json.loads((tmp_path / 'report.json').read_text())
     assert report['result']['memory'] < report['copied_only']['memory']

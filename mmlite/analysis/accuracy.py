@@ -8,13 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.config import Config
 from mmengine.structures import InstanceData
-from torch import nn
 
 from ..datasets.coco import read_annotations
 from ..export.detector import Detector
-from ..export.pytorch import pytorch_detector
 
 # COCO's name -> MMDetection's, in the order of pycocotools.
 METRICS = {
@@ -36,8 +33,7 @@ class Dataset:
         self.annotations, self.images = annotations, images
         if not images.exists():
             raise FileNotFoundError(f'image folder {images} does not exist')
-        with redirect_stdout(io.StringIO()):  # pycocotools prints
-            self.coco = read_annotations(str(annotations))
+        self.coco = read_annotations(str(annotations))
         if not self.coco.anns:
             raise ValueError(f'{annotations} holds no annotations to evaluate on')
 
@@ -80,12 +76,3 @@ class Dataset:
             evaluation.accumulate()
             evaluation.summarize()
         return dict(zip(METRICS.values(), (100 * evaluation.stats[:6]).tolist()))
-
-
-def evaluate_model(model: nn.Module, config: Config, dataset: Dataset) -> dict[str, float]:
-    """:meth:`Dataset.evaluate` of a built detector; its config says how images are prepared."""
-    training = model.training
-    try:
-        return dataset.evaluate(pytorch_detector(model.eval(), config))
-    finally:
-        model.train(training)

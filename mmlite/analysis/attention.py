@@ -85,7 +85,8 @@ def record_attention(model: nn.Module, names: Sequence[str]) -> Iterator[dict[st
     with ExitStack() as hooks:
         for name in names:
             if name not in known:
-                raise ValueError(f'{name} is no deformable attention; there are {", ".join(known)}')
+                there = ', '.join(known) or 'none'
+                raise ValueError(f'{name} is no deformable attention; there are {there}')
             # Before the module runs: what it is called with may be overwritten later.
             register = model.get_submodule(name).register_forward_pre_hook
             hooks.enter_context(register(partial(catch, name), with_kwargs=True))

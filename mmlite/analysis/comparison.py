@@ -10,7 +10,8 @@ from dataclasses import asdict
 import torch
 
 from .. import ops
-from .accuracy import Dataset, evaluate_model
+from ..export.pytorch import pytorch_detector
+from .accuracy import Dataset
 from .contestants import EAGER, FUSED, Model, exported
 from .report import Report, Table, giga, size, time_tables
 from .timing import Setting, Start, silent, take_turns
@@ -57,7 +58,8 @@ def compare(
         for each in group:
             each.cost = each.count(setting)
             if dataset is not None and each.checkpoint:
-                each.accuracy = evaluate_model(each.model, each.model.cfg, dataset)
+                detector = pytorch_detector(each.model.eval(), each.model.cfg)
+                each.accuracy = dataset.evaluate(detector)
             step()
         running = []
         if 'pytorch' in runtimes or not others:

@@ -16,10 +16,10 @@ import cv2
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..openmmlab.runner import unwrapped
 from .attention import attention_at_point, level_masses
 from .complexity import count_detector
 from .report import giga, size
@@ -42,7 +42,7 @@ class EfficiencyHook(Hook):
     def before_train(self, runner: Runner) -> None:
         if not is_main_process():
             return
-        cost = count_detector(_detector(runner), self.image_size)
+        cost = count_detector(unwrapped(runner), self.image_size)
         gflops = {f'gflops_{stage}': flops / 1e9 for stage, flops in cost.stage_flops.items()}
         scalars = {'gflops': cost.flops / 1e9, 'params_m': cost.params / 1e6, **gflops}
         scalars = {f'efficiency/{name}': value for name, value in scalars.items()}
@@ -82,7 +82,7 @@ class AttentionMapHook(Hook):
             return
         from .pictures import draw_attention, pixels_of  # late: it loads what draws
 
-        model = _detector(runner)
+        model = unwrapped(runner)
         image = cv2.imread(outputs[0].img_path)[..., ::-1]
         last = torch.tensor([image.shape[1] - 1, image.shape[0] - 1])
         found, middle = outputs[0].pred_instances, last / 2
@@ -102,7 +102,7 @@ class AttentionMapHook(Hook):
         if self._masses:
             from .pictures import draw_level_masses, pixels_of
 
-            masses = {type(_detector(runner)).__name__: torch.stack(self._masses).mean(0)}
+            masses = {type(unwrapped(runner)).__name__: torch.stack(self._masses).mean(0)}
             picture = pixels_of(draw_level_masses(masses))
             runner.visualizer.add_image('attention_levels', picture, step=runner.epoch)
 
@@ -140,7 +140,3 @@ class ProgressHook(Hook):
         done = runner.iter + 1
         if done % max(runner.max_iters // self.parts, 1) == 0:
             self.report(runner, done)
-
-
-def _detector(runner: Runner) -> nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model

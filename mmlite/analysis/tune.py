@@ -74,15 +74,6 @@ class Choice(Contestant):
         return parent / ''.join(c if c.isalnum() else '-' for c in str(self))
 
 
-def tuned(model: nn.Module, config: Config, choice: Choice) -> Detector:
-    """A detector that runs as a choice of float32 in PyTorch; all modules are shared.
-
-    ``model`` is as built from ``config``, with its weights.
-    """
-    model = with_decoder_layers(model, choice.decoder_layers)
-    return pytorch_detector(model, with_image_size(config, choice.image_size), choice.schedule)
-
-
 def schedules_of(model: nn.Module) -> list[str]:
     """The schedules that a detector has weights for, the most expensive first.
 
@@ -104,34 +95,26 @@ def decoder_at(model: nn.Module) -> str:
 
 
 def with_decoder_layers(model: nn.Module, count: int) -> nn.Module:
-    """A detector with the first layers of its decoder alone; all modules are shared.
+    """A copy of a detector with the first layers of its decoder alone; itself where that is all.
 
     Raises:
         ValueError: It has fewer layers.
     """
     at = decoder_at(model)
-    layers = model.get_submodule(at).layers
-    if not 1 <= count <= len(layers):
-        raise ValueError(f'the decoder has {len(layers)} layers; {count} of them cannot be taken')
-    parts = {f'{at}.layers': layers[:count]}
+    layers = len(model.get_submodule(at).layers)
+    if not 1 <= count <= layers:
+        raise ValueError(f'the decoder has {layers} layers; {count} of them cannot be taken')
+    if count == layers:
+        return model
+    model = copy.deepcopy(model)
+    decoder = model.get_submodule(at)
+    decoder.layers, decoder.num_layers = decoder.layers[:count], count
     if hasattr(model, 'bbox_head'):
-        for name in ('bbox_head.cls_branches', 'bbox_head.reg_branches'):
-            first = list(model.get_submodule(name))  # behind the layers': that of the first stage
-            parts[name] = nn.ModuleList([*first[:count], *first[len(layers) :]])
-    for name, part in parts.items():
-        model = _with_part(model, name, part)
-    model.get_submodule(at).num_layers = count
-    if not hasattr(model, 'bbox_head'):
+        for branches in (model.bbox_head.cls_branches, model.bbox_head.reg_branches):
+            del branches[count:layers]  # behind the layers': that of the first stage
+    else:
         model.panoptic_head.num_transformer_decoder_layers = count
     return model
-
-
-def _with_part(module: nn.Module, name: str, part: nn.Module) -> nn.Module:
-    """A copy of a module with another part in it; all other parts are shared."""
-    module, (first, _, rest) = copy.copy(module), name.partition('.')
-    own = _with_part(module._modules[first], rest, part) if rest else part
-    module._modules = {**module._modules, first: own}
-    return module
 
 
 def with_image_size(config: Config, image_size: tuple[int, int]) -> Config:
@@ -185,12 +168,14 @@ def tune(
     precisions = ('float32', 'int8') if int8 else ('float32',)
     every = product(precisions, sizes, depths, schedules_of(model))
     choices = [Choice(schedule, *where, precision) for precision, *where, schedule in every]
+    cut = {count: with_decoder_layers(model, count) for count in depths}
     step = start('preparing', len(choices))
     for each in choices:
+        given = cut[each.decoder_layers], with_image_size(config, each.image_size)
         if runtime == 'pytorch':
-            each.detector = tuned(model, config, each)
+            each.detector = pytorch_detector(*given, each.schedule)
         else:
-            each.detector = _exported(model, config, each, runtime, folder, images)
+            each.detector = _exported(*given, each, runtime, folder, images)
         step()
     take_turns(choices, Setting(rounds=rounds, warmup=1), start)
     step, reference = start('measuring accuracy', len(choices)), None
@@ -208,8 +193,6 @@ def tune(
 def _exported(model, config, choice: Choice, runtime: str, folder: Path, images) -> Detector:
     """The export of a choice, loaded; 8 bits are calibrated on the images."""
     use_schedule(model, choice.schedule)
-    model = with_decoder_layers(model, choice.decoder_layers)
-    config = with_image_size(config, choice.image_size)
     path = source = choice.folder(folder)
     fixed = None
     if choice.precision == 'int8':

@@ -189,9 +189,10 @@ def _distill(source, target, config, files, iterations, batch_size, dataset) -> 
     import torch
     from mmengine.registry import RUNNERS
 
-    from ..analysis.accuracy import evaluate_model
     from ..analysis.hooks import ProgressHook
+    from ..export.pytorch import pytorch_detector
     from ..openmmlab.distillation import check_resumable, distillation_config
+    from ..openmmlab.runner import unwrapped
 
     folder, rank = target.with_suffix('.distill'), os.environ.get('RANK')
     settings = distillation_config(config, source, files, iterations, batch_size, folder)
@@ -208,17 +209,18 @@ def _distill(source, target, config, files, iterations, batch_size, dataset) -> 
     def measure(runner, done: int) -> None:
         if dataset is None or not is_main:
             return
-        model = getattr(runner.model, 'module', runner.model)
+        model = unwrapped(runner)
         detectors = {'stock detector': model.teacher}
         detectors[f'Lite detector after {done} iterations'] = model.student
         for name, detector in detectors.items():
             if name not in measured:
-                measured[name] = evaluate_model(detector, config, dataset)['mAP']
+                detector = pytorch_detector(detector.eval(), config)
+                measured[name] = dataset.evaluate(detector)['mAP']
                 click.echo(f'{name}: {measured[name]:.1f} AP', output)
         model.train()
 
     def note(runner) -> str:
-        return f'distance {getattr(runner.model, "module", runner.model).distance:.3f}'
+        return f'distance {unwrapped(runner).distance:.3f}'
 
     with shared.progress() as start, contextlib.redirect_stdout(io.StringIO()):
         runner = RUNNERS.build(settings)
@@ -227,7 +229,7 @@ def _distill(source, target, config, files, iterations, batch_size, dataset) -> 
         runner.train()
     if not is_main:
         return {}
-    model = getattr(runner.model, 'module', runner.model)
+    model = unwrapped(runner)
     distilled = model.facts(iterations)
     torch.save({'meta': {'distilled': distilled}, 'state_dict': model.state_dict()}, target)
     shutil.rmtree(folder)

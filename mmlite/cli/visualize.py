@@ -64,8 +64,6 @@ def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterato
     """For each detector: model, name, and a function that runs it on an image's file."""
     from mmdet.apis import inference_detector
 
-    from ..analysis.attention import deformable_attentions
-    from ..analysis.complexity import find_encoder
     from ..openmmlab.build import DetectorSpec, build_detector
     from ..openmmlab.families import reads_text
 
@@ -73,11 +71,6 @@ def _detectors(references: Sequence[str], changes: dict, device: str) -> Iterato
         model = build_detector(shared.read_config(spec.config, changes), spec.checkpoint, device)
         if hasattr(model, 'decode_head'):
             raise ValueError('MMSegmentation reads images in its own way, which is not served here')
-        encoder = find_encoder(model)
-        if not any(name.startswith(f'{encoder}.') for name in deformable_attentions(model)):
-            raise ValueError(
-                f'{type(model).__name__} has no encoder with deformable attention to look into'
-            )
         name = spec.name if spec.checkpoint else f'{spec.name} (random weights)'
         # A detector that reads a text is asked for the classes of its data.
         text = {'text_prompt': model.dataset_meta['classes'], 'custom_entities': True}

@@ -8,27 +8,23 @@ entry of ``PROBLEMS`` or ``REMARKS``.
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import numpy as np
 import torch
-from mmcv.transforms import Compose
 from mmdet.datasets import CocoDataset, CocoPanopticDataset
 from mmdet.registry import DATASETS
 from mmengine.config import Config
-from mmengine.fileio import get_local_path
 from mmengine.registry import init_default_scope
 from torch import nn
 
-from ..openmmlab.families import family_of, reads_text, type_name
+from ..openmmlab.families import reads_text, type_name, unwrapped_datasets
 from .coco import check_classes, listed, read_annotations
 from .images import image_problems, quiet_decoders
 
@@ -50,7 +46,6 @@ PROBLEMS = {
     'truncated image': 'the file ends too soon: training ends there, or learns from grey pixels',
     'image of another size': "width and height in the file are not the image's: boxes may be off",
     'image turned by EXIF': 'training turns or mirrors it, maybe not its boxes; save it upright',
-    'image too thin': 'fewer tokens than queries: prediction ends there; leave it out',
     'duplicate image id': 'the later image replaces the earlier one',
     'duplicate object id': 'MMDetection refuses the file',
     'duplicate category id': 'the later category replaces the earlier one',
@@ -107,7 +102,7 @@ class DataSet:
     def read(self) -> Iterator[tuple[str, str]]:
         """Read the annotation file, and yield the kind and place of what is wrong with it."""
         file = self.dataset.ann_file
-        coco = _read_quietly(file, self.dataset.backend_args)
+        coco = read_annotations(file, self.dataset.backend_args)
         content = {'annotations': (), **coco.dataset}
         self.images = coco.imgs
         for image in self.images.values():
@@ -211,7 +206,7 @@ class DataSet:
         own = self.dataset.ann_file
         for path in {e.get('ann_file') or own for e in self.evaluators}:
             if os.path.abspath(path) != os.path.abspath(own):
-                coco = _read_quietly(path)
+                coco = read_annotations(path)
                 names = [coco.cats[number]['name'] for number in coco.get_cat_ids()]
                 labels = [name for name in names if name in self.config_classes]
                 if self.images.keys() - coco.imgs.keys() or labels != self.labels:
@@ -219,21 +214,6 @@ class DataSet:
                     raise ValueError(
                         f'{wrong} images or orders categories otherwise: set both alike'
                     )
-
-    def thin_images(self, strides: Sequence[int], num_queries: int) -> Iterator[str]:
-        """The images with fewer tokens than queries, resized as for the evaluation."""
-        sizing = ('Resize', 'FixScaleResize', 'Pad')
-        resize = Compose([step for step in self.pipeline if type_name(step['type']) in sizing])
-
-        @cache
-        def tokens(width: int, height: int) -> int:
-            pixels = np.zeros((height, width), np.uint8)
-            sides = resize({'img': pixels, 'img_shape': pixels.shape})['img'].shape[:2]
-            return sum(math.prod(math.ceil(side / stride) for side in sides) for stride in strides)
-
-        for image in self.images.values():
-            if tokens(*image['size']) < num_queries:
-                yield f'{image["path"]} ({tokens(*image["size"])} tokens, {num_queries} queries)'
 
 
 def check_data(
@@ -318,13 +298,6 @@ def check_model(
             f'num_feature_levels is {levels}, but the neck gives {len(maps)} maps; set '
             'neck.num_outs, num_feature_levels and num_levels of the attention alike'
         )
-    family = family_of(model)
-    # DDQ-DETR fills up what is missing.
-    if getattr(model, 'as_two_stage', False) and family and family.graph != 'ddq':
-        strides = [256 // feature_map.shape[-1] for feature_map in maps]
-        for data in data_sets:
-            if data.evaluated:
-                findings[data.name, 'image too thin'] += data.thin_images(strides, num_queries)
 
 
 def _data_sets(config: Config, findings: Findings) -> list[DataSet]:
@@ -338,7 +311,7 @@ def _data_sets(config: Config, findings: Findings) -> list[DataSet]:
     for split, loader in loaders.items():
         evaluators = config.get(f'{split}_evaluator') or []
         evaluators = evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]
-        for cfg in _unwrapped(loader.dataset) if loader else ():
+        for cfg in unwrapped_datasets(loader.dataset) if loader else ():
             with _noting(findings[split, 'data set']):
                 kind = DATASETS.get(cfg['type']) if isinstance(cfg['type'], str) else cfg['type']
                 if not issubclass(kind, CocoDataset) or issubclass(kind, CocoPanopticDataset):
@@ -349,12 +322,6 @@ def _data_sets(config: Config, findings: Findings) -> list[DataSet]:
                 key = (dataset.ann_file, dataset.data_prefix['img'], *dataset.metainfo['classes'])
                 found[key].append((split, dataset, cfg.get('pipeline') or [], evaluators))
     return [DataSet(uses) for uses in found.values()]
-
-
-def _unwrapped(cfg: dict) -> list[dict]:
-    """The data sets inside of wrappers such as ``RepeatDataset`` and ``ConcatDataset``."""
-    inner = [*(cfg.get('datasets') or ()), *filter(None, [cfg.get('dataset')])]
-    return [leaf for part in inner for leaf in _unwrapped(part)] or [cfg]
 
 
 def _is_number(value: Any) -> bool:
@@ -376,9 +343,3 @@ def _noting(places: list[str]) -> Iterator[None]:
         yield
     except Exception as error:  # a registry and a file that anybody wrote fail in many ways
         places.append(' '.join(str(error).split()) or type(error).__name__)
-
-
-def _read_quietly(path: str, backend_args: dict | None = None) -> Any:
-    quiet = contextlib.redirect_stdout(io.StringIO())  # pycocotools tells of its progress
-    with quiet, get_local_path(path, backend_args=backend_args) as local_path:
-        return read_annotations(local_path)

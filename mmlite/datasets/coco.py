@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.registry import DATASETS
+from mmengine.fileio import get_local_path
 
 
 @DATASETS.register_module()
@@ -48,19 +51,22 @@ class CheckedCocoDataset(CocoDataset):
         return coco
 
 
-def read_annotations(path: str) -> COCO:
+def read_annotations(path: str, backend_args: dict | None = None) -> COCO:
     """Read an annotation file in COCO's format, with at least one image and one category.
+
+    ``backend_args`` are those of a data set whose files lie elsewhere. Nothing is printed.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is empty, not JSON, not in COCO's format, or lists no images or categories.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(
-            f'annotation file {path} does not exist; check data_root and ann_file in the config'
-        )
+    quiet = redirect_stdout(io.StringIO())  # pycocotools tells of its progress
     try:
-        coco = COCO(path)
+        with quiet, get_local_path(path, backend_args=backend_args) as local:
+            if not os.path.isfile(local):
+                what = f'annotation file {path} does not exist'
+                raise FileNotFoundError(f'{what}; check data_root and ann_file in the config')
+            coco = COCO(local)
         for image in coco.imgs.values():
             _ = image['file_name'], image['width'], image['height']
         for category in coco.cats.values():

@@ -103,24 +103,17 @@ def load(
         if name not in description or not isinstance(description[name], wanted):
             value = repr(description[name]) if name in description else 'missing'
             raise ValueError(f'{folder}/{DESCRIPTION} is damaged: {name} is {value}; export again')
-    if not (Path(folder) / description['model']).exists():
+    model = Path(folder) / description['model']
+    if not model.exists():
         raise FileNotFoundError(f'{folder} lacks its model {description["model"]}; export again')
     any_size = description.get('int8') and not description['input']['height']
     for asked in (precision, 'int8' if any_size else ''):
         is_faster, why = processor_gains().get(asked, (True, ''))
         if not is_faster:
             warnings.warn(f'{folder} in {asked} on this processor: {why}', stacklevel=2)
-    return Detector(open_session(folder, threads, precision), description)
-
-
-def open_session(
-    folder: str | os.PathLike, threads: int | None = None, precision='float32', profile=False
-) -> Session:
-    """Open the model of a folder alone; with ``profile`` OpenVINO times every node."""
     check_threads(threads)
-    description = read_description(folder)
-    model, portable = Path(folder) / description['model'], bool(description['portable'])
-    return OPEN[description['format']](model, portable, threads, precision, profile)
+    session = OPEN[kind](model, bool(description['portable']), threads, precision)
+    return Detector(session, description)
 
 
 def read_description(folder: str | os.PathLike) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..models import changing, restore
 from ..openmmlab.layers import fuse_into
+from ..openmmlab.runner import unwrapped
 from .graph import last_layer, refusals
 
 
@@ -39,7 +40,7 @@ def optimize(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The detector is none of these. It is unchanged then.
     """
-    for reason in refusals(model, 'detector'):
+    for reason in refusals(model, 'graph.DetectorGraph'):
         raise ValueError(f'{type(model).__name__} cannot be optimised: {reason}')
     with changing(model, 'optimize') as change:
         for name, _ in model.named_modules():
@@ -154,9 +155,9 @@ class OptimizeHook(Hook):
     def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Optimise the model before the first batch."""
         if batch_idx == 0:
-            optimize(getattr(runner.model, 'module', runner.model))
+            optimize(unwrapped(runner))
             runner.logger.info('the detector predicts optimised')
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Restore the model."""
-        restore(getattr(runner.model, 'module', runner.model), last=True)
+        restore(unwrapped(runner), last=True)

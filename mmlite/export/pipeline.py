@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from torch import nn
 
-from ..openmmlab.families import type_name
+from ..openmmlab.families import type_name, unwrapped_datasets
 
 # Transforms that leave the pixels of an image as they are, or are how one comes from a file.
 _LOADED = ('LoadImageFromFile', 'LoadImageFromNDArray')
@@ -90,13 +90,8 @@ def class_names(
 
 def _datasets(config: Config | None) -> list[dict]:
     """The test data sets themselves, out of whatever wraps them."""
-
-    def unwrapped(dataset: dict) -> list[dict]:
-        inner = [*dataset.get('datasets', []), *filter(None, [dataset.get('dataset')])]
-        return [leaf for one in inner for leaf in unwrapped(one)] or [dataset]
-
     # A config without a test, or one that inherits none, says None.
-    return unwrapped(((config or {}).get('test_dataloader') or {}).get('dataset', {}))
+    return unwrapped_datasets(((config or {}).get('test_dataloader') or {}).get('dataset', {}))
 
 
 def _transforms(config: Config | None) -> list[tuple[str, dict]]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from mmcv.cnn.utils import fuse_conv_bn
 from mmdet.models import ResNet
 from mmengine.config import Config
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from .. import ops
@@ -28,14 +28,6 @@ from .detector import FORMAT_VERSION, check_size
 from .graph import EXPORTABLE, Graph
 from .operators import AT_LOCATIONS, TABLES, replacing
 from .pipeline import class_names, preprocessing
-
-# ``Family.graph`` -> where the graph is.
-GRAPHS = {
-    'detector': 'graph:DetectorGraph',
-    'ddq': 'ddq_detr:DDQGraph',
-    'grounding': 'grounding_dino:GroundingGraph',
-    'mask2former': 'mask2former:SegmenterGraph',
-}
 
 
 class Traced(NamedTuple):
@@ -62,7 +54,7 @@ def make_graph(model: nn.Module, text: Sequence[str] | None = None) -> Graph:
     family = family_of(_holder_of(model))
     if text is not None and not family.reads_text:
         raise ValueError(f'{type(model).__name__} takes no text; only Grounding DINO does')
-    module, name = GRAPHS[family.graph].split(':')
+    module, name = family.graph.split('.')
     cls = getattr(import_module(f'.{module}', __package__), name)
     return (cls(model, text) if family.reads_text else cls(model)).eval()
 
@@ -131,7 +123,7 @@ def trace(
             arguments.append(torch.tensor([[height, width]] * count))
             dynamic.append(any_batch)
         try:
-            program = _export(graph, arguments, portable, from_offsets, tuple(dynamic))
+            program = export_graph(graph, arguments, portable, from_offsets, tuple(dynamic))
         except ValueError:
             raise
         except Exception as error:  # what cannot be traced fails in any way
@@ -146,15 +138,8 @@ def trace(
     return Traced(program, description)
 
 
-def trace_encoder(
-    model: nn.Module, graph: nn.Module, tokens: Tensor, pos: Tensor, portable: str | None = None
-) -> torch.export.ExportedProgram:
-    """Trace for fixed sizes a ``graph`` of tokens and positions that calls a detector's encoder."""
-    with exportable(model):
-        return _export(graph.eval(), [tokens, pos], portable)
-
-
-def _export(graph: nn.Module, arguments, portable, from_offsets=False, dynamic=None):
+def export_graph(graph: nn.Module, arguments, portable, from_offsets=False, dynamic=None):
+    """The program of a ``graph`` whose model is :func:`exportable`."""
     table = TABLES[portable] if portable else ({} if from_offsets else AT_LOCATIONS)
     table = {**table, F.dropout: lambda tokens, *_, **__: tokens}
     # Our operators, where they are built, are what a portable graph is made from, too.

@@ -186,39 +186,27 @@ def _cache_of(model: Path) -> dict[str, str]:
     return {'CACHE_DIR': str(caches / key)} if os.access(caches / key, os.W_OK) else {}
 
 
-class OpenVINOSession:
-    """A model in OpenVINO."""
+def _open_openvino(model: Path, portable: bool, threads: int | None, precision: str) -> Session:
+    # Its own choice would be bfloat16 wherever the processor is fast at it.
+    kind = {'float32': 'f32', 'bfloat16': 'bf16'}[precision]
+    hints = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': kind}
+    if threads:
+        hints['INFERENCE_NUM_THREADS'] = str(threads)
+    core = openvino_core(with_operators=not portable)
+    with _opening(f'OpenVINO {import_runtime("openvino").__version__}', model):
+        compiled = core.compile_model(str(model), 'CPU', hints | _cache_of(model))
+    own = threading.local()
 
-    def __init__(
-        self, model: Path, portable: bool, threads: int | None, precision: str, profile: bool
-    ) -> None:
-        # Its own choice would be bfloat16 wherever the processor is fast at it.
-        kind = {'float32': 'f32', 'bfloat16': 'bf16'}[precision]
-        hints = {'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': kind}
-        if threads:
-            hints['INFERENCE_NUM_THREADS'] = str(threads)
-        if profile:
-            hints['PERF_COUNT'] = 'YES'
-        core = openvino_core(with_operators=not portable)
-        with _opening(f'OpenVINO {import_runtime("openvino").__version__}', model):
-            hints |= {} if profile else _cache_of(model)
-            self._compiled = core.compile_model(str(model), 'CPU', hints)
-        self._of_thread = threading.local()
-
-    @property
-    def request(self) -> Any:
-        """The calling thread's own ``InferRequest``, which knows of its last run."""
-        if not hasattr(self._of_thread, 'request'):
-            self._of_thread.request = self._compiled.create_infer_request()
-        return self._of_thread.request
-
-    def __call__(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        request = self.request
+    def run(*inputs: np.ndarray) -> list[np.ndarray]:
+        if not hasattr(own, 'request'):
+            own.request = compiled.create_infer_request()
         # On one core `infer` says nothing of what an operator refuses, in OpenVINO 2026.4.
-        request.start_async(list(inputs), share_inputs=True)
-        request.wait()
+        own.request.start_async(list(inputs), share_inputs=True)
+        own.request.wait()
         # Copies, as the next run writes into the same memory.
-        return [np.array(tensor.data) for tensor in request.output_tensors]
+        return [np.array(tensor.data) for tensor in own.request.output_tensors]
+
+    return run
 
 
 def _open_torch(model: Path, portable: bool, threads: int | None, *_: Any) -> Session:
@@ -247,6 +235,6 @@ def _open_executorch(model: Path, *_: Any) -> Session:
 
 
 # Format of an export -> what opens its model, and the package that runs it.
-OPEN = {'onnx': _open_onnx, 'web': _open_onnx, 'openvino': OpenVINOSession, 'torch': _open_torch}
+OPEN = {'onnx': _open_onnx, 'web': _open_onnx, 'openvino': _open_openvino, 'torch': _open_torch}
 OPEN['executorch'] = _open_executorch
 RUNTIMES = {'onnx': 'onnxruntime', 'openvino': 'openvino', 'torch': 'torch'}

@@ -197,14 +197,6 @@ def use_schedule(model: nn.Module, schedule: str | EncoderSchedule) -> nn.Module
     return model
 
 
-def attribute(module: nn.Module, path: str) -> Any:
-    """What a path of attributes leads to; None where it leads nowhere."""
-    try:
-        return attrgetter(path)(module)
-    except AttributeError:
-        return None
-
-
 @torch.no_grad()
 def copy_counterparts(
     lite: nn.Module, stock: nn.Module, encoder: str = ''
@@ -229,7 +221,10 @@ def copy_counterparts(
     for name, value in lite.state_dict().items():
         match = of_layer.fullmatch(name)
         theirs = f'{match[1]}.{stock_layer_of[int(match[2])]}.{match[3]}' if match else name
-        given = attribute(stock, theirs)
+        try:
+            given = attrgetter(theirs)(stock)
+        except AttributeError:
+            given = None
         if isinstance(given, Tensor) and given.shape == value.shape:
             value.copy_(given)
             copied.append(name)

@@ -9,21 +9,19 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.registry import MODELS, OPTIMIZERS
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import broadcast, is_main_process
-from mmengine.hooks import Hook
-from mmengine.model import BaseModel, is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..models import Change
 from ..nn.distill import EncoderOptimizer, compared_layers, fed, keep_outputs, token_distance
 from .checkpoints.loading import load_checkpoint
 from .checkpoints.official import unpack
@@ -208,8 +206,11 @@ class _Pass:
             stack.enter_context(
                 self.encoder.register_forward_pre_hook(keep_padding, with_kwargs=True)
             )
+            change = Change('distill')
+            stack.callback(change.undo, model)
             extract = extract if teacher is None else lambda *args: teacher.features
-            stack.enter_context(_replaced(model, extract_feat=extract, pre_decoder=choose))
+            for name, method in (('extract_feat', extract), ('pre_decoder', choose)):
+                change.set(model, '', name, method)
             if hasattr(model, 'bbox_head'):
                 model.predict(inputs, copy.deepcopy(samples), rescale=False)
             else:
@@ -247,16 +248,6 @@ def _score_distance(found: Tensor, wanted: Tensor) -> Tensor:
     return (cross - entropy) / p.amax(-1).sum()
 
 
-@contextmanager
-def _replaced(owner: nn.Module, **methods: Callable) -> Iterator[None]:
-    owner.__dict__.update(methods)
-    try:
-        yield
-    finally:
-        for name in methods:
-            del owner.__dict__[name]
-
-
 def _leave_prefix_out(model: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
     for name in [name for name in state if name.startswith(f'{prefix}student.')]:
         state[prefix + name[len(f'{prefix}student.') :]] = state.pop(name)
@@ -266,48 +257,6 @@ def _put_prefix_in(state: dict, prefix: str, *args: Any) -> None:
     for name in [name for name in state if name.startswith(prefix)]:
         if not name.startswith((f'{prefix}student.', f'{prefix}data_preprocessor.')):
             state[f'{prefix}student.{name[len(prefix) :]}'] = state.pop(name)
-
-
-class DistillHook(Hook):
-    """Starts a :class:`DistilledDetector` from its teacher, and notes it down in checkpoints.
-
-    Args:
-        fit_images (int): Images that what is new is fitted to before the first iteration.
-    """
-
-    priority = 'VERY_HIGH'
-
-    def __init__(self, fit_images: int = 64) -> None:
-        self.fit_images = fit_images
-
-    def before_train(self, runner: Runner) -> None:
-        """Copy and fit, unless the training is resumed."""
-        model = _unwrapped(runner)
-        model.iterations = runner.iter
-        model.encoder.training_calls = runner.iter * model.encoder.turns
-        model.max_iterations = runner.max_iters
-        model.images = len(runner.train_dataloader.dataset)
-        if runner.iter:
-            return
-        if is_main_process():
-            batches: dict[str, list] = {'inputs': [], 'data_samples': []}
-            for batch in runner.train_dataloader:
-                for name, kept in batches.items():
-                    kept += list(batch[name])
-                if len(batches['inputs']) >= self.fit_images:
-                    break
-            runner.logger.info(f'Start: {model.start(model.data_preprocessor(batches, False))}')
-        for value in model.state_dict().values():
-            broadcast(value)
-
-    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Say what the weights come from."""
-        done = runner.iter + 1  # with the one that has just been done
-        checkpoint['meta']['distilled'] = _unwrapped(runner).facts(done)
-
-
-def _unwrapped(runner: Runner) -> DistilledDetector:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def check_resumable(settings: Config) -> None:

@@ -22,7 +22,7 @@ class Family:
 
     stock: str  # type of the holder in MMDetection's ``MODELS``
     lite: str  # type of its Lite variant
-    graph: str = 'detector'  # how it is exported: a name in ``mmlite.export.program.GRAPHS``
+    graph: str = 'graph.DetectorGraph'  # how it is exported: a class in ``mmlite.export``
     smallest_first: bool = False  # the smallest map is the first of the pyramid
     reads_text: bool = False  # it takes a text beside the image
     is_dino: bool = False  # ranks proposals by their best class; contents of queries are learned
@@ -37,12 +37,18 @@ FAMILIES = [
     Family('DeformableDETR', 'LiteDeformableDETR'),
     Family('HDeformableDETR', 'LiteHDeformableDETR'),
     Family('DINO', 'LiteDINO', is_dino=True),
-    Family('DDQDETR', 'LiteDDQDETR', graph='ddq'),
-    Family('GroundingDINO', 'LiteGroundingDINO', graph='grounding', reads_text=True, is_dino=True),
+    Family('DDQDETR', 'LiteDDQDETR', graph='ddq_detr.DDQGraph'),
+    Family(
+        'GroundingDINO',
+        'LiteGroundingDINO',
+        'grounding_dino.GroundingGraph',
+        reads_text=True,
+        is_dino=True,
+    ),
     Family(
         'MSDeformAttnPixelDecoder',
         'LiteMSDeformAttnPixelDecoder',
-        'mask2former',
+        'mask2former.SegmenterGraph',
         smallest_first=True,
     ),
 ]
@@ -146,3 +152,9 @@ def parts_of(config: Any, path: tuple = ()) -> Iterator[tuple[tuple, dict]]:
         return
     for name, value in list(config.items()):
         yield from parts_of(value, (*path, name))
+
+
+def unwrapped_datasets(cfg: dict) -> list[dict]:
+    """The data sets inside of wrappers such as ``RepeatDataset`` and ``ConcatDataset``."""
+    inner = [*(cfg.get('datasets') or ()), *filter(None, [cfg.get('dataset')])]
+    return [leaf for part in inner for leaf in unwrapped_datasets(part)] or [cfg]

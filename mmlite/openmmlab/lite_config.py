@@ -27,7 +27,7 @@ def fitting_schedules(model_config: dict) -> list[str]:
     Low-level are the one or two largest maps; a block has two high-level updates or more.
 
     Raises:
-        ValueError: The model has no encoder to replace, or one of a single level.
+        ValueError: The model has no encoder to replace, or one of a single level or layer.
     """
     levels, layers = _levels_and_layers(model_config)
     if levels < 2:
@@ -35,6 +35,8 @@ def fitting_schedules(model_config: dict) -> list[str]:
             'the encoder sees a single map; an interleaved encoder needs two or more '
             '(num_levels of its self_attn_cfg, num_outs of the neck)'
         )
+    if layers < 2:
+        raise ValueError('the encoder has a single layer; an interleaved encoder needs two or more')
     return schedules_for(levels, layers)
 
 
@@ -45,15 +47,8 @@ def schedules_for(levels: int, layers: int) -> list[str]:
 
 
 def main_schedule(model_config: dict) -> str:
-    """The schedule to take first: ``'H3L1-(2+1)x3'`` for four levels and six layers.
-
-    Raises:
-        ValueError: The model has no encoder to replace, or one of a single level or layer.
-    """
-    fitting = fitting_schedules(model_config)
-    if not fitting:
-        raise ValueError('the encoder has a single layer; an interleaved encoder needs two or more')
-    return fitting[0]
+    """The first of :func:`fitting_schedules`: ``H3L1-(2+1)x3`` for four levels and six layers."""
+    return fitting_schedules(model_config)[0]
 
 
 def lite_change(model_config: dict, schedule: str | EncoderSchedule) -> dict:

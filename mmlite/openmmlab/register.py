@@ -41,7 +41,7 @@ _FOLLOWERS = {
 _HOOKS = {
     'FusedAttentionHook': 'mmlite.openmmlab.layers',
     'WarmStartHook': 'mmlite.openmmlab.checkpoints.hooks',
-    'DistillHook': 'mmlite.openmmlab.distillation',
+    'DistillHook': 'mmlite.openmmlab.checkpoints.hooks',
     'SafeCheckpointHook': 'mmlite.openmmlab.checkpoints.hooks',
     'EfficiencyHook': 'mmlite.analysis.hooks',
     'AttentionMapHook': 'mmlite.analysis.hooks',

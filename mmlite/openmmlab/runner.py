@@ -1,4 +1,4 @@
-"""MMEngine's runners for training by several processes on CPUs.
+"""MMEngine's runners for training by several processes on CPUs, and the model inside of one.
 
 MMEngine's launchers choose a CUDA device before they look whether there is one. On a machine
 without CUDA these runners open torch's process group themselves, with the gloo backend; MMEngine
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import distributed, nn
@@ -39,3 +40,8 @@ class CPURunner(_OpensGroup, Runner):
 @RUNNERS.register_module()
 class CPUFlexibleRunner(_OpensGroup, FlexibleRunner):
     """``FlexibleRunner``, whose strategies share out more than the images."""
+
+
+def unwrapped(runner: Runner) -> nn.Module:
+    """The model itself, whatever shares it out."""
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model

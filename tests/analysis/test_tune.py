@@ -8,13 +8,20 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import mmlite, refused
 from small_detectors import batch, small_model, write_pair
 
 from mmlite.analysis.timing import Timing
-from mmlite.analysis.tune import Choice, agreement, choose, front, tuned, with_decoder_layers
-from mmlite.cli import main
+from mmlite.analysis.tune import (
+    Choice,
+    agreement,
+    choose,
+    front,
+    with_decoder_layers,
+    with_image_size,
+)
 from mmlite.export.detector import Detections
+from mmlite.export.pytorch import pytorch_detector
 from mmlite.openmmlab.build import build_detector, load_config
 
 ELASTIC = ['H3L1-(1+1)x2', 'H3L1-(2+1)x1', 'H2L2-(2+1)x1']
@@ -87,35 +94,33 @@ def user(tmp_path_factory):
     return folder, lite
 
 
-def tune(user, out, *options):
+def tune(user, out, *options) -> list:
+    """The words of the command."""
     folder, lite = user
     words = ['tune', lite, folder / 'lite.pth', '--images', folder / 'images', '-o', out]
-    words += ['--image-size', '64', '96', '--rounds', '2', '--threads', '1', *options]
-    return CliRunner().invoke(main, list(map(str, words)))
+    return [*words, '--image-size', 64, 96, '--rounds', 2, '--threads', 1, *options]
 
 
 def test_the_command(user, tmp_path):
     sizes = ('--image-size', '96', '128', '--decoder-layers', '2', '--decoder-layers', '1')
     report = tmp_path / 'report.json'
-    result = tune(user, tmp_path, *sizes, '--budget', '60s', '--json', report)
-    assert result.exit_code == 0, result.output
+    output = mmlite(*tune(user, tmp_path, *sizes, '--budget', '60s', '--json', report))
     found = json.loads(report.read_text())['results']
     choices = {tuple(map(str, list(each.values())[:4])) for each in found}
     assert len(choices) == 3 * 2 * 2
     assert found[0]['accuracy'] == 100 and found[0]['schedule'] == ELASTIC[0]
-    assert 'Chosen: ' in result.output and (tmp_path / 'front.png').stat().st_size > 5000
+    assert 'Chosen: ' in output and (tmp_path / 'front.png').stat().st_size > 5000
     assert 'data:image/png' in (tmp_path / 'report.html').read_text()
     config = load_config(str(tmp_path / 'tuned.py'))
     model = build_detector(config, config.load_from)
     image = cv2.imread(str(user[0] / 'images/0.png'))
     encoder, pipeline = config.model.encoder, config.test_dataloader.dataset.pipeline
-    choice = Choice(encoder.schedule, pipeline[1].scale[::-1], config.model.decoder.num_layers)
-    assert ([*choice.image_size], choice.decoder_layers) in [
-        (each['image_size'], each['decoder_layers']) for each in found
-    ]
-    written = tuned(model, config, choice).detect(image)
+    size, layers = pipeline[1].scale[::-1], config.model.decoder.num_layers
+    assert ([*size], layers) in [(each['image_size'], each['decoder_layers']) for each in found]
+    written = pytorch_detector(model, config).detect(image)
     whole = load_config(user[1])
-    expected = tuned(build_detector(whole, str(user[0] / 'lite.pth')), whole, choice)
+    cut = with_decoder_layers(build_detector(whole, str(user[0] / 'lite.pth')), layers)
+    expected = pytorch_detector(cut, with_image_size(whole, size), encoder.schedule)
     np.testing.assert_allclose(written.scores, expected.detect(image).scores, rtol=1e-5)
 
 
@@ -130,13 +135,11 @@ def test_the_command(user, tmp_path):
     ],
 )
 def test_bad_input_is_refused(user, tmp_path, options, problem):
-    result = tune(user, tmp_path, *options)
-    assert result.exit_code and problem in result.output, result.output
+    refused(problem, *tune(user, tmp_path, *options))
 
 
 def test_exports_for_a_runtime(user, tmp_path):
     pytest.importorskip('onnxruntime')
-    result = tune(user, tmp_path, '--runtime', 'onnxruntime', '--budget', '60s')
-    assert result.exit_code == 0, result.output
+    output = mmlite(*tune(user, tmp_path, '--runtime', 'onnxruntime', '--budget', '60s'))
     assert len(list(tmp_path.glob('exports/*/detector.json'))) == 3
-    assert 'Export: ' in result.output
+    assert 'Export: ' in output

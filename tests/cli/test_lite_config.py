@@ -1,39 +1,31 @@
-from click.testing import CliRunner
+from commands import mmlite, refused
 from mmengine.config import Config
 
-from mmlite.cli import main
-
 DINO = 'mmdet::dino/dino-4scale_r50_8xb2-36e_coco.py'
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, ['lite-config', *map(str, arguments)])
 
 
 def test_writes_a_config_that_inherits_a_file(tmp_path):
     stock, lite = tmp_path / 'stock.py', tmp_path / 'further/lite.py'
     lite.parent.mkdir()
     stock.write_text(f'_base_ = {DINO!r}\nmodel = dict(num_queries=300)\n')
-    done = run(stock, '--schedule', 'h3l1-(3+1)x2', '-o', lite)
-    assert done.exit_code == 0, done.output
+    mmlite('lite-config', stock, '--schedule', 'h3l1-(3+1)x2', '-o', lite)
     assert lite.read_text().startswith("_base_ = '../stock.py'\n")
     model = Config.fromfile(lite).model
     assert (model.type, model.num_queries) == ('LiteDINO', 300)
     assert model.encoder.schedule == 'H3L1-(3+1)x2'
-    assert 'is the stock config itself' in run(stock, '-o', stock).output
+    refused('is the stock config itself', 'lite-config', stock, '-o', stock)
 
     changes = ('--cfg-options', 'model.num_queries=300', 'train_cfg.max_epochs=2')
-    done = run(DINO, '-o', tmp_path / 'main', *changes)
-    assert 'schedule H3L1-(2+1)x3, the main one that fits' in done.output
+    output = mmlite('lite-config', DINO, '-o', tmp_path / 'main', *changes)
+    assert 'schedule H3L1-(2+1)x3, the main one that fits' in output
     config = Config.fromfile(tmp_path / 'main.py')
     assert (config.model.num_queries, config.train_cfg.max_epochs) == (300, 2)
     assert config.model.encoder.schedule == 'H3L1-(2+1)x3'
 
 
 def test_shows_schedules_with_their_cost():
-    done = run(DINO, '--image-size', 128, 160)
-    assert done.exit_code == 0, done.output
-    rows = [row for row in done.output.splitlines() if 'stock' in row or 'H3L1-(2+1)x3' in row]
+    output = mmlite('lite-config', DINO, '--image-size', 128, 160)
+    rows = [row for row in output.splitlines() if 'stock' in row or 'H3L1-(2+1)x3' in row]
     assert '%' not in rows[0] and '59%' in rows[1]
 
 
@@ -44,6 +36,4 @@ def test_wrong_use_is_one_sentence(tmp_path):
         ((DINO, '-o', tmp_path / 'lite.py', '--cfg-options', 'a.0.b=1'), 'give the whole list'),
         ((tmp_path / 'none.py',), 'does not exist'),
     ):
-        done = run(*arguments)
-        assert done.exit_code == 1
-        assert message in done.output and done.output.count('\n') == 1
+        assert refused(message, 'lite-config', *arguments).count('\n') == 1

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import mmlite, refused
 from exported import (
     DETECTORS,
     LITE,
@@ -24,7 +24,6 @@ from exported import (
 from mmdet.models import DINO
 from small_detectors import SMALL, STOCK
 
-from mmlite.cli import main
 from mmlite.export import export_detector, library, load
 from mmlite.export.compare import compare, difference, predict
 from mmlite.export.detector import FORMAT_VERSION, read_description, write_description
@@ -349,11 +348,10 @@ def test_command(images, tmp_path, monkeypatch):
         'test_dataloader = dict(dataset=dict(metainfo=metainfo, pipeline=test_pipeline))\n'
     )
     cv2.imwrite(str(tmp_path / 'image.png'), images[1])
-    arguments = ['export', str(config), '-o', str(tmp_path / 'exported'), '--format', 'torch']
-    arguments += ['--portable', '--images', str(tmp_path / 'image.png')]
+    arguments = ['export', config, '-o', tmp_path / 'exported', '--format', 'torch']
+    arguments += ['--portable', '--images', tmp_path / 'image.png']
     arguments += ['--cfg-options', 'model.test_cfg.max_per_img=20']
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 0, result.output
+    mmlite(*arguments)
     report = json.loads((tmp_path / 'exported/report.json').read_text())
     assert report['boxes'] < 1e-4 and set(report['latency_ms']) == {'pytorch', 'torch'}
     exported = load(tmp_path / 'exported')
@@ -363,30 +361,25 @@ def test_command(images, tmp_path, monkeypatch):
 
     for options, sentence in (
         (['--batch-size', 'many'], "--batch-size must be a number of images or 'any'; got 'many'"),
-        (['--images', str(config)], 'cannot be read as an image'),
+        (['--images', config], 'cannot be read as an image'),
         (['--opset', '9', '--format', 'onnx'], 'opset 9 is not supported'),
         (['--cfg-options', 'model.type=SoftTeacher'], 'deformable encoder'),
     ):
-        result = CliRunner().invoke(main, [*arguments, *options])
-        assert result.exit_code == 1 and sentence in result.output.replace('\n', ' ')
+        refused(sentence, *arguments, *options)
 
     monkeypatch.setattr('mmlite.cli.export.TOLERANCE', -1.0)
-    result = CliRunner().invoke(main, arguments)
-    told = ' '.join(result.output.split())
-    assert 'differs from PyTorch' in told and 'Random weights' in told and result.exit_code == 0
+    told = ' '.join(mmlite(*arguments).split())
+    assert 'differs from PyTorch' in told and 'Random weights' in told
     name = 'mmlite.openmmlab.build.build_detector'
     monkeypatch.setattr(name, lambda cfg, _, build=build_detector: build(cfg))
-    result = CliRunner().invoke(main, [*arguments[:2], 'weights.pth', *arguments[2:]])
-    assert 'differs from PyTorch' in result.output and result.exit_code == 1
+    refused('differs from PyTorch', *arguments[:2], 'weights.pth', *arguments[2:])
 
 
 def test_missing_packages_are_told_before_the_detector_is_built(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'executorch', None)
     monkeypatch.setattr('mmlite.openmmlab.build.build_detector', None)
-    config = f'mmdet::{STOCK["DINO"]}'
-    arguments = ['export', config, '-o', str(tmp_path / 'out'), '--format', 'executorch']
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 1 and 'pip install executorch' in result.output.replace('\n', ' ')
+    arguments = (f'mmdet::{STOCK["DINO"]}', '-o', tmp_path / 'out', '--format', 'executorch')
+    refused('pip install executorch', 'export', *arguments)
 
 
 def test_what_cannot_be_exported_is_refused_before_it_is_built(tmp_path):

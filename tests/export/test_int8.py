@@ -3,11 +3,10 @@ import json
 import cv2
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from commands import mmlite
 from exported import needs
 
 from mmlite.analysis.accuracy import Dataset
-from mmlite.cli import main
 from mmlite.export import load, openvino_core, quantize
 from mmlite.export.int8 import as_convolutions
 
@@ -48,12 +47,9 @@ def test_quantized(folder, images, tmp_path):
     (tmp_path / 'truth.json').write_text(json.dumps(truth))
     assert Dataset(tmp_path / 'truth.json', tmp_path).evaluate(exported)['mAP'] > 50
 
-    arguments = ['quantize', str(folder), '-o', str(tmp_path / 'int8')]
-    options = ['--images', str(tmp_path / '0.png'), '--images', str(tmp_path / '1.png')]
-    annotated = ['--annotations', str(tmp_path / 'truth.json'), '--annotated-images', str(tmp_path)]
-    result = CliRunner().invoke(main, [*arguments, *options, *annotated])
-    assert result.exit_code == 0, result.output
-    assert 'before' in result.output
+    options = ['--images', tmp_path / '0.png', '--images', tmp_path / '1.png']
+    options += ['--annotations', tmp_path / 'truth.json', '--annotated-images', tmp_path]
+    assert 'before' in mmlite('quantize', folder, '-o', tmp_path / 'int8', *options)
 
     model = openvino_core(with_operators=True).read_model(str(tmp_path / 'int8/model.xml'))
     assert len(names_of(model, 'FakeQuantize')) > 20

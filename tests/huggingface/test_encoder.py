@@ -88,28 +88,6 @@ def test_training_reaches_every_parameter(family, options):
             assert p.grad is not None and p.grad.isfinite().all(), name
 
 
-@pytest.mark.parametrize('update', ['joint', 'sequential'])
-@KINDS
-def test_what_has_a_counterpart_is_copied(family, update):
-    model = lite(family, update=update)
-    encoder = lite_encoder(model)
-    name = next(name for name, part in model.named_modules() if part is encoder)
-    before = build(family).get_submodule(name)
-    sources = [0, 1, 2, 3] if update == 'joint' else [0, 1, 1, 2, 3, 3]
-    for layer, source in zip(encoder.layers, sources):
-        theirs = before.layers[source]
-        theirs = getattr(theirs, 'deformable_layer', theirs)
-        assert torch.equal(layer.self_attn.value_proj.weight, theirs.self_attn.value_proj.weight)
-        assert torch.equal(layer.norms[0].bias, theirs.self_attn_layer_norm.bias)
-        if hasattr(layer, 'ffn'):
-            ffn = getattr(theirs, 'mlp', theirs)
-            assert torch.equal(layer.ffn.layers[1].weight, ffn.fc2.weight)
-            assert torch.equal(layer.norms[1].weight, theirs.final_layer_norm.weight)
-    for layer, source in zip(getattr(encoder, 'fusion_layers', []), sources):
-        theirs = before.layers[source].fusion_layer
-        assert torch.equal(layer.attn.vision_proj.weight, theirs.attn.vision_proj.weight)
-
-
 @KINDS
 def test_distilled_from_the_stock_model(family):
     """As docs/from-stock.md shows it, where every encoder is called in its own way."""

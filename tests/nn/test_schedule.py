@@ -42,20 +42,6 @@ def test_malformed(text, problem):
         EncoderSchedule.parse(text)
 
 
-@pytest.mark.parametrize(
-    ('schedule', 'update', 'high', 'low'),
-    [
-        ('H3L1-(2+1)x3', 'joint', [True] * 6, [False, True] * 3),
-        ('H3L1-(2+1)x3', 'sequential', [True, True, False] * 3, [False, False, True] * 3),
-        ('H3L1-(1+1)x6', 'joint', [True] * 6, [True] * 6),
-    ],
-)
-def test_steps(schedule, update, high, low):
-    steps = EncoderSchedule.parse(schedule).steps(update)
-    assert [step.updates_high for step in steps] == high
-    assert [step.updates_low for step in steps] == low
-
-
 def test_of_maps_of_one_size_the_later_count_as_smaller():
     assert level_ranks([(2, 3), (1, 1), (3, 2), (6, 1)]) == (3, 0, 2, 1)
 

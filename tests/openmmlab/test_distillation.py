@@ -3,17 +3,15 @@
 import copy
 import json
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke, mmlite, refused
 from mmdet.registry import DATASETS, MODELS
 from mmengine.config import Config
 from mmengine.runner import Runner
 from small_detectors import STOCK, batch, small_config, small_model, write_pair
 
-from mmlite.cli import main
 from mmlite.datasets import generate_shapes
 from mmlite.openmmlab.distillation import (
     DistilledDetector,
@@ -121,16 +119,39 @@ def test_the_decoder_of_a_student_gets_its_teacher_s_queries(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('images')
-    for index in range(6):
-        image = np.random.default_rng(index).integers(0, 255, (60 + index, 90, 3), np.uint8)
-        cv2.imwrite(str(folder / f'{index}.png'), image)
-    return sorted(folder.iterdir())
+def user(tmp_path_factory):
+    """A stock detector for drawn shapes, its weights, its Lite config and images."""
+    folder = tmp_path_factory.mktemp('user')
+    generate_shapes(folder / 'shapes', {'train': 4, 'val': 2})
+    classes = {'classes': ('disc', 'ring', 'triangle', 'cross')}
+    changes = {
+        'model.bbox_head.num_classes': 4,
+        'test_dataloader.dataset.metainfo': classes,
+        'test_dataloader.dataset.pipeline': [
+            {'type': 'LoadImageFromFile'},
+            {'type': 'Resize', 'scale': (64, 64), 'keep_ratio': True},
+            {'type': 'LoadAnnotations', 'with_bbox': True},
+            {
+                'type': 'PackDetInputs',
+                'meta_keys': ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+            },
+        ],
+        'train_dataloader.num_workers': 0,
+        'train_dataloader.dataset.pipeline': [],
+    }
+    stock, lite = write_pair(folder, 'DINO', **changes)
+    model = MODELS.build(Config.fromfile(stock).model)
+    model.init_weights()  # MMDetection leaves an embedding as the memory was
+    torch.save(model.state_dict(), folder / 'stock.pth')
+    return folder, lite
 
 
-def test_images_are_read_as_in_training(images):
-    config = small_config('DINO')
+def images_of(folder) -> list:
+    return sorted((folder / 'shapes/train').iterdir())
+
+
+def test_images_are_read_as_in_training(user):
+    config, images = small_config('DINO'), images_of(user[0])
     whole = images_without_labels(config, images, training=True)
     steps = whole['pipeline']
     assert [step['type'] for step in steps] == [
@@ -143,18 +164,14 @@ def test_images_are_read_as_in_training(images):
     tested = [step['type'] for step in images_without_labels(config, images)['pipeline']]
     assert tested == ['LoadImageFromFile', 'Resize', 'PackDetInputs']
     dataset = DATASETS.build(whole)
-    assert len(dataset) == 6
+    assert len(dataset) == 4
     item = dataset[3]
     assert item['inputs'].shape[0] == 3 and not len(item['data_samples'].gt_instances)
 
 
-def test_runs_resumes_and_says_what_it_is(images, tmp_path):
-    config, teacher = teacher_file(tmp_path, 'DINO')
-    config.train_dataloader.num_workers = 0
-    config.train_dataloader.persistent_workers = False
-    resize = {'type': 'Resize', 'scale': (64, 64), 'keep_ratio': True}
-    config.test_dataloader.dataset.pipeline[1] = resize
-    config.train_dataloader.dataset.pipeline = []
+def test_runs_resumes_and_says_what_it_is(user, tmp_path):
+    folder, lite = user
+    config, teacher, images = Config.fromfile(lite), str(folder / 'stock.pth'), images_of(folder)
     config.log_level = 'ERROR'
 
     def trained(iterations: int) -> dict:
@@ -166,13 +183,13 @@ def test_runs_resumes_and_says_what_it_is(images, tmp_path):
         return torch.load(tmp_path / f'work/iter_{iterations}.pth', weights_only=False)
 
     first = trained(2)
-    facts = {'teacher': teacher, 'images': 6, 'schedules': ['H3L1-(2+1)x1']}
+    facts = {'teacher': teacher, 'images': 4, 'schedules': ['H3L1-(2+1)x1']}
     assert first['meta']['distilled'] == {**facts, 'iterations': 2}
     last = trained(4)
     assert last['meta']['distilled']['iterations'] == 4
     lite = MODELS.build(config.model)
     lite.load_state_dict(last['state_dict'])
-    stock = torch.load(teacher)['state_dict']
+    stock = torch.load(teacher)
     for name, value in last['state_dict'].items():
         if not name.startswith('encoder.'):
             assert torch.equal(value, stock[name]), name
@@ -235,45 +252,10 @@ def test_wrong_teachers_are_refused(tmp_path):
         DistilledDetector(stock, str(tmp_path / 'stock.pth'))
 
 
-@pytest.fixture(scope='module')
-def user(tmp_path_factory):
-    """A stock detector for drawn shapes, its weights, its Lite config and images."""
-    folder = tmp_path_factory.mktemp('user')
-    generate_shapes(folder / 'shapes', {'train': 4, 'val': 2})
-    classes = {'classes': ('disc', 'ring', 'triangle', 'cross')}
-    changes = {
-        'model.bbox_head.num_classes': 4,
-        'test_dataloader.dataset.metainfo': classes,
-        'test_dataloader.dataset.pipeline': [
-            {'type': 'LoadImageFromFile'},
-            {'type': 'Resize', 'scale': (64, 64), 'keep_ratio': True},
-            {'type': 'LoadAnnotations', 'with_bbox': True},
-            {
-                'type': 'PackDetInputs',
-                'meta_keys': ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
-            },
-        ],
-        'train_dataloader.num_workers': 0,
-        'train_dataloader.dataset.pipeline': [],
-    }
-    stock, lite = write_pair(folder, 'DINO', **changes)
-    model = MODELS.build(Config.fromfile(stock).model)
-    model.init_weights()  # MMDetection leaves an embedding as the memory was
-    torch.save(model.state_dict(), folder / 'stock.pth')
-    return folder, lite
-
-
-def convert(folder, lite, target, *options):
-    words = [
-        folder / 'stock.pth',
-        target,
-        '--from-stock',
-        lite,
-        '--images',
-        folder / 'shapes/train',
-    ]
-    words += ['--batch-size', 2, *options]
-    return CliRunner().invoke(main, ['convert', *map(str, words)])
+def convert(folder, lite, target, *options) -> list:
+    """The words of the command."""
+    words = ['convert', folder / 'stock.pth', target, '--from-stock', lite]
+    return [*words, '--images', folder / 'shapes/train', '--batch-size', 2, *options]
 
 
 def test_the_command_trains_measures_and_leaves_a_lite_checkpoint(user, tmp_path):
@@ -281,12 +263,10 @@ def test_the_command_trains_measures_and_leaves_a_lite_checkpoint(user, tmp_path
     annotations = folder / 'shapes/annotations/instances_val.json'
     measured = ('--annotations', annotations, '--annotated-images', folder / 'shapes/val')
     report = tmp_path / 'report.json'
-    result = convert(
-        folder, lite, tmp_path / 'lite.pth', '--iterations', 4, *measured, '--json', report
-    )
-    assert result.exit_code == 0, result.output
+    options = ('--iterations', 4, *measured, '--json', report)
+    output = mmlite(*convert(folder, lite, tmp_path / 'lite.pth', *options))
     for line in ('stock detector: ', 'after 0 iterations: ', 'after 4 iterations: ', 'Wrote'):
-        assert line in result.output
+        assert line in output
     assert len(json.loads(report.read_text())['ap']) == 6  # the teacher, the start, each quarter
     content = torch.load(tmp_path / 'lite.pth')
     facts = content['meta']['distilled']
@@ -306,14 +286,14 @@ def test_the_command_goes_on_and_refuses_another_conversion(user, tmp_path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Runner, 'train', stop)
-    assert convert(folder, lite, target, '--iterations', 2).exit_code
+    assert invoke(*convert(folder, lite, target, '--iterations', 2)).exit_code
     assert work.is_dir() and not target.exists()
-    result = convert(folder, lite, target, '--iterations', 3)
-    assert result.exit_code and 'holds a conversion that stopped' in result.output
+    another = convert(folder, lite, target, '--iterations', 3)
+    refused('holds a conversion that stopped', *another)
     monkeypatch.undo()
     seen = []
     monkeypatch.setattr(DistilledDetector, 'start', lambda *_: seen.append(1))
-    assert convert(folder, lite, target, '--iterations', 2).exit_code == 0
+    mmlite(*convert(folder, lite, target, '--iterations', 2))
     assert target.exists() and not seen  # what was done was not done again
 
 
@@ -324,9 +304,9 @@ def test_the_command_goes_on_and_refuses_another_conversion(user, tmp_path, monk
         (['--iterations', 2, '--ema'], 'takes none of'),
         (['--iterations', 2, '--cfg-options', 'model.bbox_head.num_classes=3'], 'other classes'),
         (['--iterations', 2, '--schedule', 'H3L1-(2+1)x9'], 'makes 18 layers'),
+        (['--images', 'none.png'], 'none.png.* does not exist'),
     ],
 )
 def test_bad_options_are_refused_before_any_work(user, tmp_path, options, problem):
-    result = convert(*user, tmp_path / 'lite.pth', *options)
-    assert result.exit_code and problem in result.output, result.output
+    refused(problem, *convert(*user, tmp_path / 'lite.pth', *options))
     assert not (tmp_path / 'lite.pth').exists()

@@ -7,16 +7,15 @@ import json
 import re
 from pathlib import Path
 
+import commands
 import pytest
 import torch
-from click.testing import CliRunner
 from mmdet_tools import RUNS, run_python
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 
 import mmlite
-from mmlite.cli import main
 from mmlite.datasets import generate_shapes
 from mmlite.openmmlab.build import build_detector, load_config
 from mmlite.openmmlab.checkpoints import load_checkpoint, stock_config
@@ -96,8 +95,7 @@ def test_train_test_and_convert(tmp_path):
     arguments = ('convert', stock, lite, '--from-stock', config, '--images', images)
     fit = ('--iterations', 0, '--json', tmp_path / 'report.json')
     for more in (fit, ('--iterations', 2, '--batch-size', 2)):
-        done = CliRunner().invoke(main, list(map(str, arguments + more)))
-        assert done.exit_code == 0, done.output
+        commands.mmlite(*arguments, *more)
     report = json.loads((tmp_path / 'report.json').read_text())
     assert report['result']['memory'] < report['copied_only']['memory']
     content = load_checkpoint(lite)

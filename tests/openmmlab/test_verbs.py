@@ -5,10 +5,10 @@ import pickle
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.hub import get_config
 from small_detectors import batch, small_config, small_model, without_gradient
 
 import mmlite
+from mmlite.models.lite import AnyLiteEncoder
 from mmlite.nn import EncoderSchedule
 from mmlite.openmmlab.families import encoder_name
 
@@ -116,32 +116,15 @@ def test_what_was_done_is_undone(name):
 def test_a_class_of_ones_own_is_changed_by_its_structure():
     model = stock_model('DINO')
     model.__class__ = type('Own', (type(model),), {})
-    expected, stock = predict(model), model.encoder
-    mmlite.to_lite(model, 'H3L1-(1+1)x2', key_aware=False, small_ffn=False)
-    assert type(model).__name__ == 'Own' and model.encoder is not stock
-    for ours, theirs, atol in zip(predict(model), expected, (1e-5, 1e-2)):
-        torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-4)
-    mmlite.restore(model)
     mmlite.to_lite(model, 'H3L1-(2+1)x1')
-    assert without_gradient(model, batch(model)) == []
-    with pytest.raises(ValueError, match='has a Lite encoder already'):
-        mmlite.to_lite(model, 'H3L1-(2+1)x1')
+    assert type(model).__name__ == 'Own' and isinstance(model.encoder, AnyLiteEncoder)
 
 
 def test_what_has_no_lite_variant():
     model = stock_model('DINO')
     kinds = [type(part) for part in model.modules()]
-    other = get_config('mmdet::detr/detr_r50_8xb2-150e_coco.py').model  # one map
-    other.backbone.init_cfg = None
-    other = MODELS.build(other)
-    linear = torch.nn.Linear(1, 1)
-    refusals = [
-        (mmlite.to_lite, linear, 'Linear has no encoder that'),
-        (mmlite.to_lite, other, 'DETR has no encoder that the Lite encoder can replace'),
-        (mmlite.to_lite, model, 'makes 6 layers, but num_layers is 2'),
-        (mmlite.fuse, other, 'DETR has no deformable attention'),
-    ]
-    for verb, refused, message in refusals:
-        with pytest.raises(ValueError, match=message):
-            verb(refused, *(['H3L1-(2+1)x3'] if verb is mmlite.to_lite else []))
+    with pytest.raises(ValueError, match='makes 6 layers, but num_layers is 2'):
+        mmlite.to_lite(model, 'H3L1-(2+1)x3')
+    with pytest.raises(ValueError, match='ChannelMapper has no deformable attention of mmcv'):
+        mmlite.fuse(model.neck)
     assert [type(part) for part in model.modules()] == kinds

@@ -1,18 +1,21 @@
-"""Hooks for MMEngine's runner: a warm start, and checkpoints that outlive a full disk."""
+"""Hooks for MMEngine's runner: starts from stock, checkpoints that outlive a full disk."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mmengine.dist import broadcast, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader, Runner
+from torch import nn
 
+from ..runner import unwrapped
 from .official import unpack
-from .warm_start import warm_start
+from .warm_start import WarmStart, warm_start
 
 
 class WarmStartHook(Hook):
@@ -43,14 +46,59 @@ class WarmStartHook(Hook):
         """
         if runner.iter > 0:
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        if is_main_process():
+
+        def start(model: nn.Module) -> WarmStart:
             data = model.data_preprocessor(next(iter(runner.train_dataloader)))
-            report = warm_start(model, runner.cfg.model, self.state, data)
-            runner.logger.info(f'Warm start: {report}')
-        for value in model.state_dict().values():
-            broadcast(value)
+            return warm_start(model, runner.cfg.model, self.state, data)
+
+        _begin(runner, start)
         self.state = None
+
+
+class DistillHook(Hook):
+    """Starts a ``DistilledDetector`` from its teacher, and notes it down in checkpoints.
+
+    Args:
+        fit_images (int): Images that what is new is fitted to before the first iteration.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, fit_images: int = 64) -> None:
+        self.fit_images = fit_images
+
+    def before_train(self, runner: Runner) -> None:
+        """Copy and fit, unless the training is resumed."""
+        model = unwrapped(runner)
+        model.iterations = runner.iter
+        model.encoder.training_calls = runner.iter * model.encoder.turns
+        model.max_iterations = runner.max_iters
+        model.images = len(runner.train_dataloader.dataset)
+        if not runner.iter:
+            _begin(runner, partial(self._start, runner))
+
+    def _start(self, runner: Runner, model: nn.Module) -> WarmStart:
+        batches: dict[str, list] = {'inputs': [], 'data_samples': []}
+        for batch in runner.train_dataloader:
+            for name, kept in batches.items():
+                kept += list(batch[name])
+            if len(batches['inputs']) >= self.fit_images:
+                break
+        return model.start(model.data_preprocessor(batches, False))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Say what the weights come from."""
+        done = runner.iter + 1  # with the one that has just been done
+        checkpoint['meta']['distilled'] = unwrapped(runner).facts(done)
+
+
+def _begin(runner: Runner, start: Callable[[nn.Module], WarmStart]) -> None:
+    """Start in one process, and give the weights to all."""
+    model = unwrapped(runner)
+    if is_main_process():
+        runner.logger.info(f'Start: {start(model)}')
+    for value in model.state_dict().values():
+        broadcast(value)
 
 
 @register_backend('atomic')

@@ -1,21 +1,16 @@
 import copy
-import json
 import math
 from types import SimpleNamespace
 
-import cv2
-import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
-from small_detectors import batch, small_config, write_pair
+from small_detectors import batch, small_config
 from torch import nn
 
-from mmlite.cli import main
 from mmlite.nn import DeformableAttention, KeyAwareDeformableAttention
 from mmlite.nn import encoder as nn_encoder
 from mmlite.nn.schedule import EncoderStep
@@ -274,7 +269,7 @@ def test_hook(stock, tmp_path):
     config = Config(dict(model=lite_config()))
     loader = [demo_mm_inputs(2, [(3, 96, 128)] * 2, num_items=[2, 1], num_classes=5)]
     runner = SimpleNamespace(
-        iter=5,
+        iter=1,
         model=build_initialised(config.model),
         cfg=config,
         train_dataloader=loader,
@@ -282,41 +277,10 @@ def test_hook(stock, tmp_path):
     )
     weight = runner.model.query_embedding.weight
     before = weight.clone()
-    hook.before_train(runner)  # a resumed training
+    hook.before_train(runner)  # a training resumed after a single iteration
     assert torch.equal(weight, before)
     runner.iter = 0
     hook.before_train(runner)
     assert torch.equal(weight, stock['query_embedding.weight'])
     with pytest.raises(FileNotFoundError, match='does not exist'):
         WarmStartHook(str(tmp_path / 'none.pth'))
-
-
-def test_hook_leaves_what_is_resumed():
-    WarmStartHook.before_train(None, SimpleNamespace(iter=1))  # after a single iteration
-
-
-def test_command(stock, tmp_path):
-    source, target, image = (tmp_path / name for name in ('stock.pth', 'start.pth', 'image.png'))
-    torch.save(dict(state_dict=stock), source)
-    cv2.imwrite(str(image), np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8))
-    scale = {'test_dataloader.dataset.pipeline.1.scale': (128, 96)}
-    _, config = write_pair(tmp_path, 'DINO', model=WIDE, **scale)
-
-    def run(*more):
-        return CliRunner().invoke(main, ['convert', *map(str, (source, target, *more))])
-
-    options = ('--from-stock', config, '--image', image)
-    result = run(*options, '--json', tmp_path / 'report.json', '--schedule', 'H2L2-(2+1)x1')
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / 'report.json').read_text())
-    assert report['result']['memory'] < report['copied_only']['memory']
-    state = torch.load(target, weights_only=True)['state_dict']
-    assert state['encoder.schedule_code'].tolist() == [2, 2, 2, 1, 0]
-
-    for wrong, message in (
-        (options[:2], 'and images: --from-stock'),
-        ((*options[:2], '--image', tmp_path / 'none.png'), 'does not exist'),
-        ((*options, '--ema'), '--from-stock takes none of'),
-    ):
-        result = run(*wrong)
-        assert result.exit_code in (1, 2) and message in ' '.join(result.output.split())

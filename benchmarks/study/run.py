@@ -62,10 +62,10 @@ def train(
     import torch
     from mmengine.config import Config
     from mmengine.dist import is_main_process
-    from mmengine.model import is_model_wrapper
     from mmengine.runner import Runner
 
     from mmlite.openmmlab.checkpoints.hooks import AtomicBackend
+    from mmlite.openmmlab.runner import unwrapped
 
     from .record import NonFiniteLoss, Recorder
 
@@ -88,7 +88,7 @@ def train(
         problem = str(error)
     if not is_main_process():
         return
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = unwrapped(runner)
     result = {**facts, 'finite': problem is None, 'problem': problem, **recorder.result()}
     result.update(_cost(getattr(model, 'student', model), config))
     write = AtomicBackend().put

@@ -139,7 +139,7 @@ def trace(
 
 
 def export_graph(graph: nn.Module, arguments, portable, from_offsets=False, dynamic=None):
-    """The program of a ``graph`` whose model is :func:`exportable`."""
+    """The program of a ``graph`` whose model is :func:`exportable`; as :func:`trace` calls it."""
     table = TABLES[portable] if portable else ({} if from_offsets else AT_LOCATIONS)
     table = {**table, F.dropout: lambda tokens, *_, **__: tokens}
     # Our operators, where they are built, are what a portable graph is made from, too.

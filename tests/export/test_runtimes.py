@@ -74,6 +74,8 @@ def test_agrees_with_pytorch(variant, format_, tmp_path):
     for sizes in ({}, other, dict(queries=0)):
         arrays, expected = example(variant, **sizes)
         (found,) = session(*arrays.values())
+        # The next run leaves alone what this one gave.
+        session(*{**arrays, 'value': 0 * arrays['value']}.values())
         np.testing.assert_allclose(found, expected, atol=2e-6, rtol=2e-5)
 
 

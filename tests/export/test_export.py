@@ -194,7 +194,7 @@ def test_without_grid_sample(name, traced_again, detector, images, tmp_path):
     options = dict(batch=None, portable='gather', text=text)
     exported = [export_detector(model, tmp_path / 'onnx', 'onnx', **options)]
     exported.append(to_openvino(tmp_path / 'onnx', tmp_path / 'openvino'))
-    assert not traced_again
+    assert not traced_again or text  # of a language model there is more to decompose
     canvas, sizes = batch_of(images[:2], getattr(model.data_preprocessor, 'pad_size_divisor', 1))
     for each in exported:
         expected, actual = predict(model, canvas, sizes, text), each.detect_batch(images[:2])
